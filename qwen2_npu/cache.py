@@ -1,0 +1,297 @@
+"""The fixed KV cache: one k and one v tensor per layer, allocated once, updated in place.
+
+Rows are ragged and left-aligned: row ``b`` holds its ``lengths[b]`` live tokens at slots ``[0, lengths[b])``, whatever padding
+the prompt came with. So no slot of padding is ever read, no row is ever fully masked, and the window the incremental
+attention operator reads is exactly ``actual_seq_lengths = lengths``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2Config
+from transformers.cache_utils import Cache
+
+from qwen2_npu.errors import CacheOverflowError
+from qwen2_npu.compat import head_dim
+
+logger = logging.getLogger(__name__)
+
+CAPACITY_BUCKET = 128
+"""Capacities are multiples of this, so that close lengths share one cache and one compiled graph."""
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def round_capacity(tokens: int) -> int:
+    """The capacity of the bucket that holds ``tokens``."""
+    return max(1, math.ceil(tokens / CAPACITY_BUCKET)) * CAPACITY_BUCKET
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``'1.5 KiB'``."""
+    power = min(int(math.log(max(count, 1), 1024)), len(_UNITS) - 1)
+    return f"{count / 1024**power:.4g} {_UNITS[power]}"
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache is allocated from; equal shapes can share one cache.
+
+    Attributes:
+        layout: "BNSD" (batch, kv heads, slots, head_dim) or "BSND" (batch, slots, kv heads, head_dim).
+        sliding_window: tokens seen by the sliding layers, None when there are none.
+    """
+
+    layers: int
+    batch_size: int
+    capacity: int
+    kv_heads: int
+    head_dim: int
+    layout: str
+    dtype: torch.dtype
+    device: torch.device
+    sliding_window: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all k and v tensors."""
+        elements = self.layers * 2 * self.batch_size * self.capacity * self.kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
+
+    @property
+    def tensor_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one k or v tensor."""
+        if self.layout == "BNSD":
+            return self.batch_size, self.kv_heads, self.capacity, self.head_dim
+        return self.batch_size, self.capacity, self.kv_heads, self.head_dim
+
+    @property
+    def slot_axis(self) -> int:
+        """The axis of the slots in one k or v tensor."""
+        return 2 if self.layout == "BNSD" else 1
+
+    def describe(self) -> str:
+        """One line for logs and errors."""
+        return (
+            f"KV cache {self.layout}: {self.layers} layers × 2 × {self.batch_size} rows × {self.capacity} slots × "
+            f"{self.kv_heads} heads × {self.head_dim} × {str(self.dtype).removeprefix('torch.')} = {human_bytes(self.nbytes)}"
+        )
+
+    @classmethod
+    def of(
+        cls,
+        config: Qwen2Config,
+        *,
+        batch_size: int,
+        capacity: int,
+        layout: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        sliding_window: int | None = None,
+    ) -> CacheShape:
+        """The shape for ``config``; ``capacity`` is rounded up to its bucket."""
+        return cls(
+            layers=config.num_hidden_layers,
+            batch_size=batch_size,
+            capacity=round_capacity(capacity),
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            layout=layout,
+            dtype=dtype,
+            device=torch.device(device),
+            sliding_window=sliding_window,
+        )
+
+
+class FixedKVCache(Cache):
+    """See the module's text. A transformers ``Cache``, so that ``generate`` takes and returns it.
+
+    Attributes:
+        shape: what it was allocated from.
+        key_cache, value_cache: per layer one tensor of ``shape.tensor_shape``.
+        lengths: live tokens per row, on the host: reading them costs no synchronisation.
+        seen_tokens: tokens per row including padding: the sequence length as transformers counts it.
+        write_index: (batch,) int64 on the device: the slot of each row's next token, equal to ``lengths``.
+        drop_mask: (batch, capacity) bool, True where a slot is not live. Updated one slot per step, never rebuilt.
+        sliding_drop_mask: the same within the sliding window, or None.
+    """
+
+    # Cache's own __init__ differs between versions and would create layers; this class stores tensors, not layers.
+    def __init__(self, shape: CacheShape) -> None:
+        logger.info("allocating %s on %s", shape.describe(), shape.device)
+        self.shape = shape
+        try:
+            tensors = [
+                torch.zeros(shape.tensor_shape, dtype=shape.dtype, device=shape.device) for _ in range(2 * shape.layers)
+            ]
+        except RuntimeError as error:
+            raise MemoryError(
+                f"no room for the {shape.describe()} on {shape.device}: lower the batch size, the prompt length or "
+                f"max_new_tokens ({str(error).splitlines()[0]})"
+            ) from error
+        self.key_cache, self.value_cache = tensors[: shape.layers], tensors[shape.layers :]
+        self.write_index = torch.zeros(shape.batch_size, dtype=torch.int64, device=shape.device)
+        self.drop_mask = torch.ones(shape.batch_size, shape.capacity, dtype=torch.bool, device=shape.device)
+        self.sliding_drop_mask = self.drop_mask.clone() if shape.sliding_window is not None else None
+        self.lengths: list[int] = [0] * shape.batch_size
+        self.seen_tokens = 0
+
+    # ---- what the model does with it -----------------------------------------------------------------------------
+    def check_room(self, batch_size: int, new_tokens: int) -> None:
+        """Refuse a step that does not fit, before anything is written.
+
+        Raises:
+            CacheOverflowError: more tokens than free slots, or another batch size.
+        """
+        if batch_size != self.shape.batch_size:
+            raise CacheOverflowError(
+                f"the batch has {batch_size} rows but the KV cache was allocated for {self.shape.batch_size}; "
+                f"allocate_cache(batch_size={batch_size}, capacity=…)"
+            )
+        used = max(self.lengths)
+        if used + new_tokens > self.shape.capacity:
+            raise CacheOverflowError(
+                f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; allocate more "
+                f"with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), or raise max_new_tokens "
+                f"in generate()"
+            )
+
+    def begin(self, new_lengths: list[int]) -> None:
+        """Account for several new tokens per row, whose k and v the forward pass is about to write.
+
+        Args:
+            new_lengths: live new tokens per row.
+        """
+        self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.shape.device)
+        slots = torch.arange(self.shape.capacity, device=self.shape.device)
+        torch.ge(slots, lengths[:, None], out=self.drop_mask)
+        if self.sliding_drop_mask is not None:
+            assert self.shape.sliding_window is not None
+            expired = slots < lengths[:, None] - self.shape.sliding_window
+            torch.logical_or(self.drop_mask, expired, out=self.sliding_drop_mask)
+
+    def begin_decode(self, *, masks: bool) -> None:
+        """Account for one new token per row, at ``write_index``: no synchronisation, one slot of the masks touched.
+
+        Args:
+            masks: whether the attention of this model reads ``drop_mask``.
+        """
+        self.lengths = [length + 1 for length in self.lengths]
+        slot = self.write_index[:, None]
+        if masks:
+            self.drop_mask.scatter_(1, slot, False)
+        if self.sliding_drop_mask is not None:
+            window = self.shape.sliding_window
+            assert window is not None
+            self.sliding_drop_mask.scatter_(1, slot, False)
+            # The slot that leaves the window; while none does, slot 0 is written with what it holds.
+            self.sliding_drop_mask.scatter_(1, (slot - window).clamp(min=0), slot >= window)
+
+    def end(self, new_tokens: int, new_lengths: list[int] | None = None) -> None:
+        """The forward pass has written: move the write positions on.
+
+        Args:
+            new_tokens: tokens per row including padding.
+            new_lengths: live new tokens per row; None when every row has ``new_tokens``.
+        """
+        self.seen_tokens += new_tokens
+        if new_lengths is None or min(new_lengths) == max(new_lengths) == new_tokens:
+            self.write_index.add_(new_tokens)
+        else:
+            self.write_index.add_(torch.tensor(new_lengths, dtype=torch.int64, device=self.shape.device))
+
+    # ---- transformers' Cache interface ---------------------------------------------------------------------------
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Tokens per row seen so far, padding included."""
+        return self.seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Slots per row."""
+        return self.shape.capacity
+
+    get_max_cache_shape = get_max_length
+
+    def get_usable_length(self, new_seq_length: int, layer_idx: int | None = 0) -> int:
+        """All of what it holds is usable: overflow raises instead of dropping."""
+        return self.seen_tokens
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: transformers must not build 4-D masks for it; see qwen2_npu.graph for compilation."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """False for every layer: all tokens are kept, masks cut the window."""
+        return [False] * self.shape.layers
+
+    @property
+    def is_initialized(self) -> bool:
+        """True: allocated on construction."""
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: see :meth:`crop`."""
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.shape.batch_size
+
+    def __len__(self) -> int:
+        return self.shape.layers
+
+    def __repr__(self) -> str:
+        return f"FixedKVCache({self.shape.describe()}; lengths={self.lengths})"
+
+    def reset(self) -> None:
+        """Forget everything; the tensors keep their addresses. Zeroed, so that a NaN of an earlier run cannot leak."""
+        for tensor in self.key_cache + self.value_cache:
+            tensor.zero_()
+        self.write_index.zero_()
+        self.lengths = [0] * self.shape.batch_size
+        self.seen_tokens = 0
+        self._rebuild_masks()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``, in place, live slots only. For beam search."""
+        live = max(self.lengths)
+        beam_idx = beam_idx.to(self.shape.device)
+        for tensor in self.key_cache + self.value_cache:
+            slots = tensor.narrow(self.shape.slot_axis, 0, live)
+            slots.copy_(slots.index_select(0, beam_idx))
+        if len(set(self.lengths)) > 1:  # beams of one prompt are equally long: only other orders need the host
+            self.lengths = [self.lengths[row] for row in beam_idx.tolist()]
+            self.write_index.copy_(self.write_index.index_select(0, beam_idx))
+            self._rebuild_masks()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refused: the number of rows is fixed."""
+        raise CacheOverflowError(
+            "the fixed KV cache cannot change its number of rows; switch fixed_kv_cache off for this kind of search"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: the number of rows is fixed."""
+        self.batch_select_indices(torch.empty(0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``tokens_to_remove`` tokens of every row (assisted decoding)."""
+        if tokens_to_remove < 0 or tokens_to_remove > min(self.lengths):
+            raise CacheOverflowError(f"cannot remove {tokens_to_remove} tokens from rows of {self.lengths} tokens")
+        if tokens_to_remove == 0:
+            return
+        self.lengths = [length - tokens_to_remove for length in self.lengths]
+        self.seen_tokens -= tokens_to_remove
+        self.write_index.sub_(tokens_to_remove)
+        self._rebuild_masks()
+
+    def _rebuild_masks(self) -> None:
+        self.begin([0] * self.shape.batch_size)

@@ -1,0 +1,1 @@
+"""What the suites and the commands share: operator catalogue, token-level comparison, tiny checkpoint, report."""

@@ -1,0 +1,74 @@
+"""What the models are asked: left-padded prompts, and the shapes of batches that the suite covers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded prompts of B rows, P columns.
+
+    ``input_ids`` (B, P) int64, ``attention_mask`` (B, P) int64: 1 where there is a token.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], *, pad_token_id: int = 0) -> Batch:
+        """Pads ``prompts`` on the left to the longest.
+
+        Raises:
+            ValueError: no prompts, or an empty one.
+        """
+        if not prompts or any(not len(prompt) for prompt in prompts):
+            raise ValueError("a batch needs at least one prompt, and every prompt at least one token")
+        width = max(len(prompt) for prompt in prompts)
+        ids = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return cls(torch.tensor(ids), torch.tensor(mask))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each row."""
+        return self.attention_mask.sum(dim=1).tolist()
+
+    def rows(self) -> list[Batch]:
+        """Each row alone, without its padding."""
+        return [
+            Batch(ids[mask.bool()].unsqueeze(0), mask[mask.bool()].unsqueeze(0))
+            for ids, mask in zip(self.input_ids, self.attention_mask, strict=True)
+        ]
+
+
+BATCH_SHAPES: dict[str, tuple[int, ...]] = {
+    "one": (17,),
+    "four": (17, 17, 17, 17),
+    "ragged": (17, 9, 1, 12),
+}
+"""Name -> tokens per row. Odd lengths: no kernel's blocking divides them. One row has a single token."""
+
+
+def random_batch(shape: str, vocab_size: int, *, seed: int = 0) -> Batch:
+    """Random tokens in one of :data:`BATCH_SHAPES`."""
+    generator = torch.Generator().manual_seed(seed)
+    return Batch.of([torch.randint(vocab_size, (n,), generator=generator).tolist() for n in BATCH_SHAPES[shape]])
+
+
+def text_batch(shape: str, token_ids: Sequence[int], *, pad_token_id: int = 0) -> Batch:
+    """Windows of a tokenised text in one of :data:`BATCH_SHAPES`, spread over the text.
+
+    Raises:
+        ValueError: the text is shorter than the longest row.
+    """
+    lengths = BATCH_SHAPES[shape]
+    spare = len(token_ids) - max(lengths)
+    if spare < 0:
+        raise ValueError(f"the text has {len(token_ids)} tokens; batch shape {shape!r} needs {max(lengths)}")
+    starts = [spare * row // max(len(lengths) - 1, 1) for row in range(len(lengths))]
+    rows = [list(token_ids[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
+    return Batch.of(rows, pad_token_id=pad_token_id)

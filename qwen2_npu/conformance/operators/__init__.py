@@ -1,0 +1,50 @@
+"""The operator catalogue: per operator its samples, float64 golden, derived tolerances and invalid inputs.
+
+In the spirit of PyTorch's OpInfo: one record per operator, in the file that bears its name, consumed by every suite.
+Goldens are numpy, written from the operators' documentation and not from any kernel. To add an operator, write its
+file and add it to ``_RECORDS``.
+"""
+
+from __future__ import annotations
+
+from qwen2_npu.conformance.operators import (
+    add_rms_norm,
+    apply_rotary_pos_emb,
+    fused_infer_attention_score,
+    incre_flash_attention,
+    prompt_flash_attention,
+    rms_norm,
+    rotary_mul,
+    scatter_update,
+    swiglu,
+)
+from qwen2_npu.conformance.operators.check import check, compare, compare_all
+from qwen2_npu.conformance.operators.record import DTYPES, Expected, Invalid, Operator, Sample, Skip
+
+_RECORDS = (
+    prompt_flash_attention.OPERATOR,
+    incre_flash_attention.OPERATOR,
+    fused_infer_attention_score.OPERATOR,
+    rms_norm.OPERATOR,
+    add_rms_norm.OPERATOR,
+    apply_rotary_pos_emb.OPERATOR,
+    rotary_mul.OPERATOR,
+    scatter_update.OUT_OF_PLACE,
+    scatter_update.IN_PLACE,
+    swiglu.OPERATOR,
+)
+
+CATALOGUE: dict[str, Operator] = {record.name: record for record in _RECORDS}
+
+__all__ = [
+    "CATALOGUE",
+    "DTYPES",
+    "Expected",
+    "Invalid",
+    "Operator",
+    "Sample",
+    "Skip",
+    "check",
+    "compare",
+    "compare_all",
+]

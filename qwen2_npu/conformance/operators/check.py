@@ -1,0 +1,190 @@
+"""Runs one sample of the catalogue on a device and compares it with its golden, element by element.
+
+``check`` is what the tests call and what a failure message tells the reader to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Operator, Parameters, is_working
+from qwen2_npu.conformance.operators.rounding import Array, FloatArray
+
+if TYPE_CHECKING:
+    import torch
+
+Implementation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The worst element of one output, or what is wrong with the output as a whole."""
+
+    output: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"output {self.output!r}: {self.problem}"
+
+
+def compare(expected: Expected, got: FloatArray) -> Mismatch | None:
+    """Elementwise |got - value| <= bound where defined, finite everywhere; the worst element in units of its bound."""
+    if expected.value is None:
+        return None
+    if got.shape != expected.value.shape:
+        return Mismatch(expected.name, f"shape {got.shape}, expected {expected.value.shape}")
+    if got.size == 0:
+        return None
+    value, bound = expected.value, expected.bound if expected.bound is not None else np.zeros_like(expected.value)
+    defined = np.ones(value.shape, bool) if expected.defined is None else np.broadcast_to(expected.defined, value.shape)
+    if not np.isfinite(got).all() and np.isfinite(value[defined]).all():
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(got))[0])
+        where = "" if defined[index] else " (undefined by the documentation, but it must be finite)"
+        return Mismatch(expected.name, f"{got[index]} at {index}{where}, expected {value[index]!r}")
+    with np.errstate(invalid="ignore"):
+        error = np.where(got == value, 0.0, np.abs(got - value))
+    wrong = defined & ~(error <= bound)
+    if not wrong.any():
+        return None
+    excess = np.where(wrong, error / np.maximum(bound, np.finfo(np.float64).tiny), -1.0)
+    worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(excess)), excess.shape))
+    return Mismatch(
+        expected.name,
+        f"{int(wrong.sum())} of {int(defined.sum())} elements out of bounds, worst at {worst}: "
+        f"got {float(got[worst])!r}, want {float(value[worst])!r}, "
+        f"error {float(error[worst]):.3e}, bound {float(bound[worst]):.3e}",
+    )
+
+
+def compare_all(expected: Sequence[Expected], got: Sequence[FloatArray]) -> list[Mismatch]:
+    """The mismatches of all outputs; a wrong number of outputs is one, too."""
+    if len(expected) != len(got):
+        return [Mismatch("*", f"{len(got)} outputs, expected {len(expected)}")]
+    return [found for want, have in zip(expected, got, strict=True) if (found := compare(want, have))]
+
+
+def to_tensors(arguments: Arguments, dtype: str, device: str = "cpu", strided: bool = False) -> dict[str, Any]:
+    """Arguments as the operator takes them. ``strided`` makes every tensor of two or more elements non-contiguous."""
+    import torch
+
+    def tensor(value: Array) -> torch.Tensor:
+        made = torch.from_numpy(np.array(value, order="C"))
+        made = made.to(getattr(torch, dtype)) if is_working(value) else made
+        made = made.to(device)
+        if strided and made.numel() > 1:
+            wide = made.new_zeros(*made.shape[:-1], 2 * made.shape[-1])
+            wide[..., ::2] = made
+            made = wide[..., ::2]
+        return made
+
+    return {name: tensor(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+
+
+def to_array(tensor: torch.Tensor) -> FloatArray:
+    import torch
+
+    return np.asarray(tensor.detach().cpu().to(torch.float64).numpy())
+
+
+def operator_of(name: str) -> Implementation:
+    """torch.ops.npu.<name>: torch_npu's own where it is installed, else this project's kernels."""
+    import torch
+
+    import qwen2_npu.ops  # noqa: F401  (registers the kernels)
+
+    found: Implementation = getattr(torch.ops.npu, name)
+    return found
+
+
+def call(implementation: Implementation, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    returned = implementation(**tensors)
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def check(
+    name: str,
+    parameters: Parameters,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    strided: bool = False,
+    implementation: Implementation | None = None,
+) -> None:
+    """Run operator ``name`` on the sample that ``parameters`` and ``seed`` describe; compare values, dtypes, side effects.
+
+    Raises:
+        AssertionError: an output is out of its bound, an argument was overwritten that must not be, or an output aliases
+            (or fails to alias) an argument. The message ends with a script that reproduces it.
+    """
+    from qwen2_npu.conformance.operators import CATALOGUE
+
+    problems = find_problems(CATALOGUE[name], parameters, dtype, device, seed, strided, implementation)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise AssertionError(
+            f"{name} ({dtype} on {device}) disagrees with its golden:\n{lines}\nreproduce with:\n"
+            f"{snippet(name, parameters, dtype, device, seed, strided)}"
+        )
+
+
+def snippet(name: str, parameters: Parameters, dtype: str, device: str, seed: int, strided: bool = False) -> str:
+    """A script that repeats one check."""
+    more = ", strided=True" if strided else ""
+    return (
+        "  from qwen2_npu.conformance.operators import check\n"
+        f"  check({name!r}, {dict(parameters)!r}, dtype={dtype!r}, device={device!r}, seed={seed}{more})"
+    )
+
+
+def find_problems(
+    operator: Operator,
+    parameters: Parameters,
+    dtype: str,
+    device: str = "cpu",
+    seed: int = 0,
+    strided: bool = False,
+    implementation: Implementation | None = None,
+) -> list[str]:
+    """What ``check`` would complain about, as lines of text."""
+    arguments = operator.arguments(parameters, dtype, seed)
+    expected = operator.golden(arguments, dtype)
+    tensors = to_tensors(arguments, dtype, device, strided)
+    outputs = call(implementation or operator_of(operator.name), tensors)
+    problems = [str(found) for found in compare_all(expected, [to_array(output) for output in outputs])]
+    problems += wrong_dtypes(expected, outputs, dtype)
+    problems += side_effects(operator, arguments, tensors, outputs)
+    return problems
+
+
+def wrong_dtypes(expected: Sequence[Expected], outputs: Sequence[torch.Tensor], dtype: str) -> list[str]:
+    wanted = [(want.name, f"torch.{want.dtype or dtype}", str(have.dtype)) for want, have in zip(expected, outputs)]
+    return [f"output {name!r}: dtype {have}, expected {want}" for name, want, have in wanted if have != want]
+
+
+def side_effects(
+    operator: Operator, before: Arguments, after: dict[str, Any], outputs: Sequence[torch.Tensor]
+) -> list[str]:
+    """Arguments overwritten without leave, and outputs that alias what they must not or not what they must."""
+    import torch
+
+    problems = []
+    for name, value in before.items():
+        if isinstance(value, np.ndarray) and name not in operator.writes:
+            if not np.array_equal(to_array(after[name]), np.asarray(value, np.float64), equal_nan=True):
+                problems.append(f"argument {name!r} was overwritten")
+    for i, output in enumerate(outputs):
+        if output.numel() == 0:
+            continue
+        aliased = {
+            name
+            for name, value in after.items()
+            if isinstance(value, torch.Tensor) and value.numel() and value.data_ptr() == output.data_ptr()
+        }
+        wanted = {operator.writes[i]} if i < len(operator.writes) else set()
+        if aliased != wanted:
+            problems.append(f"output {i} shares memory with {sorted(aliased)}, expected {sorted(wanted)}")
+    return problems

@@ -1,0 +1,119 @@
+"""The baseline (stock transformers Qwen2, eager attention) and its exact float64 self.
+
+Differences between transformers 4.37 and 5.x that concern the stock model live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Qwen2Config
+
+_MAJOR = int(transformers.__version__.split(".")[0])
+HEAD_DIM_IS_FREE = _MAJOR >= 5
+"""Whether the stock Qwen2 reads ``config.head_dim`` (4.37 takes hidden_size / num_attention_heads)."""
+
+
+def stock_from_state_dict(
+    config: Qwen2Config,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The stock model with these weights, built as ``from_pretrained`` would: rotary tables are made in float32.
+
+    (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
+    """
+    from transformers import Qwen2ForCausalLM as StockQwen2
+
+    config = _with_eager_attention(config)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cpu"):
+            model = StockQwen2(config)
+    finally:
+        torch.set_default_dtype(previous)
+    missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
+    absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
+    if absent or unexpected:
+        raise ValueError(f"state dict does not fit the stock Qwen2: missing {absent}, unexpected {list(unexpected)}")
+    model.tie_weights()
+    return model.eval().to(device)
+
+
+def stock_from_pretrained(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The stock model of a checkpoint folder, with eager attention."""
+    from transformers import Qwen2ForCausalLM as StockQwen2
+
+    dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
+    model = StockQwen2.from_pretrained(str(path), attn_implementation="eager", local_files_only=True, **dtype_argument)
+    return model.eval().to(device)
+
+
+def float64_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model's float64 self on the CPU: the same weights, upcast exactly.
+
+    Call it inside :func:`exact`; ``teacher.run_reference`` does. Rotary tables are recomputed in float64 from the float32
+    inverse frequencies: those are part of the model's definition, what is computed from them is not.
+    """
+    config = model.config
+    state = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in model.state_dict().items()}
+    reference = stock_from_state_dict(config, state, dtype=torch.float64)
+    for module in reference.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.double()
+        if hasattr(module, "cos_cached"):  # 4.37 looks up tables that it made in float32
+            positions = torch.arange(module.max_seq_len_cached, dtype=torch.float64)
+            angles = torch.outer(positions, module.inv_freq).repeat(1, 2)
+            module.cos_cached, module.sin_cached = angles.cos(), angles.sin()
+    return reference
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Casts of float64 tensors to float32, and reductions asked to run in float32, stay in float64.
+
+    The stock model casts to float32 inside its norms, its softmax and its rotary embedding, whatever its own dtype.
+    Left alone, "the model in float64" would carry float32 noise: as much as the float32 baseline it is to judge.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if tree_any(lambda leaf: isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64, args):
+            if func is torch.Tensor.float:
+                return args[0]
+            if func is torch.Tensor.to:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Within it, float64 tensors stay float64 through the stock model's own casts to float32."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # 4.37 fills its mask with finfo(float64).min in the default dtype
+    try:
+        with _KeepFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _with_eager_attention(config: Qwen2Config) -> Qwen2Config:
+    config = type(config).from_dict(config.to_dict())
+    config._attn_implementation = "eager"
+    return config

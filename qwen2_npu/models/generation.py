@@ -1,0 +1,165 @@
+"""How the model plugs into transformers' ``generate``, on 4.37.0 and on 5.x.
+
+``generate`` itself stays transformers' own. What is added: the fixed KV cache is allocated before the first forward pass from
+the length ``generate`` has settled on, and kept for the next call of the same shape.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from qwen2_npu.cache import CacheShape, FixedKVCache
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.compat import IS_V4, growing_cache
+
+if TYPE_CHECKING:
+    from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+
+
+class CachePool:
+    """At most one idle fixed cache, handed out again to the next call of the same shape.
+
+    A cache that is in use, or that a caller keeps, is not in the pool: nobody's tokens are ever overwritten.
+    """
+
+    def __init__(self) -> None:
+        self._idle: FixedKVCache | None = None
+
+    def take(self, shape: CacheShape) -> FixedKVCache:
+        """An empty cache of ``shape``; the idle one at its addresses if it fits, else a new one."""
+        cache, self._idle = self._idle, None
+        if cache is None or cache.shape != shape:
+            del cache  # free it before its successor is allocated
+            return FixedKVCache(shape)
+        cache.reset()
+        return cache
+
+    def give_back(self, cache: FixedKVCache) -> None:
+        """Keep ``cache`` for the next call."""
+        self._idle = cache
+
+
+class GenerationHooks:
+    """The methods of ``generate`` that this model answers differently. Mixed into Qwen2ForCausalLM."""
+
+    _pool: CachePool
+    _generating: list[FixedKVCache]
+    _max_length: int | None
+
+    def _start_generation(self) -> None:
+        self._pool = CachePool()
+        self._generating = []
+        self._max_length = None
+
+    def generate(self: Qwen2ForCausalLM, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+        """transformers' ``generate`` with all its options; see there.
+
+        Raises:
+            ValueError: an empty prompt, token ids outside the vocabulary, right-padded prompts.
+            CacheOverflowError: a cache passed as ``past_key_values`` is too small.
+        """
+        already = len(self._generating)
+        try:
+            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            kept = getattr(result, "past_key_values", None)
+            for cache in self._generating[already:]:
+                if cache is not kept:
+                    self._pool.give_back(cache)
+            return result
+        finally:
+            del self._generating[already:]
+
+    def _cache_for_generation(self: Qwen2ForCausalLM, rows: int, max_length: int) -> Cache:  # type: ignore[misc]
+        if not self.optimizations.fixed_kv_cache:
+            return growing_cache()
+        cache = self._pool.take(self.cache_shape(rows, max_length))
+        self._generating.append(cache)
+        return cache
+
+    # ---- 5.x ----------------------------------------------------------------------------------------------------
+    def _prepare_cache_for_generation(  # type: ignore[misc]
+        self: Qwen2ForCausalLM,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UnsupportedError(
+                f"cache_implementation={generation_config.cache_implementation!r}: this model brings its own cache "
+                f"(fixed_kv_cache={self.optimizations.fixed_kv_cache}); leave cache_implementation unset"
+            )
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        # max_cache_length leaves out the last token, whose k and v are never read; a continuation may want it.
+        model_kwargs["past_key_values"] = self._cache_for_generation(rows, max_cache_length + 1)
+
+    def _supports_logits_to_keep(self: Qwen2ForCausalLM) -> bool:  # type: ignore[misc]
+        # generate() then asks for the last position only: exactly what the step is about.
+        return self.optimizations.last_token_logits
+
+    # ---- 4.37 ---------------------------------------------------------------------------------------------------
+    def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        # Both versions call it once the final length is known.
+        self._max_length = generation_config.max_length
+        super()._validate_generated_length(generation_config, *args, **kwargs)
+
+    @staticmethod
+    def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
+
+    def prepare_inputs_for_generation(  # type: ignore[misc]
+        self: Qwen2ForCausalLM,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward pass; see transformers."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past == 0 and attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends after the "
+                f"last position: tokenize with padding_side='left'"
+            )
+        if not IS_V4:
+            return super().prepare_inputs_for_generation(  # type: ignore[misc]
+                input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        use_cache = kwargs.get("use_cache")
+        first_of_embeds = inputs_embeds is not None and past == 0
+        if past_key_values is None and use_cache:
+            rows, given = (inputs_embeds if first_of_embeds else input_ids).shape[:2]
+            # With inputs_embeds alone, max_length counts new tokens only.
+            extra = given if first_of_embeds and input_ids.shape[1] == 0 else 0
+            past_key_values = self._cache_for_generation(rows, (self._max_length or given) + extra)
+        if past > 0:
+            total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
+            input_ids = input_ids[:, -(total - past) :]
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is not None and past > 0:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        model_inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds} if first_of_embeds else {"input_ids": input_ids}
+        model_inputs.update(
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+        )
+        if self.optimizations.last_token_logits:
+            model_inputs["logits_to_keep"] = 1
+        return model_inputs

@@ -1,0 +1,169 @@
+"""From what transformers passes (padded rows, 2-D masks) to what the layers take (compact rows, lengths, masks).
+
+With the fixed cache every row is compacted to the left before the first layer: the tokens whose mask is 1, in order, then the
+padding. Left padding, right padding and holes all become the same thing, a ragged batch aligned at slot 0. Padding then comes
+after every live token, so causality alone keeps it out: no padding mask in prefill, none in decode.
+
+Shapes: B batch, S new tokens, T tokens including the past, C slots of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.models.attention import AttentionInputs, Phase
+from qwen2_npu.optimizations import Optimizations
+
+COMPRESSED_MASK_SIZE = 2048
+"""Side of the triangular mask the attention operators take for the causal and band sparse modes."""
+
+
+@dataclass
+class Rows:
+    """The rows of one forward pass as the layers see them.
+
+    Attributes:
+        order: (B, S) compact position -> position given; None where rows are compact as given.
+        lengths: live new tokens per row, on the host.
+    """
+
+    order: torch.Tensor | None
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None, batch: int, tokens: int) -> Rows:
+        """Read the last ``tokens`` columns of ``mask`` (B, T), 1 = live. Synchronises once where there is a mask.
+
+        Raises:
+            ValueError: a row without a live token, or a mask that is not 2-D or of another batch.
+        """
+        if mask is None:
+            return cls(None, [tokens] * batch)
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} does not cover a batch of {batch} rows × {tokens} new tokens: "
+                f"pass a 2-D mask (batch, past + new tokens) of 0 and 1"
+            )
+        live = mask[:, -tokens:] != 0
+        lengths = [int(length) for length in live.sum(dim=1).tolist()]
+        if min(lengths) == 0:
+            raise ValueError(
+                f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: an empty prompt; "
+                f"give every row at least one token"
+            )
+        if min(lengths) == tokens:
+            return cls(None, lengths)
+        return cls(torch.argsort((~live).to(torch.int8), dim=1, stable=True), lengths)
+
+    def compact(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, S, …) as given -> compact rows."""
+        return values if self.order is None else _take(values, self.order)
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """Compact rows (B, S, …) -> as given; what stands at padding is unspecified."""
+        return values if self.order is None else _take(values, torch.argsort(self.order, dim=1))
+
+    def last(self, count: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """(B, count) compact positions of the last ``count`` positions as given."""
+        batch = len(self.lengths)
+        if self.order is None:
+            return torch.arange(tokens - count, tokens, device=device).expand(batch, count)
+        return torch.argsort(self.order, dim=1)[:, tokens - count :]
+
+
+def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index = order.reshape(order.shape + (1,) * (values.dim() - 2)).expand(*order.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+class MaskFactory:
+    """Masks (True = drop) for the phases, and the one that is built once: the compressed triangular mask."""
+
+    def __init__(self, optimizations: Optimizations, window: int | None) -> None:
+        self.optimizations = optimizations
+        self.window = window
+        self._compressed: torch.Tensor | None = None
+
+    def _both(self, drop: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``drop``, and ``drop`` with what lies ``window`` or more tokens back dropped as well."""
+        return drop, None if self.window is None else drop | (distance >= self.window)
+
+    def prefill(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masks of a prompt: compressed where the operator derives causality from it, else (S, S)."""
+        if self.optimizations.flash_attention and self.optimizations.last_token_logits:
+            if self._compressed is None or self._compressed.device != device:
+                square = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
+                self._compressed = square.triu(1)
+            return self._compressed, None if self.window is None else self._compressed
+        positions = torch.arange(tokens, device=device)
+        distance = positions[:, None] - positions
+        return self._both(distance < 0, distance)
+
+    def extend(self, cache: FixedKVCache, past: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 1, S, C): new token ``i`` of row ``b`` sees the slots up to ``past[b] + i``."""
+        device = cache.shape.device
+        starts = torch.tensor(past, device=device)
+        queries = starts[:, None] + torch.arange(tokens, device=device)
+        distance = (queries[:, :, None] - torch.arange(cache.shape.capacity, device=device))[:, None]
+        return self._both(distance < 0, distance)
+
+    def decode(self, cache: FixedKVCache) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The masks that the cache keeps, in the shape the attention of this model takes."""
+        flash = self.optimizations.flash_attention
+        full = None if self.optimizations.ifa_tiling else cache.drop_mask
+        masks = (full, cache.sliding_drop_mask)
+        if flash and not self.optimizations.fused_infer_attention:
+            return masks
+        return tuple(None if mask is None else mask[:, None, None] for mask in masks)  # type: ignore[return-value]
+
+    def growing(
+        self, mask: torch.Tensor | None, tokens: int, past: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(B or 1, 1, S, T) for the stock growing cache: padded rows, masked as the stock model masks them."""
+        if mask is None and tokens == 1 and self.window is None:
+            return None, None
+        keys = torch.arange(past + tokens, device=device)
+        distance = (past + torch.arange(tokens, device=device))[:, None] - keys
+        drop = (distance < 0)[None, None]
+        if mask is not None:
+            drop = drop | (mask[:, None, None, :] == 0)
+        return self._both(drop, distance)
+
+
+def fixed_cache_inputs(
+    cache: FixedKVCache | None,
+    rows: Rows,
+    tokens: int,
+    position_ids: torch.Tensor | None,
+    masks: MaskFactory,
+    device: torch.device,
+) -> tuple[Phase, AttentionInputs]:
+    """Phase and inputs of a pass over compact rows, and the cache's accounts opened for it.
+
+    Args:
+        cache: None for a pass that keeps nothing.
+        position_ids: (B, S) of the compact rows, or None for the count of live tokens before each.
+    """
+    past = [0] * len(rows.lengths) if cache is None else cache.lengths
+    phase: Phase = "prefill" if max(past) == 0 else "decode" if tokens == 1 else "extend"
+    if position_ids is None:
+        starts = torch.zeros(len(past), dtype=torch.int64, device=device) if cache is None else cache.write_index
+        position_ids = starts[:, None] + torch.arange(tokens, device=device)
+    optimizations = masks.optimizations
+    if cache is None:
+        mask, sliding = masks.prefill(tokens, device)
+        return phase, AttentionInputs(position_ids, None, mask, sliding)
+    lengths: list[int] | None = None
+    if phase == "decode":
+        cache.begin_decode(masks=not optimizations.ifa_tiling)
+        mask_or_none, sliding = masks.decode(cache)
+        lengths = cache.lengths if optimizations.ifa_tiling else None
+        return phase, AttentionInputs(position_ids, cache.write_index, mask_or_none, sliding, lengths)
+    mask, sliding = masks.prefill(tokens, device) if phase == "prefill" else masks.extend(cache, past, tokens)
+    cache.begin(rows.lengths)
+    if phase == "extend":
+        lengths = [start + tokens for start in past]
+    return phase, AttentionInputs(position_ids, cache.write_index, mask, sliding, lengths)

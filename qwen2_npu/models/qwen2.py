@@ -1,0 +1,468 @@
+"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: the decoder, and transformers' causal-LM contract around it.
+
+Reading order: :meth:`Qwen2Model.forward` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are the
+two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes into their arguments.
+
+Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Qwen2Config
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
+from qwen2_npu import checkpoint
+from qwen2_npu.cache import CacheShape, FixedKVCache
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.compat import (
+    LOGITS_IN_FLOAT32,
+    TIED_WEIGHTS,
+    GenerationMixin,
+    check_config,
+    growing_cache,
+    set_torch_dtype,
+    sliding_windows,
+)
+from qwen2_npu.models.generation import GenerationHooks
+from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs
+from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
+from qwen2_npu.optimizations import Optimizations
+
+DEFAULT_HEADROOM = 256
+"""Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
+
+LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, norm, MLP, with the residual sum threaded through the norms."""
+
+    def __init__(
+        self, config: Qwen2Config, optimizations: Optimizations, layer: int, window: int | None, rotary: RotaryTable
+    ) -> None:
+        super().__init__()
+        fused_norm = optimizations.add_rms_norm
+        self.self_attn = Attention(config, optimizations, layer, window, rotary)
+        self.mlp = MLP(config, optimizations)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        phase: Phase,
+        inputs: AttentionInputs,
+        cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(B, S, H): the MLP's result still to be added, the residual to add it to, and the attention weights if any."""
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual, weights
+
+
+class Qwen2Model(nn.Module):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations) -> None:
+        super().__init__()
+        self.shared_cos_sin = optimizations.flash_attention
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None))
+        self.rotary = RotaryTable(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, optimizations, layer, window, self.rotary)
+            for layer, window in enumerate(sliding_windows(config))
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        phase: Phase,
+        inputs: AttentionInputs,
+        caches: list[LayerCache],
+        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None = None,
+    ) -> torch.Tensor:
+        """The hidden states (B, S, H) after the final norm.
+
+        Args:
+            tokens: (B, S) token ids, or (B, S, H) embeddings.
+            caches: per layer what its attention reads and writes.
+            record: two lists to which the hidden states and attention weights of every layer are appended.
+        """
+        hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
+        residual: torch.Tensor | None = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            if record is not None:
+                record[0].append(hidden_states if residual is None else residual + hidden_states)
+            hidden_states, residual, weights = layer(hidden_states, residual, phase, inputs, cos_sin, cache)
+            if record is not None:
+                record[1].append(weights)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        if record is not None:
+            record[0].append(hidden_states)
+        return hidden_states
+
+
+class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A transformers causal language model whose every optimisation is a switch.
+
+    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and return
+    what the stock class does. For inference: parameters require no gradient.
+
+    Args:
+        config: a transformers ``Qwen2Config`` (model_type qwen2: Qwen2 dense sizes and Qwen1.5).
+        optimizations: the switches; all of the ladder by default.
+
+    Raises:
+        UnsupportedError: a configuration this model does not serve.
+    """
+
+    config_class = Qwen2Config
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["DecoderLayer"]
+    _tied_weights_keys = TIED_WEIGHTS
+    _supports_cache_class = True
+
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
+        checkpoint.check_heads(config)
+        check_config(config)
+        super().__init__(config)
+        self.optimizations = Optimizations.all() if optimizations is None else optimizations
+        self.model = Qwen2Model(config, self.optimizations)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        windows = {window for window in sliding_windows(config) if window is not None}
+        self._window: int | None = min(windows, default=None)
+        self._masks = MaskFactory(self.optimizations, self._window)
+        self._start_generation()
+        self.compiled_steps: dict[str, Callable[..., torch.Tensor]] = {}
+        self.post_init()
+        self.requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+
+    # ---- loading and saving --------------------------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: torch.device | str | None = None,
+        optimizations: Optimizations | None = None,
+        weights_file: str | None = None,
+        config: Qwen2Config | None = None,
+        low_cpu_mem_usage: bool = True,
+        trust_remote_code: bool = False,
+    ) -> Qwen2ForCausalLM:
+        """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
+
+        Args:
+            pretrained_model_name_or_path: a local folder; nothing is downloaded.
+            dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
+            device: where to; ``device_map`` is accepted with one device. Default cpu.
+            weights_file: a file of the folder in another format than safetensors (pytorch_model.bin), by name only.
+            config: instead of the folder's config.json.
+            low_cpu_mem_usage: accepted; loading always is.
+            trust_remote_code: accepted; no remote code is ever run.
+
+        Raises:
+            CheckpointError: what is wrong with the folder, naming file and tensor.
+        """
+        if device_map == "auto":
+            device_map = None
+        if isinstance(device_map, dict):
+            raise UnsupportedError(f"device_map={device_map!r}: pass one device, device='npu:0'; see tensor parallelism for more")
+        source = checkpoint.open_checkpoint(pretrained_model_name_or_path, config=config, weights_file=weights_file)
+        model = checkpoint.build(
+            lambda: cls(source.config, optimizations),
+            source,
+            dtype=checkpoint.parse_dtype(dtype if dtype is not None else torch_dtype),
+            device=torch.device(device or device_map or "cpu"),
+        )
+        generation_config = source.generation_config()
+        if generation_config is not None:
+            model.generation_config = generation_config
+        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: Qwen2Config,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        optimizations: Optimizations | None = None,
+    ) -> Qwen2ForCausalLM:
+        """The model with the weights of a stock state dict (names of the stock class).
+
+        Raises:
+            CheckpointError: missing, unexpected or mis-shaped tensors.
+        """
+        return checkpoint.build(
+            lambda: cls(config, optimizations),
+            checkpoint.StateDictSource(config, state_dict),
+            dtype=dtype,
+            device=torch.device(device or "cpu"),
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", safe_serialization: bool = True
+    ) -> None:
+        """Write the ordinary Hugging Face layout, tensors bit-identical to what was loaded (in the dtype held).
+
+        Every file is written beside its place and moved there when complete: a failure leaves what was there before.
+
+        Raises:
+            CheckpointError: the folder cannot be written (disk full, no permission).
+        """
+        if not safe_serialization:
+            raise UnsupportedError("safe_serialization=False would write pickle; checkpoints are written as safetensors only")
+        set_torch_dtype(self.config, self.dtype)
+        checkpoint.save(self, Path(save_directory), max_shard_size=max_shard_size)
+
+    def stock_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the stock class's names: fused ones as views of their parts, tied ones once."""
+        return checkpoint.stock_state_dict(self)
+
+    # ---- caches --------------------------------------------------------------------------------------------------
+    def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
+        """Shape, and so the memory, of the fixed cache for ``batch_size`` rows of ``capacity`` tokens.
+
+        Raises:
+            ValueError: ``capacity`` is beyond the model's positions.
+        """
+        positions = self.config.max_position_embeddings
+        if capacity > positions:
+            raise ValueError(
+                f"prompt and new tokens need {capacity} positions, the model has max_position_embeddings={positions}: shorten "
+                f"the prompt or lower max_new_tokens"
+            )
+        return CacheShape.of(
+            self.config,
+            batch_size=batch_size,
+            capacity=capacity,
+            layout="BSND" if self.optimizations.flash_attention else "BNSD",
+            dtype=self.dtype,
+            device=self.device,
+            sliding_window=self._window,
+        )
+
+    def allocate_cache(self, batch_size: int, capacity: int) -> Cache:
+        """A cache to pass as ``past_key_values``: fixed, or with ``fixed_kv_cache`` off the stock growing one.
+
+        Args:
+            capacity: tokens per row it must hold, padding included.
+
+        Raises:
+            ValueError: ``capacity`` is beyond the model's positions.
+            MemoryError: it does not fit the device.
+        """
+        if not self.optimizations.fixed_kv_cache:
+            return growing_cache()
+        return FixedKVCache(self.cache_shape(batch_size, capacity))
+
+    # ---- the two steps that are compiled -------------------------------------------------------------------------
+    def prefill_step(
+        self, tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], logit_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits of the prompt (B, S or kept, V).
+
+        Args:
+            logit_index: (B, kept) positions whose logits are wanted; None for all.
+        """
+        return self._logits(self.model(tokens, "prefill", inputs, caches), logit_index)
+
+    def decode_step(self, tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache]) -> torch.Tensor:
+        """Logits (B, 1, V) of one token per row."""
+        return self._logits(self.model(tokens, "decode", inputs, caches), None)
+
+    def _logits(self, hidden_states: torch.Tensor, logit_index: torch.Tensor | None) -> torch.Tensor:
+        if logit_index is not None:
+            index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.gather(1, index)
+        logits = self.lm_head(hidden_states)
+        return logits.float() if LOGITS_IN_FLOAT32 else logits
+
+    # ---- transformers' contract ----------------------------------------------------------------------------------
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """One forward pass.
+
+        Args:
+            input_ids: (B, S) token ids; or ``inputs_embeds`` (B, S, H).
+            attention_mask: (B, past + S) of 0 and 1 (2-D); padding may stand anywhere. In a step of one token after a
+                prompt the new token always counts.
+            position_ids: (B or 1, S); default: the number of live tokens before each.
+            past_key_values: a cache of :meth:`allocate_cache`, or the one of the previous output.
+            labels: (B, S), -100 = ignored; the loss over all positions then comes with the logits of all.
+            logits_to_keep: the last so many positions only; 0 for all. ``generate`` asks for 1 with last_token_logits.
+
+        Returns:
+            ``CausalLMOutputWithPast``; logits at positions whose mask is 0 are unspecified.
+
+        Raises:
+            ValueError: inputs that do not fit; see the message.
+            CacheOverflowError: more tokens than the cache holds; nothing has been written then.
+        """
+        given = self._check_tokens(input_ids, inputs_embeds)
+        batch, tokens = given.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and attention_mask.shape[-1] != past + tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past} are in the cache and {tokens} are new: "
+                f"pass one of (batch, {past + tokens})"
+            )
+        if output_attentions and self.optimizations.fixed_kv_cache:
+            raise UnsupportedError(
+                f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention weights are not "
+                f"kept; use optimizations with fixed_kv_cache and flash_attention off"
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if labels is not None:
+            logits_to_keep = 0
+        if input_ids is not None and past == 0:
+            self._check_vocabulary(input_ids)
+        self.model.rotary.prepare(self.dtype, given.device)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, self.config.max_position_embeddings))
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, -1)
+        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
+        recording = record if output_attentions or output_hidden_states else None
+        if self.optimizations.fixed_kv_cache:
+            if cache is not None and not isinstance(cache, FixedKVCache):
+                raise UnsupportedError(
+                    f"past_key_values is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
+                )
+            logits = self._forward_fixed(
+                given, attention_mask, position_ids, cache, logits_to_keep, recording
+            )
+        else:
+            logits = self._forward_growing(given, attention_mask, position_ids, cache, logits_to_keep, recording)
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else _shifted_loss(logits, labels),
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(record[0]) if output_hidden_states else None,
+            attentions=tuple(record[1]) if output_attentions else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _check_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        wanted = "input_ids (batch, tokens)" if input_ids is not None else "inputs_embeds (batch, tokens, hidden)"
+        if given.dim() != (2 if input_ids is not None else 3):
+            raise ValueError(f"{wanted} expected, got shape {tuple(given.shape)}")
+        if given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(f"empty prompt: {wanted} has shape {tuple(given.shape)}; give every row at least one token")
+        return given
+
+    def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
+        low, high = (int(value) for value in torch.stack(torch.aminmax(input_ids)).tolist())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: does the tokenizer belong "
+                f"to this model?"
+            )
+
+    def _forward_fixed(
+        self,
+        given: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: FixedKVCache | None,
+        logits_to_keep: int,
+        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
+    ) -> torch.Tensor:
+        """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
+        batch, tokens = given.shape[:2]
+        decoding = cache is not None and tokens == 1 and max(cache.lengths) > 0
+        rows = Rows.of(None if decoding else attention_mask, batch, tokens)
+        if cache is not None:
+            cache.check_room(batch, tokens)
+        if position_ids is not None:
+            position_ids = rows.compact(position_ids)
+        phase, inputs = fixed_cache_inputs(cache, rows, tokens, position_ids, self._masks, given.device)
+        caches: list[Any] = [None] * len(self.model.layers)
+        if cache is not None:
+            caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
+        compact = rows.compact(given)
+        index = rows.last(logits_to_keep, tokens, given.device) if logits_to_keep and phase != "decode" else None
+        if record is None and phase in self.compiled_steps:
+            arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
+            logits = self.compiled_steps[phase](*arguments)
+        else:
+            logits = self._logits(self.model(compact, phase, inputs, caches, record), index)
+        if cache is not None:
+            cache.end(tokens, rows.lengths)
+        if record is not None:
+            record[0][:] = [rows.restore(hidden) for hidden in record[0]]
+        return logits if index is not None else rows.restore(logits)
+
+    def _forward_growing(
+        self,
+        given: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int,
+        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
+    ) -> torch.Tensor:
+        """Padded rows and the stock growing cache, masked as the stock model does."""
+        tokens = given.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=given.device)[None]
+        mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
+        inputs = AttentionInputs(position_ids, None, mask, sliding)
+        hidden_states = self.model(given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record)
+        return self._logits(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states, None)
+
+
+def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of token i+1 given logits i, float32, -100 ignored: the stock model's loss."""
+    shifted = labels[:, 1:].reshape(-1).to(logits.device)
+    return F.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), shifted, ignore_index=-100)

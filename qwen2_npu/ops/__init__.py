@@ -1,0 +1,38 @@
+"""The npu:: operators that Qwen2 needs, on CPU and CUDA: importing this makes torch.ops.npu.* usable.
+
+An operator is found by its name: schema in `schemas`, kernel in `norms`, `rotary`, `scatter`, `swiglu`, or in the file of
+`attention` named after it. `registry` shows how they reach the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen2_npu.ops.attention.fused_infer_attention_score import npu_fused_infer_attention_score
+from qwen2_npu.ops.attention.incre_flash_attention import npu_incre_flash_attention
+from qwen2_npu.ops.attention.prompt_flash_attention import npu_prompt_flash_attention
+from qwen2_npu.ops.norms import npu_add_rms_norm, npu_rms_norm
+from qwen2_npu.ops.registry import register
+from qwen2_npu.ops.rotary import npu_apply_rotary_pos_emb, npu_rotary_mul
+from qwen2_npu.ops.scatter import scatter_update, scatter_update_
+from qwen2_npu.ops.schemas import SCHEMAS
+from qwen2_npu.ops.swiglu import npu_swiglu
+
+__all__ = ["SCHEMAS", "kernels"]
+
+# Operator name -> the function that computes it on CPU and CUDA tensors.
+kernels: dict[str, Callable[..., Any]] = {
+    "npu_prompt_flash_attention": npu_prompt_flash_attention,
+    "npu_incre_flash_attention": npu_incre_flash_attention,
+    "npu_fused_infer_attention_score": npu_fused_infer_attention_score,
+    "npu_rms_norm": npu_rms_norm,
+    "npu_add_rms_norm": npu_add_rms_norm,
+    "npu_apply_rotary_pos_emb": npu_apply_rotary_pos_emb,
+    "npu_rotary_mul": npu_rotary_mul,
+    "scatter_update_": scatter_update_,
+    "scatter_update": scatter_update,
+    "npu_swiglu": npu_swiglu,
+}
+
+_library = register(kernels)

@@ -1,0 +1,121 @@
+"""npu_fused_infer_attention_score (FIA, v1): the successor of both, by the number of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen2_npu.ops.attention.decode import decode_attention
+from qwen2_npu.ops.attention.layouts import check_contiguous, check_geometry, from_heads_first, heads_first
+from qwen2_npu.ops.attention.lengths import check_lengths
+from qwen2_npu.ops.attention.masks import UNBOUNDED, prompt_visibility
+from qwen2_npu.ops.attention.prefill import prefill_attention
+from qwen2_npu.ops.checks import invalid, reject_unsupported
+
+LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
+MAX_BATCH = 65535
+INNER_PRECISE = (0, 1)
+DECODE_SPARSE_MODES = (0, 1, 3)
+
+
+def npu_fused_infer_attention_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    kv_padding_size: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = UNBOUNDED,
+    next_tokens: int = UNBOUNDED,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    softmax_lse_flag: bool = False,
+    **unsupported: Any,
+) -> tuple[Tensor, Tensor]:
+    """npu_incre_flash_attention where Sq is 1, npu_prompt_flash_attention otherwise; see there.
+
+    Differences: `scale`; key/value lengths are always `actual_seq_lengths_kv`; `next_tokens` is unbounded by default;
+    `kv_padding_size` is for Sq = 1 only. With Sq = 1 the query length and the band have no effect, as on the device,
+    and in sparse_mode 3, where one query sees every key, neither has the mask.
+
+    Returns:
+        Attention output; and the scores' log-sum-exp, fp32 (B, N, Sq, 1), +inf for rows without keys, or an empty
+        tensor without `softmax_lse_flag`.
+
+    Raises:
+        ValueError: names the argument that is not supported or does not fit.
+    """
+    op = "npu_fused_infer_attention_score"
+    if unsupported:
+        reject_unsupported(op, unsupported)
+    if inner_precise not in INNER_PRECISE:
+        raise invalid(op, "inner_precise", inner_precise, "0 or 1")
+    size = check_geometry(
+        op,
+        query,
+        key,
+        value,
+        layout=input_layout,
+        supported_layouts=LAYOUTS,
+        num_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_batch=MAX_BATCH,
+    )
+    lse: Tensor | None
+    if size.q_len == 1:
+        if sparse_mode not in DECODE_SPARSE_MODES:
+            raise invalid(op, "sparse_mode", sparse_mode, "0, 1 or 3 for a single query per row")
+        heads_out, lse = decode_attention(
+            op,
+            query,
+            key,
+            value,
+            size,
+            scale=scale,
+            mask=None if sparse_mode == 3 else atten_mask,
+            lengths=actual_seq_lengths_kv,
+            kv_padding_size=kv_padding_size,
+            want_lse=softmax_lse_flag,
+        )
+        out = heads_out.unsqueeze(1) if input_layout == "BNSD_BSND" else heads_out.view(query.shape)
+    else:
+        if kv_padding_size is not None:
+            raise invalid(op, "kv_padding_size", kv_padding_size, "None for more than one query per row")
+        check_contiguous(op, query=query, key=key, value=value)
+        drop, band = prompt_visibility(
+            op,
+            atten_mask,
+            sparse_mode=sparse_mode,
+            pre_tokens=pre_tokens,
+            next_tokens=next_tokens,
+            batch=size.batch,
+            q_len=size.q_len,
+            kv_len=size.kv_len,
+        )
+        q_lens, kv_lens = actual_seq_lengths, actual_seq_lengths_kv
+        if q_lens is not None:
+            q_lens = check_lengths(op, "actual_seq_lengths", q_lens, size.batch, size.q_len)
+        if kv_lens is not None:
+            kv_lens = check_lengths(op, "actual_seq_lengths_kv", kv_lens, size.batch, size.kv_len)
+        prompt_out, lse = prefill_attention(
+            heads_first(query, input_layout, size.q_heads),
+            heads_first(key, input_layout, size.kv_heads),
+            heads_first(value, input_layout, size.kv_heads),
+            scale=scale,
+            drop=drop,
+            band=band,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            want_lse=softmax_lse_flag,
+        )
+        out = from_heads_first(prompt_out, input_layout)
+    return out, torch.empty(0, dtype=torch.float32, device=query.device) if lse is None else lse

@@ -1,0 +1,101 @@
+"""The schemas of the implemented operators, exactly torch_npu 2.13.0's, and which of their arguments we lack.
+
+Both are data: the registry defines the operators from `SCHEMAS`, the kernels refuse what `UNSUPPORTED` lists.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final
+
+LIBRARY: Final = "npu"
+
+# Operator name -> schema without the library prefix.
+SCHEMAS: Final = MappingProxyType(
+    {
+        "npu_prompt_flash_attention": (
+            "npu_prompt_flash_attention(Tensor query, Tensor key, Tensor value, *, Tensor? padding_mask=None, "
+            "Tensor? atten_mask=None, Tensor? pse_shift=None, int[]? actual_seq_lengths=None, "
+            "Tensor? deq_scale1=None, Tensor? quant_scale1=None, Tensor? deq_scale2=None, "
+            "Tensor? quant_scale2=None, Tensor? quant_offset2=None, int num_heads=1, float scale_value=1., "
+            'int pre_tokens=2147483647, int next_tokens=0, str input_layout="BSH", int num_key_value_heads=0, '
+            "int[]? actual_seq_lengths_kv=None, int sparse_mode=0) -> Tensor"
+        ),
+        "npu_incre_flash_attention": (
+            "npu_incre_flash_attention(Tensor query, Tensor key, Tensor value, *, Tensor? padding_mask=None, "
+            "Tensor? atten_mask=None, Tensor? pse_shift=None, SymInt[]? actual_seq_lengths=None, "
+            "Tensor? antiquant_scale=None, Tensor? antiquant_offset=None, Tensor? block_table=None, "
+            "Tensor? dequant_scale1=None, Tensor? quant_scale1=None, Tensor? dequant_scale2=None, "
+            "Tensor? quant_scale2=None, Tensor? quant_offset2=None, Tensor? kv_padding_size=None, "
+            'int num_heads=1, float scale_value=1., str input_layout="BSH", int num_key_value_heads=0, '
+            "int block_size=0, int inner_precise=1) -> Tensor"
+        ),
+        "npu_fused_infer_attention_score": (
+            "npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, "
+            "Tensor? pse_shift=None, Tensor? atten_mask=None, SymInt[]? actual_seq_lengths=None, "
+            "SymInt[]? actual_seq_lengths_kv=None, Tensor? dequant_scale1=None, Tensor? quant_scale1=None, "
+            "Tensor? dequant_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "
+            "Tensor? antiquant_scale=None, Tensor? antiquant_offset=None, Tensor? key_antiquant_scale=None, "
+            "Tensor? key_antiquant_offset=None, Tensor? value_antiquant_scale=None, "
+            "Tensor? value_antiquant_offset=None, Tensor? block_table=None, Tensor? query_padding_size=None, "
+            "Tensor? kv_padding_size=None, Tensor? key_shared_prefix=None, Tensor? value_shared_prefix=None, "
+            "SymInt[]? actual_shared_prefix_len=None, Tensor? query_rope=None, Tensor? key_rope=None, "
+            "Tensor? key_rope_antiquant_scale=None, int num_heads=1, float scale=1., "
+            'int pre_tokens=2147483647, int next_tokens=2147483647, str input_layout="BSH", '
+            "int num_key_value_heads=0, int sparse_mode=0, int inner_precise=0, int block_size=0, "
+            "int antiquant_mode=0, int key_antiquant_mode=0, int value_antiquant_mode=0, "
+            "bool softmax_lse_flag=False) -> (Tensor, Tensor)"
+        ),
+        "npu_rms_norm": "npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)",
+        "npu_add_rms_norm": (
+            "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, "
+            "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor, Tensor)"
+        ),
+        "npu_apply_rotary_pos_emb": (
+            'npu_apply_rotary_pos_emb(Tensor query, Tensor key, Tensor cos, Tensor sin, str layout="BSND", '
+            'str rotary_mode="half") -> (Tensor, Tensor)'
+        ),
+        "npu_rotary_mul": (
+            'npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", '
+            "Tensor? rotate=None) -> Tensor"
+        ),
+        "scatter_update_": "scatter_update_(Tensor(a!) input, Tensor indices, Tensor updates, int axis) -> Tensor(a!)",
+        "scatter_update": "scatter_update(Tensor input, Tensor indices, Tensor updates, int axis) -> Tensor",
+        "npu_swiglu": "npu_swiglu(Tensor input, int dim=-1) -> Tensor",
+    }
+)
+
+_QUANTISATION = ("quant_scale1", "quant_scale2", "quant_offset2")
+_ANTIQUANTISATION = ("antiquant_scale", "antiquant_offset")
+
+
+def _absent(*names: str) -> dict[str, object]:
+    return dict.fromkeys(names, None)
+
+
+# Operator name -> {argument: its default}: an argument listed here raises unless it has that value.
+UNSUPPORTED: Final = MappingProxyType(
+    {
+        "npu_prompt_flash_attention": _absent(
+            "padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION
+        ),
+        "npu_incre_flash_attention": {
+            **_absent("padding_mask", "pse_shift", "block_table", "dequant_scale1", "dequant_scale2"),
+            **_absent(*_QUANTISATION, *_ANTIQUANTISATION),
+            "block_size": 0,
+        },
+        "npu_fused_infer_attention_score": {
+            **_absent("pse_shift", "block_table", "query_padding_size", "dequant_scale1", "dequant_scale2"),
+            **_absent(*_QUANTISATION, *_ANTIQUANTISATION),
+            **_absent("key_antiquant_scale", "key_antiquant_offset"),
+            **_absent("value_antiquant_scale", "value_antiquant_offset"),
+            **_absent("key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len"),
+            **_absent("query_rope", "key_rope", "key_rope_antiquant_scale"),
+            "block_size": 0,
+            "antiquant_mode": 0,
+            "key_antiquant_mode": 0,
+            "value_antiquant_mode": 0,
+        },
+        "npu_rotary_mul": _absent("rotate"),
+    }
+)

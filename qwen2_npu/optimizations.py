@@ -1,0 +1,131 @@
+"""The optimisation ladder as data: every row of the guide's tables is a named switch.
+
+``original`` is not a switch: it is the stock transformers model, untouched. ``Optimizations.none()`` is this project's
+model with every switch off, which computes the same with the same operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+LADDER: tuple[str, ...] = (
+    "fixed_kv_cache",
+    "flash_attention",
+    "add_rms_norm",
+    "last_token_logits",
+    "fused_qkv",
+    "ifa_tiling",
+    "fused_gate_up",
+    "swiglu",
+)
+"""The steps in order. Up to ``ifa_tiling`` they are the guide's rows; the rest goes beyond it."""
+
+VARIANTS: tuple[str, ...] = ("fused_infer_attention",)
+"""Switches that replace an operator by another of the same meaning: no step of the ladder, so not in ``all()``."""
+
+REQUIRES: dict[str, tuple[str, ...]] = {
+    # The flash operators read the cache as one BSND tensor per layer, updated in place.
+    "flash_attention": ("fixed_kv_cache",),
+    # actual_seq_lengths is an argument of the incremental flash attention operator.
+    "ifa_tiling": ("flash_attention",),
+    "fused_infer_attention": ("flash_attention",),
+    # npu_swiglu takes gate and up as one tensor: without the fused product they would be copied together first.
+    "swiglu": ("fused_gate_up",),
+}
+"""Switch -> switches it cannot do without."""
+
+DESCRIPTIONS: dict[str, str] = {
+    "fixed_kv_cache": "KV cache allocated once, updated in place (scatter_update_)",
+    "flash_attention": "prompt / incremental flash attention in BSND, cos/sin once per step, fused RoPE",
+    "add_rms_norm": "residual add and RMSNorm in one operator",
+    "last_token_logits": "prefill computes lm_head on the last position only; next_tokens=0",
+    "fused_qkv": "one matmul for q, k and v",
+    "ifa_tiling": "incremental attention over the live tokens only (actual_seq_lengths)",
+    "fused_gate_up": "one matmul for gate and up",
+    "swiglu": "SiLU(gate)·up in one operator",
+    "fused_infer_attention": "npu_fused_infer_attention_score in place of the two flash attention operators",
+}
+
+
+@dataclass(frozen=True)
+class Optimizations:
+    """Which steps are on. Impossible combinations raise ``ValueError`` on construction.
+
+    See :data:`DESCRIPTIONS` for what each switch changes and :data:`REQUIRES` for what depends on what.
+    """
+
+    fixed_kv_cache: bool = False
+    flash_attention: bool = False
+    add_rms_norm: bool = False
+    last_token_logits: bool = False
+    fused_qkv: bool = False
+    ifa_tiling: bool = False
+    fused_gate_up: bool = False
+    swiglu: bool = False
+    fused_infer_attention: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{field.name}={getattr(self, field.name)!r} must be True or False")
+        for name in self.names():
+            for needed in REQUIRES.get(name, ()):
+                if not getattr(self, needed):
+                    raise ValueError(
+                        f"{name} needs {needed}, which is off; switch it on too, or use "
+                        f"Optimizations.only({name!r}), which adds what it needs"
+                    )
+
+    @classmethod
+    def none(cls) -> Optimizations:
+        """Every switch off."""
+        return cls()
+
+    @classmethod
+    def all(cls) -> Optimizations:
+        """Every step of the ladder on."""
+        return cls.up_to(LADDER[-1])
+
+    @classmethod
+    def up_to(cls, step: str) -> Optimizations:
+        """The ladder up to and including ``step``: a row of the guide's tables.
+
+        Raises:
+            ValueError: ``step`` is no step of the ladder.
+        """
+        if step not in LADDER:
+            raise ValueError(f"no step {step!r} in the ladder; the steps are {', '.join(LADDER)}")
+        return cls(**dict.fromkeys(LADDER[: LADDER.index(step) + 1], True))
+
+    @classmethod
+    def only(cls, step: str) -> Optimizations:
+        """``step`` and what it needs, nothing else."""
+        return cls.of([step], with_requirements=True)
+
+    @classmethod
+    def of(cls, steps: Iterable[str], *, with_requirements: bool = False) -> Optimizations:
+        """The named switches; with ``with_requirements`` also what they need.
+
+        Raises:
+            ValueError: an unknown name, or an impossible combination.
+        """
+        switched: dict[str, bool] = {}
+        pending = list(steps)
+        while pending:
+            name = pending.pop()
+            if name not in LADDER + VARIANTS:
+                raise ValueError(f"no optimisation {name!r}; there are {', '.join(LADDER + VARIANTS)}")
+            switched[name] = True
+            if with_requirements:
+                pending.extend(needed for needed in REQUIRES.get(name, ()) if needed not in switched)
+        return cls(**switched)
+
+    def names(self) -> tuple[str, ...]:
+        """The switches that are on, in ladder order."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+    def replace(self, **changes: Any) -> Optimizations:
+        """A copy with some switches changed."""
+        return replace(self, **changes)

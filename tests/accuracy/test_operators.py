@@ -1,0 +1,114 @@
+"""Every operator of the catalogue on the device under test, against its float64 golden.
+
+What is compared, with which tolerance and why, is said in ``qwen2_npu/conformance/operators/<operator>.py``; here the records
+are only run: samples, generated samples, invalid inputs, non-contiguous inputs, shapes on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen2_npu.conformance.operators import CATALOGUE, Invalid, Operator, Sample, check
+from qwen2_npu.conformance.operators.check import call, operator_of, to_tensors
+
+SAMPLES = [
+    pytest.param(record, sample, dtype, id=f"{record.name}-{sample.name}-{dtype}")
+    for record in CATALOGUE.values()
+    for sample in record.samples
+    for dtype in record.dtypes
+]
+INVALID = [
+    pytest.param(record, invalid, id=f"{record.name}-{invalid.name}")
+    for record in CATALOGUE.values()
+    for invalid in record.invalid
+]
+RECORDS = [pytest.param(record, id=name) for name, record in CATALOGUE.items()]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """What --device says, where the root conftest.py defines it; else the CPU."""
+    return str(request.config.getoption("--device", default=None) or "cpu")
+
+
+def torch_device(device: str) -> str:
+    """The emulated device is an NPU to torch."""
+    return "npu" if device == "emulated" else device
+
+
+@pytest.mark.parametrize(("record", "sample", "dtype"), SAMPLES)
+def test_matches_golden(record: Operator, sample: Sample, dtype: str, device: str) -> None:
+    if skip := record.skip(sample.name, dtype, device):
+        pytest.skip(f"{skip.what}: {skip.reason}")
+    check(record.name, sample.parameters, dtype, torch_device(device), sample.seed)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_matches_golden_on_generated_samples(record: Operator, device: str) -> None:
+    @settings(
+        max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(record.strategy(), st.sampled_from(record.dtypes), st.integers(0, 1 << 16))
+    def run(parameters: dict[str, Any], dtype: str, seed: int) -> None:
+        check(record.name, parameters, dtype, torch_device(device), seed)
+
+    run()
+
+
+@pytest.mark.parametrize(("record", "invalid"), INVALID)
+def test_refuses(record: Operator, invalid: Invalid, device: str) -> None:
+    """The right exception, whose message names the operator and the argument, with nothing written."""
+    if invalid.only_on and device not in invalid.only_on:
+        pytest.skip(f"checked on {', '.join(invalid.only_on)} only")
+    arguments = record.arguments(invalid.parameters, "float32")
+    for name, change in invalid.change.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    tensors = to_tensors(arguments, "float32", torch_device(device))
+    before = {name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(invalid.error) as raised:
+        call(operator_of(record.name), tensors)
+    message = str(raised.value)
+    assert re.search(invalid.match, message), f"{invalid.match!r} is not in the message: {message}"
+    assert record.name in message, f"the message does not name the operator: {message}"
+    for name, value in before.items():
+        assert torch.equal(tensors[name], value), f"{name} was written before the error"
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_accepts_or_refuses_strided_tensors(record: Operator, device: str) -> None:
+    """Non-contiguous arguments give the same result, or an error that says so: never a wrong result."""
+    sample = record.samples[0]
+    try:
+        check(record.name, sample.parameters, "float32", torch_device(device), sample.seed, strided=True)
+    except ValueError as refused:
+        assert "contiguous" in str(refused)
+
+
+@pytest.mark.parametrize(("record", "sample"), [(r, s) for r in CATALOGUE.values() for s in r.samples[:8]])
+def test_meta_kernel_has_the_same_shapes_and_dtypes(record: Operator, sample: Sample) -> None:
+    arguments = record.arguments(sample.parameters, "bfloat16", sample.seed)
+    expected = record.golden(arguments, "bfloat16")
+    outputs = call(operator_of(record.name), to_tensors(arguments, "bfloat16", "meta"))
+    assert len(outputs) == len(expected)
+    for want, output in zip(expected, outputs, strict=True):
+        assert output.device.type == "meta"
+        assert output.dtype == getattr(torch, want.dtype or "bfloat16"), want.name
+        if want.value is not None:
+            assert tuple(output.shape) == want.value.shape, want.name
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_schema_is_registered(record: Operator) -> None:
+    """The operator exists under its name and takes every argument that the record builds."""
+    operator_of(record.name)
+    schema: Callable[..., Any] = getattr(torch.ops.npu, record.name).default._schema
+    taken = {argument.name for argument in schema.arguments}  # type: ignore[attr-defined]
+    for sample in record.samples:
+        assert set(record.arguments(sample.parameters, "float32", sample.seed)) <= taken, sample.name

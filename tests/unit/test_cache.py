@@ -1,0 +1,122 @@
+"""FixedKVCache: accounts, masks, overflow, reuse of memory."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from qwen2_npu.cache import CAPACITY_BUCKET, CacheShape, FixedKVCache, human_bytes, round_capacity
+from qwen2_npu.errors import CacheOverflowError
+
+
+def shape(**changes) -> CacheShape:
+    values = {
+        "layers": 2, "batch_size": 3, "capacity": CAPACITY_BUCKET, "kv_heads": 2, "head_dim": 4, "layout": "BSND",
+        "dtype": torch.float32, "device": torch.device("cpu"), "sliding_window": None,
+    }  # fmt: skip
+    return CacheShape(**(values | changes))
+
+
+def live_slots(mask: torch.Tensor) -> list[list[int]]:
+    return [(~row).nonzero().flatten().tolist() for row in mask]
+
+
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 128), (128, 128), (129, 256), (1000, 1024)])
+def test_capacity_is_rounded_up_to_its_bucket(tokens, capacity):
+    assert round_capacity(tokens) == capacity
+
+
+def test_memory_is_estimated_exactly_and_reported_before_allocation(caplog):
+    with caplog.at_level(logging.INFO, logger="qwen2_npu.cache"):
+        cache = FixedKVCache(shape(dtype=torch.bfloat16))
+    tensors = cache.key_cache + cache.value_cache
+    assert sum(t.numel() * t.element_size() for t in tensors) == cache.shape.nbytes
+    assert human_bytes(cache.shape.nbytes) in caplog.text
+
+
+@pytest.mark.parametrize(("layout", "expected"), [("BSND", (3, 128, 2, 4)), ("BNSD", (3, 2, 128, 4))])
+def test_layouts(layout, expected):
+    assert FixedKVCache(shape(layout=layout)).key_cache[1].shape == expected
+
+
+def test_masks_and_write_positions_follow_ragged_rows():
+    cache = FixedKVCache(shape())
+    cache.begin([2, 5, 3])
+    cache.end(5, [2, 5, 3])
+    assert live_slots(cache.drop_mask) == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2]]
+    assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([2, 5, 3], 5, [2, 5, 3])
+    cache.begin_decode(masks=True)
+    cache.end(1)
+    assert live_slots(cache.drop_mask) == [[0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]]
+    assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([3, 6, 4], 6, [3, 6, 4])
+
+
+def test_sliding_mask_moves_one_slot_per_step_and_equals_a_rebuilt_one():
+    cache = FixedKVCache(shape(sliding_window=3))
+    cache.begin([1, 3, 2])
+    cache.end(3, [1, 3, 2])
+    for _ in range(6):
+        cache.begin_decode(masks=True)
+        cache.end(1)
+        expected = [list(range(max(0, length - 3), length)) for length in cache.lengths]
+        assert live_slots(cache.sliding_drop_mask) == expected
+
+
+def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
+    cache = FixedKVCache(shape())
+    cache.begin([100, 120, 90])
+    cache.end(120, [100, 120, 90])
+    before = (list(cache.lengths), cache.seen_tokens, cache.drop_mask.clone())
+    with pytest.raises(CacheOverflowError, match=r"9 new tokens after 120 do not fit the KV cache of 128 slots"):
+        cache.check_room(3, 9)
+    with pytest.raises(CacheOverflowError, match=r"2 rows .* allocated for 3"):
+        cache.check_room(2, 1)
+    cache.check_room(3, 8)
+    assert (cache.lengths, cache.seen_tokens) == before[:2]
+    assert torch.equal(cache.drop_mask, before[2])
+
+
+def test_reset_keeps_addresses_and_clears_contents():
+    cache = FixedKVCache(shape())
+    addresses = [tensor.data_ptr() for tensor in cache.key_cache]
+    cache.key_cache[0].fill_(float("nan"))
+    cache.begin([4, 4, 4])
+    cache.end(4)
+    cache.reset()
+    assert [tensor.data_ptr() for tensor in cache.key_cache] == addresses
+    assert not cache.key_cache[0].isnan().any()
+    assert (cache.lengths, cache.seen_tokens, bool(cache.drop_mask.all())) == ([0, 0, 0], 0, True)
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 4, 3]])
+def test_reorder_moves_live_rows_in_place(lengths):
+    cache = FixedKVCache(shape())
+    for tensor in cache.key_cache + cache.value_cache:
+        tensor.normal_()
+    cache.begin(lengths)
+    cache.end(4, lengths)
+    before = [tensor.clone() for tensor in cache.key_cache]
+    address = cache.key_cache[0].data_ptr()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.key_cache[0].data_ptr() == address
+    assert cache.lengths == [lengths[2], lengths[0], lengths[0]] == cache.write_index.tolist()
+    for old, new in zip(before, cache.key_cache, strict=True):
+        assert torch.equal(new[:, :4], old[[2, 0, 0], :4])
+
+
+def test_crop_forgets_the_last_tokens():
+    cache = FixedKVCache(shape())
+    cache.begin([4, 6, 5])
+    cache.end(6, [4, 6, 5])
+    cache.crop(3)
+    assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
+    assert live_slots(cache.drop_mask) == [[0], [0, 1, 2], [0, 1]]
+    with pytest.raises(CacheOverflowError, match="cannot remove 2"):
+        cache.crop(2)
+
+
+def test_no_room_on_the_device_is_one_clear_error():
+    with pytest.raises(MemoryError, match=r"no room for the KV cache BSND: .* lower the batch size"):
+        FixedKVCache(shape(capacity=1 << 44))

@@ -1,0 +1,59 @@
+"""The ladder as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from qwen2_npu.optimizations import DESCRIPTIONS, LADDER, REQUIRES, VARIANTS, Optimizations
+
+
+def test_presets_are_cumulative():
+    for count, step in enumerate(LADDER, start=1):
+        assert Optimizations.up_to(step).names() == LADDER[:count]
+    assert Optimizations.none().names() == ()
+    assert Optimizations.all().names() == LADDER
+
+
+def test_only_adds_what_a_step_needs_and_nothing_else():
+    assert Optimizations.only("add_rms_norm").names() == ("add_rms_norm",)
+    assert Optimizations.only("ifa_tiling").names() == ("fixed_kv_cache", "flash_attention", "ifa_tiling")
+
+
+@pytest.mark.parametrize(("step", "needed"), [(s, n) for s, needs in REQUIRES.items() for n in needs])
+def test_impossible_combinations_raise(step, needed):
+    switched = dict.fromkeys(Optimizations.only(step).names(), True) | {needed: False}
+    with pytest.raises(ValueError, match=f"needs {needed}"):
+        Optimizations(**switched)
+
+
+def test_every_combination_is_possible_or_names_what_it_needs():
+    names = LADDER + VARIANTS
+    for values in itertools.product([False, True], repeat=len(names)):
+        switched = dict(zip(names, values, strict=True))
+        possible = all(switched[n] for s, needs in REQUIRES.items() if switched[s] for n in needs)
+        if possible:
+            assert set(Optimizations(**switched).names()) == {name for name, on in switched.items() if on}
+        else:
+            with pytest.raises(ValueError, match="needs"):
+                Optimizations(**switched)
+
+
+def test_every_switch_is_described_and_frozen():
+    fields = {field.name for field in dataclasses.fields(Optimizations)}
+    assert fields == set(LADDER + VARIANTS) == set(DESCRIPTIONS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Optimizations.all().swiglu = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("call", [Optimizations.up_to, Optimizations.only])
+def test_unknown_names_raise_with_the_known_ones(call):
+    with pytest.raises(ValueError, match=r"'flash'.*flash_attention"):
+        call("flash")
+
+
+def test_only_bools():
+    with pytest.raises(ValueError, match="swiglu='yes'"):
+        Optimizations(swiglu="yes")  # type: ignore[arg-type]
