@@ -3,9 +3,9 @@
     python scripts/train_tiny.py                          # writes qwen2_npu/conformance/tiny/
     python scripts/train_tiny.py --steps 60 --output DIR  # a quick look at the pipeline
 
-Text (``tiny_corpus``), tokenizer and weights follow from ``--seed``. The model is the stock Qwen2 of transformers in float32 on two
-threads; the weights are rounded to bfloat16 at the end. ``prompts.json``, ``README.md`` and ``__init__.py`` of the output folder are
-written by hand and left alone.
+Text (``tiny_corpus``), tokenizer and weights follow from ``--seed``. The model is the stock Qwen2 of transformers in
+float32 on two threads; the weights are rounded to bfloat16 at the end. ``prompts.json``, ``README.md`` and
+``__init__.py`` of the output folder are written by hand and left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 OUTPUT = Path(__file__).parents[1] / "qwen2_npu" / "conformance" / "tiny"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # in the order of their ids, after the ordinary tokens, as in Qwen2
+# In the order of their ids, which follow the ordinary tokens, as in Qwen2.
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 2048
 END, IM_END = VOCABULARY - 3, VOCABULARY - 1
 HELDOUT_SEED, HELDOUT_PER_LANGUAGE = 1_000_003, 20
@@ -69,7 +70,8 @@ GENERATION_CONFIG = {
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LONGEST_TOKEN = 12  # bytes: an English word, or four Chinese characters; otherwise whole phrases of the grammar would merge
+# In bytes: an English word or four Chinese characters. Without a limit, whole phrases of the grammar would merge.
+LONGEST_TOKEN = 12
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -107,7 +109,8 @@ def build_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
     if tokenizer.get_vocab_size() != VOCABULARY or tokenizer.token_to_id(SPECIAL[-1]) != IM_END:
-        raise ValueError(f"the text gives {tokenizer.get_vocab_size()} tokens, not {VOCABULARY}: add text or lower VOCABULARY")
+        size = tokenizer.get_vocab_size()
+        raise ValueError(f"the text gives {size} tokens, not {VOCABULARY}: add text or lower VOCABULARY")
     return tokenizer
 
 
@@ -168,13 +171,20 @@ def mean_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, length: int = 1024)
 
 
 def train(
-    model: Qwen2ForCausalLM, tokens: torch.Tensor, heldout: torch.Tensor, steps: int, rate: float, generator: torch.Generator
+    model: Qwen2ForCausalLM,
+    tokens: torch.Tensor,
+    heldout: torch.Tensor,
+    steps: int,
+    rate: float,
+    generator: torch.Generator,
 ) -> float:
-    """AdamW with a cosine schedule; the last quarter of the steps at twice the length. Returns the last mean training loss."""
+    """AdamW with a cosine schedule, the last quarter of the steps at twice the length. Returns the mean of the last losses."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
     )
     warmup = min(100, steps // 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -206,7 +216,7 @@ def train(
 
 
 def round_to_bfloat16(model: Qwen2ForCausalLM) -> dict[str, torch.Tensor]:
-    """Rounds the parameters in place and returns them in bfloat16 under their Hugging Face names, without the tied lm_head."""
+    """Rounds the parameters in place and returns them under their Hugging Face names, without the tied lm_head."""
     state = {}
     for name, parameter in model.named_parameters():
         state[name] = parameter.detach().to(torch.bfloat16).contiguous()
@@ -236,7 +246,9 @@ def main() -> None:
     )
     tokenizer = build_tokenizer(texts[:8000])
     tokens, heldout_tokens = encode(tokenizer, texts), encode(tokenizer, heldout)
-    print(f"{len(tokens)} training tokens from {sum(map(len, texts))} characters, {len(heldout_tokens)} held-out tokens")
+    print(
+        f"{len(tokens)} training tokens from {sum(map(len, texts))} characters, {len(heldout_tokens)} held-out tokens"
+    )
 
     model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in CONFIG.items() if k != "torch_dtype"})).float()
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
@@ -251,8 +263,8 @@ def main() -> None:
     save_tokenizer(tokenizer, folder)
     (folder / "heldout.txt").write_text("\n\n".join(heldout) + "\n", encoding="utf-8")
     print(
-        f"training loss {loss:.4f}, held-out loss {heldout_loss:.4f} (perplexity {math.exp(heldout_loss):.3f}) in bfloat16 weights,"
-        f" {time.monotonic() - begun:.0f} s, {sum(f.stat().st_size for f in folder.iterdir() if f.is_file())} bytes"
+        f"training loss {loss:.4f}, held-out loss {heldout_loss:.4f} (perplexity {math.exp(heldout_loss):.3f}) with"
+        f" bfloat16 weights, {time.monotonic() - begun:.0f} s, {sum(f.stat().st_size for f in folder.iterdir() if f.is_file())} bytes"
     )
 
 

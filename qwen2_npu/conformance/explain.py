@@ -74,14 +74,16 @@ class Explanation:
 
     def __str__(self) -> str:
         step = f"step {self.step}" if self.step else "with every optimisation off"
-        if self.finding is None:
+        if self.finding is not None:
+            place = str(self.finding)
+        elif all(failure.startswith("last_token") for failure in self.failures):
             place = (
-                "no intermediate tensor exceeds its bound when run eagerly on its own: suspect the compiled graph, or what "
-                "selects and returns the logits"
+                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: the index "
+                "it gathers is wrong"
             )
         else:
-            place = str(self.finding)
-        return f"{step}, {place}; {self.failures[0]}" if self.failures else f"{step}, {place}"
+            place = "no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph"
+        return f"{step}, {place}; {self.failures[0]}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"message": str(self), **asdict(self)}

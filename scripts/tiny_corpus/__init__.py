@@ -1,7 +1,7 @@
 """The text the tiny checkpoint learns from: written by the seeded grammar in this folder, and by nothing else.
 
-The grammar is part of the project and under its licence (Apache-2.0); no outside text enters. ``random.Random(seed)`` makes the
-choices, so a seed gives the same text on every machine.
+The grammar is part of the project and under its licence (Apache-2.0); no outside text enters. ``random.Random(seed)``
+makes the choices, so a seed gives the same text on every machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversations in the ChatML form of Qwen2's chat template: facts, sums, stories on request, and things said turns ago."""
+"""Conversations in the form of Qwen2's chat template: facts, sums, stories on request, and a name said turns ago."""
 
 from __future__ import annotations
 

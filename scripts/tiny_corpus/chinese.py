@@ -16,10 +16,12 @@ THINGS = (
     ("支", "铅笔"), ("把", "雨伞"), ("张", "地图"), ("块", "石头"), ("辆", "小车"), ("双", "手套"),
 )  # fmt: skip
 PLACES = (
-    "花园里", "公园里", "森林里", "厨房里", "学校里", "市场上", "图书馆里", "村子里", "农场上", "海边", "河边", "山坡上",
+    "花园里", "公园里", "森林里", "厨房里", "学校里", "市场上", "图书馆里", "村子里", "农场上",
+    "海边", "河边", "山坡上",
 )  # fmt: skip
 SPOTS = (
-    "床底下", "门后面", "篮子里", "书架上", "窗户旁边", "桌子下面", "柜子里", "大树后面", "桥下面", "屋顶上", "草丛里", "石头中间",
+    "床底下", "门后面", "篮子里", "书架上", "窗户旁边", "桌子下面", "柜子里", "大树后面",
+    "桥下面", "屋顶上", "草丛里", "石头中间",
 )  # fmt: skip
 ANIMALS = ("小猫", "小狗", "小鸟", "兔子", "小马", "鸭子", "青蛙", "狐狸", "小熊", "老鼠", "山羊", "乌龟")
 SIZES = ("可爱", "聪明", "安静", "害羞", "勇敢", "温柔", "活泼", "善良")
@@ -85,7 +87,10 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("可是，{color}的{thing}不见了！", "忽然，{hero}找不到{color}的{thing}了。"),
         ("{hero}很难过，哭了起来。", "“我的{thing}在哪里？”{hero}问。", "{hero}到处找，都没有找到。"),
         ("“别担心，”{friend}说，“我帮你找{thing}。”", "{friend}听见了，跑过来帮忙。"),
-        ("他们先看了看{spot2}，只看到一{m2}{color2}的{thing2}。", "他们在{spot2}找到了一{m2}{color2}的{thing2}，但是那不是{hero}的。"),
+        (
+            "他们先看了看{spot2}，只看到一{m2}{color2}的{thing2}。",
+            "他们在{spot2}找到了一{m2}{color2}的{thing2}，但是那不是{hero}的。",
+        ),
         ("这时，{animal}跑到前面，停在{spot}。", "最后，{animal}在{spot}叫了起来。"),
         ("原来，{color}的{thing}就在{spot}！", "{friend}一看，{color}的{thing}就在{spot}。"),
     ),
@@ -121,7 +126,7 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("一位老爷爷走过来，说{color2}的{thing2}是他的。", "一位老奶奶来了，她丢了一{m2}{color2}的{thing2}。"),
         ("他们把它还了回去，还一起分享了{count}个{food}。", "老人很高兴，把{count}个{food}都送给了{hero}和{friend}。"),
     ),
-)  # fmt: skip
+)
 QUESTIONS = (
     ("{hero}的{thing}是什么颜色的？", "{hero}的{thing}是{color}的。"),
     ("{hero}在哪里？", "{hero}在{place}。"),
@@ -147,8 +152,8 @@ def cast(rng: random.Random, hero: str | None = None, friend: str | None = None)
         "hero": hero, "friend": friend, "he": he, "his": f"{he}的", "boy": boy, "color": colors[0], "color2": colors[1],
         "m": things[0][0], "thing": things[0][1], "m2": things[1][0], "thing2": things[1][1],
         "spot": spots[0], "spot2": spots[1], "size": sizes[0], "size2": sizes[1], "place": rng.choice(PLACES),
-        "animal": rng.choice(ANIMALS), "food": rng.choice(FOODS), "weather": rng.choice(WEATHER), "day": rng.choice(DAYS),
-        "count": measured(rng.randint(3, 12)), "count2": measured(rng.randint(2, 9)),
+        "animal": rng.choice(ANIMALS), "food": rng.choice(FOODS), "weather": rng.choice(WEATHER),
+        "day": rng.choice(DAYS), "count": measured(rng.randint(3, 12)), "count2": measured(rng.randint(2, 9)),
     }  # fmt: skip
 
 
@@ -172,7 +177,7 @@ def long_story(rng: random.Random) -> str:
     lines, asked = [f"{hero}和{friend}的故事"], []
     chapters = rng.randint(2, 4)
     things = rng.sample(THINGS, 2 * chapters)
-    for chapter, ((m, thing), (m2, thing2)) in enumerate(zip(things[::2], things[1::2]), start=1):
+    for chapter, ((m, thing), (m2, thing2)) in enumerate(zip(things[::2], things[1::2], strict=True), start=1):
         slots = cast(rng, hero, friend) | {"m": m, "thing": thing, "m2": m2, "thing2": thing2}
         lines.append(f"第{NUMBERS[chapter]}章。{tell(rng, slots)}")
         asked.append(f"问：{hero}的{thing}是什么颜色的？答：{hero}的{thing}是{slots['color']}的。")
@@ -183,9 +188,8 @@ def long_story(rng: random.Random) -> str:
 def recall(rng: random.Random) -> str:
     """Who has what and where it is: a list, then every entry asked for in another order."""
     number = rng.randint(3, 8)
-    rows = list(
-        zip(rng.sample(BOYS + GIRLS, number), rng.sample(COLORS, number), rng.sample(THINGS, number), rng.sample(SPOTS, number))
-    )  # fmt: skip
+    names, colors = rng.sample(BOYS + GIRLS, number), rng.sample(COLORS, number)
+    rows = list(zip(names, colors, rng.sample(THINGS, number), rng.sample(SPOTS, number), strict=True))
     lines = [f"{name}有一{m}{color}的{thing}，放在{spot}。" for name, color, (m, thing), spot in rows]
     rng.shuffle(rows)
     for name, color, (m, thing), spot in rows:

@@ -1,7 +1,7 @@
 """English documents: stories, lists to recall, arithmetic, facts.
 
-Each document introduces a hero, a friend, an object, a colour, a place at its start and needs them again much later: who reads
-at a wrong distance, with a wrong mask or with wrong heads, guesses instead of knowing.
+Each document introduces a hero, a friend, an object, a colour, a place at its start and needs them again much later: a
+model that attends at a wrong distance, through a wrong mask or with wrong heads guesses instead of knowing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ THINGS = (
     "scarf", "bag", "clock", "bike", "map", "stone", "pen", "whistle", "blanket", "spoon",
 )  # fmt: skip
 PLACES = (
-    "in the garden", "in the park", "in the forest", "in the kitchen", "at the school", "at the market", "in the library",
-    "in the village", "on the farm", "at the beach", "by the river", "on the hill", "near the lake", "at the station",
+    "in the garden", "in the park", "in the forest", "in the kitchen", "at the school", "at the market",
+    "in the library", "in the village", "on the farm", "at the beach", "by the river", "on the hill", "near the lake", "at the station",
 )  # fmt: skip
 SPOTS = (
     "under the bed", "behind the door", "in the basket", "on the shelf", "near the window", "under the table",
-    "inside the cupboard", "behind the big tree", "under the bridge", "on the roof", "between two rocks", "in the tall grass",
+    "inside the cupboard", "behind the big tree", "under the bridge", "on the roof", "between two rocks",
+    "in the tall grass",
 )  # fmt: skip
-ANIMALS = ("cat", "dog", "bird", "rabbit", "horse", "duck", "frog", "fox", "bear", "mouse", "sheep", "cow", "goat", "turtle")
+ANIMALS = (
+    "cat", "dog", "bird", "rabbit", "horse", "duck", "frog", "fox", "bear", "mouse", "sheep", "cow", "goat",
+    "turtle",
+)  # fmt: skip
 SIZES = ("small", "big", "little", "young", "brave", "friendly", "quiet", "clever", "shy", "gentle")
-FOODS = ("apples", "pears", "eggs", "cakes", "cookies", "nuts", "plums", "carrots", "candles", "shells", "flowers", "coins")
+FOODS = (
+    "apples", "pears", "eggs", "cakes", "cookies", "nuts", "plums", "carrots", "candles", "shells", "flowers",
+    "coins",
+)  # fmt: skip
 WEATHER = ("sunny", "rainy", "windy", "cold", "warm", "snowy", "cloudy", "bright")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
@@ -98,35 +105,84 @@ ENDINGS = (
 )
 PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (  # lost and found
-        ("But the {color} {thing} was gone!", "Then {hero} could not find the {color} {thing}.", "Suddenly, the {thing} was lost."),
-        ("{hero} was very sad and began to cry.", "{hero} looked everywhere, but it was not there.", '"Where is my {thing}?" asked {hero}.'),
-        ('"Do not worry," said {friend}. "I will help you look for your {thing}."', "{friend} heard {him} and came to help."),
-        ("They looked {spot2}, but they only found a {color2} {thing2}.", "First they looked {spot2}. There was nothing but a {color2} {thing2}."),
+        (
+            "But the {color} {thing} was gone!",
+            "Then {hero} could not find the {color} {thing}.",
+            "Suddenly, the {thing} was lost.",
+        ),
+        (
+            "{hero} was very sad and began to cry.",
+            "{hero} looked everywhere, but it was not there.",
+            '"Where is my {thing}?" asked {hero}.',
+        ),
+        (
+            '"Do not worry," said {friend}. "I will help you look for your {thing}."',
+            "{friend} heard {him} and came to help.",
+        ),
+        (
+            "They looked {spot2}, but they only found a {color2} {thing2}.",
+            "First they looked {spot2}. There was nothing but a {color2} {thing2}.",
+        ),
         ("Then the {animal} ran ahead and stopped {spot}.", "At last, the {animal} made a loud sound. It was {spot}."),
         ("There it was! The {color} {thing} was {spot}.", "{friend} looked {spot} and saw the {color} {thing}."),
     ),
     (  # a gift
-        ("{hero} met {friend}, who looked sad.", "{friend} was sitting alone {spot}.", "{hero} saw {friend} crying {spot}."),
+        (
+            "{hero} met {friend}, who looked sad.",
+            "{friend} was sitting alone {spot}.",
+            "{hero} saw {friend} crying {spot}.",
+        ),
         ('"Why are you sad?" asked {hero}.', '"What is wrong?" {hero} asked.'),
         ('"I lost my {color2} {thing2}," said {friend}.', '"My {color2} {thing2} is broken," said {friend}.'),
-        ("{hero} thought for a while. Then {he} gave {friend} the {color} {thing}.", '"You can have my {color} {thing}," said {hero}.'),
-        ("{friend} smiled and said thank you. The {animal} was happy, too.", "{friend} took the {color} {thing} and laughed."),
-        ("The next day, {friend} came back with {count2} {food} for {hero}.", "Later, {friend} brought {hero} {count2} {food}."),
+        (
+            "{hero} thought for a while. Then {he} gave {friend} the {color} {thing}.",
+            '"You can have my {color} {thing}," said {hero}.',
+        ),
+        (
+            "{friend} smiled and said thank you. The {animal} was happy, too.",
+            "{friend} took the {color} {thing} and laughed.",
+        ),
+        (
+            "The next day, {friend} came back with {count2} {food} for {hero}.",
+            "Later, {friend} brought {hero} {count2} {food}.",
+        ),
     ),
     (  # helping an animal
-        ("Suddenly, the {animal} ran away.", "Then the {animal} fell into the water.", "But the {animal} was hungry and tired."),
+        (
+            "Suddenly, the {animal} ran away.",
+            "Then the {animal} fell into the water.",
+            "But the {animal} was hungry and tired.",
+        ),
         ("{hero} was afraid. {He} called {friend} for help.", '"Help!" cried {hero}. {friend} came at once.'),
         ("They walked for a long time and called the {animal}.", "They asked everyone about the {size} {animal}."),
         ("In the end, they found the {animal} {spot}.", "{friend} saw the {animal} {spot}."),
-        ("{hero} put the {color} {thing} on the ground, and the {animal} came closer.", "The {animal} saw the {color} {thing} and was not afraid any more."),
-        ("They gave the {animal} {count2} {food}, and it ate them all.", "The {animal} was safe, and {hero} hugged it."),
+        (
+            "{hero} put the {color} {thing} on the ground, and the {animal} came closer.",
+            "The {animal} saw the {color} {thing} and was not afraid any more.",
+        ),
+        (
+            "They gave the {animal} {count2} {food}, and it ate them all.",
+            "The {animal} was safe, and {hero} hugged it.",
+        ),
     ),
     (  # a race
         ('"Let us have a race," said {friend}.', "{friend} wanted to see who was faster."),
-        ('"If you win, I will give you my {color2} {thing2}," said {friend}.', "The winner would get a {color2} {thing2}."),
-        ('"And if you win, you will get my {color} {thing}," said {hero}.', "{hero} put down the {color} {thing} and got ready."),
-        ("They ran past the old house and over the bridge.", "They ran as fast as the wind. The {animal} ran behind them."),
-        ("{hero} came first and got the {color2} {thing2}.", "{hero} won the race, so the {color2} {thing2} was {hispos} now."),
+        (
+            '"If you win, I will give you my {color2} {thing2}," said {friend}.',
+            "The winner would get a {color2} {thing2}.",
+        ),
+        (
+            '"And if you win, you will get my {color} {thing}," said {hero}.',
+            "{hero} put down the {color} {thing} and got ready.",
+        ),
+        (
+            "They ran past the old house and over the bridge.",
+            "They ran as fast as the wind. The {animal} ran behind them.",
+        ),
+        (
+            "{hero} came first and got the {color2} {thing2}.",
+            "{hero} won the race, so the {color2} {thing2} was {hispos} now.",
+        ),
         ('"You are very fast!" said {friend}. They both laughed.', "{friend} was not angry. It was a good race."),
     ),
     (  # a secret
@@ -134,10 +190,16 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ('"Whose {thing2} is this?" {hero} asked {friend}.', "{hero} showed the {thing2} to {friend}."),
         ('"I do not know," said {friend}. "Let us ask the {animal}."', '"It is not mine," said {friend}.'),
         ("They looked around and found {count} {food}.", "Next to it there were {count} {food}."),
-        ("An old man came and said that the {color2} {thing2} was his.", "Then an old woman came. She had lost a {color2} {thing2}."),
-        ("They gave it back at once, and they shared the {count} {food}.", "She was so glad that she gave {hero} and {friend} all {count} {food}."),
+        (
+            "An old man came and said that the {color2} {thing2} was his.",
+            "Then an old woman came. She had lost a {color2} {thing2}.",
+        ),
+        (
+            "They gave it back at once, and they shared the {count} {food}.",
+            "She was so glad that she gave {hero} and {friend} all {count} {food}.",
+        ),
     ),
-)  # fmt: skip
+)
 QUESTIONS = (
     ("What color was {hero}'s {thing}?", "{hero}'s {thing} was {color}."),
     ("Where was {hero}?", "{hero} was {place}."),
@@ -186,7 +248,7 @@ def long_story(rng: random.Random) -> str:
     lines, asked = [f"The Story of {hero} and {friend}"], []
     chapters = rng.randint(2, 4)
     things = rng.sample(THINGS, 2 * chapters)
-    for chapter, (thing, thing2) in enumerate(zip(things[::2], things[1::2]), start=1):
+    for chapter, (thing, thing2) in enumerate(zip(things[::2], things[1::2], strict=True), start=1):
         slots = cast(rng, hero, friend) | {"thing": thing, "thing2": thing2}
         lines.append(f"Chapter {chapter}. {tell(rng, slots)}")
         asked.append((f"Question: What color was {hero}'s {thing}?", f"Answer: {hero}'s {thing} was {slots['color']}."))
@@ -197,9 +259,8 @@ def long_story(rng: random.Random) -> str:
 def recall(rng: random.Random) -> str:
     """Who has what and where it is: a list, then every entry asked for in another order."""
     number = rng.randint(3, 8)
-    rows = list(
-        zip(rng.sample(BOYS + GIRLS, number), rng.sample(COLORS, number), rng.sample(THINGS, number), rng.sample(SPOTS, number))
-    )  # fmt: skip
+    columns = (rng.sample(words, number) for words in (BOYS + GIRLS, COLORS, THINGS, SPOTS))
+    rows = list(zip(*columns, strict=True))
     lines = [f"{name} has a {color} {thing}. It is {spot}." for name, color, thing, spot in rows]
     rng.shuffle(rows)
     for name, color, thing, spot in rows:

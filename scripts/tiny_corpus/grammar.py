@@ -1,6 +1,6 @@
 """The two tools every language of the corpus shares: choosing, and filling a template.
 
-All randomness comes from one ``random.Random`` that the caller seeds, so that the same seed gives the same text, byte by byte.
+All randomness comes from one ``random.Random`` that the caller seeds: the same seed gives the same text, byte by byte.
 """
 
 from __future__ import annotations

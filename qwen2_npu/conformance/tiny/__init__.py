@@ -1,4 +1,4 @@
-"""The trained tiny Qwen2 checkpoint: the folder, prompts whose greedy text is readable, and held-out text for perplexity.
+"""The trained tiny Qwen2 checkpoint: its folder, prompts that it continues readably, and held-out text.
 
 Reading these needs neither torch nor transformers. How the checkpoint came to be: ``README.md`` beside this file.
 """
