@@ -245,6 +245,13 @@ class FixedKVCache(Cache):
         """Rows."""
         return self.shape.batch_size
 
+    def activate_past_recording(self) -> None:
+        """Nothing to do: the past is never dropped."""
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """True: :meth:`crop` can always go back."""
+        return True
+
     def __len__(self) -> int:
         return self.shape.layers
 
@@ -283,14 +290,20 @@ class FixedKVCache(Cache):
         self.batch_select_indices(torch.empty(0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``tokens_to_remove`` tokens of every row (assisted decoding)."""
-        if tokens_to_remove < 0 or tokens_to_remove > min(self.lengths):
-            raise CacheOverflowError(f"cannot remove {tokens_to_remove} tokens from rows of {self.lengths} tokens")
+        """Forget the last tokens of every row (assisted decoding).
+
+        Args:
+            tokens_to_remove: their number, as transformers passes it: zero or negative.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > min(self.lengths):
+            raise CacheOverflowError(
+                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: pass minus the number of tokens to remove"
+            )
         if tokens_to_remove == 0:
             return
-        self.lengths = [length - tokens_to_remove for length in self.lengths]
-        self.seen_tokens -= tokens_to_remove
-        self.write_index.sub_(tokens_to_remove)
+        self.lengths = [length + tokens_to_remove for length in self.lengths]
+        self.seen_tokens += tokens_to_remove
+        self.write_index.add_(tokens_to_remove)
         self._rebuild_masks()
 
     def _rebuild_masks(self) -> None:

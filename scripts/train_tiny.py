@@ -178,7 +178,7 @@ def train(
     rate: float,
     generator: torch.Generator,
 ) -> float:
-    """AdamW with a cosine schedule, the last quarter of the steps at twice the length. Returns the mean of the last losses."""
+    """AdamW with a cosine schedule, the last quarter of the steps at twice the length; returns the last mean loss."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -195,7 +195,8 @@ def train(
     stream = itertools.chain(
         itertools.islice(batches(tokens, 512, 4, generator), short), batches(tokens, 1024, 2, generator)
     )
-    begun, recent = time.monotonic(), []
+    begun = time.monotonic()
+    recent: list[float] = []
     for step, batch in enumerate(itertools.islice(stream, steps), start=1):
         model.train()
         loss = model(batch, labels=batch).loss
@@ -262,9 +263,10 @@ def main() -> None:
     write_json(folder / "generation_config.json", GENERATION_CONFIG)
     save_tokenizer(tokenizer, folder)
     (folder / "heldout.txt").write_text("\n\n".join(heldout) + "\n", encoding="utf-8")
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     print(
         f"training loss {loss:.4f}, held-out loss {heldout_loss:.4f} (perplexity {math.exp(heldout_loss):.3f}) with"
-        f" bfloat16 weights, {time.monotonic() - begun:.0f} s, {sum(f.stat().st_size for f in folder.iterdir() if f.is_file())} bytes"
+        f" bfloat16 weights, {time.monotonic() - begun:.0f} s, {size} bytes"
     )
 
 

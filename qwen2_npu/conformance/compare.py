@@ -165,7 +165,7 @@ class Comparison:
         }
 
 
-def compare(optimised: Trace, baseline: Trace, reference: Trace, dtype: torch.dtype) -> Comparison:
+def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: torch.dtype) -> Comparison:
     """Every position of every path. All three traces are of the same batch and the same forced tokens.
 
     Each path is judged on its own: an error in decode must not hide behind a long prefill.

@@ -17,7 +17,7 @@ import torch
 from qwen2_npu.conformance import teacher
 from qwen2_npu.conformance.batches import Batch
 from qwen2_npu.conformance.capture import Capture, Point, capturing
-from qwen2_npu.conformance.compare import Comparison, compare
+from qwen2_npu.conformance.compare import Comparison, compare_traces
 from qwen2_npu.conformance.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
 from qwen2_npu.conformance.stock import exact
 from qwen2_npu.optimizations import Optimizations
@@ -123,7 +123,7 @@ def compare_model(
     model: Any, batch: Batch, baseline_trace: teacher.Trace, reference_trace: teacher.Trace, dtype: torch.dtype
 ) -> Comparison:
     """Runs ``model`` forced to the baseline's tokens, and compares. What its switches ask for is run as well."""
-    return compare(trace_model(model, batch, baseline_trace), baseline_trace, reference_trace, dtype)
+    return compare_traces(trace_model(model, batch, baseline_trace), baseline_trace, reference_trace, dtype)
 
 
 def trace_model(model: Any, batch: Batch, baseline_trace: teacher.Trace) -> teacher.Trace:
@@ -170,6 +170,8 @@ def _captures(model: Any, batch: Batch, forced: Array) -> list[Capture]:
     mask = batch.attention_mask.to(device)
     lengths = batch.lengths
     captures: list[Capture] = []
+    if getattr(model, "compiled_steps", None):
+        model.compiled_steps = {}  # hooks and modes see eager execution only
     cache: dict[str, Any] = teacher.preallocated(model, len(lengths), mask.shape[1] + forced.shape[1])
     tokens = batch.input_ids.to(device)
     positions = teacher.position_ids_of(mask)
@@ -229,22 +231,24 @@ class Divergence:
         )
 
 
-def divergences(optimised: teacher.Trace, baseline: teacher.Trace, reference: teacher.Trace) -> list[Divergence]:
+def divergences(chosen: Array, baseline: teacher.Trace, reference: teacher.Trace) -> list[Divergence]:
     """First divergence of every row whose free-running greedy tokens differ.
 
-    ``forced`` of both traces are what each model chose for itself; up to the divergence the contexts are the same, so the
-    baseline's and the reference's logits there say what either knew.
+    Args:
+        chosen: (B, T) tokens that the optimised model chose for itself.
+        baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the contexts
+            are the same, so their logits there say what either knew.
     """
     found: list[Divergence] = []
     for row in range(baseline.forced.shape[0]):
-        differ = np.flatnonzero(optimised.forced[row] != baseline.forced[row])
+        differ = np.flatnonzero(chosen[row] != baseline.forced[row])
         if not differ.size:
             continue
         step = int(differ[0])
         logits, true = (
             trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1] for trace in (baseline, reference)
         )
-        tokens = int(baseline.forced[row, step]), int(optimised.forced[row, step])
+        tokens = int(baseline.forced[row, step]), int(chosen[row, step])
         found.append(
             Divergence(
                 row=row,

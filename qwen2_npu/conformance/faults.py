@@ -125,7 +125,7 @@ def _late_rotary_position(model: Any) -> None:
         return
     rotary = model.model.rotary
     right = rotary.forward
-    rotary.forward = lambda position_ids, **kwargs: right(position_ids - (position_ids.shape[1] == 1), **kwargs)
+    rotary.forward = lambda position_ids, **kwargs: right(position_ids - int(position_ids.shape[1] == 1), **kwargs)
 
 
 def _last_column(model: Any) -> None:

@@ -40,7 +40,9 @@ class Trace:
     hidden: Array | None = None
     last_logits: Array | None = None
     prefill_seconds: float = 0.0
-    decode_tokens_per_second: float = 0.0
+    timed_tokens: int = 0
+    decode_seconds: float = 0.0
+    """For ``timed_tokens`` tokens: decode without its first step."""
 
 
 def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -112,7 +114,8 @@ def run(
         hidden=hidden_states,
         last_logits=last_logits,
         prefill_seconds=prefill_seconds,
-        decode_tokens_per_second=rows * (decode_steps - UNTIMED_STEPS) / timed if timed else 0.0,
+        timed_tokens=rows * max(decode_steps - UNTIMED_STEPS, 0),
+        decode_seconds=timed,
     )
 
 

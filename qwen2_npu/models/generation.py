@@ -142,8 +142,8 @@ class GenerationHooks:
         first_of_embeds = inputs_embeds is not None and past == 0
         if past_key_values is None and use_cache:
             rows, given = (inputs_embeds if first_of_embeds else input_ids).shape[:2]
-            # With inputs_embeds alone, max_length counts new tokens only.
-            extra = given if first_of_embeds and input_ids.shape[1] == 0 else 0
+            # With inputs_embeds, max_length does not count the prompt.
+            extra = given if first_of_embeds else 0
             past_key_values = self._cache_for_generation(rows, (self._max_length or given) + extra)
         if past > 0:
             total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]

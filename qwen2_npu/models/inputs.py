@@ -70,7 +70,7 @@ class Rows:
         """(B, count) compact positions of the last ``count`` positions as given."""
         batch = len(self.lengths)
         if self.order is None:
-            return torch.arange(tokens - count, tokens, device=device).expand(batch, count)
+            return torch.arange(tokens - count, tokens, device=device).repeat(batch, 1)
         return torch.argsort(self.order, dim=1)[:, tokens - count :]
 
 

@@ -366,7 +366,7 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         if cache is None and use_cache:
             cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, self.config.max_position_embeddings))
         if position_ids is not None:
-            position_ids = position_ids.expand(batch, -1)
+            position_ids = position_ids.expand(batch, -1).contiguous()
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
         recording = record if output_attentions or output_hidden_states else None
         if self.optimizations.fixed_kv_cache:

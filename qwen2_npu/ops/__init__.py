@@ -1,7 +1,7 @@
 """The npu:: operators that Qwen2 needs, on CPU and CUDA: importing this makes torch.ops.npu.* usable.
 
-An operator is found by its name: schema in `schemas`, kernel in `norms`, `rotary`, `scatter`, `swiglu`, or in the file of
-`attention` named after it. `registry` shows how they reach the dispatcher.
+An operator is found by its name: its schema in `schemas`, its kernel in `norms`, `rotary`, `scatter`, `swiglu`, or in
+the file of `attention` named after it. `registry` shows how they reach the dispatcher.
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     return (x * rstd * gamma.float()).to(input.dtype), rstd
 
 
-def npu_add_rms_norm(
-    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
+def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """x = x1 + x2 rounded to the dtype; y = cast(x · rstd) · gamma, where rstd comes from the rounded x.
 
     Args:

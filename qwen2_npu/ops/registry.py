@@ -28,10 +28,9 @@ def register(kernels: Mapping[str, Callable[..., Any]]) -> torch.library.Library
     library = torch.library.Library(LIBRARY, "FRAGMENT")
     namespace = getattr(torch.ops, LIBRARY)
     for name, kernel in kernels.items():
-        keys = BESIDE_TORCH_NPU
-        if not hasattr(namespace, name):
+        defined = hasattr(namespace, name)
+        if not defined:
             library.define(SCHEMAS[name])
-            keys = ALONE
-        for key in keys:
+        for key in BESIDE_TORCH_NPU if defined else ALONE:
             library.impl(name, kernel, key)
     return library

@@ -70,9 +70,7 @@ def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.mul_(cos).add_(rotated)
 
 
-def npu_rotary_mul(
-    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", **unsupported: Any
-) -> Tensor:
+def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", **unsupported: Any) -> Tensor:
     """input·r1 + rotate(input)·r2, out of place.
 
     Args:

@@ -76,16 +76,16 @@ def _write(op: str, data: Tensor, indices: Tensor, updates: Tensor, axis: int) -
             # All rows start together: one strided copy.
             data.narrow(0, 0, rows).narrow(axis, starts[0], length).copy_(updates)
             return data
-    row = torch.arange(rows, device=data.device)
-    start = indices.to(device=data.device, dtype=torch.int64)
+    row_index = torch.arange(rows, device=data.device)
+    start_index = indices.to(device=data.device, dtype=torch.int64)
     where: list[Tensor | None]
     if length == 1:
         # A single entry per row is indexed without its axis, which keeps the index small.
-        where = [row, *[None] * (axis - 1), start]
+        where = [row_index, *[None] * (axis - 1), start_index]
         updates = updates.squeeze(axis)
     else:
-        where = [row[:, None], *[None] * (axis - 1), start[:, None] + torch.arange(length, device=data.device)]
-    # Indices with whole dimensions between them put their own dimensions first.
-    if axis > 1 and length != 1:
+        span = torch.arange(length, device=data.device)
+        where = [row_index[:, None], *[None] * (axis - 1), start_index[:, None] + span]
+        # Index tensors with whole dimensions between them put their own dimensions first.
         updates = updates.movedim(axis, 1)
     return torch.ops.aten.index_put_(data, where, updates)

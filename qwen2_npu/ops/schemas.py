@@ -46,7 +46,9 @@ SCHEMAS: Final = MappingProxyType(
             "int antiquant_mode=0, int key_antiquant_mode=0, int value_antiquant_mode=0, "
             "bool softmax_lse_flag=False) -> (Tensor, Tensor)"
         ),
-        "npu_rms_norm": "npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)",
+        "npu_rms_norm": (
+            "npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)"
+        ),
         "npu_add_rms_norm": (
             "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, "
             "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor, Tensor)"
@@ -56,8 +58,7 @@ SCHEMAS: Final = MappingProxyType(
             'str rotary_mode="half") -> (Tensor, Tensor)'
         ),
         "npu_rotary_mul": (
-            'npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", '
-            "Tensor? rotate=None) -> Tensor"
+            'npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", Tensor? rotate=None) -> Tensor'
         ),
         "scatter_update_": "scatter_update_(Tensor(a!) input, Tensor indices, Tensor updates, int axis) -> Tensor(a!)",
         "scatter_update": "scatter_update(Tensor input, Tensor indices, Tensor updates, int axis) -> Tensor",
@@ -76,9 +77,7 @@ def _absent(*names: str) -> dict[str, object]:
 # Operator name -> {argument: its default}: an argument listed here raises unless it has that value.
 UNSUPPORTED: Final = MappingProxyType(
     {
-        "npu_prompt_flash_attention": _absent(
-            "padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION
-        ),
+        "npu_prompt_flash_attention": _absent("padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION),
         "npu_incre_flash_attention": {
             **_absent("padding_mask", "pse_shift", "block_table", "dequant_scale1", "dequant_scale2"),
             **_absent(*_QUANTISATION, *_ANTIQUANTISATION),

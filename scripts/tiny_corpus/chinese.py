@@ -147,7 +147,12 @@ def cast(rng: random.Random, hero: str | None = None, friend: str | None = None)
     names = rng.sample(BOYS + GIRLS, 2)
     hero, friend = hero or names[0], friend or names[1]
     he, boy = ("他", "男孩") if hero in BOYS else ("她", "女孩")
-    colors, things, spots, sizes = (rng.sample(words, 2) for words in (COLORS, THINGS, SPOTS, SIZES))
+    colors, things, spots, sizes = (
+        rng.sample(COLORS, 2),
+        rng.sample(THINGS, 2),
+        rng.sample(SPOTS, 2),
+        rng.sample(SIZES, 2),
+    )
     return {
         "hero": hero, "friend": friend, "he": he, "his": f"{he}的", "boy": boy, "color": colors[0], "color2": colors[1],
         "m": things[0][0], "thing": things[0][1], "m2": things[1][0], "thing2": things[1][1],

@@ -19,7 +19,8 @@ THINGS = (
 )  # fmt: skip
 PLACES = (
     "in the garden", "in the park", "in the forest", "in the kitchen", "at the school", "at the market",
-    "in the library", "in the village", "on the farm", "at the beach", "by the river", "on the hill", "near the lake", "at the station",
+    "in the library", "in the village", "on the farm", "at the beach", "by the river",
+    "on the hill", "near the lake", "at the station",
 )  # fmt: skip
 SPOTS = (
     "under the bed", "behind the door", "in the basket", "on the shelf", "near the window", "under the table",

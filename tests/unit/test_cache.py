@@ -110,11 +110,12 @@ def test_crop_forgets_the_last_tokens():
     cache = FixedKVCache(shape())
     cache.begin([4, 6, 5])
     cache.end(6, [4, 6, 5])
-    cache.crop(3)
+    cache.crop(-3)
     assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
     assert live_slots(cache.drop_mask) == [[0], [0, 1, 2], [0, 1]]
-    with pytest.raises(CacheOverflowError, match="cannot remove 2"):
-        cache.crop(2)
+    for wrong in (-2, 1):
+        with pytest.raises(CacheOverflowError, match=rf"crop\({wrong}\) of rows of \[1, 3, 2\] tokens"):
+            cache.crop(wrong)
 
 
 def test_no_room_on_the_device_is_one_clear_error():

@@ -1,8 +1,8 @@
 """The operator catalogue: per operator its samples, float64 golden, derived tolerances and invalid inputs.
 
-In the spirit of PyTorch's OpInfo: one record per operator, in the file that bears its name, consumed by every suite.
-Goldens are numpy, written from the operators' documentation and not from any kernel. To add an operator, write its
-file and add it to ``_RECORDS``.
+In the spirit of PyTorch's OpInfo: one record per operator, in the file that bears its name, consumed by every
+suite. Goldens are numpy, written from the operators' documentation and not from any kernel. To add an
+operator, write its file and add it to ``_RECORDS``.
 """
 
 from __future__ import annotations

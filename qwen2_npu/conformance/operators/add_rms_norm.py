@@ -1,15 +1,17 @@
-"""npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6) -> (y, rstd, x): the residual add and the norm, in the 910B's rounding order.
+"""npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6) -> (y, rstd, x): the residual add and the norm, in the 910B's
+rounding order.
 
 Shapes: x1, x2, x, y (..., H); gamma (H); rstd (..., 1) float32.
 
     x = round(x1 + x2)          rstd = 1/sqrt(mean(x²)+eps), from the rounded x
     t = round(x·rstd)           y = round(t·γ)
 
-Tolerance. x is exact: a float32 intermediate has more than 2p+2 bits for both narrow formats, so even rounding twice gives the
-correctly rounded sum. x·rstd is known to within r = rstd_relative_error + u32 before its rounding, so t is one of the
-roundings of exact·(1±r); y is the rounding of such a t times γ (in float32, or in float16 itself: the product of two narrow
-numbers is exact in float32, so both give the same). The bound is the distance to the ends of that interval:
-zero unless some t lies next to a tie. In float32 itself every rounding is float32's and the same formula holds.
+Tolerance. x is exact: a float32 intermediate has more than 2p+2 bits for both narrow formats, so even
+rounding twice gives the correctly rounded sum. x·rstd is known to within r = rstd_relative_error + u32 before
+its rounding, so t is one of the roundings of exact·(1±r); y is the rounding of such a t times γ (in float32,
+or in float16 itself: the product of two narrow numbers is exact in float32, so both give the same). The bound
+is the distance to the ends of that interval: zero unless some t lies next to a tie. In float32 itself every
+rounding is float32's and the same formula holds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""npu_apply_rotary_pos_emb(query, key, cos, sin, layout='BSND', rotary_mode='half') -> (query, key): RoPE on both.
+"""npu_apply_rotary_pos_emb(query, key, cos, sin, layout='BSND', rotary_mode='half') -> (query, key): RoPE on
+both.
 
-Shapes: query (B,S,Nq,D), key (B,S,Nk,D), cos and sin (B,S,1,D), all of one dtype.
-Eager execution overwrites query and key and returns them, although the schema declares no alias.
-Formula and tolerance are ``rotary_mul``'s.
+Shapes: query (B,S,Nq,D), key (B,S,Nk,D), cos and sin (B,S,1,D), all of one dtype. Eager execution overwrites
+query and key and returns them, although the schema declares no alias; under torch.compile the operator is out
+of place. Formula and tolerance are ``rotary_mul``'s.
 """
+
+# ruff: noqa: N803, N806  (dimensions are spelled as in the documentation)
 
 from __future__ import annotations
 
@@ -94,7 +97,9 @@ OPERATOR = Operator(
     ),
     writes=("query", "key"),
     skips=(
-        Skip("head_dim 64", "documented, yet the tiling of 2025-11 fails unless it is 128: callers use npu_rotary_mul"),
-        Skip("in-place under torch.compile", "graphs copy query and key first: out of place, see the graph suite"),
+        Skip(
+            "head_dim 64",
+            "documented, yet the tiling of 2025-11 fails unless it is 128: callers use npu_rotary_mul",
+        ),
     ),
 )

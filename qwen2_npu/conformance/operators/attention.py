@@ -1,17 +1,18 @@
-"""What the goldens of the three attention operators share: layouts, lengths, and softmax(scale·QKᵀ, masked)·V with its bound.
+"""What the three attention goldens share: layouts, lengths, and softmax(scale·QKᵀ, masked)·V with its bound.
 
 Axes: B batch, N heads, S positions, D head width, H = N·D. Goldens work in BNSD.
 
-Tolerance, per output element o = Σ p_j v_j. Rounding the scores, the subtraction of the maximum and exp perturb the weights:
-p_j(1+η_j), |η_j| <= e_j, and normalising with the same weights gives an error of at most
-Σ p_j e_j (|v_j|+|o|) / (1 - Σ p_j e_j). On top: the weights are cast to the dtype before the product with V (u per
-term; where they underflow, ``tiny`` per value), both sums have n terms in float32, and the result is rounded once.
+Tolerance, per output element o = Σ p_j v_j. Rounding the scores, the subtraction of the maximum and exp
+perturb the weights: p_j(1+η_j), |η_j| <= e_j, and normalising with the same weights gives an error of at most
+Σ p_j e_j (|v_j|+|o|) / (1 - Σ p_j e_j). On top: the weights are cast to the dtype before the product with V
+(u per term; where they underflow, ``tiny`` per value), both sums have n terms in float32, and the result is
+rounded once.
 
-- float32 scores (bfloat16, float32, high precision): a score is a float32 dot product of width D, so it is off by at most
-  (D+2)·u32·scale·|q|·|k|; e_j adds u32·|s_j - max| (subtraction) and 4·u32 (exp within 2 ulp).
-- float16 scores (npu_prompt_flash_attention's default): the *unscaled* dot product is rounded to float16 (u·scale·|q·k|),
-  scaled in float16 (u·|s|), reduced by the maximum (u·|s - max|), exponentiated (2u); the sum runs in
-  float16 as a tree (ceil(log2 n)·u), and so does the division (u).
+- float32 scores (bfloat16, float32, high precision): a score is a float32 dot product of width D, so it is
+  off by at most (D+2)·u32·scale·|q|·|k|; e_j adds u32·|s_j - max| (subtraction) and 4·u32 (exp within 2 ulp).
+- float16 scores (npu_prompt_flash_attention's default): the *unscaled* dot product is rounded to float16
+  (u·scale·|q·k|), scaled in float16 (u·|s|), reduced by the maximum (u·|s - max|), exponentiated (2u); the
+  sum runs in float16 as a tree (ceil(log2 n)·u), and so does the division (u).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import numpy as np
 from qwen2_npu.conformance.operators.rounding import FORMATS, U32, Array, FloatArray
 
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
-
 
 
 def from_bnsd(x: FloatArray, layout: str) -> FloatArray:

@@ -1,11 +1,14 @@
-"""npu_fused_infer_attention_score: the successor of both attention operators; returns (attention_out, softmax_lse).
+"""npu_fused_infer_attention_score: the successor of both attention operators; returns (attention_out,
+softmax_lse).
 
-One query position takes the decode path, more take the prefill path: goldens and samples are ``incre_flash_attention``'s and
-``prompt_flash_attention``'s under the new names (scale, actual_seq_lengths_kv) and defaults (next_tokens unlimited,
-inner_precise 0: scores and softmax in float32 for float16, too; 1: as in prompt_flash_attention).
+One query position takes the decode path, more take the prefill path: goldens and samples are
+``incre_flash_attention``'s and ``prompt_flash_attention``'s under the new names (scale,
+actual_seq_lengths_kv) and defaults (next_tokens unlimited, inner_precise 0: scores and softmax in float32 for
+float16, too; 1: as in prompt_flash_attention).
 
-softmax_lse (B,N,Sq,1) float32 is log Σ exp(score), with softmax_lse_flag; without it only its presence is fixed.
-Tolerance of the log: the relative error of the sum, plus 4 u32 of its own magnitude for log, addition and rounding.
+softmax_lse (B,N,Sq,1) float32 is log Σ exp(score), with softmax_lse_flag; without it only its presence is
+fixed. Tolerance of the log: the relative error of the sum, plus 4 u32 of its own magnitude for log, addition
+and rounding.
 """
 
 from __future__ import annotations
@@ -100,7 +103,8 @@ _REFUSED = (
 
 def _renamed(prefix: str, invalid: tuple[Invalid, ...]) -> tuple[Invalid, ...]:
     return tuple(
-        Invalid(f"{prefix}_{one.name}", one.change, one.match, one.parameters, one.error, one.only_on) for one in invalid
+        Invalid(f"{prefix}_{one.name}", one.change, one.match, one.parameters, one.error, one.only_on)
+        for one in invalid
     )
 
 
@@ -121,7 +125,10 @@ OPERATOR = Operator(
         Invalid("value_antiquant_mode", {"value_antiquant_mode": 1}, "value_antiquant_mode", _PREFILL),
     ),
     skips=(
-        Skip("softmax_lse without its flag", "only its presence is documented: neither shape nor values are compared"),
+        Skip(
+            "softmax_lse without its flag",
+            "only its presence is documented: neither shape nor values are compared",
+        ),
         Skip("block_size", "read with a block_table only, which is refused"),
     ),
 )

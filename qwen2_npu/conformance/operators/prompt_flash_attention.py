@@ -1,19 +1,23 @@
 """npu_prompt_flash_attention: prefill attention over a masked, banded, ragged batch.
 
-Shapes: query (B,Sq,Nq·D) BSH, (B,Sq,Nq,D) BSND or (B,Nq,Sq,D) BNSD; key and value likewise with Nkv heads and Skv positions.
-atten_mask True = drop; (Sq,Skv), (1|B,Sq,Skv) or (1|B,1,Sq,Skv); for sparse modes 2-4 the 2048×2048 triu(1).
+Shapes: query (B,Sq,Nq·D) BSH, (B,Sq,Nq,D) BSND or (B,Nq,Sq,D) BNSD; key and value likewise with Nkv heads and
+Skv positions. atten_mask True = drop; (Sq,Skv), (1|B,Sq,Skv) or (1|B,1,Sq,Skv); for sparse modes 2-4 the
+2048×2048 triu(1).
 
-sparse_mode 0: the mask, and a band of pre/next tokens from the top-left corner, ignored without a mask; 1: the mask alone;
-2: causal from the top left; 3: causal from the bottom right; 4: a band from the bottom right. "Bottom right" is the end of
-the row's actual lengths. ``sparse_mode + 10`` is the same at high precision.
+sparse_mode 0: the mask, and a band of pre/next tokens from the top-left corner, ignored without a mask; 1:
+the mask alone; 2: causal from the top left; 3: causal from the bottom right; 4: a band from the bottom right.
+"Bottom right" is the end of the row's actual lengths. ``sparse_mode + 10`` is the same at high precision.
 
-Not defined, hence not compared: rows that lose every position to their mask, and, in mode 0, rows whose mask keeps what
-the band drops (the device decides that by tile). Tolerance: see ``attention``.
+Not defined, hence not compared: rows that lose every position to their mask, and, in mode 0, rows whose mask
+keeps what the band drops (the device decides that by tile). Tolerance: see ``attention``.
 """
+
+# ruff: noqa: N803, N806  (dimensions are spelled as in the documentation)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,10 +33,17 @@ UNLIMITED = 2147483647
 COMPRESSED_MASK = 2048
 
 
+@cache
+def compressed_mask(dtype: str) -> Array:
+    mask = np.triu(np.ones((COMPRESSED_MASK, COMPRESSED_MASK), dtype), 1)
+    mask.flags.writeable = False
+    return mask
+
+
 def make_mask(rng: np.random.Generator, kind: str, shape: str, dtype: str, B: int, Sq: int, Skv: int) -> Array:
     """True = drop. ``shape`` is 'SS', '1SS', 'BSS', '11SS' or 'B1SS'; every kind but 'blind' keeps position 0."""
     if kind == "compressed":
-        return np.triu(np.ones((COMPRESSED_MASK, COMPRESSED_MASK), dtype), 1)
+        return compressed_mask(dtype)
     batch = B if shape.startswith("B") else 1
     i, j = np.arange(Sq)[:, None], np.arange(Skv)[None, :]
     drop = {
@@ -66,21 +77,25 @@ def build(
     kv_lengths: Sequence[int] | None = None,
     spread: float = 1.0,
     scale: float | None = 0.0,
+    stale: float = 1.0,
     names: tuple[str, str, str] = ("scale_value", "actual_seq_lengths", "actual_seq_lengths_kv"),
     **options: int | float | bool,
 ) -> Arguments:
-    """``spread`` scales the queries; ``scale`` 0.0 means 1/sqrt(D) and None the operator's default.
+    """``spread`` scales the queries; ``scale`` 0.0 means 1/sqrt(D) and None the operator's default; ``stale``
+    scales the keys and values beyond ``kv_lengths``, which must not matter.
 
-    ``options`` are the operator's own attributes (sparse_mode, pre_tokens, ...). ``names`` are the operator's names for
-    the scale and the two lists of lengths; the successor operator renames them.
+    ``options`` are the operator's own attributes (sparse_mode, pre_tokens, ...). ``names`` are the operator's
+    names for the scale and the two lists of lengths; the successor operator renames them.
     """
     Skv = Sq if Skv is None else Skv
-    laid_out = attention.input_layout(layout or "BSH")
     shapes = {"query": (B, Nq, Sq, D), "key": (B, Nkv, Skv, D), "value": (B, Nkv, Skv, D)}
-    arguments: Arguments = {
-        name: attention.from_bnsd(rng.standard_normal(shape), laid_out) for name, shape in shapes.items()
-    }
-    arguments["query"] *= spread
+    bnsd = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    bnsd["query"] *= spread
+    for row, length in enumerate(attention.per_row(kv_lengths, B, Skv)):
+        bnsd["key"][row, :, length:] *= stale
+        bnsd["value"][row, :, length:] *= stale
+    laid_out = attention.input_layout(layout or "BSH")
+    arguments: Arguments = {name: attention.from_bnsd(x, laid_out) for name, x in bnsd.items()}
     optional = {
         "atten_mask": make_mask(rng, mask, mask_shape, mask_dtype, B, Sq, Skv) if mask else None,
         "num_heads": Nq,
@@ -94,7 +109,14 @@ def build(
 
 
 def dropped(
-    mask: Array | None, mode: int, pre: int, following: int, q_len: int, kv_len: int, row: int, shape: tuple[int, int]
+    mask: Array | None,
+    mode: int,
+    pre: int,
+    following: int,
+    q_len: int,
+    kv_len: int,
+    row: int,
+    shape: tuple[int, int],
 ) -> tuple[Array, Array]:
     """(drop, undefined rows) of one batch row: bool (Sq,Skv) and (Sq,)."""
     i, j = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
@@ -286,6 +308,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "B": 2, "Sq": 7, "Skv": 9, "q_lengths": [7, 3], "kv_lengths": [7, 8], "sparse_mode": 4, "pre_tokens": 2,
         "next_tokens": 1, **COMPRESSED,
     },
+    "stale_keys": {"B": 3, "Sq": 4, "Skv": 11, "kv_lengths": [6, 1, 0], "stale": 1e4},
     "empty_keys": {"B": 2, "Sq": 4, "Skv": 0},
     "all_lengths_zero": {"B": 2, "Sq": 4, "Skv": 6, "kv_lengths": [0], "layout": "BSH"},
     "peaked": {"B": 1, "Sq": 9, "spread": 6.0, **MASKED},
@@ -367,6 +390,9 @@ OPERATOR = Operator(
     skips=(
         Skip("layout TND", "restricted on the device and unused by the model: refused"),
         Skip("content of the 2048×2048 mask", "must be triu(1); the device does not check it"),
-        Skip("mask and band that contradict each other", "tile-dependent on the device: only finiteness is checked"),
+        Skip(
+            "mask and band that contradict each other",
+            "tile-dependent on the device: only finiteness is checked",
+        ),
     ),
 )

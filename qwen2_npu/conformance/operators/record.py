@@ -1,7 +1,8 @@
-"""The shape of a catalogue entry: one ``Operator`` record per operator, all of it plain data and pure functions.
+"""The shape of a catalogue entry: one ``Operator`` record per operator, all of it plain data and pure
+functions.
 
-A sample is a dictionary of parameters, not of tensors: the record's ``build`` turns it, with a seed, into arguments. That
-keeps every sample printable, so a failure can be reproduced from its message alone.
+A sample is a dictionary of parameters, not of tensors: the record's ``build`` turns it, with a seed, into
+arguments. That keeps every sample printable, so a failure can be reproduced from its message alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Parameters = Mapping[str, Any]
 Arguments = dict[str, Any]
-"""Keyword arguments of the operator. float64 arrays stand for tensors of the dtype under test, every other array for a
-tensor of its own dtype; the rest is passed as it is."""
+"""Keyword arguments of the operator. float64 arrays stand for tensors of the dtype under test, every other
+array for a tensor of its own dtype; the rest is passed as it is."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Sample:
 class Expected:
     """One output: every element must satisfy |got - value| <= bound.
 
-    ``defined`` marks the elements that the operator's documentation defines; the others need only be finite.
-    ``dtype`` is empty where the output has the dtype under test. An unchecked output has a value of None.
+    ``defined`` marks the elements that the operator's documentation defines; the others need only be finite
+    where the value is. ``dtype`` is empty where the output has the dtype under test. An unchecked output has
+    a value of None.
     """
 
     name: str
@@ -53,7 +55,8 @@ class Expected:
 class Invalid:
     """A valid sample with some arguments changed, and the error it must raise.
 
-    A change is the new value, or a function of the valid one. The message must match ``match`` and name the operator.
+    A change is the new value, or a function of the valid one. The message must match ``match`` and name the
+    operator.
     """
 
     name: str
@@ -98,6 +101,8 @@ class Operator:
     dtypes: tuple[str, ...] = DTYPES
     writes: tuple[str, ...] = ()
     """Arguments that eager execution overwrites; output i aliases writes[i]."""
+    graph_writes: tuple[str, ...] = ()
+    """The same under torch.compile."""
     skips: tuple[Skip, ...] = ()
 
     def arguments(self, parameters: Parameters, dtype: str, seed: int = 0) -> Arguments:

@@ -2,10 +2,10 @@
 
 Shapes: input (..., H), gamma (H), y (..., H), rstd (..., 1) float32.
 
-Tolerance. rstd carries ``rstd_relative_error``; the two products add 2 u32. y is therefore the rounding of a value known to
-within r = rstd_relative_error + 2·u32: the bound is the distance from the rounded golden to the rounding of either
-end of exact·(1±r), which for bfloat16 and float16 is zero except next to ties. That tells this operator's single rounding
-from the two roundings of the eager model's norm.
+Tolerance. rstd carries ``rstd_relative_error``; the two products add 2 u32. y is therefore the rounding of a
+value known to within r = rstd_relative_error + 2·u32: the bound is the distance from the rounded golden to
+the rounding of either end of exact·(1±r), which for bfloat16 and float16 is zero except next to ties. That
+tells this operator's single rounding from the two roundings of the eager model's norm.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def build(
     outlier: float = 0.0,
     gamma: str = "normal",
 ) -> Arguments:
-    weights = {"normal": rng.standard_normal(shape[-1]), "ones": np.ones(shape[-1]), "zeros": np.zeros(shape[-1])}
+    weights = {
+        "normal": rng.standard_normal(shape[-1]),
+        "ones": np.ones(shape[-1]),
+        "zeros": np.zeros(shape[-1]),
+    }
     arguments = {"input": rows(rng, shape, magnitude, outlier), "gamma": weights[gamma]}
     return arguments if epsilon is None else arguments | {"epsilon": epsilon}
 

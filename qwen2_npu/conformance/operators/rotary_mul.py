@@ -1,10 +1,11 @@
 """npu_rotary_mul(input, r1, r2, rotary_mode='half', rotate=None): x·r1 + cat(-x₂, x₁)·r2, out of place.
 
-Shapes: input (.., .., .., D) in any order of axes, r1 (cos) and r2 (sin) broadcast to it, D even and below 896.
+Shapes: input (.., .., .., D) in any order of axes, r1 (cos) and r2 (sin) broadcast to it, D even and below
+896.
 
-Tolerance. The documentation fixes no order of roundings; the coarsest is the eager model's, every operation in the dtype: each
-product rounds once and the sum once, so |error| <= u·(|x·r1| + |rot·r2|) from the products, and u·(|y| + that) from
-the sum. Each rounding of a subnormal may instead lose ``tiny``.
+Tolerance. The documentation fixes no order of roundings; the coarsest is the eager model's, every operation
+in the dtype: each product rounds once and the sum once, so |error| <= u·(|x·r1| + |rot·r2|) from the
+products, and u·(|y| + that) from the sum. Each rounding of a subnormal may instead lose ``tiny``.
 """
 
 from __future__ import annotations
@@ -70,12 +71,16 @@ def strategy() -> SearchStrategy[dict[str, Any]]:
     def place(drawn: tuple[list[int], int, list[bool], bool]) -> dict[str, Any]:
         lead, half, kept, free = drawn
         shape = [*lead, 2 * half]
-        return {"shape": shape, "table": [*(n if keep else 1 for n, keep in zip(lead, kept)), 2 * half], "free": free}
+        return {
+            "shape": shape,
+            "table": [*(n if keep else 1 for n, keep in zip(lead, kept, strict=True)), 2 * half],
+            "free": free,
+        }
 
     three = {"min_size": 3, "max_size": 3}
-    return st.tuples(
-        st.lists(size, **three), st.integers(1, 40), st.lists(st.booleans(), **three), st.booleans()
-    ).map(place)
+    return st.tuples(st.lists(size, **three), st.integers(1, 40), st.lists(st.booleans(), **three), st.booleans()).map(
+        place
+    )
 
 
 SAMPLES: dict[str, dict[str, Any]] = {

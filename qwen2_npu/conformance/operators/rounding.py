@@ -1,7 +1,8 @@
 """Rounding to float32, bfloat16 and float16 in numpy float64, to nearest even, in one step.
 
-Goldens compute in float64 and hold values of the narrow formats exactly; ``round_to`` is the only place where a
-golden loses precision. Going through float32 on the way to bfloat16 would round twice, so nothing here does.
+Goldens compute in float64 and hold values of the narrow formats exactly; ``round_to`` is the only place where
+a golden loses precision. Going through float32 on the way to bfloat16 would round twice, so nothing here
+does.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def round_to(x: Array | float, dtype: str) -> FloatArray:
 def rounded_band(exact: FloatArray, slack: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
     """(nearest, bound) for the one rounding of a value known only within ``exact ± slack``.
 
-    Rounding is monotone, so the result lies between the roundings of both ends. The bound is zero wherever both ends
-    round to the same number: away from ties the comparison is bit-exact.
+    Rounding is monotone, so the result lies between the roundings of both ends. The bound is zero wherever
+    both ends round to the same number: away from ties the comparison is bit-exact.
     """
     nearest = round_to(exact, dtype)
     return nearest, np.maximum(round_to(exact + slack, dtype) - nearest, nearest - round_to(exact - slack, dtype))

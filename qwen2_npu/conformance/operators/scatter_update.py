@@ -2,10 +2,10 @@
 
     input[i, …, indices[i]+k, …] = updates[i, …, k, …]      along ``axis``, for every i < len(indices)
 
-Shapes: input (B, …), indices (n) int32 or int64 with n <= B, updates (n, …) equal to input's but along ``axis``.
-``scatter_update_`` writes its input and returns it; ``scatter_update`` returns a new tensor. Nothing is computed, so the
-tolerance is zero, on the slots that stay as they were, too. The device checks no bounds; eager kernels on a CPU raise IndexError
-before anything is written.
+Shapes: input (B, …), indices (n) int32 or int64 with n <= B, updates (n, …) equal to input's but along
+``axis``. ``scatter_update_`` writes its input and returns it; ``scatter_update`` returns a new tensor.
+Nothing is computed, so the tolerance is zero, on the slots that stay as they were, too. The device checks no
+bounds; eager kernels on a CPU raise IndexError before anything is written.
 """
 
 from __future__ import annotations
@@ -98,7 +98,14 @@ INVALID = (
     Invalid("updates_of_other_width", {"updates": lambda updates: updates[..., :32]}, "updates", _BASE),
     Invalid("updates_of_one_row", {"updates": lambda updates: updates[:1]}, "updates|indices", _BASE),
     Invalid("past_the_end", {"indices": np.array([3, 15])}, "indices", _BASE, IndexError, only_on=("cpu",)),
-    Invalid("far_past_the_end", {"indices": np.array([3, 1 << 20])}, "indices", _BASE, IndexError, only_on=("cpu",)),
+    Invalid(
+        "far_past_the_end",
+        {"indices": np.array([3, 1 << 20])},
+        "indices",
+        _BASE,
+        IndexError,
+        only_on=("cpu",),
+    ),
     Invalid("negative_index", {"indices": np.array([-1, 3])}, "indices", _BASE, IndexError, only_on=("cpu",)),
 )
 
@@ -112,6 +119,7 @@ def _operator(name: str, writes: tuple[str, ...]) -> Operator:
         strategy=strategy,
         invalid=INVALID,
         writes=writes,
+        graph_writes=writes,
     )
 
 

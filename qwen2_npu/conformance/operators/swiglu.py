@@ -1,9 +1,9 @@
 """npu_swiglu(input, dim=-1): silu(first half)·second half, float32 inside, one final rounding.
 
-Tolerance. silu(a)·b = a/(1+exp(-a))·b in float32: exp within 2 ulp (4 u32), the addition 1 (both terms positive), the
-division 1, the product 1, and 1 more for an order that multiplies by a reciprocal: r = 8·u32. Where exp(-a) overflows, silu(a)
-is below float32's normal range and may be flushed: an absolute 2^-126·(1+|a|)·(1+|b|). The result is the rounding of
-a value within exact·(1±r).
+Tolerance. silu(a)·b = a/(1+exp(-a))·b in float32: exp within 2 ulp (4 u32), the addition 1 (both terms
+positive), the division 1, the product 1, and 1 more for an order that multiplies by a reciprocal: r = 8·u32.
+Where exp(-a) overflows, silu(a) is below float32's normal range and may be flushed: an absolute
+2^-126·(1+|a|)·(1+|b|). The result is the rounding of a value within exact·(1±r).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
-def build(
-    rng: np.random.Generator, shape: Sequence[int], dim: int | None = None, magnitude: float = 1.0
-) -> Arguments:
+def build(rng: np.random.Generator, shape: Sequence[int], dim: int | None = None, magnitude: float = 1.0) -> Arguments:
     arguments: Arguments = {"input": rng.standard_normal(shape) * magnitude}
     return arguments if dim is None else arguments | {"dim": dim}
 
@@ -40,7 +38,10 @@ def strategy() -> SearchStrategy[dict[str, Any]]:
     def even(sizes_and_dim: tuple[list[int], int]) -> dict[str, Any]:
         sizes, dim = sizes_and_dim
         dim = dim % (2 * len(sizes)) - len(sizes)
-        return {"shape": [2 * size if i == dim % len(sizes) else size for i, size in enumerate(sizes)], "dim": dim}
+        return {
+            "shape": [2 * size if i == dim % len(sizes) else size for i, size in enumerate(sizes)],
+            "dim": dim,
+        }
 
     placed = st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 7)).map(even)
     return st.tuples(placed, st.sampled_from([1e-3, 1.0, 12.0])).map(lambda made: {**made[0], "magnitude": made[1]})
@@ -51,6 +52,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "explicit_last": {"shape": [2, 5, 128], "dim": -1},
     "positive_last": {"shape": [3, 7, 66], "dim": 2},
     "middle": {"shape": [3, 10, 33], "dim": 1},
+    "middle_of_even_sizes": {"shape": [3, 10, 32], "dim": 1},
     "first": {"shape": [4, 3, 5], "dim": 0},
     "negative_middle": {"shape": [2, 6, 7], "dim": -2},
     "one_dimensional": {"shape": [130]},

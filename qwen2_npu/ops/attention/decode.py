@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen2_npu.ops.attention.layouts import Geometry, heads_first
-from qwen2_npu.ops.attention.lengths import as_column, check_lengths, longest
+from qwen2_npu.ops.attention.lengths import all_known, as_column, check_lengths, longest
 from qwen2_npu.ops.attention.masks import decode_drop
 from qwen2_npu.ops.attention.sdpa import attend, log_sum_exp
 from qwen2_npu.ops.checks import invalid, is_readable
@@ -25,6 +25,7 @@ class Window(NamedTuple):
         length: number of slots.
         slots: int64 (length,), or None.
         keep: bool (B, 1, 1, length), or None where every row owns the whole window.
+        ragged: the part of the window that some row does not own, as far as the host knows.
         rows: bool (B|1, 1, 1, 1), rows that own any slot at all, or None where all do.
     """
 
@@ -32,6 +33,7 @@ class Window(NamedTuple):
     length: int
     slots: Tensor | None = None
     keep: Tensor | None = None
+    ragged: slice = slice(None)
     rows: Tensor | None = None
 
     def take(self, cache: Tensor, dim: int) -> Tensor:
@@ -39,6 +41,17 @@ class Window(NamedTuple):
             return cache.index_select(dim, self.slots)
         assert self.first is not None
         return cache.narrow(dim, self.first, self.length)
+
+    def own(self, taken: Tensor) -> Tensor:
+        """`taken` (B, N, length, D) with zeros in the slots that a row does not own.
+
+        The device never reads those: NaN there must not reach the product.
+        """
+        if self.keep is None:
+            return taken
+        owned = taken.clone()
+        owned[:, :, self.ragged].masked_fill_(~self.keep.transpose(-1, -2)[:, :, self.ragged], 0)
+        return owned
 
 
 def decode_attention(
@@ -85,28 +98,24 @@ def decode_attention(
         empty = q.new_full((batch, heads, 1, 1), torch.inf, dtype=torch.float32) if want_lse else None
         return torch.zeros_like(q).view(batch, heads, size.head_dim), empty
 
-    k = window.take(heads_first(key, size.layout, size.kv_heads), 2)
-    v = window.take(heads_first(value, size.layout, size.kv_heads), 2)
-    keep, fill = window.keep, None
-    if keep is not None:
-        # Slots of other rows are never read by the device: NaN there must not reach the product.
-        column = keep.transpose(-1, -2)
-        k, v = torch.where(column, k, 0), torch.where(column, v, 0)
+    k = window.own(window.take(heads_first(key, size.layout, size.kv_heads), 2))
+    v = window.own(window.take(heads_first(value, size.layout, size.kv_heads), 2))
+    keep = visible = window.keep
     scored_q = q
     if mask is not None:
         min_len = window.length if window.first is None else window.first + window.length
-        kept = ~window.take(decode_drop(op, mask, batch, min_len), 3)
-        fill = kept
-        masked = kept if keep is None else keep & kept
-        blind = ~masked.any(-1, keepdim=True)
+        visible = ~window.take(decode_drop(op, mask, batch, min_len), 3)
+        if window.keep is not None:
+            visible = visible & window.keep
+        blind = ~visible.any(-1, keepdim=True)
         # Equal scores over the window give its mean: what −1e12 in every place comes to.
         scored_q = torch.where(blind, 0, q)
-        keep = masked | blind if keep is None else masked | (blind & keep)
+        keep = visible | (blind if window.keep is None else blind & window.keep)
     out = attend(scored_q, k, v, scale=scale, keep=keep)
     if window.rows is not None:
         out = torch.where(window.rows, out, 0)
-    out = out.reshape(batch, heads, size.head_dim)
-    return out, _lse(q, k, window, fill, scale).view(batch, heads, 1, 1) if want_lse else None
+    lse = _lse(q, k, window, visible, scale).view(batch, heads, 1, 1) if want_lse else None
+    return out.reshape(batch, heads, size.head_dim), lse
 
 
 def _left_window(cache_len: int, lengths: Sequence[int] | None, device: torch.device) -> Window:
@@ -116,26 +125,27 @@ def _left_window(cache_len: int, lengths: Sequence[int] | None, device: torch.de
     if len(lengths) == 1:
         return Window(0, length)
     column = as_column(lengths, device)
-    rows = None if all(type(n) is int and n > 0 for n in lengths) else column > 0
-    return Window(0, length, keep=torch.arange(length, device=device) < column, rows=rows)
+    keep = torch.arange(length, device=device) < column
+    if not all_known(lengths):
+        return Window(0, length, keep=keep, rows=column > 0)
+    shortest = min(lengths)
+    return Window(0, length, keep=keep, ragged=slice(shortest, None), rows=None if shortest else column > 0)
 
 
-def _right_window(
-    op: str, cache_len: int, lengths: Sequence[int], padding: Tensor, device: torch.device
-) -> Window:
+def _right_window(op: str, cache_len: int, lengths: Sequence[int], padding: Tensor, device: torch.device) -> Window:
     if padding.dtype != torch.int64 or padding.numel() < 1:
         raise invalid(op, "kv_padding_size", padding, "an int64 tensor with one element, shared by the batch")
     padding = padding.reshape(-1)[0]
-    if is_readable(padding) and all(type(n) is int for n in lengths):
+    if is_readable(padding) and all_known(lengths):
         end = cache_len - max(int(padding), 0)
-        fitting = [n for n in lengths if n <= end]
-        length = max(fitting, default=0)
-        if len(fitting) == len(lengths) == 1 or length == 0:
-            return Window(end - length, length) if length else Window(0, 0)
-        # A row that does not fit owns no slot.
-        column = as_column([n if n <= end else 0 for n in lengths], device)
+        lengths = [n if n <= end else 0 for n in lengths]  # a window that starts before the cache is empty
+        length = max(lengths)
+        first = end - length if length else 0
+        if len(lengths) == 1:
+            return Window(first, length)
+        column = as_column(lengths, device)
         keep = torch.arange(length, device=device) >= length - column
-        return Window(end - length, length, keep=keep, rows=column > 0)
+        return Window(first, length, keep=keep, ragged=slice(length - min(lengths)), rows=column > 0)
     # The padding is known to the device only: the window becomes a list of positions.
     length = longest(lengths)
     end_tensor = cache_len - padding.to(device).clamp(min=0)
@@ -144,21 +154,16 @@ def _right_window(
     rows = (column > 0) & (column <= end_tensor)
     keep = (position >= length - column) & rows
     slots = (end_tensor - length + position).clamp(0, max(cache_len - 1, 0))
-    return Window(None, length, slots, keep, rows)
+    return Window(None, length, slots, keep, rows=rows)
 
 
-def _lse(q: Tensor, k: Tensor, window: Window, kept: Tensor | None, scale: float) -> Tensor:
+def _lse(q: Tensor, k: Tensor, window: Window, visible: Tensor | None, scale: float) -> Tensor:
+    """Slots that the mask drops count exp(−1e12), which shows only where it drops them all."""
     grouped = q.flatten(1, 2).unsqueeze(2)
-    scores = log_sum_exp(grouped, k, scale=scale, keep=window.keep)
-    if kept is not None:
-        scores = _masked_lse(grouped, k, window, kept, scale)
-    return scores if window.rows is None else torch.where(window.rows, scores, torch.inf)
-
-
-def _masked_lse(grouped: Tensor, k: Tensor, window: Window, kept: Tensor, scale: float) -> Tensor:
-    """Slots dropped by the mask count exp(−1e12), slots outside the window nothing."""
-    visible = kept if window.keep is None else window.keep & kept
-    inside = torch.ones_like(kept) if window.keep is None else window.keep
-    count = inside.sum(-1, keepdim=True).to(torch.float32)
     lse = log_sum_exp(grouped, k, scale=scale, keep=visible)
-    return torch.where(visible.any(-1, keepdim=True), lse, MASK_FILL + count.log())
+    if visible is not window.keep:
+        assert visible is not None
+        inside = torch.ones_like(visible) if window.keep is None else window.keep
+        mean = MASK_FILL + inside.sum(-1, keepdim=True).float().log()
+        lse = torch.where(visible.any(-1, keepdim=True), lse, mean)
+    return lse if window.rows is None else torch.where(window.rows, lse, torch.inf)

@@ -70,7 +70,8 @@ def prompt_visibility(
     after = None if next_tokens >= UNBOUNDED else next_tokens
     if sparse_mode > 1:
         if mask.shape[-2:] != (COMPRESSED, COMPRESSED) or any(n != 1 for n in mask.shape[:-2]):
-            raise invalid(op, "atten_mask", mask, f"({COMPRESSED}, {COMPRESSED}), triu(1), in sparse_mode {sparse_mode}")
+            supported = f"({COMPRESSED}, {COMPRESSED}), triu(1), in sparse_mode {sparse_mode}"
+            raise invalid(op, "atten_mask", mask, supported)
         if sparse_mode == 4:
             return None, Band(before, after, from_end=True)
         return None, Band(after=0, from_end=sparse_mode == 3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qwen2_npu.ops.attention.lengths import as_column, longest
+from qwen2_npu.ops.attention.lengths import all_known, as_column, longest
 from qwen2_npu.ops.attention.masks import Band
 from qwen2_npu.ops.attention.sdpa import attend, log_sum_exp
 
@@ -62,6 +62,8 @@ def prefill_attention(
         out = attend(q, k, v, scale=scale)
         lse = log_sum_exp(q, k, scale=scale) if want_lse else None
     elif drop is None and not want_lse and _is_causal(band, offset, q_lens, kv_lens):
+        if rows < cols:  # the triangle ends with the last query
+            k, v = k[:, :, :rows], v[:, :, :rows]
         out, lse = attend(q, k, v, scale=scale, causal=True), None
     else:
         outs, lses = [], []
@@ -91,7 +93,7 @@ def _no_lse(q: Tensor) -> Tensor:
 def _offset(q_lens: Sequence[int], kv_lens: Sequence[int], device: torch.device) -> int | Tensor:
     if len(q_lens) == 1 and len(kv_lens) == 1:
         return kv_lens[0] - q_lens[0]
-    if all(type(n) is int for n in (*q_lens, *kv_lens)):
+    if all_known(q_lens) and all_known(kv_lens):
         count = max(len(q_lens), len(kv_lens))
         queries, keys = list(q_lens) * (count // len(q_lens)), list(kv_lens) * (count // len(kv_lens))
         offsets = [n - m for m, n in zip(queries, keys, strict=True)]
@@ -111,18 +113,16 @@ def _simplify(band: Band, rows: int, cols: int, offset: int | Tensor) -> Band:
     return band._replace(before=before, after=after)
 
 
-def _is_causal(
-    band: Band, offset: int | Tensor, q_lens: Sequence[int] | None, kv_lens: Sequence[int] | None
-) -> bool:
-    """Whether the band alone is the top-left triangle, also hiding the keys past each row's length."""
-    if band.before is not None or band.after != 0 or isinstance(offset, Tensor) or not isinstance(offset, int):
+def _is_causal(band: Band, offset: int | Tensor, q_lens: Sequence[int] | None, kv_lens: Sequence[int] | None) -> bool:
+    """Whether the band is the top-left triangle and hides the keys past each row's length, too."""
+    if band.before is not None or band.after != 0 or isinstance(offset, Tensor) or offset != 0:
         return False
-    if offset != 0 or kv_lens is None or len(kv_lens) == 1:
-        return offset == 0
-    if q_lens is None or not all(type(n) is int for n in (*q_lens, *kv_lens)):
+    if kv_lens is None or len(kv_lens) == 1:
+        return True
+    if q_lens is None or not all_known(q_lens) or not all_known(kv_lens):
         return False
-    shared = q_lens[0]
-    return all(n >= (q_lens[i] if len(q_lens) > 1 else shared) for i, n in enumerate(kv_lens))
+    queries = list(q_lens) * (len(kv_lens) // len(q_lens))
+    return all(keys >= live for keys, live in zip(kv_lens, queries, strict=True))
 
 
 def _blocks(rows: int, cols: int, band: Band, offset: int | Tensor) -> Iterator[tuple[int, int, int, int]]:

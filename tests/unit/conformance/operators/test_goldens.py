@@ -115,9 +115,7 @@ def test_layouts_hold_the_same_numbers(layout: str) -> None:
 def test_grouped_heads_read_their_own_group() -> None:
     grouped = prefill()
     repeated = {name: np.repeat(grouped[name], 2, axis=2) for name in ("key", "value")}
-    np.testing.assert_array_equal(
-        first(PFA, grouped), first(PFA, {**grouped, **repeated, "num_key_value_heads": 4})
-    )
+    np.testing.assert_array_equal(first(PFA, grouped), first(PFA, {**grouped, **repeated, "num_key_value_heads": 4}))
 
 
 def test_successor_takes_the_decode_path_for_one_query() -> None:
@@ -140,8 +138,9 @@ def test_add_rms_norm_rounds_before_and_after_gamma() -> None:
     """In bfloat16 it differs from rms_norm of the rounded sum in some element, and only by roundings."""
     record, plain = CATALOGUE["npu_add_rms_norm"], CATALOGUE["npu_rms_norm"]
     arguments = record.arguments({"shape": [2, 7, 896]}, "bfloat16")
-    y, rstd, x = (expected.value for expected in record.golden(arguments, "bfloat16"))
-    assert y is not None and rstd is not None and x is not None
+    y, _, x = (expected.value for expected in record.golden(arguments, "bfloat16"))
+    assert y is not None
+    assert x is not None
     np.testing.assert_array_equal(x, round_to(arguments["x1"] + arguments["x2"], "bfloat16"))
     once = plain.golden({"input": x, "gamma": arguments["gamma"]}, "bfloat16")[0].value
     assert once is not None
@@ -166,7 +165,12 @@ def test_swiglu_halves() -> None:
 
 def test_scatter_writes_a_slice_per_row() -> None:
     record = CATALOGUE["scatter_update"]
-    arguments = {"input": np.zeros((3, 4)), "indices": np.array([2, 0]), "updates": np.ones((2, 2)), "axis": 1}
+    arguments = {
+        "input": np.zeros((3, 4)),
+        "indices": np.array([2, 0]),
+        "updates": np.ones((2, 2)),
+        "axis": 1,
+    }
     np.testing.assert_array_equal(first(record, arguments), [[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
 
 
@@ -176,7 +180,7 @@ def every_sample() -> Iterator[Any]:
             yield pytest.param(record, sample, id=f"{record.name}-{sample.name}")
 
 
-@pytest.mark.parametrize(("record", "sample"), every_sample())
+@pytest.mark.parametrize(("record", "sample"), list(every_sample()))
 def test_golden_is_well_formed(record: Operator, sample: Sample) -> None:
     """Bounds are finite and not negative, values hold where defined; the golden leaves its arguments alone."""
     for dtype in record.dtypes:
@@ -186,7 +190,8 @@ def test_golden_is_well_formed(record: Operator, sample: Sample) -> None:
             if expected.value is None:
                 continue
             defined = True if expected.defined is None else expected.defined
-            assert expected.bound is not None and expected.bound.shape == expected.value.shape
+            assert expected.bound is not None
+            assert expected.bound.shape == expected.value.shape
             assert np.all(np.isfinite(np.where(defined, expected.value, 0.0)))
             assert np.all(np.where(defined, expected.bound >= 0, True))
             assert np.all(np.isfinite(np.where(defined, expected.bound, 0.0)))

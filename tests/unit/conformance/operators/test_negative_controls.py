@@ -1,20 +1,25 @@
 """The catalogue notices the faults it exists for.
 
-``plain`` holds the operators once more, in plain torch and independent of kernels and goldens, each able to go wrong in
-named ways. Without a fault every sample passes, so the derived tolerances can be met; with one, some sample fails.
+``plain`` holds the operators once more, in plain torch and independent of kernels and goldens, each able to
+go wrong in named ways. Without a fault every sample passes, so the derived tolerances can be met; with one,
+some sample fails.
 """
+
+# ruff: noqa: N803, N806  (dimensions are spelled as in the documentation)
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, Operator, Sample, check
-from qwen2_npu.conformance.operators.check import find_problems
+from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, Expected, Operator, Sample, check
+from qwen2_npu.conformance.operators.check import find_problems, run_and_compare
+from qwen2_npu.conformance.operators.record import Arguments
 
 NARROW = ("bfloat16", "float16")
 Tensors = dict[str, Any]
@@ -211,7 +216,7 @@ def decode(fault: str, t: Tensors, scale: float, lengths: Any) -> tuple[torch.Te
         mask = t["atten_mask"].bool().reshape(rows, -1)
         drop[:, : mask.shape[1]] = ~mask if fault == "mask_inverted" else mask
         if fault == "mask_in_window_coordinates":
-            drop = torch.stack([row.roll(int(first)) for row, first in zip(drop, start)])
+            drop = torch.stack([row.roll(int(first)) for row, first in zip(drop, start, strict=True)])
     blind = live & drop & ~(live & ~drop).any(-1, keepdim=True)  # all scores equal: the mean of V
     keep = (live & ~drop) | (blind if fault != "masked_rows_are_zero" else False)
     if fault == "masked_rows_average_the_cache":
@@ -335,11 +340,20 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
 }
 
 
+@cache
+def prepared(name: str, sample: str, dtype: str) -> tuple[Arguments, tuple[Expected, ...]]:
+    """Arguments and golden of a sample; every fault runs against the same ones."""
+    record = CATALOGUE[name]
+    found = next(one for one in record.samples if one.name == sample)
+    arguments = record.arguments(found.parameters, dtype, found.seed)
+    return arguments, record.golden(arguments, dtype)
+
+
 def problems_of(record: Operator, sample: Sample, dtype: str, fault: str = "") -> list[str]:
     def implementation(**tensors: Any) -> Any:
         return PLAIN[record.name](fault, **tensors)
 
-    return find_problems(record, sample.parameters, dtype, seed=sample.seed, implementation=implementation)
+    return run_and_compare(record, *prepared(record.name, sample.name, dtype), dtype, implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -374,10 +388,22 @@ def test_failure_says_what_and_how_to_reproduce() -> None:
     sample = CATALOGUE["npu_swiglu"].samples[0]
     with pytest.raises(AssertionError) as raised:
         check(
-            "npu_swiglu", sample.parameters, "bfloat16", seed=7, implementation=lambda **t: swiglu("halves_swapped", **t)
+            "npu_swiglu",
+            sample.parameters,
+            "bfloat16",
+            seed=7,
+            implementation=lambda **t: swiglu("halves_swapped", **t),
         )
     message = str(raised.value)
-    for part in ("npu_swiglu (bfloat16 on cpu)", "output 'out'", "worst at (", "got ", "want ", "bound ", "seed=7"):
+    for part in (
+        "npu_swiglu (bfloat16 on cpu)",
+        "output 'out'",
+        "worst at (",
+        "got ",
+        "want ",
+        "bound ",
+        "seed=7",
+    ):
         assert part in message
     script = message.split("reproduce with:\n")[1].replace("\n  ", "\n").strip()
     compile(script, "snippet", "exec")
@@ -396,7 +422,7 @@ def test_nan_where_nothing_is_defined_is_caught() -> None:
 
     assert not find_problems(record, parameters, "float32", implementation=lambda **t: prompt_flash_attention("", **t))
     (problem,) = find_problems(record, parameters, "float32", implementation=with_nan)
-    assert "undefined by the documentation" in problem
+    assert "not defined by the documentation" in problem
 
 
 @pytest.mark.parametrize(
@@ -410,6 +436,9 @@ def test_nan_where_nothing_is_defined_is_caught() -> None:
 def test_wrong_kind_of_output_is_caught(break_output: Callable[[torch.Tensor], Any], complaint: str) -> None:
     record = CATALOGUE["npu_swiglu"]
     found = find_problems(
-        record, record.samples[0].parameters, "float32", implementation=lambda **t: break_output(swiglu("", **t))
+        record,
+        record.samples[0].parameters,
+        "float32",
+        implementation=lambda **t: break_output(swiglu("", **t)),
     )
     assert any(complaint in problem for problem in found), found

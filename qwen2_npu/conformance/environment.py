@@ -1,0 +1,68 @@
+"""What the software and the device are, and so what a result stands for: real NPU, emulated NPU, or portable kernels."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("torch", "torch_npu", "transformers", "numpy", "safetensors", "tokenizers", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """``versions``: package -> version, None where it is not installed. ``verified``: on what, in words."""
+
+    python: str
+    platform: str
+    versions: dict[str, str | None]
+    cann: str | None
+    device: str
+    verified: str
+
+    @classmethod
+    def of(cls, device: str) -> Environment:
+        return cls(
+            python=platform.python_version(),
+            platform=platform.platform(),
+            versions={name: package_version(name) for name in PACKAGES},
+            cann=cann_version(),
+            device=device,
+            verified=how_verified(device),
+        )
+
+
+def package_version(name: str) -> str | None:
+    """Installed version, from metadata alone: nothing is imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cann_version() -> str | None:
+    """From the toolkit that ``ASCEND_HOME_PATH`` (or the default location) holds; None without one."""
+    home = Path(os.environ.get("ASCEND_HOME_PATH") or "/usr/local/Ascend/ascend-toolkit/latest")
+    candidates = [*home.glob("*/ascend_toolkit_install.info"), home / "version.cfg"]
+    for info in candidates:
+        try:
+            lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition("=")
+            if key.strip().lower() in ("version", "toolkit_installed_version"):
+                return value.strip().strip("[]")
+    return None
+
+
+def how_verified(device: str) -> str:
+    """What a result on ``device`` proves."""
+    kind = device.split(":")[0]
+    if kind != "npu":
+        return f"portable {kind.upper()} kernels"
+    emulator = sys.modules.get("qwen2_npu.emulator")
+    return "emulated NPU (real torch_npu, computed on the CPU)" if emulator is not None else "real NPU"

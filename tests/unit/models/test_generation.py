@@ -1,0 +1,186 @@
+"""``generate``: transformers' own, with all its options, over the fixed cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.errors import CacheOverflowError, UnsupportedError
+from tests.unit.small import V4, small_stock, stock_weights
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return small_stock()
+
+
+@pytest.fixture(scope="module", params=["none", "fixed_kv_cache", "all"])
+def model(request, stock):
+    optimizations = {
+        "none": Optimizations.none(),
+        "fixed_kv_cache": Optimizations.only("fixed_kv_cache"),
+        "all": Optimizations.all(),
+    }[request.param]
+    return Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+
+
+@pytest.fixture(scope="module")
+def full(stock):
+    return Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    ids = torch.randint(1, 199, (3, 11), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    mask[2, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class StopAfter(StoppingCriteria):
+    """Stop at a length; the answer's shape differs between versions."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = input_ids.shape[1] >= self.length
+        return done if V4 else torch.full((input_ids.shape[0],), done)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 4},
+        {"do_sample": False, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 20, "temperature": 0.7},
+        {"do_sample": True, "top_p": 0.8, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 3},
+        {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "min_new_tokens": 4, "eos_token_id": 7},
+        {"do_sample": False, "use_cache": False},
+    ],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items() if name != "do_sample") or "greedy",
+)
+def test_options_give_the_stock_tokens(model, stock, prompt, options):
+    answers = []
+    for candidate in (stock, model):
+        torch.manual_seed(5)
+        answers.append(candidate.generate(**prompt, max_new_tokens=10, pad_token_id=0, **options))
+    assert torch.equal(*answers)
+
+
+def test_stopping_criteria_and_streamer(model, stock, prompt):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens.extend(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    row = {name: tensor[:1] for name, tensor in prompt.items()}
+    answers, streamers = [], []
+    for candidate in (stock, model):
+        streamers.append(Collect())
+        criteria = StoppingCriteriaList([StopAfter(15)])
+        answers.append(candidate.generate(**row, max_new_tokens=20, do_sample=False, stopping_criteria=criteria,
+                                          streamer=streamers[-1]))  # fmt: skip
+    assert torch.equal(*answers)
+    assert answers[0].shape[1] == 15
+    assert streamers[0].tokens == streamers[1].tokens
+    assert streamers[1].ended
+
+
+def test_embeddings_as_prompt(model, stock, prompt):
+    embeds = stock.get_input_embeddings()(prompt["input_ids"]).detach()
+    # 4.37.0 asks for a bos_token_id, though it does not use it.
+    arguments = {"attention_mask": prompt["attention_mask"], "max_new_tokens": 8, "do_sample": False, "bos_token_id": 1}
+    assert torch.equal(model.generate(inputs_embeds=embeds, **arguments), stock.generate(inputs_embeds=embeds, **arguments))
+
+
+def test_without_a_mask(model, stock, prompt):
+    ids = prompt["input_ids"]
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=8, do_sample=False), stock.generate(ids, max_new_tokens=8, do_sample=False)
+    )
+
+
+@pytest.mark.skipif(V4, reason="4.37.0's generate does not continue from a Cache object")
+def test_second_turn_from_the_cache_of_the_first(model, stock, prompt):
+    arguments = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 6}
+    more = torch.randint(1, 199, (3, 5), generator=torch.Generator().manual_seed(4))
+    answers = []
+    for candidate, extra in ((stock, {}), (model, {"past_key_values": model.allocate_cache(3, 64)})):
+        first = candidate.generate(**prompt, **arguments, **extra)
+        ids = torch.cat([first.sequences, more], dim=1)
+        mask = torch.cat([prompt["attention_mask"], torch.ones(3, 11, dtype=torch.int64)], dim=1)
+        second = candidate.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **arguments)
+        answers.append(second.sequences)
+    assert torch.equal(*answers)
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 crops tuples only")
+def test_assisted_decoding_crops_the_cache(full, stock, prompt):
+    ids = prompt["input_ids"][:1]
+    answer = full.generate(ids, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(answer, stock.generate(ids, max_new_tokens=10, do_sample=False))
+
+
+# ---- the cache between calls ------------------------------------------------------------------------------------------
+def test_the_next_call_of_the_same_shape_gets_the_same_memory(full, prompt, monkeypatch):
+    full.generate(**prompt, max_new_tokens=4, do_sample=False)
+    built = []
+    original = FixedKVCache.__init__
+    monkeypatch.setattr(FixedKVCache, "__init__", lambda self, shape: (built.append(shape), original(self, shape))[1])
+    first = full.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(first, full.generate(**prompt, max_new_tokens=4, do_sample=False))
+    assert built == []
+    full.generate(prompt["input_ids"][:1], max_new_tokens=4, do_sample=False)
+    assert [shape.batch_size for shape in built] == [1]
+
+
+def test_a_cache_the_caller_keeps_is_never_handed_out_again(full, prompt):
+    arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    kept = full.generate(**prompt, **arguments).past_key_values
+    contents = [tensor.clone() for tensor in kept.key_cache]
+    assert full.generate(**prompt, **arguments).past_key_values is not kept
+    assert all(torch.equal(old, new) for old, new in zip(contents, kept.key_cache, strict=True))
+
+
+def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
+    arguments = {"do_sample": False, "return_dict_in_generate": True}
+    cache = full.generate(**prompt, max_new_tokens=4, **arguments).past_key_values
+    assert cache.shape.capacity == 128
+    cache = full.generate(**prompt, max_new_tokens=120, **arguments).past_key_values
+    assert cache.shape.capacity == 256
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------------
+def test_right_padding_is_refused(model, prompt):
+    with pytest.raises(ValueError, match=r"row 1 of the prompt is padded on the right .*padding_side='left'"):
+        model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"].flip(1), max_new_tokens=2)
+
+
+def test_a_cache_too_small_for_the_prompt(full):
+    with pytest.raises(CacheOverflowError, match=r"200 new tokens after 0 do not fit the KV cache of 128 slots"):
+        full(torch.ones(1, 200, dtype=torch.int64), past_key_values=full.allocate_cache(1, 100), use_cache=True)
+
+
+def test_token_ids_outside_the_vocabulary(model):
+    with pytest.raises(ValueError, match="token id 500 is outside the vocabulary of 199"):
+        model.generate(torch.tensor([[1, 500]]), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+def test_another_cache_implementation_is_refused(full, prompt):
+    with pytest.raises(UnsupportedError, match="cache_implementation='static'"):
+        full.generate(**prompt, max_new_tokens=2, cache_implementation="static")

@@ -1,0 +1,257 @@
+"""transformers' contract around the model: everything the stock class answers, answered the same; and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
+from qwen2_npu.compat import torch_dtype_of
+from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedError
+from qwen2_npu.optimizations import VARIANTS
+from tests.unit.small import V4, small_config, small_stock, stock_weights
+
+TOLERANCE = 2e-4
+"""float32: logits here reach a few tens and three layers sum some hundred terms, so errors stay near 1e-5."""
+
+SWITCHES = [Optimizations.none(), *map(Optimizations.only, LADDER + VARIANTS), Optimizations.all()]
+
+
+def named(optimizations: Optimizations) -> str:
+    return "+".join(optimizations.names()) or "none"
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return small_stock()
+
+
+@pytest.fixture(scope="module", params=SWITCHES, ids=named)
+def model(request, stock):
+    return Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=request.param)
+
+
+@pytest.fixture(scope="module")
+def full(stock):
+    """Every step of the ladder on."""
+    return Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock))
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 199, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def left_padding():
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :4] = 0
+    mask[2, :7] = 0
+    return mask
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def assert_close(ours, theirs, where=None):
+    difference = (ours - theirs).abs()
+    assert (difference if where is None else difference[where.bool()]).max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_logits_and_hidden_states_are_the_stock_ones(model, stock, ids):
+    theirs = stock(ids, output_hidden_states=True)
+    ours = model(ids, output_hidden_states=True)
+    assert_close(ours.logits, theirs.logits)
+    assert ours.logits.dtype == theirs.logits.dtype
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert_close(mine, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padding_anywhere(model, stock, ids, left_padding, side):
+    mask = {"left": left_padding, "right": left_padding.flip(1), "holes": left_padding.roll(2, dims=1)}[side]
+    theirs = stock(ids, attention_mask=mask, position_ids=positions(mask), output_hidden_states=True)
+    ours = model(ids, attention_mask=mask, position_ids=positions(mask), output_hidden_states=True)
+    assert_close(ours.logits, theirs.logits, mask)
+    assert_close(ours.hidden_states[1], theirs.hidden_states[1], mask)
+
+
+@torch.no_grad()
+def test_loss_over_all_positions(model, stock, ids):
+    labels = ids.clone()
+    labels[:, :3] = -100
+    ours = model(ids, labels=labels, logits_to_keep=1)
+    assert ours.logits.shape == (3, 12, 199)
+    assert_close(ours.loss, stock(ids, labels=labels).loss)
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids(model, stock, ids):
+    embeds = stock.get_input_embeddings()(ids)
+    assert_close(model(inputs_embeds=embeds).logits, stock(inputs_embeds=embeds).logits)
+
+
+@torch.no_grad()
+def test_without_a_cache(model, stock, ids, left_padding):
+    ours = model(ids, attention_mask=left_padding, position_ids=positions(left_padding), use_cache=False)
+    assert ours.past_key_values is None
+    theirs = stock(ids, attention_mask=left_padding, position_ids=positions(left_padding), use_cache=False)
+    assert_close(ours.logits, theirs.logits, left_padding)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("new", [1, 2, 5])
+def test_continuation_sees_the_past(model, stock, ids, new):
+    """Several new tokens after a filled cache: causality counts from the bottom right."""
+    theirs = stock(ids).logits
+    first = model(ids[:, :-new], use_cache=True)
+    second = model(ids[:, -new:], past_key_values=first.past_key_values)
+    assert_close(second.logits, theirs[:, -new:])
+    assert second.past_key_values.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_continuation_of_ragged_rows_by_ragged_rows(model, stock, ids):
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :3] = 0
+    mask[2, 5:8] = 0
+    mask[1, 8:10] = 0
+    theirs = stock(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    first = model(ids[:, :8], attention_mask=mask[:, :8], position_ids=positions(mask)[:, :8], use_cache=True)
+    second = model(
+        ids[:, 8:], attention_mask=mask, position_ids=positions(mask)[:, 8:], past_key_values=first.past_key_values
+    )
+    assert_close(second.logits, theirs[:, 8:], mask[:, 8:])
+
+
+@torch.no_grad()
+def test_the_last_logits_only(model, ids, left_padding):
+    everything = model(ids, attention_mask=left_padding).logits
+    assert_close(model(ids, attention_mask=left_padding, logits_to_keep=1).logits, everything[:, -1:])
+    assert_close(model(ids, attention_mask=left_padding, logits_to_keep=3).logits, everything[:, -3:])
+
+
+@torch.no_grad()
+def test_single_token_prompt(model, stock, ids):
+    assert_close(model(ids[:, :1]).logits, stock(ids[:, :1]).logits)
+
+
+def test_return_dict_false_is_a_tuple(full, ids):
+    logits, cache = full(ids, return_dict=False)
+    assert logits.shape == (3, 12, 199)
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 refuses both: see test_compat")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                             "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ],
+    ids=["sliding_window", "yarn", "linear"],
+)  # fmt: skip
+@pytest.mark.parametrize("optimizations", SWITCHES, ids=named)
+@torch.no_grad()
+def test_sliding_windows_and_rope_scaling(changes, optimizations, ids, left_padding):
+    stock = small_stock(small_config(**changes))
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+    assert_close(model(ids).logits, stock(ids).logits)
+    arguments = {"attention_mask": left_padding, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
+    first = model(ids[:, :7], use_cache=True)
+    assert_close(model(ids[:, 7:], past_key_values=first.past_key_values).logits, stock(ids).logits[:, 7:])
+
+
+def test_attention_weights_without_flash_attention(stock, ids):
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=Optimizations.none())
+    with torch.no_grad():
+        ours, theirs = model(ids, output_attentions=True), stock(ids, output_attentions=True)
+    for mine, other in zip(ours.attentions, theirs.attentions, strict=True):
+        assert_close(mine, other)
+
+
+def test_decode_goes_through_o_proj_in_two_dimensions(full, ids):
+    seen = []
+    hook = full.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dim()))
+    first = full(ids, use_cache=True)
+    full(ids[:, :1], past_key_values=first.past_key_values)
+    hook.remove()
+    assert seen == [3, 2]
+
+
+def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, left_padding):
+    """No result of a masked row reaches a live one: other padding tokens give bit-identical logits."""
+    other = torch.where(left_padding.bool(), ids, (ids + 7) % 199)
+    first, second = (full(x, attention_mask=left_padding, use_cache=True) for x in (ids, other))
+    assert torch.equal(first.logits[left_padding.bool()], second.logits[left_padding.bool()])
+    steps = [full(ids[:, :1], past_key_values=out.past_key_values).logits for out in (first, second)]
+    assert torch.equal(*steps)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, r"empty prompt: .*\(2, 0\)"),
+        ({"input_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, r"input_ids \(batch, tokens\) expected"),
+        ({"input_ids": torch.tensor([[3, 199]])}, ValueError, r"token id 199 is outside the vocabulary of 199"),
+        ({"input_ids": torch.tensor([[3, -1]])}, ValueError, r"token id -1 is outside the vocabulary"),
+        ({"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.tensor([[0, 0]])}, ValueError, "no live token"),
+        ({"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 5)}, ValueError, r"covers 5 tokens"),
+        ({"input_ids": torch.tensor([[3, 4]]), "output_attentions": True}, UnsupportedError,
+         "optimizations with fixed_kv_cache and flash_attention off"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_error(full, arguments, error, message):
+    with pytest.raises(error, match=message):
+        full(**arguments)
+
+
+def test_overflow_raises_before_anything_is_written(full, ids):
+    cache = full.allocate_cache(3, 100)
+    full(ids, past_key_values=cache, use_cache=True)
+    before = [tensor.clone() for tensor in cache.key_cache]
+    with pytest.raises(CacheOverflowError, match=r"120 new tokens after 12 do not fit the KV cache of 128 slots"):
+        full(torch.ones(3, 120, dtype=torch.int64), past_key_values=cache)
+    assert all(torch.equal(old, new) for old, new in zip(before, cache.key_cache, strict=True))
+    assert cache.lengths == [12, 12, 12]
+
+
+def test_more_positions_than_the_model_has(full):
+    with pytest.raises(ValueError, match=r"need 513 positions, the model has max_position_embeddings=512"):
+        full.allocate_cache(1, 513)
+    with pytest.raises(ValueError, match=r"max_position_embeddings=512"):
+        full.generate(torch.ones(1, 500, dtype=torch.int64), max_new_tokens=50)
+
+
+def test_another_kind_of_cache(full, ids):
+    from transformers.cache_utils import DynamicCache
+
+    with pytest.raises(UnsupportedError, match=r"DynamicCache; with fixed_kv_cache on pass one of allocate_cache"):
+        full(ids, past_key_values=DynamicCache())
+
+
+def test_heads_that_do_not_divide():
+    config = small_config()
+    config.num_key_value_heads = 3
+    with pytest.raises(CheckpointError, match=r"num_key_value_heads=3 does not divide num_attention_heads=4"):
+        Qwen2ForCausalLM(config)
+
+
+def test_random_initialisation_follows_the_config():
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(small_config(initializer_range=0.5))
+    assert model.model.layers[0].self_attn.qkv_proj.weight.std().item() == pytest.approx(0.5, rel=0.02)
+    assert not model.model.layers[0].self_attn.qkv_proj.bias.any()
+
+
+def test_the_config_keeps_the_dtype(full):
+    assert torch_dtype_of(full.config) in (None, torch.float32)

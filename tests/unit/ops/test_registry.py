@@ -1,0 +1,74 @@
+"""How the kernels reach the dispatcher, alone and beside a torch_npu that already owns the operators."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qwen2_npu.ops import kernels
+from tests.unit.ops.support import SNAPSHOT
+
+BESIDE_ANOTHER_OWNER = """
+import pathlib, sys, torch
+
+owner = torch.library.Library("npu", "DEF")
+for line in pathlib.Path(sys.argv[1]).read_text().splitlines():
+    if line[0] != "#":
+        owner.define(line.removeprefix("npu::"))
+owner.impl("npu_swiglu", lambda input, dim=-1: torch.empty_like(input.chunk(2, dim)[0]), "Meta")
+
+import qwen2_npu.ops
+
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert has("npu::npu_swiglu", "CPU") and has("npu::npu_swiglu", "CUDA")
+assert not has("npu::npu_swiglu", "CompositeImplicitAutograd")
+x = torch.randn(2, 8)
+expected = torch.nn.functional.silu(x[:, :4]) * x[:, 4:]
+with torch.inference_mode():
+    torch.testing.assert_close(torch.ops.npu.npu_swiglu(x), expected)
+torch.testing.assert_close(torch.ops.npu.npu_swiglu(x), expected)
+
+def rotate(q, k, cos, sin):
+    return torch.ops.npu.npu_apply_rotary_pos_emb(q * 1, k * 1, cos, sin, layout="BSND")
+
+q, cos, sin = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
+for ours, want in zip(torch.compile(rotate, fullgraph=True, backend="aot_eager")(q, q, cos, sin), rotate(q, q, cos, sin)):
+    torch.testing.assert_close(ours, want)
+print("fine")
+"""
+
+
+def test_alone_each_operator_has_one_composite_kernel() -> None:
+    if "torch_npu" in sys.modules:
+        pytest.skip("torch_npu owns the operators here")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in kernels:
+        assert has(f"npu::{name}", "CompositeImplicitAutograd")
+        assert not any(has(f"npu::{name}", key) for key in ("Meta", "PrivateUse1"))
+
+
+def test_operators_defined_by_somebody_else_get_cpu_and_cuda_kernels_only() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", BESIDE_ANOTHER_OWNER, str(SNAPSHOT)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_an_unsupported_argument_raises_through_the_dispatcher() -> None:
+    x = torch.randn(2, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"npu::npu_rotary_mul: rotate is a torch.float32 tensor of shape \(2, 4"):
+        torch.ops.npu.npu_rotary_mul(x, x, x, rotate=x)
+
+
+def test_a_default_passed_explicitly_is_accepted_and_an_unknown_argument_is_not() -> None:
+    x = torch.randn(2, 4, 2, 8)
+    kernels["npu_rotary_mul"](x, x, x, rotate=None)
+    with pytest.raises(TypeError, match="no argument 'turn'"):
+        kernels["npu_rotary_mul"](x, x, x, turn=1)

@@ -1,0 +1,113 @@
+"""scatter_update_ and scatter_update: slices, aliasing, bounds, tracing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.unit.ops.support import Recorder, compiled
+
+npu = torch.ops.npu
+
+
+def expected(data: Tensor, starts: list[int], updates: Tensor, axis: int) -> Tensor:
+    out = data.clone()
+    for row, start in enumerate(starts):
+        out[row].narrow(axis - 1, start, updates.shape[axis]).copy_(updates[row])
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("axis", [1, 2, 3, -2])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [2, 2, 2], [4, 0, 2], [1, 4], [3]])
+def test_writes_one_slice_per_row(
+    dtype: torch.dtype, index_dtype: torch.dtype, axis: int, length: int, starts: list[int]
+) -> None:
+    data = torch.randint(-9, 9, (3, 7, 7, 7)).to(dtype)
+    shape = [len(starts), 7, 7, 7]
+    shape[axis] = length
+    updates = torch.randint(-9, 9, shape).to(dtype)
+    want = expected(data, starts, updates, axis % 4)
+    indices = torch.tensor(starts, dtype=index_dtype)
+    before = data.clone()
+    assert torch.equal(npu.scatter_update(data, indices, updates, axis), want)
+    assert torch.equal(data, before)
+    assert npu.scatter_update_(data, indices, updates, axis).data_ptr() == data.data_ptr()
+    assert torch.equal(data, want)
+
+
+def test_updates_may_have_more_rows_than_indices() -> None:
+    data, updates = torch.zeros(3, 5, 2), torch.randn(3, 1, 2)
+    npu.scatter_update_(data, torch.tensor([1, 4]), updates, 1)
+    assert torch.equal(data, expected(torch.zeros(3, 5, 2), [1, 4], updates, 1))
+
+
+def test_row_count_does_not_change_the_number_of_calls() -> None:
+    counts = set()
+    for rows in (2, 64):
+        data, updates = torch.zeros(rows, 8, 4), torch.randn(rows, 1, 4)
+        with Recorder() as recorder:
+            npu.scatter_update_(data, torch.arange(rows) % 8, updates, 1)
+        counts.add(len(recorder.calls))
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("start", [-1, 5, 100])
+def test_out_of_range_raises_before_anything_is_written(start: int) -> None:
+    data = torch.zeros(2, 6, 3)
+    with pytest.raises(IndexError, match=rf"indices\[1\] is {start}, and 2 entries from there leave axis 1 .* has 6"):
+        npu.scatter_update_(data, torch.tensor([0, start]), torch.ones(2, 2, 3), 1)
+    assert not data.any()
+
+
+@pytest.mark.parametrize(
+    ("indices", "updates", "axis", "message"),
+    [
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3), 0, "axis is 0"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3), 3, "axis is 3"),
+        (torch.zeros(2), torch.zeros(2, 1, 3), 1, "indices is .* int32 or int64"),
+        (torch.zeros(2, 1).long(), torch.zeros(2, 1, 3), 1, "indices is .* 1 dimension"),
+        (torch.zeros(3).long(), torch.zeros(3, 1, 3), 1, "at most one per row of the input, which has 2"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3).half(), 1, "updates is .* the dtype of the first input"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 4), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(2, 7, 3), 1, "at most as long along axis 1"),
+        (torch.zeros(2).long(), torch.zeros(2, 3), 1, "updates is"),
+    ],
+)
+def test_errors(indices: Tensor, updates: Tensor, axis: int, message: str) -> None:
+    for name in ("scatter_update", "scatter_update_"):
+        with pytest.raises(ValueError, match=f"npu::{name}: .*{message}"):
+            getattr(npu, name)(torch.zeros(2, 6, 3), indices, updates, axis)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_compiled_mutates_the_cache_and_serves_every_position(axis: int) -> None:
+    def function(cache: Tensor, indices: Tensor, updates: Tensor) -> Any:
+        npu.scatter_update_(cache, indices, updates, axis)
+        return cache.sum()
+
+    fast, counter = compiled(function)
+    shape = [2, 2, 2, 4]
+    shape[axis] = 32
+    cache = torch.zeros(shape)
+    for step in range(10):
+        starts = [step, 2 * step]
+        shape[axis] = 1
+        updates = torch.randn(shape)
+        want = expected(cache, starts, updates, axis)
+        fast(cache, torch.tensor(starts), updates)
+        assert torch.equal(cache, want)
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        data = torch.zeros(2, 6, 3)
+        out = npu.scatter_update(data, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, 3), 1)
+    assert out.shape == (2, 6, 3)

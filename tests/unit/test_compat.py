@@ -1,0 +1,39 @@
+"""What the installed transformers gives no baseline for is refused; the rest is read the same from both versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu import Qwen2ForCausalLM, compat
+from qwen2_npu.errors import UnsupportedError
+from tests.unit.small import V4, small_config, small_stock
+
+
+def test_rope_frequencies_are_the_stock_ones():
+    config = small_config()
+    frequencies, scaling = compat.rope_frequencies(config)
+    stock = small_stock(config)
+    theirs = (stock.model.layers[0].self_attn if V4 else stock.model).rotary_emb.inv_freq
+    assert torch.equal(frequencies, theirs)
+    assert scaling == 1.0
+
+
+@pytest.mark.skipif(not V4, reason="5.x has a baseline for both")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, r"use_sliding_window=True: transformers 4\.37\.0's own .*transformers>=5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling=.*ignores it.*transformers>=5"),
+    ],
+)
+def test_4_37_refuses_what_it_computes_wrong(changes, message):
+    with pytest.raises(UnsupportedError, match=message):
+        Qwen2ForCausalLM(small_config(**changes))
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 refuses rope scaling altogether")
+def test_frequencies_that_change_with_the_sequence_are_refused():
+    config = small_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(UnsupportedError, match=r"rope_type='dynamic'.*supported are default, linear, yarn"):
+        Qwen2ForCausalLM(config)
