@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils import _pytree
 
 from qwen2_npu.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+    from qwen2_npu.models.attention import AttentionInputs
+    from qwen2_npu.models.qwen2 import LayerCache, Qwen2ForCausalLM
 
 MODES: tuple[str, ...] = ("eager", "inductor")
 """Modes of :func:`compile_model` that this version serves."""
@@ -23,10 +25,8 @@ MODES: tuple[str, ...] = ("eager", "inductor")
 EXE_MODE = "EXE_MODE"
 """Environment variable naming the mode when none is passed, as in the upstream guide."""
 
-INDUCTOR_CPU_OPTIONS: dict[str, Any] = {
-    # Weights become constants of the graph, prepacked for the small batches of decode.
-    "freezing": True,
-}
+BACKENDS: dict[str, str] = {"inductor": "inductor"}
+"""Mode -> torch.compile backend."""
 
 
 def parse_mode(mode: str | None) -> str:
@@ -64,25 +64,30 @@ def compile_model(model: Qwen2ForCausalLM, mode: str | None = None) -> Qwen2ForC
             f"compile again; use optimizations with fixed_kv_cache on"
         )
     model.compiled_steps = {
-        "prefill": _compile_inductor(model.prefill_step),
-        "decode": _compile_inductor(model.decode_step),
+        "prefill": _compile(model.prefill_step, BACKENDS[chosen]),
+        "decode": _compile(model.decode_step, BACKENDS[chosen]),
     }
     return model
 
 
-def _compile_inductor(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    # dynamic=None would compile the first shapes statically and the next ones again; tensors are static here (a bucket is a
-    # graph), and the lengths on the host are dynamic integers.
-    compiled = torch.compile(step, backend="inductor", dynamic=True, fullgraph=True)
+def _compile(step: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
+    # Tensors are static (a bucket is a graph); the live lengths, integers on the host, are what is dynamic.
+    compiled = torch.compile(step, backend=backend, dynamic=True, fullgraph=True)
 
-    def run(tokens: torch.Tensor, inputs: Any, caches: list[Any], *rest: Any) -> torch.Tensor:
-        for tensor in _tensors((tokens, inputs, caches, rest)):
-            torch._dynamo.mark_static(tensor)
+    def run(
+        tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], *logit_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        # Slices of growing tensors have other strides every step, even where a size of 1 hides it; copies have not.
+        tokens, position_ids, *rest = (_copied(tensor) for tensor in (tokens, inputs.position_ids, *logit_index))
+        inputs = inputs._replace(position_ids=position_ids)
+        for leaf in _pytree.tree_leaves((tokens, inputs, caches, rest)):
+            if isinstance(leaf, torch.Tensor):
+                torch._dynamo.mark_static(leaf)
         with torch.no_grad():
             return compiled(tokens, inputs, caches, *rest)
 
     return run
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,9 @@
 """Named intermediate tensors of one forward pass, in the same form from the stock model and from this project's.
 
-Two instruments, neither of which the models know of: forward hooks on modules (their names are the stock ones in both), and a
-mode that sees calls of functions: ``torch.ops.npu.*`` in the optimised model, ``torch.matmul`` in eager attention. The second
-tells what attention reads, i.e. query after rotation, keys and values after the cache, and which operators ran.
+Two instruments, neither of which the models know of: forward hooks on modules (their names are the stock ones in
+both), and a mode that sees calls of functions: ``torch.ops.npu.*`` in the optimised model, ``torch.matmul`` in eager
+attention. The second tells what attention reads, i.e. query after rotation, keys and values after the cache, and
+which operators ran.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def npu_operator(func: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One tensor. ``values`` (tokens, features): valid tokens only, row after row. ``operators``: the npu operators that ran
-    between the previous point and this one; empty where small operators did the work."""
+    """One tensor. ``values`` (tokens, features): valid tokens only, row after row. ``operators``: the npu operators
+    that ran between the previous point and this one; empty where small operators did the work."""
 
     layer: int | None
     name: str

@@ -1,4 +1,4 @@
-"""Compares an optimised trace with the baseline's at every position, by the rules of :mod:`~qwen2_npu.conformance.noise`."""
+"""Compares an optimised trace with the baseline's at every position, by the rules of ``noise``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Mismatch:
     def __str__(self) -> str:
         verdict = "within" if self.excused else "beyond"
         return (
-            f"{self.path} row {self.row} position {self.position}: baseline prefers token {self.baseline_token}, optimised "
-            f"{self.optimised_token}; margin {self.margin:.3g} {verdict} 2 × noise {self.noise:.3g}"
+            f"{self.path} row {self.row} position {self.position}: baseline prefers token {self.baseline_token}, "
+            f"optimised {self.optimised_token}; margin {self.margin:.3g} {verdict} 2 × noise {self.noise:.3g}"
         )
 
 
@@ -112,7 +112,9 @@ class Comparison:
 
     @property
     def kl_mean(self) -> float:
-        return sum(path.kl_mean * path.positions for path in self._token_paths) / self.positions if self.positions else 0.0
+        return (
+            sum(path.kl_mean * path.positions for path in self._token_paths) / self.positions if self.positions else 0.0
+        )
 
     @property
     def kl_max(self) -> float:
@@ -190,10 +192,10 @@ def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: t
     ]  # fmt: skip
     if optimised.hidden is not None:
         if baseline.hidden is None or reference.hidden is None:
-            raise ValueError("the optimised trace has hidden states, the baseline's has none: run both with hidden=True")
-        paths.append(
-            _compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype)
-        )
+            raise ValueError(
+                "the optimised trace has hidden states, the baseline's has none: run both with hidden=True"
+            )
+        paths.append(_compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype))
     if optimised.last_logits is not None:
         paths.append(
             _compare_logits(
@@ -203,8 +205,10 @@ def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: t
         )  # fmt: skip
     if steps:
         decode_positions = (lengths[:, None] + np.arange(steps)).reshape(-1)
-        decode = (trace.decode_logits.reshape(len(lengths) * steps, -1) for trace in (optimised, baseline, reference))
-        paths.append(_compare_logits("decode", *decode, dtype, every_row.repeat(steps), decode_positions))
+        ours, stock, true = (
+            trace.decode_logits.reshape(len(lengths) * steps, -1) for trace in (optimised, baseline, reference)
+        )
+        paths.append(_compare_logits("decode", ours, stock, true, dtype, every_row.repeat(steps), decode_positions))
     return Comparison(tuple(paths))
 
 

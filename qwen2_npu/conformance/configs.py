@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,8 +65,11 @@ def small_config(name: str, *, layers: int = LAYERS, vocab_size: int = VOCAB_SIZ
     if name not in SHAPES:
         raise ValueError(f"no model shape {name!r}; there are {', '.join(SHAPES)}")
     shape = SHAPES[name]
-    heads, kv_heads = (shape.heads, shape.kv_heads) if HEAD_DIM_IS_FREE else (shape.bound_heads or (shape.heads, shape.kv_heads))
-    free = {"head_dim": shape.head_dim} if HEAD_DIM_IS_FREE else {}
+    heads, kv_heads = (
+        (shape.heads, shape.kv_heads) if HEAD_DIM_IS_FREE else (shape.bound_heads or (shape.heads, shape.kv_heads))
+    )
+    settings: dict[str, Any] = {"head_dim": shape.head_dim} if HEAD_DIM_IS_FREE else {}
+    settings |= {"rope_theta": shape.rope_theta}  # 5.x moves it into rope_parameters
     return Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=HIDDEN_SIZE if HEAD_DIM_IS_FREE else heads * shape.head_dim,
@@ -74,7 +77,6 @@ def small_config(name: str, *, layers: int = LAYERS, vocab_size: int = VOCAB_SIZ
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        rope_theta=shape.rope_theta,
         rms_norm_eps=shape.eps,
         tie_word_embeddings=shape.tied,
         max_position_embeddings=256,
@@ -82,11 +84,13 @@ def small_config(name: str, *, layers: int = LAYERS, vocab_size: int = VOCAB_SIZ
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        **free,
+        **settings,
     )
 
 
-def random_state_dict(config: Qwen2Config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_state_dict(
+    config: Qwen2Config, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """Weights for ``config`` under the stock names, scaled so that a fault anywhere moves the logits.
 
     Transformers' own initialisation (std 0.02, zero biases) gives near-uniform attention and logits near zero: an
@@ -99,7 +103,8 @@ def random_state_dict(config: Qwen2Config, *, seed: int = 0, dtype: torch.dtype 
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    q_size, kv_size = config.num_attention_heads * head_dim, kv_heads * head_dim
 
     def normal(*size: int, std: float, mean: float = 0.0) -> torch.Tensor:
         return (torch.randn(*size, generator=generator) * std + mean).to(dtype)

@@ -1,4 +1,4 @@
-"""What the software and the device are, and so what a result stands for: real NPU, emulated NPU, or portable kernels."""
+"""What the software and the device are, and so what a result stands for."""
 
 from __future__ import annotations
 

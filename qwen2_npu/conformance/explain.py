@@ -1,8 +1,9 @@
 """Says where a failed comparison goes wrong: the step of the ladder, the layer, the operator.
 
-Two bisections. Steps of the ladder are switched on one after another until the comparison fails: that is the step. Then every
-intermediate tensor of that model is held against the float64 reference in order of execution, by the rule that the comparison
-itself uses (RMS error at most 1.5 × the baseline's own at the same point): the first beyond it is the place.
+Two bisections. Steps of the ladder are switched on one after another until the comparison fails: that is the step.
+Then every intermediate tensor of that model is held against the float64 reference in order of execution, by the rule
+that the comparison itself uses (RMS error at most 1.5 × the baseline's own at the same point): the first beyond it is
+the place.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Finding:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
         return (
-            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise {self.error.noise:.3g}, "
-            f"in {self.path}"
+            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
+            f"{self.error.noise:.3g}, in {self.path}"
         )
 
 
@@ -78,8 +79,8 @@ class Explanation:
             place = str(self.finding)
         elif all(failure.startswith("last_token") for failure in self.failures):
             place = (
-                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: the index "
-                "it gathers is wrong"
+                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: the "
+                "index it gathers is wrong"
             )
         else:
             place = "no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph"
@@ -115,7 +116,9 @@ def explain(
         comparison = compare_model(model, batch, baseline_trace, reference_trace, dtype)
         if not comparison.passed:
             finding = locate(model, baseline, reference, batch, baseline_trace.forced, dtype)
-            return Explanation(names[count - 1] if count else None, tried.names(), finding, tuple(comparison.failures()))
+            return Explanation(
+                names[count - 1] if count else None, tried.names(), finding, tuple(comparison.failures())
+            )
     return None
 
 
@@ -199,7 +202,7 @@ def _possible(names: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two free-running greedy continuations of one row part, and whether the baseline could tell the tokens apart."""
+    """Where two free-running greedy continuations of one row part, and what the baseline knew there."""
 
     row: int
     position: int
@@ -221,13 +224,14 @@ class Divergence:
     def describe(self, decode: Callable[[int], str] | None = None) -> str:
         """One line; ``decode`` turns a token id into text."""
         tokens = [
-            f"{token} {decode(token)!r}" if decode else str(token) for token in (self.baseline_token, self.optimised_token)
+            f"{token} {decode(token)!r}" if decode else str(token)
+            for token in (self.baseline_token, self.optimised_token)
         ]
         verdict = "a near-tie, within" if self.excused else "beyond"
         return (
-            f"row {self.row} diverges after {self.position} tokens: baseline {tokens[0]} (logit {self.baseline_logits[0]:.5g}), "
-            f"optimised {tokens[1]} ({self.baseline_logits[1]:.5g}); margin {self.margin:.3g} is {verdict} 2 × noise "
-            f"{self.noise:.3g}"
+            f"row {self.row} diverges after {self.position} tokens: baseline {tokens[0]} (logit "
+            f"{self.baseline_logits[0]:.5g}), optimised {tokens[1]} ({self.baseline_logits[1]:.5g}); margin "
+            f"{self.margin:.3g} is {verdict} 2 × noise {self.noise:.3g}"
         )
 
 
@@ -236,8 +240,8 @@ def divergences(chosen: Array, baseline: teacher.Trace, reference: teacher.Trace
 
     Args:
         chosen: (B, T) tokens that the optimised model chose for itself.
-        baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the contexts
-            are the same, so their logits there say what either knew.
+        baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
+            contexts are the same, so their logits there say what either knew.
     """
     found: list[Divergence] = []
     for row in range(baseline.forced.shape[0]):
@@ -246,7 +250,8 @@ def divergences(chosen: Array, baseline: teacher.Trace, reference: teacher.Trace
             continue
         step = int(differ[0])
         logits, true = (
-            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1] for trace in (baseline, reference)
+            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
+            for trace in (baseline, reference)
         )
         tokens = int(baseline.forced[row, step]), int(chosen[row, step])
         found.append(

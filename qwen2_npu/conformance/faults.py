@@ -1,8 +1,8 @@
 """Negative controls: the faults that the accuracy suite exists for, each injected on purpose.
 
-A check that has never been seen to fail proves nothing. Every record says what is broken, on which step of the ladder and which
-batch it shows, and what the explanation must name for the fault to count as caught. Most act on calls of ``torch.ops.npu.*``
-from outside; the product code has no hooks for them.
+A check that has never been seen to fail proves nothing. Every record says what is broken, on which step of the ladder
+and which batch it shows, and what the explanation must name for the fault to count as caught. Most act on calls of
+``torch.ops.npu.*`` from outside; the product code has no hooks for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Alter = Callable[[Arguments], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. ``alter``: operator -> what happens to its arguments. ``patch``: what happens to a freshly built model."""
+    """One fault. ``alter``: operator -> what happens to its arguments. ``patch``: what happens to a new model."""
 
     name: str
     description: str

@@ -1,18 +1,20 @@
 """How much a correct computation in a dtype may differ, measured on the baseline itself.
 
-Nothing here is a hand-set tolerance. The baseline in its dtype and its float64 self (:mod:`~qwen2_npu.conformance.stock`)
-differ by rounding only; that difference is the noise, measured per position or over a whole tensor.
+Nothing here is a hand-set tolerance. The baseline in its dtype and its float64 self
+(:mod:`~qwen2_npu.conformance.stock`) differ by rounding only; that difference is the noise, measured per position or
+over a whole tensor.
 
-**Near-ties.** Let ``n`` be the noise of a position: max over the vocabulary of ``|baseline − float64|``. The exact values
-of two logits lie within ``n`` of the baseline's, so their exact difference lies within ``2n`` of the baseline's
-difference. Where the baseline prefers token a over the optimised model's choice b by at most ``2n``, the baseline itself
-cannot tell which is larger: the mismatch is excused. Beyond it, rounding of the baseline's size cannot explain the
-mismatch. (b's deficit is at least the top-1/top-2 margin, so this is never laxer than testing that margin.)
+**Near-ties.** Let ``n`` be the noise of a position: max over the vocabulary of ``|baseline − float64|``. The exact
+values of two logits lie within ``n`` of the baseline's, so their exact difference lies within ``2n`` of the
+baseline's difference. Where the baseline prefers token a over the optimised model's choice b by at most ``2n``, the
+baseline itself cannot tell which is larger: the mismatch is excused. Beyond it, rounding of the baseline's size
+cannot explain the mismatch. (b's deficit is at least the top-1/top-2 margin, so this is never laxer than testing that
+margin.)
 
-**Overall error.** RMS(optimised − float64) ≤ 1.5 · RMS(baseline − float64). A baseline can come out closer to float64 than
-its dtype lets anyone be expected to: no result written in a dtype can be relied on to be nearer to the exact one than that
-one rounded once. So the baseline's RMS counts as at least that of ``round_to_dtype(float64) − float64``: a function
-of dtype and reference only, which binds in cases such as a tensor that is the result of one operation.
+**Overall error.** RMS(optimised − float64) ≤ 1.5 · RMS(baseline − float64). A baseline can come out closer to float64
+than its dtype lets anyone be expected to: no result written in a dtype can be relied on to be nearer to the exact one
+than that one rounded once. So the baseline's RMS counts as at least that of ``round_to_dtype(float64) − float64``: a
+function of dtype and reference only, which binds in cases such as a tensor that is the result of one operation.
 """
 
 from __future__ import annotations

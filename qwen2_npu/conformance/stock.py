@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -66,19 +66,20 @@ def stock_from_pretrained(
 def float64_reference(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model's float64 self on the CPU: the same weights, upcast exactly.
 
-    Call it inside :func:`exact`; ``teacher.run_reference`` does. Rotary tables are recomputed in float64 from the float32
-    inverse frequencies: those are part of the model's definition, what is computed from them is not.
+    Call it inside :func:`exact`; ``teacher.run_reference`` does. Rotary tables are recomputed in float64 from the
+    float32 inverse frequencies: those are part of the model's definition, what is computed from them is not.
     """
-    config = model.config
+    config = cast("Qwen2Config", model.config)
     state = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in model.state_dict().items()}
     reference = stock_from_state_dict(config, state, dtype=torch.float64)
-    for module in reference.modules():
-        if hasattr(module, "inv_freq"):
-            module.inv_freq = module.inv_freq.double()
-        if hasattr(module, "cos_cached"):  # 4.37 looks up tables that it made in float32
-            positions = torch.arange(module.max_seq_len_cached, dtype=torch.float64)
-            angles = torch.outer(positions, module.inv_freq).repeat(1, 2)
-            module.cos_cached, module.sin_cached = angles.cos(), angles.sin()
+    rotary: Any
+    for rotary in reference.modules():
+        if hasattr(rotary, "inv_freq"):
+            rotary.inv_freq = rotary.inv_freq.double()
+        if hasattr(rotary, "cos_cached"):  # 4.37 looks up tables that it made in float32
+            positions = torch.arange(rotary.max_seq_len_cached, dtype=torch.float64)
+            angles = torch.outer(positions, rotary.inv_freq).repeat(1, 2)
+            rotary.cos_cached, rotary.sin_cached = angles.cos(), angles.sin()
     return reference
 
 

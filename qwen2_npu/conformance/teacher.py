@@ -1,7 +1,7 @@
 """Runs a model teacher-forced: every position of the prompt in one prefill, then token by token through its cache.
 
-The same code drives the stock model of transformers 4.37 and 5.x and this project's, with the arguments that ``generate``
-would pass: a mask that grows by one per step, and position_ids counted from it.
+The same code drives the stock model of transformers 4.37 and 5.x and this project's, with the arguments that
+``generate`` would pass: a mask that grows by one per step, and position_ids counted from it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ UNTIMED_STEPS = 1
 class Trace:
     """What one model said, at every position that has a token.
 
-    Shapes: B rows, P prompt columns, T decode steps, V vocabulary, H hidden size. ``valid`` (B, P) bool marks the tokens of
-    the left-padded prompt; elsewhere logits and hidden states are meaningless. ``decode_logits[:, t]`` follow token
-    ``forced[:, t]``. Where asked for, ``hidden`` (B, P, H) are the final hidden states of a pass without a cache, and
-    ``last_logits`` (B, V) what a prefill with ``logits_to_keep=1`` gave.
+    Shapes: B rows, P prompt columns, T decode steps, V vocabulary, H hidden size. ``valid`` (B, P) bool marks the
+    tokens of the left-padded prompt; elsewhere logits and hidden states are meaningless. ``decode_logits[:, t]``
+    follow token ``forced[:, t]``. Where asked for, ``hidden`` (B, P, H) are the final hidden states of a pass without
+    a cache, and ``last_logits`` (B, V) what a prefill with ``logits_to_keep=1`` gave.
     """
 
     prefill_logits: Array
@@ -64,10 +64,11 @@ def run(
 
     Args:
         model: stock or optimised Qwen2ForCausalLM.
-        forced: (B, decode_steps) tokens to feed; None feeds the model's own greedy choice, which is how the baseline makes
-            the tokens that the others are forced to.
-        hidden: also take the final hidden states, in a pass of their own: one that keeps no cache, and that is not compiled.
-        last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the argument).
+        forced: (B, decode_steps) tokens to feed; None feeds the model's own greedy choice, which is how the baseline
+            makes the tokens that the others are forced to.
+        hidden: also take the final hidden states, in a pass of their own: one that keeps no cache, and that is not
+        compiled. last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the
+        argument).
     """
     device = next(model.parameters()).device
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
@@ -130,7 +131,11 @@ def run_reference(reference: Any, batch: Batch, forced: Array) -> Trace:
     mask = torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
     with exact():
         out = reference(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids_of(mask), output_hidden_states=True, use_cache=False
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids_of(mask),
+            output_hidden_states=True,
+            use_cache=False,
         )
     logits, hidden = out.logits.numpy(), out.hidden_states[-1].numpy()
     return Trace(

@@ -1,4 +1,4 @@
-"""Perplexity of held-out text and greedy texts side by side: what a reader understands without knowing any of the numbers."""
+"""Perplexity of held-out text and greedy texts side by side: what a reader understands without the numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen2_npu.conformance.stock import exact
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of the same tokens under the baseline and the optimised model. ``error``: RMS of the tokens' losses against float64."""
+    """Of the same tokens under both models. ``error``: RMS of the tokens' losses against float64."""
 
     tokens: int
     baseline: float
@@ -68,8 +68,10 @@ def reference_losses(reference: Any, windows: Sequence[Sequence[int]]) -> Array:
 
 
 @torch.no_grad()
-def greedy(model: Any, batch: Batch, *, max_new_tokens: int, eos_token_ids: Sequence[int], pad_token_id: int) -> list[list[int]]:
-    """What ``generate`` returns for the left-padded prompts, without the prompts: up to and including end-of-sequence."""
+def greedy(
+    model: Any, batch: Batch, *, max_new_tokens: int, eos_token_ids: Sequence[int], pad_token_id: int
+) -> list[list[int]]:
+    """What ``generate`` adds to the left-padded prompts, up to and including end-of-sequence."""
     device = next(model.parameters()).device
     out = model.generate(
         input_ids=batch.input_ids.to(device),

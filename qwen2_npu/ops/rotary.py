@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -70,13 +68,16 @@ def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.mul_(cos).add_(rotated)
 
 
-def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", **unsupported: Any) -> Tensor:
+def npu_rotary_mul(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
     """input·r1 + rotate(input)·r2, out of place.
 
     Args:
         input: (..., D), 3 or 4 dimensions in any order before D; D even and below 896.
         r1, r2: cos and sin, broadcastable to `input`, same dtype.
         rotary_mode: 'half' rotates (x₁, x₂) into (−x₂, x₁) by halves, 'interleave' by neighbouring pairs.
+        rotate: not supported.
 
     Returns:
         Like `input`.
@@ -85,10 +86,10 @@ def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "ha
         ValueError: mode, shape or dtype not supported, or `rotate` given.
     """
     op = "npu_rotary_mul"
-    if unsupported:
-        reject_unsupported(op, unsupported)
-    rotate = _ROTATIONS.get(rotary_mode)
-    if rotate is None:
+    if rotate is not None:
+        reject_unsupported(op, {"rotate": rotate})
+    rotation = _ROTATIONS.get(rotary_mode)
+    if rotation is None:
         raise invalid(op, "rotary_mode", rotary_mode, " or ".join(map(repr, _ROTATIONS)))
     check_float(op, "input", input)
     check_same_dtype(op, input, r1=r1, r2=r2)
@@ -99,4 +100,4 @@ def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "ha
             have not in (1, want) for have, want in zip(table.shape, input.shape, strict=True)
         ):
             raise invalid(op, name, table, f"a shape that broadcasts to the input's, {tuple(input.shape)}")
-    return input * r1 + rotate(input) * r2
+    return input * r1 + rotation(input) * r2

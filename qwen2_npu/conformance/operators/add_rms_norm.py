@@ -1,5 +1,4 @@
-"""npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6) -> (y, rstd, x): the residual add and the norm, in the 910B's
-rounding order.
+"""npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6) -> (y, rstd, x): residual add and norm, rounded as on a 910B.
 
 Shapes: x1, x2, x, y (..., H); gamma (H); rstd (..., 1) float32.
 

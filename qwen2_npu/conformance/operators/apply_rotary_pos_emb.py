@@ -1,12 +1,11 @@
-"""npu_apply_rotary_pos_emb(query, key, cos, sin, layout='BSND', rotary_mode='half') -> (query, key): RoPE on
-both.
+"""npu_apply_rotary_pos_emb(query, key, cos, sin, layout='BSND', rotary_mode='half') -> (query, key), rotated.
 
 Shapes: query (B,S,Nq,D), key (B,S,Nk,D), cos and sin (B,S,1,D), all of one dtype. Eager execution overwrites
 query and key and returns them, although the schema declares no alias; under torch.compile the operator is out
 of place. Formula and tolerance are ``rotary_mul``'s.
 """
 
-# ruff: noqa: N803, N806  (dimensions are spelled as in the documentation)
+# ruff: noqa: N803  (dimensions are spelled as in the documentation)
 
 from __future__ import annotations
 

@@ -123,13 +123,16 @@ def check(
     strided: bool = False,
     implementation: Implementation | None = None,
 ) -> None:
-    """Run operator ``name`` on the sample that ``parameters`` and ``seed`` describe; compare values, dtypes,
-    side effects.
+    """Run operator ``name`` on one sample and compare values, dtypes and side effects with its record.
+
+    Args:
+        parameters, seed: the sample, as the record's ``build`` takes it.
+        strided: make every tensor argument non-contiguous.
+        implementation: called in place of torch.ops.npu.<name>.
 
     Raises:
-        AssertionError: an output is out of its bound, an argument was overwritten that must not be, or an
-        output aliases
-            (or fails to alias) an argument. The message ends with a script that reproduces it.
+        AssertionError: an output is out of its bound, an argument was overwritten that must not be, or an output
+            aliases (or fails to alias) an argument. The message ends with a script that reproduces it.
     """
     from qwen2_npu.conformance.operators import CATALOGUE
 

@@ -1,5 +1,4 @@
-"""npu_fused_infer_attention_score: the successor of both attention operators; returns (attention_out,
-softmax_lse).
+"""npu_fused_infer_attention_score, successor of both attention operators: (attention_out, softmax_lse).
 
 One query position takes the decode path, more take the prefill path: goldens and samples are
 ``incre_flash_attention``'s and ``prompt_flash_attention``'s under the new names (scale,

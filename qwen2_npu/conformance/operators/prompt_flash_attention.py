@@ -137,8 +137,8 @@ def dropped(
         drop = rows[row if len(rows) > 1 else 0]
         inconsistent = outside[0] & ~drop & ~beyond if mode == 0 else np.zeros(shape, bool)
     drop = drop | beyond
-    undefined = inconsistent.any(axis=1) | (drop.all(axis=1) & (kv_len > 0))
-    return drop, undefined
+    fully_masked = drop.all(axis=1) if kv_len else np.zeros(shape[0], bool)
+    return drop, inconsistent.any(axis=1) | fully_masked
 
 
 def prefill(

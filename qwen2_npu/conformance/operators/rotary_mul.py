@@ -66,21 +66,14 @@ def golden(arguments: Arguments, dtype: str) -> tuple[Expected, ...]:
 def strategy() -> SearchStrategy[dict[str, Any]]:
     from hypothesis import strategies as st
 
-    size = st.integers(1, 4)
+    @st.composite
+    def parameters(draw: st.DrawFn) -> dict[str, Any]:
+        lead = [draw(st.integers(1, 4)) for _ in range(3)]
+        width = 2 * draw(st.integers(1, 40))
+        table = [draw(st.sampled_from([1, size])) for size in lead]
+        return {"shape": [*lead, width], "table": [*table, width], "free": draw(st.booleans())}
 
-    def place(drawn: tuple[list[int], int, list[bool], bool]) -> dict[str, Any]:
-        lead, half, kept, free = drawn
-        shape = [*lead, 2 * half]
-        return {
-            "shape": shape,
-            "table": [*(n if keep else 1 for n, keep in zip(lead, kept, strict=True)), 2 * half],
-            "free": free,
-        }
-
-    three = {"min_size": 3, "max_size": 3}
-    return st.tuples(st.lists(size, **three), st.integers(1, 40), st.lists(st.booleans(), **three), st.booleans()).map(
-        place
-    )
+    return parameters()
 
 
 SAMPLES: dict[str, dict[str, Any]] = {

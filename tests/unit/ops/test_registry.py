@@ -69,6 +69,7 @@ def test_an_unsupported_argument_raises_through_the_dispatcher() -> None:
 
 def test_a_default_passed_explicitly_is_accepted_and_an_unknown_argument_is_not() -> None:
     x = torch.randn(2, 4, 2, 8)
-    kernels["npu_rotary_mul"](x, x, x, rotate=None)
-    with pytest.raises(TypeError, match="no argument 'turn'"):
-        kernels["npu_rotary_mul"](x, x, x, turn=1)
+    attention = kernels["npu_prompt_flash_attention"]
+    attention(x, x, x, num_heads=2, input_layout="BSND", pse_shift=None)
+    with pytest.raises(TypeError, match="no argument 'dropout'"):
+        attention(x, x, x, num_heads=2, input_layout="BSND", dropout=0)

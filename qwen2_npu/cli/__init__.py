@@ -1,0 +1,51 @@
+"""``qwen2-npu``: verify, generate, doctor. Starting it imports no torch; the commands do, when run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "verify": "Compare every optimisation with the stock model, token by token.",
+    "generate": "Generate text with the optimised model.",
+    "doctor": "Show versions and devices, what is missing, and how to get it.",
+}
+"""Command -> its line in the overview. Each lives in the module of its name."""
+
+BAD_INPUT = 2
+"""Exit status for input that cannot be worked with; 1 is a comparison that failed."""
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"qwen2_npu.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, MemoryError) as error:
+            if ctx.params.get("traceback"):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            click.echo(f"error: {message}", err=True)
+            sys.exit(BAD_INPUT)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="qwen2-npu")
+@click.option("--traceback", is_flag=True, help="Show where an error comes from, in place of one line.")
+def main(traceback: bool) -> None:
+    """Qwen2 for Ascend NPUs, and the proof that it computes what the stock model computes."""

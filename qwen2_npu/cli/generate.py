@@ -1,0 +1,99 @@
+"""``qwen2-npu generate``: text from the optimised model, streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen2_npu.cli import options
+from qwen2_npu.optimizations import Optimizations
+
+
+@click.command("generate")
+@options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat for a batch.")
+@click.option("--chat", is_flag=True, help="Put each prompt through the checkpoint's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--steps", callback=options.parse_steps, metavar="STEP,…", help="Only these steps of the ladder.  [default: all]"
+)
+@options.device_option()
+@options.dtype_option()
+@click.option("--compile", "compiled", is_flag=True, help="Compile prefill and decode (inductor).")
+@click.option("--sample", is_flag=True, help="Sample in place of greedy decoding.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --sample.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="With --sample.")
+@click.option("--top-k", type=click.IntRange(min=1), help="With --sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
+def command(
+    model_path: Path | None,
+    prompts: tuple[str, ...],
+    chat: bool,
+    max_new_tokens: int,
+    steps: tuple[str, ...] | None,
+    device: str | None,
+    dtype: str,
+    compiled: bool,
+    sample: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int,
+) -> None:
+    """Generate text. One prompt is streamed; several run as one batch and are printed when done."""
+    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if given and not sample:
+        raise click.UsageError(
+            f"--{next(iter(given)).replace('_', '-')} needs --sample: greedy decoding does not use it"
+        )
+    if any(not prompt for prompt in prompts):
+        raise click.UsageError("--prompt is empty: give it at least one character")
+
+    import torch
+    from transformers import TextStreamer
+
+    from qwen2_npu import Qwen2ForCausalLM, compile_model
+    from qwen2_npu.conformance import tiny
+    from qwen2_npu.conformance.subject import load_tokenizer
+
+    options.quiet_transformers()
+    folder = model_path or tiny.path()
+    target = options.check_device(device)
+    optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
+    tokenizer = load_tokenizer(Path(folder))
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json): fetch it with the checkpoint")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = [_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
+    if compiled:
+        compile_model(model, mode="inductor")
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if len(texts) == 1 else None
+    torch.manual_seed(seed)
+    out = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+        **given,
+    )
+    if streamer is None:
+        for prompt, row in zip(prompts, out[:, inputs["input_ids"].shape[1] :], strict=True):
+            answer = tokenizer.decode(row, skip_special_tokens=True)
+            click.echo(f"{prompt}\n→ {answer}\n" if chat else f"{prompt}{answer}\n")
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("--chat: this checkpoint's tokenizer has no chat template; leave --chat out")
+    return str(
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    )

@@ -1,0 +1,85 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen2_npu.optimizations import LADDER
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """``a,b`` -> steps of the ladder.
+
+    Raises:
+        click.BadParameter: an unknown step.
+    """
+    if value is None:
+        return None
+    steps = tuple(step.strip() for step in value.split(",") if step.strip())
+    unknown = [step for step in steps if step not in LADDER]
+    if unknown or not steps:
+        raise click.BadParameter(
+            f"no step {', '.join(map(repr, unknown)) or value!r}; the steps are {', '.join(LADDER)}"
+        )
+    return steps
+
+
+def default_device() -> str:
+    """``npu`` where torch_npu finds one, else ``cpu``."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "cpu"
+    import torch
+
+    importlib.import_module("torch_npu")
+    return "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
+
+
+def check_device(device: str | None) -> str:
+    """``device``, or the default one.
+
+    Raises:
+        ValueError: torch has no such device, with the ones it has.
+    """
+    if device is None:
+        return default_device()
+    import torch
+
+    if device.startswith("npu") and importlib.util.find_spec("torch_npu") is not None:
+        importlib.import_module("torch_npu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]}); use cpu, or see `qwen2-npu doctor`"
+        ) from error
+    return device
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice of its own between the lines of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def model_path_option(**extra: Any) -> Any:
+    return click.option("--model-path", type=click.Path(path_type=Path), metavar="DIR", **extra)
+
+
+def device_option() -> Any:
+    return click.option(
+        "--device", metavar="DEVICE", help="cpu, npu:0, cuda:0, …  [default: an NPU if there is one, else cpu]"
+    )
+
+
+def dtype_option() -> Any:
+    return click.option(
+        "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="auto: as stored."
+    )

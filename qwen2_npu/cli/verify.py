@@ -1,0 +1,129 @@
+"""``qwen2-npu verify``: the accuracy comparison of the whole ladder, shown and written down."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qwen2_npu.cli import options
+from qwen2_npu.optimizations import LADDER
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen2_npu.conformance.verify import Verification
+
+
+@click.command("verify")
+@options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@options.device_option()
+@options.dtype_option()
+@click.option(
+    "--steps",
+    callback=options.parse_steps,
+    metavar="STEP,…",
+    help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
+)
+def command(
+    model_path: Path | None, device: str | None, dtype: str, steps: tuple[str, ...] | None, json_path: Path
+) -> None:
+    """Compare every step of the optimisation ladder with the stock transformers model, at every position.
+
+    Both models see the same tokens (prefill, then the decode path with the stock model's tokens forced); a different
+    best token is excused only where the stock model's own rounding, measured against float64, could have made it.
+    Exit status: 0 all passed, 1 a step failed, 2 nothing could be compared.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        options.quiet_transformers()
+        from qwen2_npu.conformance.report import write_json
+        from qwen2_npu.conformance.verify import verify
+
+        result = verify(
+            model_path,
+            device=options.check_device(device),
+            dtype=dtype,
+            steps=steps or LADDER,
+            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+        )
+    write_json(json_path, result.to_dict())
+    show(result, console)
+    console.print(f"Report: {json_path}", highlight=False)
+    sys.exit(0 if result.passed else 1)
+
+
+def show(result: Verification, console: Console) -> None:
+    """Texts side by side, the table, and what it stands for."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    if result.samples:
+        texts = Table(title="Greedy text", show_lines=True)
+        for header in ("prompt", "stock", "optimised"):
+            texts.add_column(header, ratio=1)
+        for sample in result.samples:
+            same = sample.baseline == sample.optimised
+            texts.add_row(
+                sample.prompt, sample.baseline, "same" if same else f"{sample.optimised}\n[{sample.divergence}]"
+            )
+        console.print(texts, markup=False)
+
+    table = Table(
+        title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("step", no_wrap=True)
+    for header in (
+        "positions",
+        "same\ntop-1",
+        "near-\nties",
+        "max\nerror",
+        "KL",
+        "RMS\nratio",
+        "tok/s",
+        "stock\ntok/s",
+    ):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for row in result.rows:
+        table.add_row(
+            row.step,
+            str(row.positions),
+            f"{row.agreement:.2%}",
+            str(len(row.excused)),
+            f"{row.max_logit_error:.2g}",
+            f"{row.kl:.0e}",
+            f"{row.rms_ratio:.2f}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.baseline_tokens_per_second:.0f}",
+            "[green]pass[/]" if row.passed else "[red]FAIL[/]",
+        )
+    console.print(table)
+    if result.perplexity is not None:
+        perplexity = result.perplexity
+        console.print(
+            f"Perplexity of {perplexity.tokens} held-out tokens: stock {perplexity.baseline:.4f}, optimised "
+            f"{perplexity.optimised:.4f}",
+            highlight=False,
+        )
+    environment = result.environment
+    console.print(
+        f"Verified with {environment.verified} on {environment.device}: torch {environment.versions['torch']}, "
+        f"transformers {environment.versions['transformers']}",
+        highlight=False,
+    )
+    for failure in result.failures:
+        console.print(f"FAIL {failure}", style="red", markup=False, highlight=False)
+    console.print("passed" if result.passed else "FAILED", style="bold green" if result.passed else "bold red")

@@ -1,0 +1,124 @@
+"""compile_model: same tokens, exact graph counts, and a clear refusal of what cannot be compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
+from qwen2_npu.errors import UnsupportedError
+from tests.unit.small import small_config, small_stock, stock_weights
+
+
+class Counter:
+    """A torch.compile backend that counts the graphs it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module, example_inputs):
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    torch._dynamo.reset()
+    backend = Counter()
+    monkeypatch.setitem(graph.BACKENDS, "inductor", backend)
+    yield backend
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return stock_weights(small_stock(small_config(num_hidden_layers=1)))
+
+
+def build(weights, optimizations):
+    return Qwen2ForCausalLM.from_state_dict(small_config(num_hidden_layers=1), weights, optimizations=optimizations)
+
+
+def prompt(batch, tokens, ragged=False):
+    ids = torch.randint(1, 199, (batch, tokens), generator=torch.Generator().manual_seed(batch * 100 + tokens))
+    mask = torch.ones_like(ids)
+    if ragged:
+        mask[-1, : tokens // 2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+IN_FAST_LANE = ("fixed_kv_cache", "flash_attention", LADDER[-1])
+"""Steps whose graphs differ in their inputs; the others change what is inside."""
+
+
+@pytest.mark.parametrize(
+    "step", [step if step in IN_FAST_LANE else pytest.param(step, marks=pytest.mark.slow) for step in LADDER]
+)
+def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weights, counter, step):
+    model = build(weights, Optimizations.up_to(step))
+    calls = [prompt(3, 9), prompt(3, 9, ragged=True), prompt(3, 9)]
+    expected = [model.generate(**call, max_new_tokens=20, do_sample=False) for call in calls]
+    compile_model(model, "inductor")
+    for call, tokens in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**call, max_new_tokens=20, do_sample=False), tokens)
+    assert counter.graphs == 2
+    # Another prompt length is one more prefill, in the same cache bucket the same decode; another batch is one of each.
+    model.generate(**prompt(3, 14), max_new_tokens=5, do_sample=False)
+    assert counter.graphs == 3
+    model.generate(**prompt(2, 14), max_new_tokens=5, do_sample=False)
+    assert counter.graphs == 5
+
+
+def test_the_count_can_fail(weights, counter, monkeypatch):
+    """Negative control: lengths given as the sizes of a tensor specialise, and the same assertion sees it."""
+    model = build(weights, Optimizations.all())
+    compile_model(model, "inductor")
+    step = model.compiled_steps["decode"]
+
+    def growing(tokens, inputs, caches):
+        caches = [(k[:, : max(inputs.actual_seq_lengths)].clone(), v) for k, v in caches]
+        return step(tokens, inputs, caches)
+
+    model.compiled_steps["decode"] = growing
+    with pytest.raises(Exception):  # noqa: B017, PT011 - dynamo's own, whatever it is: each step would be a new graph
+        model.generate(**prompt(2, 9), max_new_tokens=20, do_sample=False)
+    assert counter.graphs != 2
+
+
+@pytest.mark.slow
+def test_inductor_generates_the_eager_tokens(weights):
+    torch._dynamo.reset()
+    model = build(weights, Optimizations.all())
+    call = prompt(2, 9, ragged=True)
+    expected = model.generate(**call, max_new_tokens=16, do_sample=False)
+    compile_model(model, "inductor")
+    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
+
+
+def test_what_records_layers_runs_uncompiled(weights, counter):
+    model = compile_model(build(weights, Optimizations.all()), "inductor")
+    ids = prompt(1, 5)["input_ids"]
+    assert len(model(ids, output_hidden_states=True).hidden_states) == 2
+    assert counter.graphs == 0
+
+
+def test_a_growing_cache_is_refused(weights):
+    with pytest.raises(UnsupportedError, match="needs the fixed_kv_cache step"):
+        compile_model(build(weights, Optimizations.none()), "inductor")
+
+
+def test_mode_comes_from_the_environment_and_is_parsed(weights, monkeypatch):
+    monkeypatch.setenv("EXE_MODE", "inductor")
+    assert graph.parse_mode(None) == "inductor"
+    assert graph.parse_mode("eager") == "eager"
+    monkeypatch.setenv("EXE_MODE", "__import__('os')")
+    with pytest.raises(UnsupportedError, match=r"EXE_MODE=.*supported modes are eager, inductor"):
+        compile_model(build(weights, Optimizations.all()))
+    monkeypatch.delenv("EXE_MODE")
+    assert graph.parse_mode(None) == "eager"
+
+
+def test_back_to_eager(weights):
+    model = compile_model(build(weights, Optimizations.all()), "inductor")
+    assert set(model.compiled_steps) == {"prefill", "decode"}
+    assert compile_model(model, "eager").compiled_steps == {}
