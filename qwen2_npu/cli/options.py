@@ -24,9 +24,7 @@ def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -
     steps = tuple(step.strip() for step in value.split(",") if step.strip())
     unknown = [step for step in steps if step not in LADDER]
     if unknown or not steps:
-        raise click.BadParameter(
-            f"no step {', '.join(map(repr, unknown)) or value!r}; the steps are {', '.join(LADDER)}"
-        )
+        raise click.BadParameter(f"no step {', '.join(unknown) or repr(value)}; the steps are {', '.join(LADDER)}")
     return steps
 
 

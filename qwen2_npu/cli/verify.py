@@ -71,7 +71,7 @@ def show(result: Verification, console: Console) -> None:
     if result.samples:
         texts = Table(title="Greedy text", show_lines=True)
         for header in ("prompt", "stock", "optimised"):
-            texts.add_column(header, ratio=1)
+            texts.add_column(header, ratio=1, overflow="fold")
         for sample in result.samples:
             same = sample.baseline == sample.optimised
             texts.add_row(
@@ -95,7 +95,7 @@ def show(result: Verification, console: Console) -> None:
         "tok/s",
         "stock\ntok/s",
     ):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("")
     for row in result.rows:
         table.add_row(

@@ -79,8 +79,8 @@ class Explanation:
             place = str(self.finding)
         elif all(failure.startswith("last_token") for failure in self.failures):
             place = (
-                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: the "
-                "index it gathers is wrong"
+                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: "
+                "the index it gathers is wrong"
             )
         else:
             place = "no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph"

@@ -69,7 +69,8 @@ class Intercept(TorchFunctionMode):
         self.calls += 1
         schema = getattr(func, "default", func)._schema.arguments
         positional = [argument.name for argument in schema if not argument.kwarg_only]
-        arguments = dict(zip(positional, args, strict=False)) | kwargs
+        arguments = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        arguments |= dict(zip(positional, args, strict=False)) | kwargs
         alter(arguments)
         given = [arguments.pop(name) for name in positional if name in arguments]
         return func(*given, **arguments)

@@ -174,6 +174,16 @@ class Subject:
             dtype=self.dtype,
         )
 
+    def failure(self, optimizations: Optimizations, shape: str, *, build: explain.Build | None = None) -> str:
+        """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
+        comparison, _ = self.compare((build or self.build)(optimizations), shape)
+        if comparison.passed:
+            return ""
+        found = self.explain(optimizations, shape, build=build)
+        if found is not None:
+            return str(found)
+        return f"failed once and passed when repeated, which is a fault in itself: {'; '.join(comparison.failures())}"
+
     # ---- text ------------------------------------------------------------------------------------------------------
     def perplexity(self, model: Any) -> text.Perplexity | None:
         """Of the held-out text; None without a tokenizer."""

@@ -138,7 +138,7 @@ def dropped(
         inconsistent = outside[0] & ~drop & ~beyond if mode == 0 else np.zeros(shape, bool)
     drop = drop | beyond
     fully_masked = drop.all(axis=1) if kv_len else np.zeros(shape[0], bool)
-    return drop, inconsistent.any(axis=1) | fully_masked
+    return drop, np.logical_or(inconsistent.any(axis=1), fully_masked)
 
 
 def prefill(

@@ -29,7 +29,7 @@ def attend(
     if _computes_wide(q):
         q, k, v = q.float(), k.float(), v.float()
     out = scaled_dot_product_attention(
-        q, k, v, attn_mask=keep, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=keep, is_causal=causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
     return out if out.dtype == dtype else out.to(dtype)
 

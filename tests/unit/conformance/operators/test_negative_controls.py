@@ -81,10 +81,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "npu_prompt_flash_attention": faults(*_PREFILL, bfloat16=("scores_in_the_dtype",)),
     "npu_incre_flash_attention": faults(*_DECODE, narrow=("scores_in_the_dtype",)),
     "npu_fused_infer_attention_score": faults(
-        *dict.fromkeys((*_PREFILL, *_DECODE)),
         "decode_takes_the_prefill_path",
         "lse_in_base_two",
         narrow=("scores_in_the_dtype",),
+        bfloat16=tuple(dict.fromkeys((*_PREFILL, *_DECODE))),  # in every dtype above, for its predecessors
     ),
     "npu_rms_norm": faults(*_NORM, "gamma_ignored", narrow=("rounded_before_gamma", "rstd_in_the_dtype")),
     "npu_add_rms_norm": faults(

@@ -28,7 +28,8 @@ FAR = 2147483647
 
 def fia(q: Tensor, k: Tensor, v: Tensor, layout: str = "BNSD", **arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v = (to_layout(tensor, layout) for tensor in (q, k, v))
-    defaults = HEADS | {"scale": SCALE, "input_layout": layout}
+    # Literals: a global float would be a symbol under torch.compile, and cost a restart of the compilation.
+    defaults = {"num_heads": 4, "num_key_value_heads": 2, "scale": 0.3, "input_layout": layout}
     return npu.npu_fused_infer_attention_score(q, k, v, **(defaults | arguments))
 
 

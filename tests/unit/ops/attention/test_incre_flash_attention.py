@@ -27,7 +27,8 @@ CACHE = 32
 
 def ifa(q: Tensor, k: Tensor, v: Tensor, layout: str = "BSND", **arguments: Any) -> Tensor:
     q, k, v = (to_layout(tensor, layout) for tensor in (q, k, v))
-    defaults = HEADS | {"scale_value": SCALE, "input_layout": layout}
+    # Literals: a global float would be a symbol under torch.compile, and cost a restart of the compilation.
+    defaults = {"num_heads": 4, "num_key_value_heads": 2, "scale_value": 0.3, "input_layout": layout}
     return torch.ops.npu.npu_incre_flash_attention(q, k, v, **(defaults | arguments))
 
 

@@ -1,0 +1,63 @@
+"""Options of the suites. Without any, small models and the tiny checkpoint are tested, on an NPU if there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.optimizations import LADDER
+
+# Downloads are no part of any test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("qwen2-npu")
+    group.addoption(
+        "--device", metavar="DEVICE", help="cpu, npu:0, cuda:0, … (default: an NPU if there is one, else cpu)"
+    )
+    group.addoption(
+        "--model-path", type=Path, metavar="DIR", help="test a real checkpoint in place of the small models"
+    )
+    group.addoption("--dtype", choices=DTYPES, help="only this dtype (default: all three)")
+    group.addoption("--steps", type=_steps, metavar="STEP,…", help="only these steps of the ladder (default: all)")
+    group.addoption("--decode-steps", type=int, default=6, metavar="N", help="decode steps compared (default: 6)")
+
+
+def _steps(value: str) -> tuple[str, ...]:
+    steps = tuple(step.strip() for step in value.split(",") if step.strip())
+    unknown = [step for step in steps if step not in LADDER]
+    if unknown or not steps:
+        raise pytest.UsageError(f"--steps {value}: the steps of the ladder are {', '.join(LADDER)}")
+    return steps
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from qwen2_npu.cli.options import check_device
+
+    try:
+        config.option.device = check_device(config.option.device)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    if config.option.decode_steps < 0:
+        raise pytest.UsageError(f"--decode-steps {config.option.decode_steps}: give 0 or more")
+    import torch
+
+    # As many as the small machines that run this; more would make the small models slower.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    from qwen2_npu.conformance.environment import how_verified
+
+    return f"qwen2-npu: device {config.option.device}, verified with {how_verified(config.option.device)}"
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """The device under test, as torch names it."""
+    return str(pytestconfig.option.device)

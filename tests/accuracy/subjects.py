@@ -1,0 +1,35 @@
+"""The weights that the accuracy suite runs on, built once per (weights, dtype) of a session."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from qwen2_npu.conformance.configs import SHAPES
+from qwen2_npu.conformance.subject import Subject
+
+TINY, CHECKPOINT = "tiny", "checkpoint"
+
+
+def weights_of(config: pytest.Config) -> tuple[str, ...]:
+    """What there is to test: the checkpoint asked for, else the tiny one and all small shapes with random weights."""
+    return (CHECKPOINT,) if config.option.model_path else (TINY, *SHAPES)
+
+
+def dtypes_of(config: pytest.Config) -> tuple[str, ...]:
+    return (config.option.dtype,) if config.option.dtype else ("float32", "bfloat16", "float16")
+
+
+def subject_of(config: pytest.Config, weights: str, dtype: str) -> Subject:
+    """The subject for one entry of :func:`weights_of`."""
+    path = str(config.option.model_path) if weights == CHECKPOINT else None
+    return _subject(weights, path, dtype, config.option.device, config.option.decode_steps)
+
+
+@cache
+def _subject(weights: str, path: str | None, dtype: str, device: str, decode_steps: int) -> Subject:
+    if weights in SHAPES:
+        return Subject.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
+    return Subject.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)

@@ -1,0 +1,130 @@
+"""Every step of the ladder, alone and cumulatively, agrees with the stock model at every position.
+
+What is compared and what is excused: ``qwen2_npu/conformance/noise.py``. The default lane runs combinations that
+cover all pairs of (optimisations, dtype, batch shape, weights); the full product is marked slow.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.batches import BATCH_SHAPES
+from qwen2_npu.conformance.faults import Intercept
+from qwen2_npu.conformance.matrix import pairwise
+from tests.accuracy.subjects import dtypes_of, subject_of, weights_of
+
+PRESETS: dict[str, Optimizations] = {
+    "none": Optimizations.none(),
+    **{f"up_to_{step}": Optimizations.up_to(step) for step in LADDER},
+    **{f"only_{step}": Optimizations.only(step) for step in LADDER[1:]},
+    "all_with_fused_infer_attention": Optimizations.all().replace(fused_infer_attention=True),
+}
+
+COMPILED_SHAPE, COMPILED_WEIGHTS, COMPILED_DTYPES = "ragged", "qwen2-0.5b", ("float32", "bfloat16")
+COMPILED_BY_DEFAULT = {(LADDER[-1], "bfloat16")}
+"""Compilation takes most of a minute: the other steps run nightly."""
+
+OPERATORS: dict[str, set[str]] = {
+    "fixed_kv_cache": {"scatter_update_"},
+    "flash_attention": {"npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_rotary_mul"},
+    "add_rms_norm": {"npu_rms_norm", "npu_add_rms_norm"},
+    "swiglu": {"npu_swiglu"},
+}
+"""Step -> the operators that it brings in, and that no step before it calls (head_dim 64)."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    names = metafunc.fixturenames
+    if "preset" in names:
+        axes = presets_of(config), dtypes_of(config), tuple(BATCH_SHAPES), weights_of(config)
+        metafunc.parametrize(("preset", "dtype", "shape", "weights"), cases(axes))
+    elif "compiled_step" in names:
+        steps = config.option.steps or LADDER
+        dtypes = [dtype for dtype in COMPILED_DTYPES if dtype in dtypes_of(config)]
+        params = [
+            pytest.param(step, dtype, marks=() if (step, dtype) in COMPILED_BY_DEFAULT else pytest.mark.slow)
+            for step, dtype in product(steps, dtypes)
+        ]
+        metafunc.parametrize(("compiled_step", "dtype"), params)
+    elif "dtype" in names:
+        metafunc.parametrize("dtype", dtypes_of(config))
+
+
+def presets_of(config: pytest.Config) -> tuple[str, ...]:
+    """Those whose last step was asked for, by --steps."""
+    if config.option.steps is None:
+        return tuple(PRESETS)
+    wanted = [f"{kind}_{step}" for step in config.option.steps for kind in ("up_to", "only")]
+    return tuple(name for name in wanted if name in PRESETS)
+
+
+def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
+    """The full product, with what the default lane leaves out marked slow."""
+    default = set(pairwise(*axes))
+    return [
+        pytest.param(*case, id="-".join(case), marks=() if case in default else pytest.mark.slow)
+        for case in product(*axes)
+    ]
+
+
+def test_agrees_at_every_position(
+    preset: str, dtype: str, shape: str, weights: str, pytestconfig: pytest.Config
+) -> None:
+    failure = subject_of(pytestconfig, weights, dtype).failure(PRESETS[preset], shape)
+    assert not failure, failure
+
+
+def test_compiled_agrees_at_every_position(compiled_step: str, dtype: str, pytestconfig: pytest.Config) -> None:
+    weights = COMPILED_WEIGHTS if COMPILED_WEIGHTS in weights_of(pytestconfig) else weights_of(pytestconfig)[0]
+    subject = subject_of(pytestconfig, weights, dtype)
+
+    def build(optimizations: Optimizations) -> Any:
+        model = subject.build(optimizations)
+        return compile_model(model, mode="inductor") if optimizations.fixed_kv_cache else model
+
+    failure = subject.failure(Optimizations.up_to(compiled_step), COMPILED_SHAPE, build=build)
+    assert not failure, failure
+
+
+def test_greedy_text_diverges_only_at_near_ties(dtype: str, pytestconfig: pytest.Config) -> None:
+    subject = subject_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
+    samples = subject.samples(subject.build(Optimizations.all()), tiny.prompts()[:6], max_new_tokens=24)
+    if not samples:
+        pytest.skip(f"{subject.name} has no tokenizer: there is no text to continue")
+    failures = [sample.divergence for sample in samples if not sample.passed]
+    assert not failures, failures
+
+
+def test_perplexity_of_held_out_text(dtype: str, pytestconfig: pytest.Config) -> None:
+    subject = subject_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
+    perplexity = subject.perplexity(subject.build(Optimizations.all()))
+    if perplexity is None:
+        pytest.skip(f"{subject.name} has no tokenizer: there is no text to measure")
+    assert perplexity.passed, perplexity
+
+
+@pytest.mark.parametrize("step", OPERATORS)
+def test_step_calls_its_operators_and_no_step_before_it_does(step: str, pytestconfig: pytest.Config) -> None:
+    """A switch that silently changes nothing would agree with the baseline, too."""
+    # Random weights even with --model-path: head_dim decides which operators run.
+    subject = subject_of(pytestconfig, COMPILED_WEIGHTS, dtypes_of(pytestconfig)[0])
+    index = LADDER.index(step)
+    before = Optimizations.up_to(LADDER[index - 1]) if index else Optimizations.none()
+    called = [operators_called(subject, optimizations) for optimizations in (before, Optimizations.up_to(step))]
+    assert called[1] - called[0] == OPERATORS[step]
+
+
+def operators_called(subject: Any, optimizations: Optimizations) -> set[str]:
+    """The npu operators that one prefill and decode run."""
+    called: set[str] = set()
+    every = set().union(*OPERATORS.values())
+    watch = Intercept({name: lambda arguments, name=name: called.add(name) for name in every})
+    with watch:
+        subject.compare(subject.build(optimizations), "one")
+    return called

@@ -1,0 +1,138 @@
+"""The commands as a user meets them: exit status, one clear line for bad input, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from qwen2_npu.cli import COMMANDS, main
+from qwen2_npu.conformance.faults import FAULTS
+from tests.unit.small import small_stock
+
+
+def small_folder(path: Path) -> Path:
+    small_stock().save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_help_of_every_command() -> None:
+    assert all(name in run("--help").output for name in COMMANDS)
+    for name in COMMANDS:
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+
+
+def test_start_up_imports_no_torch() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from qwen2_npu.cli import main; "
+        "CliRunner().invoke(main, ['verify', '--help']); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_verify_passes_on_the_tiny_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "report" / "verify.json"
+    result = run("verify", "--json", path, "--steps", "fixed_kv_cache,swiglu")
+    assert result.exit_code == 0, result.output
+    assert "portable CPU kernels" in result.output
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["passed"]
+    assert [row["step"] for row in report["rows"]] == ["fixed_kv_cache", "swiglu"]
+    assert all(row["positions"] > 200 for row in report["rows"])
+    assert len(report["samples"]) == 4
+    assert report["perplexity"]["baseline"] < 20
+
+
+def test_verify_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = small_folder(tmp_path / "model")
+    result = run("verify", "--model-path", folder, "--json", tmp_path / "verify.json", "--steps", "swiglu")
+    assert result.exit_code == 0, result.output
+
+
+def test_verify_fails_on_a_fault_and_says_where(tmp_path: Path) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "rope_halves_swapped")
+    path = tmp_path / "verify.json"
+    with fault.active():
+        result = run("verify", "--json", path, "--steps", "flash_attention")
+    assert result.exit_code == 1
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert not report["passed"]
+    assert "step flash_attention, layer 0, query" in report["rows"][0]["explanation"]
+    assert "step flash_attention" in " ".join(result.output.split())
+
+
+def test_nan_weights_are_named(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    model = small_stock()
+    model.state_dict()[name][0, :3] = float("nan")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, safe_serialization=True)
+    result = run("verify", "--model-path", folder, "--json", tmp_path / "verify.json")
+    assert result.exit_code == 2
+    assert f"tensor {name} has 3 NaN" in " ".join(result.output.split())
+    assert not (tmp_path / "verify.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "--model-path", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["verify", "--device", "abacus"], "--device abacus: not usable here"),
+        (["verify", "--steps", "warp_drive"], "no step warp_drive"),
+        (["verify", "--dtype", "int8"], "int8"),
+        (["generate", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--prompt", "x", "--top-k", "5"], "--top-k needs --sample"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_position_embeddings=2048"),
+        (["generate", "--model-path", "/no/such/folder", "--prompt", "x"], "is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_generate_continues_a_prompt() -> None:
+    result = run("generate", "--prompt", "Let us count: two, three,", "--max-new-tokens", "8")
+    assert result.exit_code == 0, result.output
+    assert "Let us count: two, three, four" in result.output
+
+
+def test_generate_batch_and_chat() -> None:
+    result = run("generate", "--chat", "--prompt", "Who are you?", "--prompt", "你好！", "--max-new-tokens", "8")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("→") == 2
+
+
+def test_doctor_names_what_is_there_and_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/no/such/folder")
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert torch.__version__.split("+")[0] in result.output
+    assert "torch_npu" in result.output
+    assert "CANN" in result.output
+
+
+def test_doctor_survives_a_broken_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen2_npu.cli import doctor
+
+    def broken() -> None:
+        raise RuntimeError("libascend.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "_cpu", broken)
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "broken: libascend.so" in " ".join(result.output.split())

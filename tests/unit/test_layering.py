@@ -1,0 +1,69 @@
+"""Imports point one way (docs/architecture.md), and importing the package imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwen2_npu
+
+PACKAGE = Path(qwen2_npu.__file__).parent
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "optimizations"),
+    ("ops",),
+    ("compat", "cache", "checkpoint"),
+    ("models",),
+    ("graph",),
+    ("conformance",),
+    ("cli",),
+)
+"""From the bottom up: a module imports from its own layer and from those before it."""
+
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names below qwen2_npu that the file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.split(".")[1] for name in found if name.startswith("qwen2_npu.")} & RANK.keys()
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    upwards = {name for name in imports(path) if RANK[name] > RANK[layer_of(path)]}
+    assert not upwards, f"{path} imports from a layer above its own: {sorted(upwards)}"
+
+
+def test_a_wrong_import_would_be_seen(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("from qwen2_npu.conformance import compare\nimport qwen2_npu.cli\n")
+    assert imports(path) == {"conformance", "cli"}
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, qwen2_npu; print(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_every_public_name_is_there():
+    for name in qwen2_npu.__all__:
+        assert getattr(qwen2_npu, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Qwen3'"):
+        qwen2_npu.Qwen3  # noqa: B018
