@@ -45,10 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     if config.option.decode_steps < 0:
         raise pytest.UsageError(f"--decode-steps {config.option.decode_steps}: give 0 or more")
-    import torch
+    if config.option.model_path is None:
+        import torch
 
-    # As many as the small machines that run this; more would make the small models slower.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+        # The small models gain nothing from a second thread, and lose much where another process wants the core.
+        torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

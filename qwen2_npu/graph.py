@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree
@@ -72,7 +72,8 @@ def compile_model(model: Qwen2ForCausalLM, mode: str | None = None) -> Qwen2ForC
 
 def _compile(step: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
     # Tensors are static (a bucket is a graph); the live lengths, integers on the host, are what is dynamic.
-    compiled = torch.compile(step, backend=backend, dynamic=True, fullgraph=True)
+    options = _inductor_options() if backend == "inductor" else None
+    compiled = torch.compile(step, backend=backend, dynamic=True, fullgraph=True, options=options)
 
     def run(
         tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], *logit_index: torch.Tensor | None
@@ -83,10 +84,20 @@ def _compile(step: Callable[..., torch.Tensor], backend: str) -> Callable[..., t
         for leaf in _pytree.tree_leaves((tokens, inputs, caches, rest)):
             if isinstance(leaf, torch.Tensor):
                 torch._dynamo.mark_static(leaf)
-        with torch.no_grad():
+        with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
             return compiled(tokens, inputs, caches, *rest)
 
     return run
+
+
+def _inductor_options() -> dict[str, Any]:
+    from qwen2_npu.small_batch import SmallBatchProducts
+
+    return {
+        "post_grad_custom_pre_pass": SmallBatchProducts(),
+        # A graph from the disk cache is guarded by the order of the rows' lengths, and another batch would compile again.
+        "fx_graph_cache": False,
+    }
 
 
 def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:

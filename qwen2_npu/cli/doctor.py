@@ -49,7 +49,7 @@ def findings() -> Iterator[Finding]:
         except Exception as error:  # a broken installation is what this command is for
             yield Finding(
                 probe.__name__.strip("_"),
-                f"broken: {str(error).splitlines()[0] if str(error) else error!r}",
+                f"broken: {(str(error) or repr(error)).splitlines()[0]}",
                 "reinstall it",
             )
     yield Finding("default device", _default_device())

@@ -82,7 +82,7 @@ def show(result: Verification, console: Console) -> None:
     table = Table(
         title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype}",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     table.add_column("step", no_wrap=True)
     for header in (
@@ -121,7 +121,7 @@ def show(result: Verification, console: Console) -> None:
     environment = result.environment
     console.print(
         f"Verified with {environment.verified} on {environment.device}: torch {environment.versions['torch']}, "
-        f"transformers {environment.versions['transformers']}",
+        f"transformers {environment.versions['transformers']}; noise measured against {result.reference_dtype}",
         highlight=False,
     )
     for failure in result.failures:

@@ -146,7 +146,7 @@ def locate(
 ) -> Finding | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none."""
     runs = [_captures(model, batch, forced) for model in (optimised, baseline)]
-    with exact():
+    with exact(reference):
         runs.append(_captures(reference, batch, forced))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
         path = "prefill" if step == 0 else f"decode step {step - 1}"

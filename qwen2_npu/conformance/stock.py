@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
@@ -63,15 +64,41 @@ def stock_from_pretrained(
     return model.eval().to(device)
 
 
-def float64_reference(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock model's float64 self on the CPU: the same weights, upcast exactly.
+def reference_dtype(parameters: int, dtype: torch.dtype, available: int) -> torch.dtype:
+    """float64 where that many parameters fit ``available`` bytes; else float32, which will do for 16-bit baselines.
+
+    (Rounding in float32 is 2⁻¹⁶ of that in bfloat16 and 2⁻¹³ of that in float16: nothing beside a factor of 1.5.)
+
+    Raises:
+        MemoryError: neither serves, with the sizes and the way out.
+    """
+    if parameters * torch.float64.itemsize <= available:
+        return torch.float64
+    if dtype.itemsize == 2 and parameters * torch.float32.itemsize <= available:
+        return torch.float32
+    needed = parameters * (4 if dtype.itemsize == 2 else 8)
+    raise MemoryError(
+        f"the exact reference of {parameters / 1e9:.3g} billion parameters needs {needed / 2**30:.3g} GiB of host "
+        f"memory, {available / 2**30:.3g} GiB are free; use a machine with more"
+        + ("" if dtype.itemsize == 2 else ", or --dtype bfloat16, whose reference takes half")
+    )
+
+
+def exact_reference(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The stock model's exact self on the CPU: the same weights, upcast to ``dtype`` without rounding.
 
     Call it inside :func:`exact`; ``teacher.run_reference`` does. Rotary tables are recomputed in float64 from the
     float32 inverse frequencies: those are part of the model's definition, what is computed from them is not.
+
+    Args:
+        dtype: float64 or float32; None for what fits, see :func:`reference_dtype`.
     """
-    config = cast("Qwen2Config", model.config)
-    state = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in model.state_dict().items()}
-    reference = stock_from_state_dict(config, state, dtype=torch.float64)
+    if dtype is None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        dtype = reference_dtype(parameters, model.dtype, psutil.virtual_memory().available)
+    reference = stock_from_state_dict(cast("Qwen2Config", model.config), model.state_dict(), dtype=dtype)
+    if dtype != torch.float64:
+        return reference
     rotary: Any
     for rotary in reference.modules():
         if hasattr(rotary, "inv_freq"):
@@ -103,8 +130,11 @@ class _KeepFloat64(TorchFunctionMode):
 
 
 @contextmanager
-def exact() -> Iterator[None]:
-    """Within it, float64 tensors stay float64 through the stock model's own casts to float32."""
+def exact(reference: PreTrainedModel) -> Iterator[None]:
+    """Within it, a float64 ``reference`` computes in float64 throughout. A float32 one needs nothing."""
+    if reference.dtype != torch.float64:
+        yield
+        return
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # 4.37 fills its mask with finfo(float64).min in the default dtype
     try:

@@ -18,6 +18,7 @@ from qwen2_npu.conformance import explain, stock, teacher, text, tiny
 from qwen2_npu.conformance.batches import Batch, random_batch, text_batch
 from qwen2_npu.conformance.compare import Comparison, compare_traces
 from qwen2_npu.conformance.configs import random_state_dict, small_config
+from qwen2_npu.conformance.explain import Build, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
@@ -50,7 +51,7 @@ class Subject:
     dtype: torch.dtype
     baseline: Any
     reference: Any
-    build: explain.Build
+    build: Build
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     _batches: dict[str, Batch] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Subject:
             name=str(path) if path is not None else "tiny checkpoint of the package",
             dtype=parsed,
             baseline=baseline,
-            reference=stock.float64_reference(baseline),
+            reference=stock.exact_reference(baseline),
             build=build,
             tokenizer=load_tokenizer(folder),
             decode_steps=decode_steps,
@@ -115,7 +116,7 @@ class Subject:
             name=f"random {shape}",
             dtype=dtype,
             baseline=baseline,
-            reference=stock.float64_reference(baseline),
+            reference=stock.exact_reference(baseline),
             build=build,
             decode_steps=decode_steps,
         )
@@ -154,9 +155,7 @@ class Subject:
         trace = explain.trace_model(model, self.batch(shape), baseline)
         return compare_traces(trace, baseline, reference, self.dtype), trace
 
-    def explain(
-        self, optimizations: Optimizations, shape: str, *, build: explain.Build | None = None
-    ) -> explain.Explanation | None:
+    def explain(self, optimizations: Optimizations, shape: str, *, build: Build | None = None) -> Explanation | None:
         """Why ``optimizations`` fail on the batch of that shape; None if, built again, they do not.
 
         Args:
@@ -174,7 +173,7 @@ class Subject:
             dtype=self.dtype,
         )
 
-    def failure(self, optimizations: Optimizations, shape: str, *, build: explain.Build | None = None) -> str:
+    def failure(self, optimizations: Optimizations, shape: str, *, build: Build | None = None) -> str:
         """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
         comparison, _ = self.compare((build or self.build)(optimizations), shape)
         if comparison.passed:

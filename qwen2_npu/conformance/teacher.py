@@ -124,12 +124,12 @@ def run(
 def run_reference(reference: Any, batch: Batch, forced: Array) -> Trace:
     """The float64 reference over prompt and forced tokens in one pass: exact arithmetic knows no cache.
 
-    ``reference`` comes from :func:`~qwen2_npu.conformance.stock.float64_reference`.
+    ``reference`` comes from :func:`~qwen2_npu.conformance.stock.exact_reference`.
     """
     width = batch.input_ids.shape[1]
     ids = torch.cat((batch.input_ids, torch.from_numpy(forced)), dim=1)
     mask = torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
-    with exact():
+    with exact(reference):
         out = reference(
             input_ids=ids,
             attention_mask=mask,

@@ -63,7 +63,7 @@ def perplexity(optimised: Array, baseline: Array, reference: Array, dtype: torch
 
 def reference_losses(reference: Any, windows: Sequence[Sequence[int]]) -> Array:
     """Token losses of the float64 reference."""
-    with exact():
+    with exact(reference):
         return token_losses(reference, windows)
 
 

@@ -95,6 +95,7 @@ class Verification:
     environment: Environment
     model: str
     dtype: str
+    reference_dtype: str
     rows: list[Row]
     samples: list[Sample]
     perplexity: text.Perplexity | None
@@ -125,6 +126,7 @@ class Verification:
             "environment": asdict(self.environment),
             "model": self.model,
             "dtype": self.dtype,
+            "reference_dtype": self.reference_dtype,
             "rows": [row.to_dict() for row in self.rows],
             "samples": [asdict(sample) for sample in self.samples],
             "perplexity": None if self.perplexity is None else asdict(self.perplexity),
@@ -166,6 +168,7 @@ def verify(
         environment=Environment.of(device),
         model=subject.name,
         dtype=str(subject.dtype).removeprefix("torch."),
+        reference_dtype=str(subject.reference.dtype).removeprefix("torch."),
         rows=rows,
         samples=subject.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
         perplexity=subject.perplexity(model),

@@ -8,6 +8,7 @@ Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
         checkpoint.check_heads(config)
         check_config(config)
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         super().__init__(config)
         self.optimizations = Optimizations.all() if optimizations is None else optimizations
         self.model = Qwen2Model(config, self.optimizations)

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.conformance import tiny
@@ -83,6 +84,7 @@ def test_agrees_at_every_position(
 def test_compiled_agrees_at_every_position(compiled_step: str, dtype: str, pytestconfig: pytest.Config) -> None:
     weights = COMPILED_WEIGHTS if COMPILED_WEIGHTS in weights_of(pytestconfig) else weights_of(pytestconfig)[0]
     subject = subject_of(pytestconfig, weights, dtype)
+    torch._dynamo.reset()  # every case compiles the same functions: their graphs would reach dynamo's limit
 
     def build(optimizations: Optimizations) -> Any:
         model = subject.build(optimizations)

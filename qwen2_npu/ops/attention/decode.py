@@ -25,7 +25,7 @@ class Window(NamedTuple):
         length: number of slots.
         slots: int64 (length,), or None.
         keep: bool (B, 1, 1, length), or None where every row owns the whole window.
-        ragged: the part of the window that some row does not own, as far as the host knows.
+        ragged: the part of the window that some row does not own, or None where the host does not know it.
         rows: bool (B|1, 1, 1, 1), rows that own any slot at all, or None where all do.
     """
 
@@ -33,7 +33,7 @@ class Window(NamedTuple):
     length: int
     slots: Tensor | None = None
     keep: Tensor | None = None
-    ragged: slice = slice(None)
+    ragged: slice | None = None
     rows: Tensor | None = None
 
     def take(self, cache: Tensor, dim: int) -> Tensor:
@@ -49,8 +49,11 @@ class Window(NamedTuple):
         """
         if self.keep is None:
             return taken
-        owned = taken.clone()
-        owned[:, :, self.ragged].masked_fill_(~self.keep.transpose(-1, -2)[:, :, self.ragged], 0)
+        owner = self.keep.transpose(-1, -2)
+        if self.ragged is None:
+            return torch.where(owner, taken, 0)
+        owned = taken.clone()  # a plain copy, and a select over the ragged part only: several times faster
+        owned[:, :, self.ragged].masked_fill_(~owner[:, :, self.ragged], 0)
         return owned
 
 
@@ -65,6 +68,7 @@ def decode_attention(
     mask: Tensor | None,
     lengths: Sequence[int] | None,
     kv_padding_size: Tensor | None,
+    lengths_name: str = "actual_seq_lengths",
     want_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One query per row over its window of the cache.
@@ -73,7 +77,7 @@ def decode_attention(
         query, key, value: in `size.layout`, Sq = 1.
         mask: drops cache slots, indexed from the start of the cache: (B, S), (B, 1, S) or (B, 1, 1, S). A row with
             every slot of its window dropped gets the mean of V over the window: masked scores are −1e12, not −inf.
-        lengths: live slots per row, 1 or B entries; None is the whole cache.
+        lengths: live slots per row, 1 or B entries; None is the whole cache. Errors call it `lengths_name`.
         kv_padding_size: p, read from its first element: row b's window is [Skv − p − len_b, Skv − p) instead of
             [0, len_b); a window that starts before the cache is empty.
 
@@ -84,11 +88,11 @@ def decode_attention(
         ValueError: lengths, mask or padding do not fit.
     """
     if lengths is not None:
-        lengths = check_lengths(op, "actual_seq_lengths", lengths, size.batch, size.kv_len)
+        lengths = check_lengths(op, lengths_name, lengths, size.batch, size.kv_len)
     if kv_padding_size is None:
         window = _left_window(size.kv_len, lengths, query.device)
     elif lengths is None:
-        raise invalid(op, "kv_padding_size", kv_padding_size, "only together with actual_seq_lengths")
+        raise invalid(op, "kv_padding_size", kv_padding_size, f"only together with {lengths_name}")
     else:
         window = _right_window(op, size.kv_len, lengths, kv_padding_size, query.device)
     batch, heads = size.batch, size.q_heads

@@ -84,6 +84,7 @@ def npu_fused_infer_attention_score(
             mask=None if sparse_mode == 3 else atten_mask,
             lengths=actual_seq_lengths_kv,
             kv_padding_size=kv_padding_size,
+            lengths_name="actual_seq_lengths_kv",
             want_lse=softmax_lse_flag,
         )
         out = heads_out.unsqueeze(1) if input_layout == "BNSD_BSND" else heads_out.view(query.shape)

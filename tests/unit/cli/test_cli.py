@@ -36,7 +36,7 @@ def test_help_of_every_command() -> None:
 def test_start_up_imports_no_torch() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from qwen2_npu.cli import main; "
-        "CliRunner().invoke(main, ['verify', '--help']); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "CliRunner().invoke(main, ['verify', '--help']); sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -133,6 +133,5 @@ def test_doctor_survives_a_broken_probe(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("libascend.so: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "_cpu", broken)
-    result = run("doctor")
-    assert result.exit_code == 0
-    assert "broken: libascend.so" in " ".join(result.output.split())
+    assert run("doctor").exit_code == 0
+    assert any(finding.state.startswith("broken: libascend.so") for finding in doctor.findings())

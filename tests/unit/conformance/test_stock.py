@@ -5,7 +5,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen2_npu.conformance import teacher
 from qwen2_npu.conformance.batches import random_batch
 from qwen2_npu.conformance.configs import SHAPES, random_state_dict, small_config
-from qwen2_npu.conformance.stock import HEAD_DIM_IS_FREE, exact, float64_reference, stock_from_state_dict
+from qwen2_npu.conformance.noise import rms
+from qwen2_npu.conformance.stock import (
+    HEAD_DIM_IS_FREE,
+    exact,
+    exact_reference,
+    reference_dtype,
+    stock_from_state_dict,
+)
 
 
 class NarrowFloats(TorchDispatchMode):
@@ -56,9 +63,9 @@ def test_random_weights_have_decided_tokens() -> None:
 
 def test_reference_computes_in_float64_throughout() -> None:
     config = small_config("qwen2-0.5b")
-    reference = float64_reference(stock_from_state_dict(config, random_state_dict(config)))
+    reference = exact_reference(stock_from_state_dict(config, random_state_dict(config)))
     batch = random_batch("ragged", config.vocab_size)
-    with torch.no_grad(), exact(), NarrowFloats() as narrow:
+    with torch.no_grad(), exact(reference), NarrowFloats() as narrow:
         logits = reference(
             batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -68,8 +75,9 @@ def test_reference_computes_in_float64_throughout() -> None:
     assert not narrow.seen
 
 
-def test_exact_leaves_other_models_alone() -> None:
-    with exact():
+def test_exact_leaves_other_dtypes_alone() -> None:
+    config = small_config("qwen2-0.5b")
+    with exact(exact_reference(stock_from_state_dict(config, random_state_dict(config)))):
         assert torch.ones(2, dtype=torch.bfloat16).float().dtype == torch.float32
     assert torch.ones(2, dtype=torch.float64).float().dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
@@ -82,7 +90,7 @@ def test_noise_is_of_the_size_of_the_dtype(dtype: torch.dtype) -> None:
     model = stock_from_state_dict(config, state, dtype=dtype)
     batch = random_batch("one", config.vocab_size)
     trace = teacher.run(model, batch, decode_steps=2)
-    reference = teacher.run_reference(float64_reference(model), batch, trace.forced)
+    reference = teacher.run_reference(exact_reference(model), batch, trace.forced)
     error = abs(trace.prefill_logits - reference.prefill_logits).max() / abs(reference.prefill_logits).max()
     assert 0.1 * torch.finfo(dtype).eps < error < 30 * torch.finfo(dtype).eps
 
@@ -91,9 +99,9 @@ def test_stock_decode_agrees_with_one_pass_over_all_tokens() -> None:
     """The teacher's masks and positions under left padding: against a reference that knows no cache."""
     config = small_config("qwen2-0.5b")
     state = {name: tensor.double() for name, tensor in random_state_dict(config).items()}
-    model = float64_reference(stock_from_state_dict(config, state))
+    model = exact_reference(stock_from_state_dict(config, state))
     batch = random_batch("ragged", config.vocab_size)
-    with exact():
+    with exact(model):
         trace = teacher.run(model, batch, decode_steps=3)
     reference = teacher.run_reference(model, batch, trace.forced)
     assert abs(trace.decode_logits - reference.decode_logits).max() < 1e-12
@@ -108,3 +116,29 @@ def test_misfitting_state_dict_is_named() -> None:
     state["extra"] = state.pop("model.norm.weight")
     with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\], unexpected \['extra'\]"):
         stock_from_state_dict(config, state)
+
+
+def test_reference_dtype_is_what_memory_allows() -> None:
+    billion = 10**9
+    assert reference_dtype(billion, torch.float32, 8 * billion) == torch.float64
+    assert reference_dtype(billion, torch.bfloat16, 8 * billion) == torch.float64
+    assert reference_dtype(billion, torch.bfloat16, 8 * billion - 1) == torch.float32
+    with pytest.raises(MemoryError, match="--dtype bfloat16"):
+        reference_dtype(billion, torch.float32, 8 * billion - 1)
+    with pytest.raises(MemoryError, match=r"1 billion parameters needs 3.73 GiB"):
+        reference_dtype(billion, torch.float16, billion)
+
+
+def test_float32_reference_measures_the_same_noise_of_a_16_bit_baseline() -> None:
+    config = small_config("qwen2-0.5b")
+    model = stock_from_state_dict(config, random_state_dict(config, dtype=torch.bfloat16), dtype=torch.bfloat16)
+    batch = random_batch("ragged", config.vocab_size)
+    trace = teacher.run(model, batch, decode_steps=2)
+    noises = [
+        rms(
+            trace.decode_logits
+            - teacher.run_reference(exact_reference(model, dtype), batch, trace.forced).decode_logits
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert noises[0] == pytest.approx(noises[1], rel=1e-3)

@@ -246,6 +246,13 @@ def test_heads_that_do_not_divide():
         Qwen2ForCausalLM(config)
 
 
+def test_a_config_that_asks_for_another_attention_is_left_as_it_is():
+    config = small_config()
+    config._attn_implementation = "sdpa"
+    Qwen2ForCausalLM(config)
+    assert config._attn_implementation == "sdpa"
+
+
 def test_random_initialisation_follows_the_config():
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(small_config(initializer_range=0.5))

@@ -35,7 +35,8 @@ def rotate(q, k, cos, sin):
     return torch.ops.npu.npu_apply_rotary_pos_emb(q * 1, k * 1, cos, sin, layout="BSND")
 
 q, cos, sin = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
-for ours, want in zip(torch.compile(rotate, fullgraph=True, backend="aot_eager")(q, q, cos, sin), rotate(q, q, cos, sin)):
+compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+for ours, want in zip(compiled(q, q, cos, sin), rotate(q, q, cos, sin)):
     torch.testing.assert_close(ours, want)
 print("fine")
 """

@@ -70,7 +70,6 @@ def test_fake_and_meta_tensors() -> None:
     assert npu.npu_apply_rotary_pos_emb(*meta, layout="BSND")[0].is_meta
 
 
-
 @pytest.mark.parametrize("shape", [(2, 3, 1, 10), (1, 3, 1, 10), (1, 1, 1, 10), (2, 3, 4, 10)])
 def test_rotary_mul_broadcasts_out_of_place(shape: tuple[int, ...]) -> None:
     x, cos, sin = torch.randn(2, 3, 4, 10), torch.randn(shape), torch.randn(shape)

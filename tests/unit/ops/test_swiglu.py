@@ -17,7 +17,7 @@ def test_first_half_gates_the_second(dtype: torch.dtype, dim: int) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="npu::npu_swiglu: input is .* an even size along dim -1"):
+    with pytest.raises(ValueError, match=r"npu::npu_swiglu: input is .* an even size along dim -1"):
         npu.npu_swiglu(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="npu::npu_swiglu: dim is 2"):
         npu.npu_swiglu(torch.zeros(2, 8), 2)

@@ -13,7 +13,6 @@ from tests.unit.ops.attention.reference import (
     HEADS,
     NKV,
     NQ,
-    SCALE,
     D,
     assert_near,
     attention,

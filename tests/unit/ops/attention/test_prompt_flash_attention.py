@@ -13,7 +13,6 @@ from tests.unit.ops.attention.reference import (
     CAUSAL,
     HEADS,
     NQ,
-    SCALE,
     D,
     assert_near,
     attention,
@@ -86,7 +85,15 @@ def test_masks_of_every_shape(q_len: int, kv_len: int, rank: int, rows: int, mas
 @pytest.mark.parametrize("sparse_mode", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens"),
-    [([4], None), ([300, 2], None), ([300, 2], [300, 2]), (None, [7, 299]), ([250, 3], [100, 0]), ([0], [5]), ([9], [0])],
+    [
+        ([4], None),
+        ([300, 2], None),
+        ([300, 2], [300, 2]),
+        (None, [7, 299]),
+        ([250, 3], [100, 0]),
+        ([0], [5]),
+        ([9], [0]),
+    ],
 )
 def test_lengths(sparse_mode: int, q_lens: list[int] | None, kv_lens: list[int] | None) -> None:
     length = 300
@@ -97,7 +104,11 @@ def test_lengths(sparse_mode: int, q_lens: list[int] | None, kv_lens: list[int] 
     from_end = band - (live_kv - live_q)
     drop = random_drop(2, 1, length, length)
     visible = {0: band == band, 1: ~drop, 2: band <= 0, 3: from_end <= 0, 4: (from_end <= 3) & (from_end >= -20)}
-    arguments = [{}, {"atten_mask": drop}, *[{"atten_mask": CAUSAL, "pre_tokens": 20, "next_tokens": 3}] * 3]
+    arguments: list[dict[str, Any]] = [
+        {},
+        {"atten_mask": drop},
+        *[{"atten_mask": CAUSAL, "pre_tokens": 20, "next_tokens": 3}] * 3,
+    ]
     keep = (visible[sparse_mode] & (torch.arange(length) < live_kv)).expand(2, 1, -1, -1)
     want = attention(q, k, v, keep) * (torch.arange(length)[:, None] < live_q)
     # What lies past a row's length is never read.
@@ -129,7 +140,7 @@ def test_bands_skip_the_keys_they_cannot_reach() -> None:
     length = 1024
     q, k, v = random_qkv(1, length, length)
     mask = CAUSAL[:length, :length]
-    cases = [
+    cases: list[tuple[dict[str, Any], float]] = [
         ({"atten_mask": mask, "next_tokens": 0}, 0.65),
         ({"atten_mask": CAUSAL, "sparse_mode": 4, "pre_tokens": 64, "next_tokens": 0}, 0.35),
     ]

@@ -1,0 +1,80 @@
+"""Compiled decode on a CPU: products of a few rows with a weight, as loops that read the weight once.
+
+A decode step multiplies one row per sequence with every weight. BLAS libraries handle one row at memory speed at best and fall far
+behind at two or four, or in bf16 without hardware for it. Written as ``y[m, n] = Σ_k w[n, k]·x[m, k]`` with the rows unrolled,
+inductor fuses the sums of all rows into one vectorised loop over the weight: each element is read, and converted to float32,
+once. Nothing is repacked, so no second copy of a weight exists.
+
+:class:`SmallBatchProducts` is an inductor post-grad pass: it changes the compiled graph, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+MAX_ROWS = 8
+"""Rows up to which the loop is bound by reading the weight rather than by arithmetic on 16 vector registers."""
+
+aten = torch.ops.aten
+
+
+class SmallBatchProducts(CustomGraphPass):
+    """:func:`rewrite` as inductor takes it; the hash lets compiled graphs be cached."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        rewrite(graph)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def rewrite(graph: fx.Graph) -> None:
+    """Replace ``mm(x, wᵀ)`` and ``addmm(b, x, wᵀ)`` of at most :data:`MAX_ROWS` rows on the CPU, in place."""
+    for target in (aten.mm.default, aten.addmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            *bias, x, transposed = node.args
+            weight = _weight_of(transposed)
+            if weight is None or not _worthwhile(x.meta["val"], weight.meta["val"], node.kwargs):
+                continue
+            with graph.inserting_before(node):
+                replacement = _unrolled(graph, x, weight, bias[0] if bias else None)
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _weight_of(node: fx.Node) -> fx.Node | None:
+    """``w`` (N, K) where ``node`` is its transpose."""
+    is_transpose = node.target is aten.t.default or (node.target is aten.permute.default and node.args[1] == [1, 0])
+    weight = node.args[0] if is_transpose else None
+    return weight if isinstance(weight, fx.Node) and weight.meta["val"].is_contiguous() else None
+
+
+def _worthwhile(x: torch.Tensor, weight: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    rows = x.shape[0]
+    return isinstance(rows, int) and rows <= MAX_ROWS and x.device.type == "cpu" and x.is_floating_point() and not kwargs
+
+
+def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda argument: argument.meta["val"]))
+        return node
+
+    dtype = x.meta["val"].dtype
+    widen = torch.ops.prims.convert_element_type.default
+    wide_weight, wide_x = call(widen, weight, torch.float32), call(widen, x, torch.float32)
+    sums = []
+    for row in range(x.meta["val"].shape[0]):
+        terms = call(aten.mul.Tensor, wide_weight, call(aten.select.int, wide_x, 0, row))
+        sums.append(call(aten.unsqueeze.default, call(aten.sum.dim_IntList, terms, [-1]), 0))
+    total = call(aten.cat.default, sums, 0) if len(sums) > 1 else sums[0]
+    if bias is not None:
+        total = call(aten.add.Tensor, total, call(widen, bias, torch.float32))
+    return call(widen, total, dtype)
+
