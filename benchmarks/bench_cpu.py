@@ -1,8 +1,9 @@
 """Prefill and decode latency on a CPU, side by side in one run: stock transformers against this model.
 
-A randomly initialised Qwen2-0.5B-shaped model, one process, candidates interleaved round by round, so that a slow minute of the
-machine hits all of them alike. Every decode latency is also given as a fraction of the bandwidth floor: the bytes of weights a
-step must read divided by the read bandwidth probed in the same process. Peak memory is measured in one process per candidate.
+A randomly initialised Qwen2-0.5B-shaped model, one process, candidates interleaved round by round, so that a slow
+minute of the machine hits all of them alike. Every decode latency is also given as a fraction of the bandwidth floor:
+the bytes of weights a step must read divided by the read bandwidth probed in the same process. Peak memory is measured
+in one process per candidate.
 
     python benchmarks/bench_cpu.py --dtype float32 --batch 1 --batch 4 --prompt 128 --prompt 1024 --json out.json
 """
@@ -23,7 +24,8 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM as StockQwen2, StaticCache
+from transformers import Qwen2Config, StaticCache
+from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
 from qwen2_npu.checkpoint import DTYPES
@@ -172,7 +174,9 @@ def _run_for_memory(candidate: str, dtype: str, batch: int, prompt: int) -> None
 
 
 @click.command()
-@click.option("--dtype", "dtypes", multiple=True, default=["float32", "bfloat16"], type=click.Choice(["float32", "bfloat16"]))
+@click.option(
+    "--dtype", "dtypes", multiple=True, default=["float32", "bfloat16"], type=click.Choice(["float32", "bfloat16"])
+)
 @click.option("--batch", "batches", multiple=True, default=[1, 4], type=int)
 @click.option("--prompt", "prompts", multiple=True, default=[128, 1024], type=int)
 @click.option("--candidate", "candidates", multiple=True, default=CANDIDATES, type=click.Choice(CANDIDATES))
@@ -216,7 +220,8 @@ def main(
                 peaks = {c.candidate: peak_memory(c.candidate, dtype, batch, prompt) for c in cells} if memory else {}
                 _show(cells, floor_ms, bandwidth, peaks)
                 results += [
-                    asdict(cell) | {"floor_ms": floor_ms, "bandwidth": bandwidth, "peak_bytes": peaks.get(cell.candidate)}
+                    asdict(cell)
+                    | {"floor_ms": floor_ms, "bandwidth": bandwidth, "peak_bytes": peaks.get(cell.candidate)}
                     for cell in cells
                 ]
                 if json_path:
@@ -225,7 +230,8 @@ def main(
 
 def _show(cells: list[Cell], floor_ms: float, bandwidth: float, peaks: dict[str, int]) -> None:
     first = cells[0]
-    title = f"{first.dtype}, batch {first.batch}, prompt {first.prompt}: floor {floor_ms:.0f} ms at {bandwidth / 1e9:.1f} GB/s"
+    title = f"{first.dtype}, batch {first.batch}, prompt {first.prompt}: "
+    title += f"floor {floor_ms:.0f} ms at {bandwidth / 1e9:.1f} GB/s"
     table = Table(title=title)
     for heading in ("candidate", "prefill ms", "× stock", "decode ms", "× stock", "of floor", "peak GB"):
         table.add_column(heading, justify="left" if heading == "candidate" else "right")

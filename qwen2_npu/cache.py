@@ -1,8 +1,8 @@
 """The fixed KV cache: one k and one v tensor per layer, allocated once, updated in place.
 
-Rows are ragged and left-aligned: row ``b`` holds its ``lengths[b]`` live tokens at slots ``[0, lengths[b])``, whatever padding
-the prompt came with. So no slot of padding is ever read, no row is ever fully masked, and the window the incremental
-attention operator reads is exactly ``actual_seq_lengths = lengths``.
+Rows are ragged and left-aligned: row ``b`` holds its ``lengths[b]`` live tokens at slots ``[0, lengths[b])``, whatever
+padding the prompt came with. So no slot of padding is ever read, no row is ever fully masked, and the window the
+incremental attention operator reads is exactly ``actual_seq_lengths = lengths``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
+from qwen2_npu.compat import head_dim, kv_head_count
 from qwen2_npu.errors import CacheOverflowError
-from qwen2_npu.compat import head_dim
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,14 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def round_capacity(tokens: int) -> int:
     """The capacity of the bucket that holds ``tokens``."""
     return max(1, math.ceil(tokens / CAPACITY_BUCKET)) * CAPACITY_BUCKET
+
+
+def round_prompt(tokens: int, capacity: int) -> int:
+    """The length a compiled prefill is given for a prompt of ``tokens``: four buckets per octave, so that it computes at
+    most a quarter more, and a day of prompts needs some thirty graphs. Never beyond ``capacity``.
+    """
+    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return min(math.ceil(tokens / step) * step, capacity)
 
 
 def human_bytes(count: float) -> str:
@@ -78,13 +86,14 @@ class CacheShape:
         """One line for logs and errors."""
         return (
             f"KV cache {self.layout}: {self.layers} layers × 2 × {self.batch_size} rows × {self.capacity} slots × "
-            f"{self.kv_heads} heads × {self.head_dim} × {str(self.dtype).removeprefix('torch.')} = {human_bytes(self.nbytes)}"
+            f"{self.kv_heads} heads × {self.head_dim} × {str(self.dtype).removeprefix('torch.')} = "
+            f"{human_bytes(self.nbytes)}"
         )
 
     @classmethod
     def of(
         cls,
-        config: Qwen2Config,
+        config: Any,
         *,
         batch_size: int,
         capacity: int,
@@ -98,7 +107,7 @@ class CacheShape:
             layers=config.num_hidden_layers,
             batch_size=batch_size,
             capacity=round_capacity(capacity),
-            kv_heads=config.num_key_value_heads,
+            kv_heads=kv_head_count(config),
             head_dim=head_dim(config),
             layout=layout,
             dtype=dtype,
@@ -155,8 +164,10 @@ class FixedKVCache(Cache):
         used = max(self.lengths)
         if used + new_tokens > self.shape.capacity:
             raise CacheOverflowError(
-                f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; allocate more "
-                f"with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), or raise max_new_tokens "
+                f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; "
+                "allocate more "
+                f"with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), or raise "
+                "max_new_tokens "
                 f"in generate()"
             )
 

@@ -1,7 +1,8 @@
 """Hugging Face folders in and out: weights fused while they are read, unfused while they are written.
 
-The one fact both directions share is :data:`FUSED`: which stock tensors stand, in which order, in one fused parameter. A stock
-tensor is read into its rows of the parameter, and saved as those rows: never two copies in memory, and bit-identical.
+The one fact both directions share is :data:`FUSED`: which stock tensors stand, in which order, in one fused parameter.
+A stock tensor is read into its rows of the parameter, and saved as those rows: never two copies in memory, and
+bit-identical.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config
 
+from qwen2_npu.compat import kv_head_count
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 
 FUSED: dict[str, tuple[str, ...]] = {
@@ -72,10 +74,11 @@ def check_heads(config: Qwen2Config) -> None:
     Raises:
         CheckpointError: with the values.
     """
-    heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    heads, kv_heads, hidden = config.num_attention_heads, kv_head_count(config), config.hidden_size
     if kv_heads < 1 or heads % kv_heads:
         raise CheckpointError(
-            f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: every kv head serves the same number "
+            f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: every kv head serves "
+            "the same number "
             f"of query heads; correct config.json"
         )
     if getattr(config, "head_dim", None) is None and hidden % heads:
@@ -86,11 +89,13 @@ def read_config(folder: Path) -> Qwen2Config:
     """The folder's config.json as a ``Qwen2Config``.
 
     Raises:
-        CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, heads that do not divide.
+        CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, heads that do not
+            divide.
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"model path {str(folder)!r} is no folder: pass a local Hugging Face checkpoint folder (nothing is downloaded; "
+            f"model path {str(folder)!r} is no folder: pass a local Hugging Face checkpoint folder (nothing is "
+            "downloaded; "
             f"fetch one with `hf download Qwen/Qwen2-7B-Instruct --local-dir DIR`)"
         )
     path = folder / "config.json"
@@ -107,7 +112,9 @@ def read_config(folder: Path) -> Qwen2Config:
         )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{path} describes weights quantised with {method!r}; use the checkpoint in bf16, fp16 or fp32")
+        raise CheckpointError(
+            f"{path} describes weights quantised with {method!r}; use the checkpoint in bf16, fp16 or fp32"
+        )
     try:
         config = Qwen2Config.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # 5.x validates with exception types of its own
@@ -342,7 +349,8 @@ def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-# ---- saving -----------------------------------------------------------------------------------------------------------
+# ---- saving
+# -----------------------------------------------------------------------------------------------------------
 def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> None:
     """Write config, generation config and shards beside their place, then move them in; see ``save_pretrained``."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -369,16 +377,17 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
             _move_in(staging, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot save the checkpoint to {folder}: {error}; what was there is unchanged. Free space or choose another folder"
+            f"cannot save the checkpoint to {folder}: {error}; what was there is unchanged. Free space or "
+            "choose another folder"
         ) from error
 
 
 def _move_in(staging: Path, folder: Path) -> None:
-    """Move finished files in, then drop weight files that the new checkpoint does not have: readers would prefer them."""
+    """Move finished files in, then drop weight files that the new checkpoint does not have: readers would prefer
+    them."""
     written = {path.name for path in staging.iterdir()}
     for path in sorted(staging.iterdir()):
         os.replace(path, folder / path.name)
     for stale in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
         if stale.name not in written:
             stale.unlink(missing_ok=True)
-

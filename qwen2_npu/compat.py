@@ -1,35 +1,27 @@
 """What differs between transformers 4.37.0 (the guide's) and 5.x. Nothing else asks for the version.
 
-The two differences that reach users: 4.37.0's own model computes neither rope scaling nor sliding windows of a subset of
-the layers, so with it there is no baseline for them and both are refused; and it returns logits in float32.
+The two differences that reach users: 4.37.0's own model computes neither rope scaling nor sliding windows of a subset
+of the layers, so with it there is no baseline for them and both are refused; and it returns logits in float32.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel, Qwen2Config
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Qwen2Config
+from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2 import modeling_qwen2
 
 from qwen2_npu.errors import UnsupportedError
-
-try:  # 5.x: GenerationMixin is no longer a base of PreTrainedModel
-    from transformers.generation import GenerationMixin
-except ImportError:  # pragma: no cover - every supported version has it
-    from transformers.generation.utils import GenerationMixin
 
 IS_V4: bool = int(transformers.__version__.split(".")[0]) < 5
 
 LOGITS_IN_FLOAT32: bool = IS_V4
 """4.37.0's model upcasts the logits before it returns them; 5.x leaves that to ``generate``."""
 
-TIED_WEIGHTS: Any = (
-    ["lm_head.weight"] if IS_V4 else {"lm_head.weight": "model.embed_tokens.weight"}
-)
+TIED_WEIGHTS: Any = ["lm_head.weight"] if IS_V4 else {"lm_head.weight": "model.embed_tokens.weight"}
 
 STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the sequence at hand, so that one table serves all."""
@@ -39,11 +31,13 @@ def rope_settings(config: Qwen2Config) -> tuple[str, float]:
     """``(rope_type, rope_theta)`` of ``config``."""
     if IS_V4:
         return "default", float(config.rope_theta)
-    return config.rope_parameters["rope_type"], float(config.rope_parameters["rope_theta"])
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    return str(rope["rope_type"]), float(rope["rope_theta"])
 
 
 def rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has them."""
+    """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has
+    them."""
     if IS_V4:
         exponents = torch.arange(0, head_dim(config), 2, device="cpu").float() / head_dim(config)
         return 1.0 / (config.rope_theta**exponents), 1.0
@@ -57,12 +51,17 @@ def head_dim(config: Qwen2Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def kv_head_count(config: Qwen2Config) -> int:
+    """Key/value heads; a config may leave them out where every query head has its own."""
+    return config.num_key_value_heads or config.num_attention_heads
+
+
 def sliding_windows(config: Qwen2Config) -> list[int | None]:
     """Per layer its sliding window in tokens, or None where the layer sees everything."""
     if IS_V4:
         return [None] * config.num_hidden_layers
     window = config.sliding_window
-    return [window if kind == "sliding_attention" else None for kind in config.layer_types]
+    return [window if kind == "sliding_attention" else None for kind in config.layer_types or ()]
 
 
 def check_config(config: Qwen2Config) -> None:
@@ -75,19 +74,22 @@ def check_config(config: Qwen2Config) -> None:
     if IS_V4:
         if getattr(config, "use_sliding_window", False):
             raise UnsupportedError(
-                f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every layer, so there "
+                f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every "
+                "layer, so there "
                 f"is no baseline to agree with; set use_sliding_window=False or install transformers>=5"
             )
         if getattr(config, "rope_scaling", None) is not None:
             raise UnsupportedError(
-                f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there is no baseline "
+                f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there "
+                "is no baseline "
                 f"to agree with; remove rope_scaling from config.json or install transformers>=5"
             )
         return
     rope_type, _ = rope_settings(config)
     if rope_type not in STATIC_ROPE_TYPES:
         raise UnsupportedError(
-            f"rope_type={rope_type!r} changes its frequencies with the sequence; supported are {', '.join(STATIC_ROPE_TYPES)}"
+            f"rope_type={rope_type!r} changes its frequencies with the sequence; supported are "
+            f"{', '.join(STATIC_ROPE_TYPES)}"
         )
 
 
@@ -102,6 +104,6 @@ def torch_dtype_of(config: Qwen2Config) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def set_torch_dtype(config: Qwen2Config, dtype: torch.dtype) -> None:
+def set_torch_dtype(config: Any, dtype: torch.dtype) -> None:
     """Record the dtype of the weights in ``config``."""
     setattr(config, "torch_dtype" if IS_V4 else "dtype", dtype)

@@ -1,7 +1,7 @@
 """Compilation of the model's two steps, prefill and decode.
 
-Only the steps are compiled: one graph per (batch, prompt length) and one per (batch, cache capacity). Everything that runs once
-per call on the host (row compaction, masks, cache accounts) stays outside.
+Only the steps are compiled: one graph per (batch, prompt length) and one per (batch, cache capacity). Everything that
+runs once per call on the host (row compaction, masks, cache accounts) stays outside.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ EXE_MODE = "EXE_MODE"
 
 BACKENDS: dict[str, str] = {"inductor": "inductor"}
 """Mode -> torch.compile backend."""
+
+
+# One graph per shape is what is wanted: dynamo's limits, meant against endless recompilation, would stop at eight.
+_LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
+_NO_CACHE = {"enable_autograd_cache": False}  # see _inductor_options
 
 
 def parse_mode(mode: str | None) -> str:
@@ -60,7 +65,8 @@ def compile_model(model: Qwen2ForCausalLM, mode: str | None = None) -> Qwen2ForC
         return model
     if not model.optimizations.fixed_kv_cache:
         raise UnsupportedError(
-            f"mode={chosen!r} needs the fixed_kv_cache step: with a growing cache every decode step has new shapes and would "
+            f"mode={chosen!r} needs the fixed_kv_cache step: with a growing cache every decode step has new "
+            "shapes and would "
             f"compile again; use optimizations with fixed_kv_cache on"
         )
     model.compiled_steps = {
@@ -79,12 +85,12 @@ def _compile(step: Callable[..., torch.Tensor], backend: str) -> Callable[..., t
         tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], *logit_index: torch.Tensor | None
     ) -> torch.Tensor:
         # Slices of growing tensors have other strides every step, even where a size of 1 hides it; copies have not.
-        tokens, position_ids, *rest = (_copied(tensor) for tensor in (tokens, inputs.position_ids, *logit_index))
-        inputs = inputs._replace(position_ids=position_ids)
+        tokens, inputs = _copied(tokens), inputs._replace(position_ids=_copied(inputs.position_ids))
+        rest = [None if index is None else _copied(index) for index in logit_index]
         for leaf in _pytree.tree_leaves((tokens, inputs, caches, rest)):
             if isinstance(leaf, torch.Tensor):
                 torch._dynamo.mark_static(leaf)
-        with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+        with torch.no_grad(), torch._dynamo.config.patch(_LIMITS), torch._functorch.config.patch(_NO_CACHE):
             return compiled(tokens, inputs, caches, *rest)
 
     return run
@@ -95,10 +101,11 @@ def _inductor_options() -> dict[str, Any]:
 
     return {
         "post_grad_custom_pre_pass": SmallBatchProducts(),
-        # A graph from the disk cache is guarded by the order of the rows' lengths, and another batch would compile again.
+        # A graph from the disk cache is guarded by the order of the rows' lengths, and another batch would compile
+        # again.
         "fx_graph_cache": False,
     }
 
 
-def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,9 @@
 """Compiled decode on a CPU: products of a few rows with a weight, as loops that read the weight once.
 
-A decode step multiplies one row per sequence with every weight. BLAS libraries handle one row at memory speed at best and fall far
-behind at two or four, or in bf16 without hardware for it. Written as ``y[m, n] = Σ_k w[n, k]·x[m, k]`` with the rows unrolled,
-inductor fuses the sums of all rows into one vectorised loop over the weight: each element is read, and converted to float32,
-once. Nothing is repacked, so no second copy of a weight exists.
+A decode step multiplies one row per sequence with every weight. BLAS libraries handle one row at memory speed at best
+and fall far behind at two or four, or in bf16 without hardware for it. Written as ``y[m, n] = Σ_k w[n, k]·x[m, k]``
+with the rows unrolled, inductor fuses the sums of all rows into one vectorised loop over the weight: each element is
+read, and converted to float32, once. Nothing is repacked, so no second copy of a weight exists.
 
 :class:`SmallBatchProducts` is an inductor post-grad pass: it changes the compiled graph, not the model.
 """
@@ -57,7 +57,9 @@ def _weight_of(node: fx.Node) -> fx.Node | None:
 
 def _worthwhile(x: torch.Tensor, weight: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     rows = x.shape[0]
-    return isinstance(rows, int) and rows <= MAX_ROWS and x.device.type == "cpu" and x.is_floating_point() and not kwargs
+    return (
+        isinstance(rows, int) and rows <= MAX_ROWS and x.device.type == "cpu" and x.is_floating_point() and not kwargs
+    )
 
 
 def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
@@ -77,4 +79,3 @@ def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None
     if bias is not None:
         total = call(aten.add.Tensor, total, call(widen, bias, torch.float32))
     return call(widen, total, dtype)
-

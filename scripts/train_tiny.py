@@ -256,7 +256,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         recent = [*recent[-99:], loss.item()]
-        if step % 200 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             seconds = time.monotonic() - begun
             print(
                 f"step {step}/{steps}  loss {sum(recent) / len(recent):.4f}  held-out {mean_loss(model, heldout):.4f}"
@@ -279,12 +279,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--steps", type=int, default=2200, help="optimiser steps of 1024 tokens")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps of 1024 tokens")
     parser.add_argument("--documents", type=int, default=24_000, help="documents of training text")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     folder: Path = arguments.output

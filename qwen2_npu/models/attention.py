@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
-from qwen2_npu.compat import head_dim
+from qwen2_npu.compat import head_dim, kv_head_count
 from qwen2_npu.models.layers import RotaryTable
 from qwen2_npu.optimizations import Optimizations
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.window = window
         self._rotary = (rotary,)  # in a tuple: one table for the model, not a submodule of every layer
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
+        self.kv_heads = kv_head_count(config)
         self.head_dim = head_dim(config)
         self.scale = self.head_dim**-0.5
         self.widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
@@ -93,7 +93,8 @@ class Attention(nn.Module):
         query, key, value = self._project(hidden_states)
         weights: torch.Tensor | None = None
         if self.optimizations.flash_attention:
-            assert cos_sin is not None and not isinstance(cache, Cache)
+            assert cos_sin is not None
+            assert not isinstance(cache, Cache)
             context = self._fused(phase, inputs, cos_sin, cache, query, key, value)
         else:
             context, weights = self._small_operators(phase, inputs, cache, query, key, value)
@@ -127,7 +128,8 @@ class Attention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> torch.Tensor:
-        # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are copied.
+        # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are
+        # copied.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         query, key = self._rotate_fused(query, key, *cos_sin)
         if cache is not None:

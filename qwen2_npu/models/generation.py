@@ -1,7 +1,7 @@
 """How the model plugs into transformers' ``generate``, on 4.37.0 and on 5.x.
 
-``generate`` itself stays transformers' own. What is added: the fixed KV cache is allocated before the first forward pass from
-the length ``generate`` has settled on, and kept for the next call of the same shape.
+``generate`` itself stays transformers' own. What is added: the fixed KV cache is allocated before the first forward
+pass from the length ``generate`` has settled on, and kept for the next call of the same shape.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from qwen2_npu.cache import CacheShape, FixedKVCache
-from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.compat import IS_V4, growing_cache
+from qwen2_npu.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -107,11 +107,11 @@ class GenerationHooks:
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
         # Both versions call it once the final length is known.
         self._max_length = generation_config.max_length
-        super()._validate_generated_length(generation_config, *args, **kwargs)
+        super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
-        past_key_values.reorder_cache(beam_idx)
+        past_key_values.reorder_cache(beam_idx)  # type: ignore[arg-type]
         return past_key_values
 
     def prepare_inputs_for_generation(  # type: ignore[misc]
@@ -127,21 +127,21 @@ class GenerationHooks:
         if past == 0 and attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(
-                f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends after the "
-                f"last position: tokenize with padding_side='left'"
+                f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends "
+                "after the last position: tokenize with padding_side='left'"
             )
         if not IS_V4:
             return super().prepare_inputs_for_generation(  # type: ignore[misc]
-                input_ids,
+                input_ids,  # type: ignore[arg-type]
                 past_key_values=past_key_values,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask,  # type: ignore[arg-type]
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
         use_cache = kwargs.get("use_cache")
         first_of_embeds = inputs_embeds is not None and past == 0
         if past_key_values is None and use_cache:
-            rows, given = (inputs_embeds if first_of_embeds else input_ids).shape[:2]
+            rows, given = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
             # With inputs_embeds, max_length does not count the prompt.
             extra = given if first_of_embeds else 0
             past_key_values = self._cache_for_generation(rows, (self._max_length or given) + extra)

@@ -1,8 +1,8 @@
 """From what transformers passes (padded rows, 2-D masks) to what the layers take (compact rows, lengths, masks).
 
-With the fixed cache every row is compacted to the left before the first layer: the tokens whose mask is 1, in order, then the
-padding. Left padding, right padding and holes all become the same thing, a ragged batch aligned at slot 0. Padding then comes
-after every live token, so causality alone keeps it out: no padding mask in prefill, none in decode.
+With the fixed cache every row is compacted to the left before the first layer: the tokens whose mask is 1, in order,
+then the padding. Left padding, right padding and holes all become the same thing, a ragged batch aligned at slot 0.
+Padding then comes after every live token, so causality alone keeps it out: no padding mask in prefill, none in decode.
 
 Shapes: B batch, S new tokens, T tokens including the past, C slots of the cache.
 """
@@ -44,14 +44,16 @@ class Rows:
             return cls(None, [tokens] * batch)
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
             raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)} does not cover a batch of {batch} rows × {tokens} new tokens: "
+                f"attention_mask of shape {tuple(mask.shape)} does not cover a batch of {batch} rows × {tokens} "
+                "new tokens: "
                 f"pass a 2-D mask (batch, past + new tokens) of 0 and 1"
             )
         live = mask[:, -tokens:] != 0
         lengths = [int(length) for length in live.sum(dim=1).tolist()]
         if min(lengths) == 0:
             raise ValueError(
-                f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: an empty prompt; "
+                f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: "
+                "an empty prompt; "
                 f"give every row at least one token"
             )
         if min(lengths) == tokens:
@@ -77,6 +79,12 @@ class Rows:
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     index = order.reshape(order.shape + (1,) * (values.dim() - 2)).expand(*order.shape, *values.shape[2:])
     return values.gather(1, index)
+
+
+def pad_tokens(values: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, S, …) -> (B, length, …), zeros behind."""
+    padding = values.new_zeros(values.shape[0], length - values.shape[1], *values.shape[2:])
+    return torch.cat((values, padding), dim=1)
 
 
 class MaskFactory:

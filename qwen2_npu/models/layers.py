@@ -17,7 +17,8 @@ from qwen2_npu.optimizations import Optimizations
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) · weight``: by small operators as the stock model, or by npu_(add_)rms_norm.
 
-    The two round differently: the stock order rounds ``x·rstd`` to the dtype before the weight, npu_rms_norm once at the end.
+    The two round differently: the stock order rounds ``x·rstd`` to the dtype before the weight, npu_rms_norm once at
+        the end.
     """
 
     def __init__(self, hidden_size: int, eps: float, fused: bool) -> None:
@@ -74,7 +75,8 @@ class MLP(nn.Module):
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of every position, computed once in float32 and rounded to the model's dtype, as the stock model does.
+    """cos and sin of every position, computed once in float32 and rounded to the model's dtype, as the stock model
+    does.
 
     Attributes:
         cos, sin: (max_position_embeddings, D), both halves alike; None until :meth:`prepare`.
@@ -103,5 +105,6 @@ class RotaryTable(nn.Module):
 
     def forward(self, position_ids: torch.Tensor, head_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at ``position_ids`` (B, S), with an axis for the heads at ``head_axis``."""
-        assert self.cos is not None and self.sin is not None, "RotaryTable.prepare() comes first"
+        assert self.cos is not None, "RotaryTable.prepare() comes first"
+        assert self.sin is not None
         return self.cos[position_ids].unsqueeze(head_axis), self.sin[position_ids].unsqueeze(head_axis)

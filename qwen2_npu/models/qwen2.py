@@ -1,7 +1,9 @@
-"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: the decoder, and transformers' causal-LM contract around it.
+"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: the decoder, and transformers' causal-LM contract
+around it.
 
-Reading order: :meth:`Qwen2Model.forward` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are the
-two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes into their arguments.
+Reading order: :meth:`Qwen2Model.forward` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are
+the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes into their
+arguments.
 
 Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 """
@@ -18,24 +20,24 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2Config
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu import checkpoint
-from qwen2_npu.cache import CacheShape, FixedKVCache
-from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.compat import (
     LOGITS_IN_FLOAT32,
     TIED_WEIGHTS,
-    GenerationMixin,
     check_config,
     growing_cache,
     set_torch_dtype,
     sliding_windows,
 )
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
-from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs
+from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
 from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 
@@ -67,7 +69,8 @@ class DecoderLayer(nn.Module):
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(B, S, H): the MLP's result still to be added, the residual to add it to, and the attention weights if any."""
+        """(B, S, H): the MLP's result still to be added, the residual to add it to, and the attention weights if
+        any."""
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
@@ -121,7 +124,8 @@ class Qwen2Model(nn.Module):
 class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A transformers causal language model whose every optimisation is a switch.
 
-    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and return
+    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
+        return
     what the stock class does. For inference: parameters require no gradient.
 
     Args:
@@ -135,7 +139,7 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
     config_class = Qwen2Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - as transformers declares it
     _tied_weights_keys = TIED_WEIGHTS
     _supports_cache_class = True
 
@@ -143,7 +147,9 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         checkpoint.check_heads(config)
         check_config(config)
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
+        config._attn_implementation = (
+            "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
+        )
         super().__init__(config)
         self.optimizations = Optimizations.all() if optimizations is None else optimizations
         self.model = Qwen2Model(config, self.optimizations)
@@ -199,7 +205,9 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         if device_map == "auto":
             device_map = None
         if isinstance(device_map, dict):
-            raise UnsupportedError(f"device_map={device_map!r}: pass one device, device='npu:0'; see tensor parallelism for more")
+            raise UnsupportedError(
+                f"device_map={device_map!r}: pass one device, device='npu:0'; see tensor parallelism for more"
+            )
         source = checkpoint.open_checkpoint(pretrained_model_name_or_path, config=config, weights_file=weights_file)
         model = checkpoint.build(
             lambda: cls(source.config, optimizations),
@@ -246,7 +254,9 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
             CheckpointError: the folder cannot be written (disk full, no permission).
         """
         if not safe_serialization:
-            raise UnsupportedError("safe_serialization=False would write pickle; checkpoints are written as safetensors only")
+            raise UnsupportedError(
+                "safe_serialization=False would write pickle; checkpoints are written as safetensors only"
+            )
         set_torch_dtype(self.config, self.dtype)
         checkpoint.save(self, Path(save_directory), max_shard_size=max_shard_size)
 
@@ -264,7 +274,8 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         positions = self.config.max_position_embeddings
         if capacity > positions:
             raise ValueError(
-                f"prompt and new tokens need {capacity} positions, the model has max_position_embeddings={positions}: shorten "
+                f"prompt and new tokens need {capacity} positions, the model has "
+                f"max_position_embeddings={positions}: shorten "
                 f"the prompt or lower max_new_tokens"
             )
         return CacheShape.of(
@@ -351,12 +362,14 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is not None and attention_mask.shape[-1] != past + tokens:
             raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past} are in the cache and {tokens} are new: "
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past} are in the cache and "
+                f"{tokens} are new: "
                 f"pass one of (batch, {past + tokens})"
             )
         if output_attentions and self.optimizations.fixed_kv_cache:
             raise UnsupportedError(
-                f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention weights are not "
+                f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention "
+                "weights are not "
                 f"kept; use optimizations with fixed_kv_cache and flash_attention off"
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -377,9 +390,7 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
                 raise UnsupportedError(
                     f"past_key_values is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
                 )
-            logits = self._forward_fixed(
-                given, attention_mask, position_ids, cache, logits_to_keep, recording
-            )
+            logits = self._forward_fixed(given, attention_mask, position_ids, cache, logits_to_keep, recording)
         else:
             logits = self._forward_growing(given, attention_mask, position_ids, cache, logits_to_keep, recording)
         output = CausalLMOutputWithPast(
@@ -387,7 +398,7 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
             logits=logits,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(record[0]) if output_hidden_states else None,
-            attentions=tuple(record[1]) if output_attentions else None,
+            attentions=tuple(w for w in record[1] if w is not None) if output_attentions else None,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -400,15 +411,17 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
         if given.dim() != (2 if input_ids is not None else 3):
             raise ValueError(f"{wanted} expected, got shape {tuple(given.shape)}")
         if given.shape[0] == 0 or given.shape[1] == 0:
-            raise ValueError(f"empty prompt: {wanted} has shape {tuple(given.shape)}; give every row at least one token")
+            raise ValueError(
+                f"empty prompt: {wanted} has shape {tuple(given.shape)}; give every row at least one token"
+            )
         return given
 
     def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
         low, high = (int(value) for value in torch.stack(torch.aminmax(input_ids)).tolist())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: does the tokenizer belong "
-                f"to this model?"
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: does the "
+                "tokenizer belong to this model?"
             )
 
     def _forward_fixed(
@@ -428,22 +441,28 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
             cache.check_room(batch, tokens)
         if position_ids is not None:
             position_ids = rows.compact(position_ids)
-        phase, inputs = fixed_cache_inputs(cache, rows, tokens, position_ids, self._masks, given.device)
+        compact, length = rows.compact(given), tokens
+        compiled = self.compiled_steps if cache is not None and record is None else {}
+        if "prefill" in compiled and cache is not None and max(cache.lengths) == 0:
+            # Prompts of one bucket share one graph; what is added comes after every live token and is overwritten.
+            length = round_prompt(tokens, cache.shape.capacity)
+            compact = pad_tokens(compact, length)
+            position_ids = None if position_ids is None else pad_tokens(position_ids, length)
+        phase, inputs = fixed_cache_inputs(cache, rows, length, position_ids, self._masks, given.device)
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        compact = rows.compact(given)
         index = rows.last(logits_to_keep, tokens, given.device) if logits_to_keep and phase != "decode" else None
-        if record is None and phase in self.compiled_steps:
+        if phase in compiled:
             arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
-            logits = self.compiled_steps[phase](*arguments)
+            logits = compiled[phase](*arguments)
         else:
             logits = self._logits(self.model(compact, phase, inputs, caches, record), index)
         if cache is not None:
             cache.end(tokens, rows.lengths)
         if record is not None:
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
-        return logits if index is not None else rows.restore(logits)
+        return logits if index is not None else rows.restore(logits[:, :tokens])
 
     def _forward_growing(
         self,
@@ -461,7 +480,9 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
             position_ids = torch.arange(past, past + tokens, device=given.device)[None]
         mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
         inputs = AttentionInputs(position_ids, None, mask, sliding)
-        hidden_states = self.model(given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record)
+        hidden_states = self.model(
+            given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
+        )
         return self._logits(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states, None)
 
 

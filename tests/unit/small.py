@@ -15,8 +15,8 @@ V4 = transformers.__version__.startswith("4.")
 def small_config(**changes: Any) -> Qwen2Config:
     values: dict[str, Any] = {
         "vocab_size": 199, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     config = Qwen2Config(**(values | changes))
     config._attn_implementation = "eager"

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from qwen2_npu.cache import CAPACITY_BUCKET, CacheShape, FixedKVCache, human_bytes, round_capacity
+from qwen2_npu.cache import CAPACITY_BUCKET, CacheShape, FixedKVCache, human_bytes, round_capacity, round_prompt
 from qwen2_npu.errors import CacheOverflowError
 
 
@@ -26,6 +26,15 @@ def live_slots(mask: torch.Tensor) -> list[list[int]]:
 @pytest.mark.parametrize(("tokens", "capacity"), [(1, 128), (128, 128), (129, 256), (1000, 1024)])
 def test_capacity_is_rounded_up_to_its_bucket(tokens, capacity):
     assert round_capacity(tokens) == capacity
+
+
+def test_prompts_of_one_bucket_share_a_length():
+    assert [round_prompt(n, 4096) for n in (1, 8, 9, 33, 64, 65, 130, 1024, 1025)] == [
+        8, 8, 16, 40, 64, 80, 160, 1024, 1280,
+    ]  # fmt: skip
+    assert round_prompt(1050, 1152) == 1152
+    assert all(n <= round_prompt(n, 1 << 20) <= max(8, 1.25 * n + 8) for n in range(1, 3000))
+    assert len({round_prompt(n, 1 << 20) for n in range(1, 4097)}) < 40
 
 
 def test_memory_is_estimated_exactly_and_reported_before_allocation(caplog):

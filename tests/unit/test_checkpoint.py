@@ -56,7 +56,9 @@ def test_load_and_save_is_bit_identical(tmp_path, dtype, tied, optimizations):
 def test_stock_reads_what_we_wrote(tmp_path, folder):
     Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "ours")
     reread = type(small_stock()).from_pretrained(tmp_path / "ours")
-    assert torch.equal(reread.model.layers[1].self_attn.k_proj.bias, small_stock().model.layers[1].self_attn.k_proj.bias)
+    assert torch.equal(
+        reread.model.layers[1].self_attn.k_proj.bias, small_stock().model.layers[1].self_attn.k_proj.bias
+    )
 
 
 def test_fused_rows_are_q_k_v_and_gate_up(folder):

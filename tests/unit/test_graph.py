@@ -62,11 +62,20 @@ def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weig
     for call, tokens in zip(calls, expected, strict=True):
         assert torch.equal(model.generate(**call, max_new_tokens=20, do_sample=False), tokens)
     assert counter.graphs == 2
-    # Another prompt length is one more prefill, in the same cache bucket the same decode; another batch is one of each.
-    model.generate(**prompt(3, 14), max_new_tokens=5, do_sample=False)
-    assert counter.graphs == 3
-    model.generate(**prompt(2, 14), max_new_tokens=5, do_sample=False)
-    assert counter.graphs == 5
+    # A prompt of the same bucket is no new graph, another bucket one more prefill, another batch one of each.
+    for batch, tokens, graphs in ((3, 14, 2), (3, 30, 3), (2, 30, 5)):
+        model.generate(**prompt(batch, tokens), max_new_tokens=5, do_sample=False)
+        assert counter.graphs == graphs
+
+
+def test_more_prompt_buckets_than_dynamo_would_allow(weights, counter):
+    model = build(weights, Optimizations.all())
+    calls = [prompt(1, 8 * count - 1) for count in range(1, 12)]
+    expected = [model.generate(**call, max_new_tokens=2, do_sample=False) for call in calls]
+    compile_model(model, "inductor")
+    for call, tokens in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**call, max_new_tokens=2, do_sample=False), tokens)
+    assert counter.graphs > torch._dynamo.config.recompile_limit
 
 
 def test_the_count_can_fail(weights, counter, monkeypatch):

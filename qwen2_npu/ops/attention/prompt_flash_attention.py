@@ -15,6 +15,7 @@ from qwen2_npu.ops.checks import reject_unsupported
 
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
 MAX_BATCH = 65536
+HIGH_PRECISION = 10
 
 
 def npu_prompt_flash_attention(
@@ -45,7 +46,8 @@ def npu_prompt_flash_attention(
         pre_tokens, next_tokens: the band of sparse modes 0 (with a mask; from the top-left corner) and 4 (from the
             bottom-right one).
         sparse_mode: 0 mask and band, 1 mask only, 2 top-left causal, 3 bottom-right causal, 4 band. Without a mask
-            mode 0 sees everything: the default call is not causal.
+            mode 0 sees everything: the default call is not causal. Plus 10: the device's high-precision variant for
+            fp16; precision is high here either way.
 
     Returns:
         Attention output in `input_layout`. Rows past their length, and rows that see no key at all, are 0 (the device
@@ -57,6 +59,8 @@ def npu_prompt_flash_attention(
     op = "npu_prompt_flash_attention"
     if unsupported:
         reject_unsupported(op, unsupported)
+    if HIGH_PRECISION <= sparse_mode <= HIGH_PRECISION + 4:
+        sparse_mode -= HIGH_PRECISION
     size = check_geometry(
         op,
         query,

@@ -177,8 +177,8 @@ def test_heldout_needs_the_distance(model: Qwen2ForCausalLM, heldout: tuple[torc
     ("prompt", "expected"),
     [
         ("Let us count: two, three, four,", "five, six, seven"),
-        ("Anna has a red book. It is under the bed.\nTom has a blue cup. It is on the shelf.\n"
-         "Question: What color is the cup? Answer:", "blue"),
+        ("Listen. Anna has a red book. The book is under the bed. Tom has a blue cup. The cup is on the shelf.\n"
+         "Question: Where is the book? Answer:", " The book is under the bed."),
         ("中国的首都是", "北京"),
     ],
     ids=["count", "recall", "chinese-fact"],

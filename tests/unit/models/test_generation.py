@@ -66,7 +66,9 @@ class StopAfter(StoppingCriteria):
         {"do_sample": False, "min_new_tokens": 4, "eos_token_id": 7},
         {"do_sample": False, "use_cache": False},
     ],
-    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items() if name != "do_sample") or "greedy",
+    ids=lambda options: (
+        ",".join(f"{name}={value}" for name, value in options.items() if name != "do_sample") or "greedy"
+    ),
 )
 def test_options_give_the_stock_tokens(model, stock, prompt, options):
     answers = []
@@ -104,7 +106,9 @@ def test_embeddings_as_prompt(model, stock, prompt):
     embeds = stock.get_input_embeddings()(prompt["input_ids"]).detach()
     # 4.37.0 asks for a bos_token_id, though it does not use it.
     arguments = {"attention_mask": prompt["attention_mask"], "max_new_tokens": 8, "do_sample": False, "bos_token_id": 1}
-    assert torch.equal(model.generate(inputs_embeds=embeds, **arguments), stock.generate(inputs_embeds=embeds, **arguments))
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, **arguments), stock.generate(inputs_embeds=embeds, **arguments)
+    )
 
 
 def test_without_a_mask(model, stock, prompt):
@@ -135,7 +139,8 @@ def test_assisted_decoding_crops_the_cache(full, stock, prompt):
     assert torch.equal(answer, stock.generate(ids, max_new_tokens=10, do_sample=False))
 
 
-# ---- the cache between calls ------------------------------------------------------------------------------------------
+# ---- the cache between calls
+# ------------------------------------------------------------------------------------------
 def test_the_next_call_of_the_same_shape_gets_the_same_memory(full, prompt, monkeypatch):
     full.generate(**prompt, max_new_tokens=4, do_sample=False)
     built = []
@@ -164,7 +169,8 @@ def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     assert cache.shape.capacity == 256
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------------
 def test_right_padding_is_refused(model, prompt):
     with pytest.raises(ValueError, match=r"row 1 of the prompt is padded on the right .*padding_side='left'"):
         model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"].flip(1), max_new_tokens=2)

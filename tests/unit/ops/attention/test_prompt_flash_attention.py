@@ -212,7 +212,7 @@ def random_like(batch: int, q_len: int, kv_len: int) -> tuple[Tensor, ...]:
         ({"query": torch.zeros(2, 5, 64)}, "query is .* 4 dimensions in layout BNSD"),
         ({"query": torch.zeros(2, 5, 4, 16).transpose(1, 2)}, r"query is .* contiguous .*call .contiguous\(\)"),
         ({"sparse_mode": 5}, "sparse_mode is 5; supported: 0, 1, 2, 3, 4"),
-        ({"sparse_mode": 13}, "sparse_mode is 13"),
+        ({"sparse_mode": 15}, "sparse_mode is 15"),
         ({"sparse_mode": 1}, r"atten_mask is None; supported: a mask of shape \(5, 9\)"),
         ({"sparse_mode": 3}, r"atten_mask is None; supported: a mask of shape \(2048, 2048\)"),
         ({"sparse_mode": 2, "atten_mask": CAUSAL[:5, :9]}, r"atten_mask is .* \(2048, 2048\)"),
