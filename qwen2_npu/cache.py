@@ -32,8 +32,9 @@ def round_capacity(tokens: int) -> int:
 
 
 def round_prompt(tokens: int, capacity: int) -> int:
-    """The length a compiled prefill is given for a prompt of ``tokens``: four buckets per octave, so that it computes at
-    most a quarter more, and a day of prompts needs some thirty graphs. Never beyond ``capacity``.
+    """The length a compiled prefill is given for a prompt of ``tokens``, at most ``capacity``.
+
+    Four buckets per octave: at most a quarter more is computed, and a day of prompts needs some thirty graphs.
     """
     step = max(8, 1 << max(0, (tokens - 1).bit_length() - 3))
     return min(math.ceil(tokens / step) * step, capacity)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 MAX_ROWS = 8
@@ -71,6 +72,8 @@ def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None
     dtype = x.meta["val"].dtype
     widen = torch.ops.prims.convert_element_type.default
     wide_weight, wide_x = call(widen, weight, torch.float32), call(widen, x, torch.float32)
+    # A buffer of its own: else what computes x (a norm, a SiLU) is inlined, and done again for every output.
+    wide_x = call(inductor_prims.force_stride_order, wide_x, [x.meta["val"].shape[1], 1])
     sums = []
     for row in range(x.meta["val"].shape[0]):
         terms = call(aten.mul.Tensor, wide_weight, call(aten.select.int, wide_x, 0, row))

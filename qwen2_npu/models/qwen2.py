@@ -11,8 +11,7 @@ Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from qwen2_npu.compat import (
     TIED_WEIGHTS,
     check_config,
     growing_cache,
-    set_torch_dtype,
     sliding_windows,
 )
 from qwen2_npu.errors import UnsupportedError
@@ -39,6 +37,7 @@ from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
 from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
+from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
 
 DEFAULT_HEADROOM = 256
@@ -121,7 +120,7 @@ class Qwen2Model(nn.Module):
         return hidden_states
 
 
-class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A transformers causal language model whose every optimisation is a switch.
 
     Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
@@ -171,98 +170,6 @@ class Qwen2ForCausalLM(GenerationHooks, PreTrainedModel, GenerationMixin):  # ty
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-
-    # ---- loading and saving --------------------------------------------------------------------------------------
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        device_map: torch.device | str | None = None,
-        optimizations: Optimizations | None = None,
-        weights_file: str | None = None,
-        config: Qwen2Config | None = None,
-        low_cpu_mem_usage: bool = True,
-        trust_remote_code: bool = False,
-    ) -> Qwen2ForCausalLM:
-        """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
-
-        Args:
-            pretrained_model_name_or_path: a local folder; nothing is downloaded.
-            dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
-            device: where to; ``device_map`` is accepted with one device. Default cpu.
-            weights_file: a file of the folder in another format than safetensors (pytorch_model.bin), by name only.
-            config: instead of the folder's config.json.
-            low_cpu_mem_usage: accepted; loading always is.
-            trust_remote_code: accepted; no remote code is ever run.
-
-        Raises:
-            CheckpointError: what is wrong with the folder, naming file and tensor.
-        """
-        if device_map == "auto":
-            device_map = None
-        if isinstance(device_map, dict):
-            raise UnsupportedError(
-                f"device_map={device_map!r}: pass one device, device='npu:0'; see tensor parallelism for more"
-            )
-        source = checkpoint.open_checkpoint(pretrained_model_name_or_path, config=config, weights_file=weights_file)
-        model = checkpoint.build(
-            lambda: cls(source.config, optimizations),
-            source,
-            dtype=checkpoint.parse_dtype(dtype if dtype is not None else torch_dtype),
-            device=torch.device(device or device_map or "cpu"),
-        )
-        generation_config = source.generation_config()
-        if generation_config is not None:
-            model.generation_config = generation_config
-        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
-        return model
-
-    @classmethod
-    def from_state_dict(
-        cls,
-        config: Qwen2Config,
-        state_dict: Mapping[str, torch.Tensor],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        optimizations: Optimizations | None = None,
-    ) -> Qwen2ForCausalLM:
-        """The model with the weights of a stock state dict (names of the stock class).
-
-        Raises:
-            CheckpointError: missing, unexpected or mis-shaped tensors.
-        """
-        return checkpoint.build(
-            lambda: cls(config, optimizations),
-            checkpoint.StateDictSource(config, state_dict),
-            dtype=dtype,
-            device=torch.device(device or "cpu"),
-        )
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", safe_serialization: bool = True
-    ) -> None:
-        """Write the ordinary Hugging Face layout, tensors bit-identical to what was loaded (in the dtype held).
-
-        Every file is written beside its place and moved there when complete: a failure leaves what was there before.
-
-        Raises:
-            CheckpointError: the folder cannot be written (disk full, no permission).
-        """
-        if not safe_serialization:
-            raise UnsupportedError(
-                "safe_serialization=False would write pickle; checkpoints are written as safetensors only"
-            )
-        set_torch_dtype(self.config, self.dtype)
-        checkpoint.save(self, Path(save_directory), max_shard_size=max_shard_size)
-
-    def stock_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights under the stock class's names: fused ones as views of their parts, tied ones once."""
-        return checkpoint.stock_state_dict(self)
 
     # ---- caches --------------------------------------------------------------------------------------------------
     def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("compat", "cache", "checkpoint"),
     ("models",),
+    ("small_batch",),
     ("graph",),
     ("conformance",),
     ("cli",),

@@ -1,0 +1,57 @@
+"""The inductor pass: right sums, read once, only where it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import linear
+
+from qwen2_npu.small_batch import MAX_ROWS, rewrite
+
+aten = torch.ops.aten
+
+
+def graph_of(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.fx.GraphModule:
+    """The aten graph that inductor's pass is given."""
+    return make_fx(function, tracing_mode="fake")(*arguments)
+
+
+def products(graph: torch.fx.Graph) -> int:
+    return sum(len(graph.find_nodes(op="call_function", target=t)) for t in (aten.mm.default, aten.addmm.default))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_in_float32_and_rounds_once(dtype, rows, bias):
+    torch.manual_seed(0)
+    arguments = [torch.randn(rows, 96), torch.randn(40, 96), *([torch.randn(40)] if bias else [])]
+    arguments = [tensor.to(dtype) for tensor in arguments]
+    traced = graph_of(linear, *arguments)
+    assert products(traced.graph) == 1
+    rewrite(traced.graph)
+    traced.recompile()
+    assert products(traced.graph) == 0
+    exact = linear(*(tensor.double() for tensor in arguments))
+    got = traced(*arguments)
+    assert got.dtype == dtype
+    # 97 additions in float32, then one rounding to the dtype.
+    magnitude = linear(*(tensor.double().abs() for tensor in arguments))
+    bound = exact.abs() * torch.finfo(dtype).eps + 98 * torch.finfo(torch.float32).eps * magnitude
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows", [MAX_ROWS + 1, 64])
+def test_larger_batches_stay_with_blas(rows):
+    traced = graph_of(linear, torch.randn(rows, 96), torch.randn(40, 96))
+    rewrite(traced.graph)
+    assert products(traced.graph) == 1
+
+
+def test_a_product_with_a_computed_matrix_is_left_alone():
+    traced = graph_of(lambda x: x @ (x + 1).t().contiguous(), torch.randn(4, 96))
+    rewrite(traced.graph)
+    assert products(traced.graph) == 1
