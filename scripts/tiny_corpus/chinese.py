@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 from tiny_corpus.grammar import Cast, fill, mixed
 
@@ -66,15 +65,15 @@ FACTS = (
 )
 
 OPENINGS = (
-    "从前，有一个{boy}叫{hero}。一个{weather}的早上，{hero}在{place}。",
-    "{day}是一个{weather}的日子，{hero}在{place}。",
-    "{hero}是一个{size2}的{boy}。有一天，{hero}在{place}。",
-    "一个{weather}的日子，{hero}在{place}。",
+    "从前，有一个{boy}叫{hero}。一个{weather}的早上，{hero}在{place}玩。",
+    "{day}是一个{weather}的日子，{hero}和朋友{friend}来到{place}。",
+    "{hero}是一个{size2}的{boy}。有一天，{he}在{place}散步。",
+    "一个{weather}的日子，{hero}一个人在{place}。",
 )
 INTRODUCTIONS = (
-    "{hero}有一{m}{color}的{thing}。{hero}的朋友是{friend}。{he}身边有一只{size}的{animal}。",
-    "{hero}的朋友是{friend}。{hero}有一{m}{color}的{thing}，还有一只{size}的{animal}。",
-    "{hero}有一{m}{color}的{thing}。{hero}的朋友是{friend}，他们有一只{size}的{animal}。",
+    "{hero}有一{m}{color}的{thing}，还有一只{size}的{animal}。",
+    "{he}很喜欢自己的{color}{thing}。{his}好朋友是一只{size}的{animal}。",
+    "{he}带着一{m}{color}的{thing}，身边跟着一只{size}的{animal}。",
 )
 ENDINGS = (
     "晚上，{hero}和{friend}一起回家了。他们很累，但是很开心。",
@@ -129,29 +128,12 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
 )
 QUESTIONS = (
+    ("{hero}的{thing}是什么颜色的？", "{hero}的{thing}是{color}的。"),
     ("{hero}在哪里？", "{hero}在{place}。"),
     ("{hero}的朋友是谁？", "{hero}的朋友是{friend}。"),
-    ("{hero}有什么？", "{hero}有一{m}{color}的{thing}。"),
+    ("{hero}身边有什么动物？", "{hero}身边有一只{size}的{animal}。"),
     ("谁有一{m}{color}的{thing}？", "{hero}有一{m}{color}的{thing}。"),
-    ("有什么动物？", "有一只{size}的{animal}。"),
-)
-
-SLOT_WORDS = re.compile(
-    "|".join(
-        (
-            *BOYS,
-            *GIRLS,
-            *COLORS,
-            *PLACES,
-            *SPOTS,
-            *ANIMALS,
-            *SIZES,
-            *FOODS,
-            *WEATHER,
-            *DAYS,
-            *(thing for _, thing in THINGS),
-        )
-    )
+    ("{hero}有什么？", "{hero}有一{m}{color}的{thing}。"),
 )
 
 
@@ -203,7 +185,7 @@ def long_story(rng: random.Random) -> str:
     for chapter, ((m, thing), (m2, thing2)) in enumerate(zip(things[::2], things[1::2], strict=True), start=1):
         slots = cast(rng, hero, friend) | {"m": m, "thing": thing, "m2": m2, "thing2": thing2}
         lines.append(f"第{NUMBERS[chapter]}章。{tell(rng, slots)}")
-        asked.append(f"问：第{NUMBERS[chapter]}章里{hero}有什么？答：{hero}有一{m}{slots['color']}的{thing}。")
+        asked.append(f"问：{hero}的{thing}是什么颜色的？答：{hero}的{thing}是{slots['color']}的。")
         asked.append(f"问：第{NUMBERS[chapter]}章里{hero}在哪里？答：{hero}在{slots['place']}。")
     return "\n".join([*lines, *rng.sample(asked, chapters)])
 
@@ -213,14 +195,15 @@ def recall(rng: random.Random) -> str:
     number = rng.randint(3, 8)
     names, colors = rng.sample(BOYS + GIRLS, number), rng.sample(COLORS, number)
     rows = list(zip(names, colors, rng.sample(THINGS, number), rng.sample(SPOTS, number), strict=True))
-    lines = [f"{name}有一{m}{color}的{thing}，{thing}在{spot}。" for name, color, (m, thing), spot in rows]
+    lines = [f"{name}有一{m}{color}的{thing}，放在{spot}。" for name, color, (m, thing), spot in rows]
     rng.shuffle(rows)
     for name, color, (m, thing), spot in rows:
         question, answer = rng.choice(
             (
                 (f"{name}有什么？", f"{name}有一{m}{color}的{thing}。"),
                 (f"{thing}在哪里？", f"{thing}在{spot}。"),
-                (f"谁有一{m}{color}的{thing}？", f"{name}有一{m}{color}的{thing}。"),
+                (f"{thing}是谁的？", f"{thing}是{name}的。"),
+                (f"{thing}是什么颜色的？", f"{thing}是{color}的。"),
             )
         )
         lines.append(f"问：{question}答：{answer}")
@@ -268,11 +251,3 @@ def facts(rng: random.Random) -> str:
 
 
 write = mixed(((45, story), (15, long_story), (18, recall), (12, arithmetic), (10, facts)))
-
-
-def separated(document: str) -> str:
-    """The document with a line end around every word that fills a slot: no token joins it to what surrounds it.
-
-    Only for training the tokenizer. Chinese has no spaces, and tokens such as "小明在" would hide who is meant.
-    """
-    return SLOT_WORDS.sub(r"\n\g<0>\n", document)

@@ -87,15 +87,15 @@ FACTS = (
 )
 
 OPENINGS = (
-    "One {weather} day, {hero} was {place}.",
+    "One {weather} day, a {boy} named {hero} was {place}.",
     "Once upon a time, there was a {boy} named {hero}. One {weather} morning, {hero} was {place}.",
-    "It was a {weather} {day}. {hero} was {place}.",
-    "{hero} was a {size2} {boy}. On {day}, {hero} was {place}.",
+    "It was a {weather} {day}. {hero} was {place} with {his} friend {friend}.",
+    "{hero} was a {size} {boy}. On {day}, {he} went out to play {place}.",
 )
 INTRODUCTIONS = (
-    "{hero} had a {color} {thing}. {hero}'s friend was {friend}. A {size} {animal} was with {him}.",
-    "{hero}'s friend was {friend}. {hero} had a {color} {thing} and a {size} {animal}.",
-    "{hero} had a {color} {thing}. {hero}'s friend was {friend}, and they had a {size} {animal}.",
+    "{hero} had a {color} {thing} and a {size} {animal}.",
+    "{He} loved {his} {color} {thing} very much. {His} best friend was a {size} {animal}.",
+    "{He} carried a {color} {thing}. A {size} {animal} walked beside {him}.",
 )
 ENDINGS = (
     "In the evening, {hero} and {friend} went home together. They were tired but happy.",
@@ -202,11 +202,12 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
 )
 QUESTIONS = (
+    ("What color was {hero}'s {thing}?", "{hero}'s {thing} was {color}."),
     ("Where was {hero}?", "{hero} was {place}."),
     ("Who was {hero}'s friend?", "{hero}'s friend was {friend}."),
-    ("What did {hero} have?", "{hero} had a {color} {thing}."),
+    ("Which animal was with {hero}?", "A {size} {animal} was with {hero}."),
     ("Who had a {color} {thing}?", "{hero} had a {color} {thing}."),
-    ("Which animal was there?", "There was a {size} {animal}."),
+    ("What did {hero} have?", "{hero} had a {color} {thing}."),
 )
 
 
@@ -215,14 +216,14 @@ def cast(rng: random.Random, hero: str | None = None, friend: str | None = None)
     names = rng.sample(BOYS + GIRLS, 2)
     hero, friend = hero or names[0], friend or names[1]
     he, him, his, boy, capital = PRONOUNS[hero in BOYS]
-    colors, things, spots, sizes = (rng.sample(words, 2) for words in (COLORS, THINGS, SPOTS, SIZES))
+    colors, things, spots = rng.sample(COLORS, 2), rng.sample(THINGS, 2), rng.sample(SPOTS, 2)
     return {
         "hero": hero, "friend": friend, "he": he, "him": him, "his": his, "boy": boy, "He": capital,
         "His": his.capitalize(), "hispos": {"his": "his", "her": "hers"}[his],
         "color": colors[0], "color2": colors[1], "thing": things[0], "thing2": things[1],
         "spot": spots[0], "spot2": spots[1], "place": rng.choice(PLACES), "animal": rng.choice(ANIMALS),
-        "size": sizes[0], "size2": sizes[1], "food": rng.choice(FOODS), "weather": rng.choice(WEATHER),
-        "day": rng.choice(DAYS), "count": NUMBERS[rng.randint(3, 12)], "count2": NUMBERS[rng.randint(2, 9)],
+        "size": rng.choice(SIZES), "food": rng.choice(FOODS), "weather": rng.choice(WEATHER), "day": rng.choice(DAYS),
+        "count": NUMBERS[rng.randint(3, 12)], "count2": NUMBERS[rng.randint(2, 9)],
     }  # fmt: skip
 
 
@@ -251,9 +252,7 @@ def long_story(rng: random.Random) -> str:
     for chapter, (thing, thing2) in enumerate(zip(things[::2], things[1::2], strict=True), start=1):
         slots = cast(rng, hero, friend) | {"thing": thing, "thing2": thing2}
         lines.append(f"Chapter {chapter}. {tell(rng, slots)}")
-        asked.append(
-            (f"Question: What did {hero} have in chapter {chapter}?", f"Answer: {hero} had a {slots['color']} {thing}.")
-        )
+        asked.append((f"Question: What color was {hero}'s {thing}?", f"Answer: {hero}'s {thing} was {slots['color']}."))
         asked.append((f"Question: Where was {hero} in chapter {chapter}?", f"Answer: {hero} was {slots['place']}."))
     return "\n".join([*lines, *(" ".join(pair) for pair in rng.sample(asked, chapters))])
 
@@ -263,15 +262,15 @@ def recall(rng: random.Random) -> str:
     number = rng.randint(3, 8)
     columns = (rng.sample(words, number) for words in (BOYS + GIRLS, COLORS, THINGS, SPOTS))
     rows = list(zip(*columns, strict=True))
-    told = [f" {name} has a {color} {thing}. The {thing} is {spot}." for name, color, thing, spot in rows]
-    lines = ["Listen." + "".join(told)]
+    lines = [f"{name} has a {color} {thing}. It is {spot}." for name, color, thing, spot in rows]
     rng.shuffle(rows)
     for name, color, thing, spot in rows:
         question, answer = rng.choice(
             (
                 (f"What does {name} have?", f"{name} has a {color} {thing}."),
                 (f"Where is the {thing}?", f"The {thing} is {spot}."),
-                (f"Who has a {color} {thing}?", f"{name} has a {color} {thing}."),
+                (f"Who has the {thing}?", f"{name} has the {thing}."),
+                (f"What color is the {thing}?", f"The {thing} is {color}."),
             )
         )
         lines.append(f"Question: {question} Answer: {answer}")
