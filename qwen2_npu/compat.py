@@ -27,14 +27,6 @@ STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the sequence at hand, so that one table serves all."""
 
 
-def rope_settings(config: Qwen2Config) -> tuple[str, float]:
-    """``(rope_type, rope_theta)`` of ``config``."""
-    if IS_V4:
-        return "default", float(config.rope_theta)
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    return str(rope["rope_type"]), float(rope["rope_theta"])
-
-
 def rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has
     them."""
@@ -85,7 +77,8 @@ def check_config(config: Qwen2Config) -> None:
                 f"to agree with; remove rope_scaling from config.json or install transformers>=5"
             )
         return
-    rope_type, _ = rope_settings(config)
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    rope_type = rope["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise UnsupportedError(
             f"rope_type={rope_type!r} changes its frequencies with the sequence; supported are "
