@@ -1,4 +1,4 @@
-"""``qwen2-npu``: verify, generate, doctor. Starting it imports no torch; the commands do, when run."""
+"""``qwen2-npu``: verify, generate, emulate, doctor. Starting it imports no torch; the commands do, when run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
     "generate": "Generate text with the optimised model.",
+    "emulate": "Run any program on emulated NPUs: the real torch_npu, computing on the CPU.",
     "doctor": "Show versions and devices, what is missing, and how to get it.",
 }
 """Command -> its line in the overview. Each lives in the module of its name."""

@@ -16,6 +16,7 @@ PACKAGE = Path(qwen2_npu.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "optimizations"),
     ("ops",),
+    ("emulator",),
     ("compat", "cache", "checkpoint"),
     ("models",),
     ("small_batch",),

@@ -1,0 +1,48 @@
+"""What child processes of an emulated one find in their environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from qwen2_npu.emulator.settings import VARIABLE, EmulatorError, Settings
+
+BOOTSTRAP = Path(__file__).parent / "bootstrap"
+"""Folder of the ``sitecustomize.py`` that every Python with it on its path runs when it starts."""
+
+RUNTIME = {
+    # torch_npu's queue would run copies in another thread, after the kernels here, which run at once.
+    "TASK_QUEUE_ENABLE": "0",
+}
+"""What torch_npu itself must find, in this process and in children."""
+
+
+def announce(settings: Settings, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let every Python started with ``environment`` compute on emulated cards."""
+    environment[VARIABLE] = settings.to_json()
+    environment.update(RUNTIME)
+    rest = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder != str(BOOTSTRAP)]
+    environment["PYTHONPATH"] = os.pathsep.join([str(BOOTSTRAP), *(folder for folder in rest if folder)])
+
+
+def announced(environment: Mapping[str, str] = os.environ) -> Settings | None:
+    """The settings a parent process has announced; None where it has not.
+
+    Raises:
+        EmulatorError: the variable holds something else.
+    """
+    text = environment.get(VARIABLE)
+    return Settings.from_json(text) if text else None
+
+
+def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise where a real CANN or card is: results must not be taken for one another."""
+    signs = [Path("/dev/davinci_manager"), Path("/usr/local/Ascend/ascend-toolkit/latest")]
+    signs += [Path(environment[name]) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if environment.get(name)]
+    found = [str(sign) for sign in signs if sign.exists()]
+    if found:
+        raise EmulatorError(
+            f"a real CANN or NPU is here ({', '.join(dict.fromkeys(found))}): the emulator is for machines without; "
+            "leave activate() or `emulate` out and use device 'npu' as it is"
+        )

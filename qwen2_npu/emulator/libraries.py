@@ -1,0 +1,164 @@
+"""CANN's libraries as torch_npu looks for them: built once per wheel with the C compiler, then loaded.
+
+All code is in one library, ``libascendcl.so``; each other name CANN has is an empty library that leads to it, so that
+both the loader's lookups and dlsym on any of them succeed. They must be loaded before torch_npu: the loader then finds
+them by name and needs no LD_LIBRARY_PATH.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from qwen2_npu.emulator import symbols
+from qwen2_npu.emulator.settings import EmulatorError
+
+SOURCE = Path(__file__).parent / "cann" / "runtime.c"
+
+MAIN = "libascendcl.so"
+
+LOADED_LATER = ("libatb.so",)
+"""Looked for by torch_npu itself, when an operator of it is first used."""
+
+REFUSING = ("rt", "aclop", "_ZN3atb", "aclmdl", "aclrtLaunch", "aclrtBinary")
+"""Prefixes of names that would start work on the device: these fail where runtime.c does not implement them."""
+
+COMPLETE = "complete"
+"""Marker file of a finished build."""
+
+
+def load() -> ctypes.CDLL:
+    """Build if needed, load for everybody in the process, and return the main library.
+
+    Raises:
+        EmulatorError: torch_npu is missing, no C compiler, or nowhere to build.
+    """
+    folder = build()
+    library = ctypes.CDLL(str(folder / MAIN), mode=ctypes.RTLD_GLOBAL)
+    for path in sorted(folder.glob("*.so")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return library
+
+
+def build() -> Path:
+    """Folder of the built libraries; builds them where no other process has."""
+    wheel, torch = _package("torch_npu"), _package("torch")
+    key = _key()
+    candidates = [base / key for base in _bases()]
+    for folder in candidates:
+        if (folder / COMPLETE).exists():
+            return folder
+    problems = []
+    for folder in candidates:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not (folder / COMPLETE).exists():
+                    _build_into(folder, wheel, torch)
+            return folder
+        except OSError as error:
+            problems.append(f"{folder.parent}: {error.strerror or error}")
+    raise EmulatorError(
+        f"no folder to build the emulator's libraries in ({'; '.join(problems)}): "
+        "make one of them writable, or set QWEN2_NPU_CACHE to a folder that is"
+    )
+
+
+def _bases() -> list[Path]:
+    """Where builds may live, best first. A read-only home falls back to the temporary folder."""
+    chosen = os.environ.get("QWEN2_NPU_CACHE")
+    if chosen:
+        return [Path(chosen)]
+    return [
+        Path(platformdirs.user_cache_dir("qwen2_npu")) / "emulator",
+        Path(tempfile.gettempdir()) / f"qwen2_npu-{os.getuid()}" / "emulator",
+    ]
+
+
+def _key() -> str:
+    """Names what a build depends on: wheel, torch, machine, and this project's own sources."""
+    digest = hashlib.sha256()
+    for source in (SOURCE, Path(__file__), Path(symbols.__file__)):
+        digest.update(source.read_bytes())
+    return f"torch_npu-{_version('torch_npu')}-torch-{_version('torch')}-{platform.machine()}-{digest.hexdigest()[:12]}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise EmulatorError(
+            f"{name} is not installed; the emulated NPU runs the real one: pip install torch==2.13.0 torch_npu==2.13.0"
+        ) from None
+
+
+def _package(name: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        _version(name)
+        raise EmulatorError(f"{name} is installed but cannot be found: reinstall it")
+    return Path(spec.origin).parent
+
+
+def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
+    """Build beside ``folder`` and move into place, so that a killed build leaves nothing that looks finished."""
+    compiler = _compiler()
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        generated = work / "missing.c"
+        generated.write_text(source_for(symbols.missing(wheel, torch)))
+        _compile(compiler, [str(SOURCE), str(generated)], work / MAIN, ["-lpthread"])
+        empty = work / "empty.c"
+        empty.write_text("")
+        for name in {*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN}:
+            flags = ["-Wl,--no-as-needed", f"-L{work}", f"-l:{MAIN}", "-Wl,-rpath,$ORIGIN"]
+            _compile(compiler, [str(empty)], work / name, flags)
+        (work / COMPLETE).write_text("")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def source_for(names: list[str]) -> str:
+    """C source of a weak function for every name: runtime.c overrides those that it implements."""
+    lines = ["long emu_nothing(const char *name);", "long emu_refuse(const char *name);"]
+    for name in names:
+        answer = "refuse" if name.startswith(REFUSING) else "nothing"
+        lines.append(f'__attribute__((weak)) long {name}(void) {{ return emu_{answer}("{name}"); }}')
+    return "\n".join(lines) + "\n"
+
+
+def _compiler() -> str:
+    """The C compiler: ``CC``, Python's own, or one of the usual names."""
+    asked = os.environ.get("CC")
+    candidates = [asked] if asked else [(sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"]
+    for candidate in candidates:
+        path = shutil.which(candidate)
+        if path:
+            return path
+    raise EmulatorError(
+        f"no C compiler ({', '.join(dict.fromkeys(candidates))}): the emulated NPU's libraries are built once; "
+        "install one (apt-get install gcc), or name one in CC"
+    )
+
+
+def _compile(compiler: str, sources: list[str], output: Path, flags: list[str]) -> None:
+    command = [compiler, "-std=gnu11", "-O2", "-fPIC", "-shared", f"-Wl,-soname,{output.name}", *sources, *flags]
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+    if done.returncode:
+        raise EmulatorError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")

@@ -1,0 +1,75 @@
+"""What is emulated: the card, how many, how much memory each has. Travels to child processes in one variable."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VARIABLE = "QWEN2_NPU_EMULATOR"
+"""Environment variable: the settings as JSON, for child processes."""
+
+GIB = 1 << 30
+
+HBM_GIB = {"Ascend910B1": 64, "Ascend910B2": 64, "Ascend910B3": 64, "Ascend910B4": 32, "Ascend910B4-1": 64}
+"""SoC name -> HBM of one card in GiB. 910B4 is the Atlas 800I A2's."""
+
+MAX_DEVICES = 64
+
+CANN = "8.5.0"
+"""Version reported unless another is asked for."""
+
+_VERSION = re.compile(r"\d+\.\d+(\.\w+){0,3}")
+
+
+class EmulatorError(RuntimeError):
+    """The emulated device cannot be provided, or was used wrongly."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One emulated host.
+
+    Args:
+        soc: the name ``torch.npu.get_device_name`` gives.
+        device_count: cards, 1 to 64.
+        hbm_bytes: memory of each card; 0 means what the SoC has. More is refused as the driver refuses it.
+        cann: the CANN version reported.
+    """
+
+    soc: str = "Ascend910B4"
+    device_count: int = 8
+    hbm_bytes: int = 0
+    cann: str = CANN
+
+    def __post_init__(self) -> None:
+        if self.soc not in HBM_GIB:
+            raise EmulatorError(f"soc={self.soc!r} is not emulated; one of {', '.join(HBM_GIB)} is")
+        if not isinstance(self.device_count, int) or not 1 <= self.device_count <= MAX_DEVICES:
+            raise EmulatorError(f"device_count={self.device_count!r}: 1 to {MAX_DEVICES} cards can be emulated")
+        if not isinstance(self.hbm_bytes, int) or not 0 <= self.hbm_bytes < 1 << 63:
+            raise EmulatorError(f"hbm_bytes={self.hbm_bytes!r}: give 0 for the SoC's own size, or a size in bytes")
+        if not isinstance(self.cann, str) or not _VERSION.fullmatch(self.cann) or len(self.cann) > 32:
+            raise EmulatorError(f"cann={self.cann!r} is not a version of CANN; one looks like {CANN}")
+        if not self.hbm_bytes:
+            object.__setattr__(self, "hbm_bytes", HBM_GIB[self.soc] * GIB)
+
+    def but(self, **changes: Any) -> Settings:
+        """These settings with some changed; another SoC brings its own memory size."""
+        if "soc" in changes and changes["soc"] != self.soc and self.hbm_bytes == HBM_GIB[self.soc] * GIB:
+            changes.setdefault("hbm_bytes", 0)
+        return Settings(**{**asdict(self), **changes})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError, EmulatorError) as error:
+            raise EmulatorError(
+                f"{VARIABLE}={text!r} does not hold emulator settings ({error}): "
+                "unset it, and let `qwen2-npu emulate` or activate() set it"
+            ) from error
