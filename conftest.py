@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_npu import emulator
 from qwen2_npu.optimizations import LADDER
 
 # Downloads are no part of any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Before anything imports torch: other conftest files do.
+emulator.activate_where_needed()
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -18,7 +22,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("qwen2-npu")
     group.addoption(
-        "--device", metavar="DEVICE", help="cpu, npu:0, cuda:0, … (default: an NPU if there is one, else cpu)"
+        "--device",
+        metavar="DEVICE",
+        help="cpu, npu, emulated, cuda, … (default: npu, emulated where torch_npu finds none, else cpu)",
     )
     group.addoption(
         "--model-path", type=Path, metavar="DIR", help="test a real checkpoint in place of the small models"

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from qwen2_npu import emulator
+
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
     "generate": "Generate text with the optimised model.",
@@ -37,7 +39,7 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, emulator.EmulatorError) as error:
             if ctx.params.get("traceback"):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
@@ -48,5 +50,8 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qwen2-npu")
 @click.option("--traceback", is_flag=True, help="Show where an error comes from, in place of one line.")
-def main(traceback: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, traceback: bool) -> None:
     """Qwen2 for Ascend NPUs, and the proof that it computes what the stock model computes."""
+    if ctx.invoked_subcommand not in ("emulate", None):
+        emulator.activate_where_needed()  # torch and transformers load torch_npu wherever it is installed

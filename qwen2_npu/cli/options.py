@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from qwen2_npu import emulator
 from qwen2_npu.optimizations import LADDER
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,10 +29,15 @@ def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -
     return steps
 
 
+EMULATED = "emulated"
+"""Name, as a device, of the emulated NPU. torch calls it npu."""
+
+
 def default_device() -> str:
-    """``npu`` where torch_npu finds one, else ``cpu``."""
+    """``npu`` where torch_npu finds one, real or emulated, else ``cpu``."""
     if importlib.util.find_spec("torch_npu") is None:
         return "cpu"
+    emulator.activate_where_needed()
     import torch
 
     importlib.import_module("torch_npu")
@@ -39,13 +45,27 @@ def default_device() -> str:
 
 
 def check_device(device: str | None) -> str:
-    """``device``, or the default one.
+    """``device`` as torch names it, or the default one.
 
     Raises:
         ValueError: torch has no such device, with the ones it has.
     """
     if device is None:
         return default_device()
+    # transformers imports torch_npu wherever it is installed, so even "cpu" needs the emulator on a machine without NPU.
+    active = emulator.activate_where_needed()
+    if device == EMULATED:
+        if not active:
+            installed = importlib.util.find_spec("torch_npu") is not None
+            raise ValueError(
+                "--device emulated: "
+                + (
+                    "a real NPU is here; use npu"
+                    if installed
+                    else "torch_npu is missing; pip install torch_npu==2.13.0"
+                )
+            )
+        device = "npu"
     import torch
 
     if device.startswith("npu") and importlib.util.find_spec("torch_npu") is not None:
@@ -73,7 +93,9 @@ def model_path_option(**extra: Any) -> Any:
 
 def device_option() -> Any:
     return click.option(
-        "--device", metavar="DEVICE", help="cpu, npu:0, cuda:0, …  [default: an NPU if there is one, else cpu]"
+        "--device",
+        metavar="DEVICE",
+        help="cpu, npu, emulated, cuda, …  [default: npu (emulated where torch_npu finds none), else cpu]",
     )
 
 

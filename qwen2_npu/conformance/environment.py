@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from qwen2_npu import emulator
 
 PACKAGES = ("torch", "torch_npu", "transformers", "numpy", "safetensors", "tokenizers", "deepspeed")
 
@@ -60,9 +61,10 @@ def cann_version() -> str | None:
 
 
 def how_verified(device: str) -> str:
-    """What a result on ``device`` proves."""
+    """What a result on ``device`` was computed by: ``emulated (…)``, ``npu (CANN …)``, ``cpu`` or ``cuda``."""
     kind = device.split(":")[0]
     if kind != "npu":
-        return f"portable {kind.upper()} kernels"
-    emulator = sys.modules.get("qwen2_npu.emulator")
-    return "emulated NPU (real torch_npu, computed on the CPU)" if emulator is not None else "real NPU"
+        return f"{kind} (portable kernels)"
+    if emulator.is_active():
+        return f"emulated (torch_npu {package_version('torch_npu')}, torchair)"
+    return f"npu (CANN {cann_version() or 'unknown'})"

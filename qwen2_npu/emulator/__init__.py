@@ -5,11 +5,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 from qwen2_npu.emulator.settings import EmulatorError, Settings
 
-__all__ = ["EmulatorError", "Settings", "activate", "activate_from_environment", "is_active", "settings"]
+__all__ = [
+    "EmulatorError",
+    "Settings",
+    "activate",
+    "activate_from_environment",
+    "activate_where_needed",
+    "is_active",
+    "settings",
+]
 
 _active: Settings | None = None
 
@@ -58,6 +67,22 @@ def activate_from_environment() -> Settings | None:
     from qwen2_npu.emulator import environment
 
     return activate() if environment.announced() is not None else None
+
+
+def activate_where_needed() -> bool:
+    """Activate where torch_npu is installed and no NPU is: without it, ``import torch`` itself fails there.
+
+    Returns:
+        Whether the emulator is active now.
+
+    Raises:
+        EmulatorError: it is needed and cannot be provided.
+    """
+    from qwen2_npu.emulator import environment
+
+    if _active is None and importlib.util.find_spec("torch_npu") is not None and not environment.signs_of_npu():
+        activate()
+    return is_active()
 
 
 def is_active() -> bool:

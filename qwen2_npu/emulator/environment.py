@@ -36,13 +36,18 @@ def announced(environment: Mapping[str, str] = os.environ) -> Settings | None:
     return Settings.from_json(text) if text else None
 
 
-def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise where a real CANN or card is: results must not be taken for one another."""
+def signs_of_npu(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Paths that say a real CANN or card is here."""
     signs = [Path("/dev/davinci_manager"), Path("/usr/local/Ascend/ascend-toolkit/latest")]
     signs += [Path(environment[name]) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if environment.get(name)]
-    found = [str(sign) for sign in signs if sign.exists()]
+    return list(dict.fromkeys(str(sign) for sign in signs if sign.exists()))
+
+
+def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise where a real CANN or card is: results must not be taken for one another."""
+    found = signs_of_npu(environment)
     if found:
         raise EmulatorError(
-            f"a real CANN or NPU is here ({', '.join(dict.fromkeys(found))}): the emulator is for machines without; "
+            f"a real CANN or NPU is here ({', '.join(found)}): the emulator is for machines without; "
             "leave activate() or `emulate` out and use device 'npu' as it is"
         )
