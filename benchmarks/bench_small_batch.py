@@ -1,4 +1,4 @@
-"""Weight-read rate of products of a few rows on a CPU: BLAS against the fused loop of ``qwen2_npu/small_batch.py``.
+"""Weight-read rate of products of a few rows on a CPU: BLAS against the fused loop of ``qwen2_npu.graph.small_batch.py``.
 
 python benchmarks/bench_small_batch.py
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qwen2_npu.small_batch import SmallBatchProducts
+from qwen2_npu.graph.small_batch import SmallBatchProducts
 
 OUT, IN, PRODUCTS = 9728, 896, 8  # the fused gate/up weight of Qwen2-0.5B, often enough to leave the caches
 

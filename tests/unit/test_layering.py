@@ -19,7 +19,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("emulator",),
     ("compat", "cache", "checkpoint"),
     ("models",),
-    ("small_batch",),
     ("graph",),
     ("conformance",),
     ("cli",),

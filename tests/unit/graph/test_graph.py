@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
+from qwen2_npu.graph import inductor
 from qwen2_npu.errors import UnsupportedError
 from tests.unit.small import small_config, small_stock, stock_weights
 
@@ -25,7 +26,7 @@ class Counter:
 def counter(monkeypatch):
     torch._dynamo.reset()
     backend = Counter()
-    monkeypatch.setitem(graph.BACKENDS, "inductor", backend)
+    monkeypatch.setattr(inductor, "BACKEND", backend)
     yield backend
     torch._dynamo.reset()
 
@@ -120,7 +121,7 @@ def test_mode_comes_from_the_environment_and_is_parsed(weights, monkeypatch):
     assert graph.parse_mode(None) == "inductor"
     assert graph.parse_mode("eager") == "eager"
     monkeypatch.setenv("EXE_MODE", "__import__('os')")
-    with pytest.raises(UnsupportedError, match=r"EXE_MODE=.*supported modes are eager, inductor"):
+    with pytest.raises(UnsupportedError, match=r"EXE_MODE=.*supported modes are eager, torchair, inductor"):
         compile_model(build(weights, Optimizations.all()))
     monkeypatch.delenv("EXE_MODE")
     assert graph.parse_mode(None) == "eager"

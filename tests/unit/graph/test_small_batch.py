@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
-from qwen2_npu.small_batch import MAX_ROWS, rewrite
+from qwen2_npu.graph.small_batch import MAX_ROWS, rewrite
 
 aten = torch.ops.aten
 

@@ -1,0 +1,146 @@
+"""Modes ``torchair`` (GE graph) and ``npugraph_ex`` (ACL graph, experimental): Ascend NPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch.utils import _pytree
+
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.graph.steps import Step
+
+if TYPE_CHECKING:
+    from qwen2_npu.graph import GraphOptions
+    from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+
+
+def check_available(mode: str, device: torch.device) -> None:
+    """Refuse what cannot run here.
+
+    Raises:
+        UnsupportedError: no torch_npu, no torchair in it, or a model that is not on an NPU.
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        raise UnsupportedError(
+            f"mode={mode!r} needs torch_npu, which is not installed: pip install torch_npu=={torch.__version__.split('+')[0]}"
+        )
+    if device.type != "npu":
+        raise UnsupportedError(
+            f"mode={mode!r} compiles for NPUs, and the model is on {device}: move it with model.to('npu'), or use mode='inductor'"
+        )
+    if importlib.util.find_spec("torchair") is None and importlib.util.find_spec("torch_npu.dynamo.torchair") is None:
+        raise UnsupportedError(
+            f"mode={mode!r} needs torchair, which this torch_npu does not have; install a full build of it"
+        )
+
+
+def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Callable[[Step], Step]:
+    """Compiles a step for ``mode``."""
+    if mode == "npugraph_ex":
+        if options.cache_dir is not None:
+            raise UnsupportedError(
+                f"cache_dir={str(options.cache_dir)!r}: graphs are kept on disk in mode 'torchair' alone"
+            )
+        return lambda step: torch.compile(
+            step,
+            backend="npugraph_ex",
+            dynamic=options.dynamic,
+            fullgraph=True,
+            options={"guard_filter_fn": keep_input_guards},
+        )
+    config = compiler_config(options)
+    if options.cache_dir is not None:
+        folder = options.cache_dir / fingerprint(model)
+        return lambda step: CachedStep(step, config, options.dynamic, folder)
+    import torchair
+
+    # One backend for both steps: another one, even with an equal configuration, compiles everything again.
+    backend = torchair.get_npu_backend(compiler_config=config)
+    return lambda step: torch.compile(
+        step, backend=backend, dynamic=options.dynamic, fullgraph=True, options={"guard_filter_fn": keep_input_guards}
+    )
+
+
+def compiler_config(options: GraphOptions) -> Any:
+    """torchair's ``CompilerConfig`` for ``options``."""
+    import torch_npu  # noqa: F401 - puts torchair on the path
+    from torchair.configs.compiler_config import CompilerConfig
+
+    config = CompilerConfig()
+    config.experimental_config.frozen_parameter = options.frozen_parameter
+    config.experimental_config.tiling_schedule_optimize = options.tiling_schedule_optimize
+    return config
+
+
+def keep_input_guards(guards: Sequence[Any]) -> list[bool]:
+    """Guards as few as possible: on the inputs and their shapes, not on the hundreds of attributes of the model.
+
+    The model does not change under a compiled step: ``compile_model`` makes new ones where it is called again.
+    """
+    return [
+        guard.guard_type == "SHAPE_ENV" or not (guard.is_global or guard.name.startswith("L['self']"))
+        for guard in guards
+    ]
+
+
+def fingerprint(model: Qwen2ForCausalLM) -> str:
+    """Names what a compiled graph depends on beside its inputs' shapes: the model, the sources, the versions."""
+    import torch_npu
+
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for source in sorted(
+        [*package.glob("*.py"), *(package / "models").glob("*.py"), *(package / "graph").glob("*.py")]
+    ):
+        digest.update(source.read_bytes())
+    described = {
+        "config": model.config.to_dict(),
+        "optimizations": model.optimizations.names(),
+        "dtype": str(model.dtype),
+        "versions": [torch.__version__, torch_npu.__version__, transformers.__version__],
+    }
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:20]
+
+
+class CachedStep:
+    """A step whose compiled graphs are kept on disk, by ``torchair.inference.cache_compile``.
+
+    torchair keeps exactly one graph per callable and skips all guards when it reads one back, so every shape gets a
+    callable and a folder of its own.
+    """
+
+    def __init__(self, step: Step, config: Any, dynamic: bool, folder: Path) -> None:
+        self.step, self.config, self.dynamic, self.folder = step, config, dynamic, folder
+        self.graphs: dict[str, Step] = {}
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        name = shape_name(arguments)
+        if name not in self.graphs:
+            from torchair.inference import cache_compile
+
+            # Readable by others, a folder of code is an invitation.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.graphs[name] = cache_compile(
+                self.step, config=self.config, dynamic=self.dynamic, cache_dir=str(self.folder / name)
+            )
+        return self.graphs[name](*arguments)
+
+
+def shape_name(arguments: Any) -> str:
+    """A folder name that is equal for equal shapes, dtypes and structure."""
+    leaves, structure = _pytree.tree_flatten(arguments)
+    described = [
+        f"{tuple(leaf.shape)}{tuple(leaf.stride())}{leaf.dtype}{leaf.device}"
+        if isinstance(leaf, torch.Tensor)
+        else type(leaf).__name__
+        for leaf in leaves
+    ]
+    return hashlib.sha256(f"{structure}{described}".encode()).hexdigest()[:20]

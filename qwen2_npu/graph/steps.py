@@ -1,0 +1,54 @@
+"""Calling a compiled step: inputs in a form that makes equal shapes equal graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from qwen2_npu.models.attention import AttentionInputs
+    from qwen2_npu.models.qwen2 import LayerCache
+
+# One graph per shape is what is wanted: dynamo's limits, meant against endless recompilation, would stop at eight.
+_LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
+_NO_CACHE = {"enable_autograd_cache": False}  # see qwen2_npu.graph.inductor
+
+Step = Callable[..., torch.Tensor]
+
+
+class CompiledStep:
+    """``prefill_step`` or ``decode_step`` of a model, compiled on first use per shape.
+
+    Args:
+        compiler: turns the step into its compiled form.
+    """
+
+    def __init__(self, step: Step, compiler: Callable[[Step], Step]) -> None:
+        self.step = step
+        self.compiled = compiler(step)
+
+    def __call__(
+        self, tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], *logit_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the step returns; see ``Qwen2ForCausalLM.prefill_step`` and ``decode_step``."""
+        # Slices of growing tensors have other strides every step, even where a size of 1 hides it; copies have not.
+        tokens, inputs = _copied(tokens), inputs._replace(position_ids=_copied(inputs.position_ids))
+        rest = [None if index is None else _copied(index) for index in logit_index]
+        arguments = (tokens, inputs, caches, *rest)
+        mark_static(arguments)
+        with torch.no_grad(), torch._dynamo.config.patch(_LIMITS), torch._functorch.config.patch(_NO_CACHE):
+            return self.compiled(*arguments)
+
+
+def mark_static(arguments: Any) -> None:
+    """Tensors are static: a bucket is a graph. What is dynamic are the live lengths, integers on the host."""
+    for leaf in _pytree.tree_leaves(arguments):
+        if isinstance(leaf, torch.Tensor):
+            torch._dynamo.mark_static(leaf)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
