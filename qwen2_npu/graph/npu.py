@@ -14,6 +14,7 @@ import transformers
 from torch.utils import _pytree
 
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.graph.layout_copies import drop_layout_copies
 from qwen2_npu.graph.steps import Step
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ def check_available(mode: str, device: torch.device) -> None:
         UnsupportedError: no torch_npu, no torchair in it, or a model that is not on an NPU.
     """
     if importlib.util.find_spec("torch_npu") is None:
-        raise UnsupportedError(
-            f"mode={mode!r} needs torch_npu, which is not installed: pip install torch_npu=={torch.__version__.split('+')[0]}"
-        )
+        release = torch.__version__.split("+")[0]
+        raise UnsupportedError(f"mode={mode!r} needs torch_npu, which is missing: pip install torch_npu=={release}")
     if device.type != "npu":
         raise UnsupportedError(
-            f"mode={mode!r} compiles for NPUs, and the model is on {device}: move it with model.to('npu'), or use mode='inductor'"
+            f"mode={mode!r} compiles for NPUs, and the model is on {device}: "
+            "move it with model.to('npu'), or use mode='inductor'"
         )
     if importlib.util.find_spec("torchair") is None and importlib.util.find_spec("torch_npu.dynamo.torchair") is None:
         raise UnsupportedError(
@@ -76,6 +77,7 @@ def compiler_config(options: GraphOptions) -> Any:
     config = CompilerConfig()
     config.experimental_config.frozen_parameter = options.frozen_parameter
     config.experimental_config.tiling_schedule_optimize = options.tiling_schedule_optimize
+    config.post_grad_custom_post_pass = drop_layout_copies
     return config
 
 

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         value: torch.Tensor,
     ) -> torch.Tensor:
         # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are
-        # copied.
+        # copied. In a GE graph these copies vanish (qwen2_npu.graph.layout_copies).
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         query, key = self._rotate_fused(query, key, *cos_sin)
         if cache is not None:
@@ -221,14 +221,20 @@ class Attention(nn.Module):
             if phase != "prefill":
                 key, value = cache
         groups = self.heads // self.kv_heads
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
+        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
         mask = self._mask(inputs)
         if mask is not None:
             scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def _repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, K, T, D) -> (B, K·groups, T, D): every kv head once per query head of its group."""
+    batch, kv_heads, tokens, size = states.shape
+    repeated = states[:, :, None].expand(batch, kv_heads, groups, tokens, size)
+    return repeated.reshape(batch, kv_heads * groups, tokens, size)
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

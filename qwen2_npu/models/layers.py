@@ -98,7 +98,7 @@ class RotaryTable(nn.Module):
         if self.cos is not None and self.cos.dtype == dtype and self.cos.device == device:
             return
         inv_freq, scaling = rope_frequencies(self.config)
-        angles = torch.outer(torch.arange(self.positions, dtype=torch.float32), inv_freq)
+        angles = torch.outer(torch.arange(self.positions, dtype=torch.float32, device="cpu"), inv_freq)
         angles = torch.cat((angles, angles), dim=-1)
         self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
         self.sin = (angles.sin() * scaling).to(device=device, dtype=dtype)
@@ -107,4 +107,5 @@ class RotaryTable(nn.Module):
         """cos and sin at ``position_ids`` (B, S), with an axis for the heads at ``head_axis``."""
         assert self.cos is not None, "RotaryTable.prepare() comes first"
         assert self.sin is not None
-        return self.cos[position_ids].unsqueeze(head_axis), self.sin[position_ids].unsqueeze(head_axis)
+        cos, sin = F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
+        return cos.unsqueeze(head_axis), sin.unsqueeze(head_axis)

@@ -1,0 +1,177 @@
+"""The GE graph that torchair lowers one step of the model to, at any size, under fake tensors.
+
+Nothing is computed and no weight is allocated: the real torchair front end (dynamo, AOT, FX passes, converters, graph
+passes) runs on tensors that have only a shape, and what it would hand to the graph engine is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qwen2_npu.emulator.ge.proto import Node, parse
+from qwen2_npu.graph import GraphOptions, npu
+from qwen2_npu.graph.steps import mark_static
+from qwen2_npu.models.inputs import Rows, fixed_cache_inputs
+from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+from qwen2_npu.optimizations import Optimizations
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
+
+Phase = Literal["prefill", "decode"]
+
+DEVICE = "npu:0"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One lowered step.
+
+    Attributes:
+        nodes: the GE graph's nodes in its order.
+        proto: the ``GraphDef`` itself.
+    """
+
+    phase: Phase
+    batch: int
+    tokens: int
+    capacity: int
+    nodes: list[Node]
+    proto: Any
+
+
+class _Done(Exception):  # noqa: N818 - no error: ends the run once the graph is there
+    pass
+
+
+def lower(
+    config: Qwen2Config,
+    phase: Phase,
+    batch: int,
+    capacity: int,
+    optimizations: Optimizations,
+    *,
+    prompt: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    frozen_parameter: bool = True,
+) -> Lowered:
+    """Lower one step of ``Qwen2ForCausalLM(config, optimizations)``.
+
+    Args:
+        capacity: slots of the KV cache.
+        prompt: tokens of the prompt (prefill), or live tokens before the step (decode); default: half the capacity.
+
+    Raises:
+        ValueError: optimizations without the fixed cache, whose graphs change every step.
+    """
+    if not optimizations.fixed_kv_cache:
+        raise ValueError(f"{optimizations} has no fixed_kv_cache: without it every decode step is another graph")
+    prompt = capacity // 2 if prompt is None else prompt
+    with fake_model(config, optimizations, dtype) as model:
+        step, arguments = step_arguments(model, phase, batch, capacity, prompt)
+        proto = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
+    return Lowered(phase, batch, prompt if phase == "prefill" else 1, capacity, parse(proto), proto)
+
+
+@contextmanager
+def fake_model(config: Qwen2Config, optimizations: Optimizations, dtype: torch.dtype) -> Iterator[Qwen2ForCausalLM]:
+    """The model on a fake NPU, inside its fake tensor mode."""
+    import torch_npu  # noqa: F401 - the device
+
+    before = torch.get_default_dtype()
+    with FakeTensorMode(), torch.device(DEVICE):
+        torch.set_default_dtype(dtype)
+        try:
+            model = Qwen2ForCausalLM(config, optimizations).eval()
+        finally:
+            torch.set_default_dtype(before)
+        model.model.rotary.prepare(dtype, torch.device(DEVICE))
+        yield model
+
+
+def step_arguments(
+    model: Qwen2ForCausalLM, phase: Phase, batch: int, capacity: int, prompt: int
+) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    """A step of ``model``, and what ``forward`` would call it with."""
+    device = model.device
+    cache: Any = model.allocate_cache(batch, capacity)
+    tokens = prompt if phase == "prefill" else 1
+    if phase == "decode":
+        cache.begin([prompt] * batch)
+        cache.end(prompt)
+    rows = Rows(None, [tokens] * batch)
+    _, inputs = fixed_cache_inputs(cache, rows, tokens, None, model._masks, device)
+    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
+    if phase == "decode":
+        return model.decode_step, (ids, inputs, caches)
+    index = rows.last(1, tokens, device) if model.optimizations.last_token_logits else None
+    return model.prefill_step, (ids, inputs, caches, index)
+
+
+def lower_call(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    dynamic: bool,
+    static: bool = True,
+    frozen_parameter: bool = True,
+) -> Any:
+    """The ``GraphDef`` of ``function(*arguments)``; it is lowered and not run.
+
+    Args:
+        static: mark every tensor argument static, as the compiled steps do.
+
+    Raises:
+        RuntimeError: the call was never lowered.
+    """
+    config = npu.compiler_config(
+        GraphOptions(dynamic, frozen_parameter, tiling_schedule_optimize=dynamic, cache_dir=None)
+    )
+    graphs: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        _lower_with_torchair(module, inputs, config, graphs)
+
+        def stop(*_: Any) -> Any:
+            raise _Done
+
+        return stop
+
+    if static:
+        mark_static(arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
+    try:
+        with torch.no_grad():
+            compiled(*arguments)
+    except _Done:
+        pass
+    finally:
+        torch._dynamo.reset()
+    if len(graphs) != 1:
+        raise RuntimeError(f"{function} was lowered to {len(graphs)} graphs, expected 1")
+    return graphs[0]
+
+
+def _lower_with_torchair(
+    module: torch.fx.GraphModule, inputs: list[torch.Tensor], config: Any, graphs: list[Any]
+) -> None:
+    """What torchair's backend does, keeping the graph it makes."""
+    from torchair import npu_fx_compiler
+
+    compiler = npu_fx_compiler.get_compiler(config)
+
+    def record(*arguments: Any) -> Any:
+        compiled = compiler(*arguments)
+        graphs.append(compiled.runner.graph._proto)
+        return compiled
+
+    decompositions = npu_fx_compiler._get_merged_decompositions(config)
+    npu_fx_compiler._compile_graph_with_aot(module, record, inputs, config, decompositions)

@@ -1,0 +1,29 @@
+"""GE graphs without the copies that only make a tensor contiguous.
+
+Eager operators need ``.contiguous()`` on the parts of a fused product; in a GE graph every value is dense by itself,
+and each such copy would be a node of its own: three per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+CLONE = torch.ops.aten.clone.default
+
+
+def drop_layout_copies(module: fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+    """Remove clones of intermediate values from a functionalised graph, in place. A torchair FX pass.
+
+    Without in-place operators a clone changes a value's memory and nothing else. Kept are clones of graph inputs, whose
+    memory is the caller's, and those the graph returns, which must not share memory with another result.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=CLONE):
+        source = node.args[0]
+        returned = any(user.op == "output" for user in node.users)
+        if source.op != "placeholder" and not returned:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+    module.graph.lint()
