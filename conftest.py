@@ -16,7 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports torch: other conftest files do.
 emulator.activate_where_needed()
 
+# --gate, --gate-rows, --update-baselines, --random-weights, and the rows of tests/perf.
+pytest_plugins = ["qwen2_npu.conformance.perf.plugin"]
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+DECODE_STEPS = 6
+"""Decode steps that the accuracy suite compares; the latency suite's own default is the guide's 1023."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--dtype", choices=DTYPES, help="only this dtype (default: all three)")
     group.addoption("--steps", type=_steps, metavar="STEP,…", help="only these steps of the ladder (default: all)")
-    group.addoption("--decode-steps", type=int, default=6, metavar="N", help="decode steps compared (default: 6)")
+    group.addoption(
+        "--decode-steps",
+        type=int,
+        metavar="N",
+        help=f"decode steps compared (default: {DECODE_STEPS}), or timed (default: 1023, as documented)",
+    )
 
 
 def _steps(value: str) -> tuple[str, ...]:
@@ -49,9 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.device = check_device(config.option.device)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    config.option.decode_steps_given = config.option.decode_steps
+    if config.option.decode_steps is None:
+        config.option.decode_steps = DECODE_STEPS
     if config.option.decode_steps < 0:
         raise pytest.UsageError(f"--decode-steps {config.option.decode_steps}: give 0 or more")
-    if config.option.model_path is None:
+    if config.option.model_path is None and config.option.random_weights is None:
         import torch
 
         # The small models gain nothing from a second thread, and lose much where another process wants the core.

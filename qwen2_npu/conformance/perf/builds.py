@@ -1,0 +1,165 @@
+"""The models behind the rows: any step of the ladder, any size, with random weights made on the device or real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from qwen2_npu import checkpoint
+from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration
+from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.conformance.stock import stock_from_pretrained
+from qwen2_npu.graph import GraphOptions, compile_model
+from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+from qwen2_npu.optimizations import Optimizations
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
+
+GRAPH_COMPILER = {"npu": "torchair"}
+"""Type of device -> compile_model's mode for graph rows; any other device has inductor."""
+
+
+class RandomWeights:
+    """Normally distributed weights made on ``device``, one tensor at a time: no copy on the host.
+
+    A ``checkpoint`` source. Latency does not depend on the values, which are those of an initialised model.
+    """
+
+    def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        with torch.device("meta"):
+            model = transformers.Qwen2ForCausalLM(config)
+        model.tie_weights()
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def stored_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in self._shapes.items():
+            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+            yield name, tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=self.config.initializer_range)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights come from.
+
+    Args:
+        size: published numbers, for random weights.
+        path: a checkpoint folder, for real ones; its size is read from it.
+    """
+
+    size: Size
+    path: Path | None = None
+
+    @classmethod
+    def random(cls, name: str) -> Weights:
+        return cls(SIZES[name])
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> Weights:
+        """Raises:
+        CheckpointError: what is wrong with the folder.
+        """
+        return cls(size_of(checkpoint.read_config(path), path.name), path)
+
+    @property
+    def description(self) -> str:
+        """ "random", or the checkpoint's folder: part of what is recorded."""
+        return "random" if self.path is None else self.path.name
+
+    def config(self) -> Qwen2Config:
+        return self.size.config() if self.path is None else checkpoint.read_config(self.path)
+
+    def build(self, configuration: Configuration, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+        """The model of ``configuration``, on ``device``, compiled for graph rows.
+
+        Raises:
+            UnsupportedError: a mode that this device lacks.
+        """
+        target = torch.device(device)
+        if configuration.step == ORIGINAL:
+            model = self._stock(target, dtype)
+            return model if configuration.mode == "eager" else compile_stock(model)
+        optimizations = Optimizations.up_to(configuration.step)
+        if self.path is not None:
+            ours = Qwen2ForCausalLM.from_pretrained(self.path, dtype=dtype, device=target, optimizations=optimizations)
+        else:
+            config = self.config()
+            ours = checkpoint.build(
+                lambda: Qwen2ForCausalLM(config, optimizations),
+                RandomWeights(config, dtype, target),
+                dtype=dtype,
+                device=target,
+            )
+        mode = "eager" if configuration.mode == "eager" else GRAPH_COMPILER.get(target.type, "inductor")
+        return compile_model(ours, mode)
+
+    def _stock(self, device: torch.device, dtype: torch.dtype) -> Any:
+        if self.path is not None:
+            return stock_from_pretrained(self.path, dtype=dtype, device=device)
+        return random_stock(self.config(), dtype, device)
+
+
+def random_stock(config: Qwen2Config, dtype: torch.dtype, device: torch.device, attention: str | None = "eager") -> Any:
+    """The stock model as transformers initialises it, made on ``device``.
+
+    Args:
+        attention: transformers' name of the attention implementation; None for its default.
+    """
+    config = type(config).from_dict(config.to_dict())
+    if attention is not None:
+        config._attn_implementation = attention
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # model.to(dtype) would round the rotary frequencies, too
+    try:
+        with device:
+            model = transformers.Qwen2ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def compile_stock(model: Any) -> Any:
+    """The stock model's forward pass, compiled as the guide compiles it: whole, with a growing cache, so dynamic."""
+    if model.device.type == "npu":
+        import torch_npu  # noqa: F401 - puts torchair on the path
+        import torchair
+
+        from qwen2_npu.graph.npu import compiler_config
+
+        options = GraphOptions(dynamic=True, frozen_parameter=True, tiling_schedule_optimize=False, cache_dir=None)
+        backend: Any = torchair.get_npu_backend(compiler_config=compiler_config(options))
+    else:
+        backend = "inductor"
+    model.forward = torch.compile(model.forward, backend=backend, dynamic=True, fullgraph=True)
+    return model
+
+
+def size_of(config: Any, name: str) -> Size:
+    """The numbers of any Qwen2 configuration: under its published name where it has one, else under ``name``."""
+    found = {
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings),
+    }
+    for size in SIZES.values():
+        if all(getattr(size, field) == value for field, value in found.items()):
+            return size
+    return Size(name=name, **found)

@@ -1,0 +1,21 @@
+"""Hooks of the latency gate, for tests of the gate itself: who measures, and where baselines are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from qwen2_npu.conformance.perf.laboratory import Laboratory
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_qwen2_npu_laboratory(config: pytest.Config) -> Laboratory:  # type: ignore[empty-body]
+    """Who measures. A stand-in says ``self_test``."""
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_qwen2_npu_baselines(config: pytest.Config) -> Path:  # type: ignore[empty-body]
+    """The folder of baselines."""

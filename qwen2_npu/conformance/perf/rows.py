@@ -1,0 +1,74 @@
+"""What is measured: a configuration (one generate call), and its two rows, prefill and decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["prefill", "decode"]
+Mode = Literal["eager", "graph"]
+"""The guide's 单算子模式 and 图模式. Which compiler serves "graph" is the device's affair, see ``builds``."""
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+MODES: tuple[Mode, ...] = ("eager", "graph")
+
+ORIGINAL = "original"
+"""The step that is no switch: transformers' own model."""
+
+TEST = "tests/perf/test_latency.py::test_latency"
+"""The test that measures every row. pytest-benchmark matches by node id, so its name is part of every baseline."""
+
+USER_TABLE = "user"
+"""Table of the rows no document has: a model the user named."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one generate call measures.
+
+    Attributes:
+        model: name of the size ("7B"), or of the user's checkpoint.
+        cards: it is split over.
+        step: a step of the ladder, meaning up to it; or ``original``.
+    """
+
+    model: str
+    cards: int
+    batch: int
+    mode: Mode
+    step: str
+
+    def __str__(self) -> str:
+        cards = f" on {self.cards} cards" if self.cards > 1 else ""
+        return f"{self.model}{cards}, batch {self.batch}, {self.mode}, {self.step}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of a configuration, in one table."""
+
+    table: str
+    configuration: Configuration
+    phase: Phase
+
+    @property
+    def id(self) -> str:
+        """Unique, and stable: baselines are kept under it."""
+        what = self.configuration
+        return f"{self.table}-b{what.batch}-{what.mode}-{what.step}-{self.phase}"
+
+    @property
+    def node_id(self) -> str:
+        """Node id of its test, with the repository as rootdir."""
+        return f"{TEST}[{self.id}]"
+
+
+def user_rows(model: str, batches: tuple[int, ...], modes: tuple[Mode, ...], steps: tuple[str, ...]) -> tuple[Row, ...]:
+    """The rows of a model that the user named, on one card."""
+    return tuple(
+        Row(f"{model.lower()}-{USER_TABLE}", Configuration(model, 1, batch, mode, step), phase)
+        for step in steps
+        for mode in modes
+        for batch in batches
+        for phase in PHASES
+    )

@@ -1,0 +1,251 @@
+"""The gate of a pytest session: which rows there are, and that none of them passes unseen."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from qwen2_npu.conformance.perf import benchmark_json, documented, fingerprint, machine
+from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Documented
+from qwen2_npu.conformance.perf.gate import Against, Verdict, judge
+from qwen2_npu.conformance.perf.laboratory import Laboratory
+from qwen2_npu.conformance.perf.ledger import Ledger
+from qwen2_npu.conformance.perf.recorded import Recorded
+from qwen2_npu.conformance.perf.replay import Replay
+from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration, Row
+
+EVERY_ROW = "*"
+PARALLEL = "xdist is active, and times of parallel tests mean nothing: drop -n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The session's options.
+
+    Attributes:
+        strict: --gate.
+        scope: --gate-rows: patterns of row ids, separated by commas.
+        reason: --update-baselines, or None.
+        parallel: xdist is active: times mean nothing.
+    """
+
+    strict: bool
+    scope: str
+    reason: str | None
+    parallel: bool
+
+
+class LatencyGate:
+    """One per session; tests get it as the fixture ``latency_gate``."""
+
+    def __init__(
+        self,
+        options: Options,
+        laboratory: Laboratory,
+        user_rows: Sequence[Row] = (),
+        baselines: Path = BASELINES,
+        transformers: str | None = None,
+    ) -> None:
+        self.options = options
+        self.laboratory = laboratory
+        self.baselines = baselines
+        self.transformers = transformers
+        self.ledger = Ledger()
+        self.documented: dict[str, Documented] = documented.by_id(baselines / documented.SOURCE)
+        every = [*(number.row for number in self.documented.values()), *user_rows]
+        self.rows = {row.id: row for row in every if _in_scope(row.id, options.scope)}
+        self.outside = len(every) - len(self.rows)
+        if not self.rows:
+            raise pytest.UsageError(f"--gate-rows={options.scope} matches none of {len(every)} rows, as {every[0].id}")
+
+    # ---- one row ------------------------------------------------------------------------------------------------
+    def check(self, node: pytest.Item, row_id: str, benchmark: Any) -> None:
+        """Measure and judge the row of ``node``; the test fails, is skipped, or passes by what comes of it."""
+        row = self.rows[row_id]
+        if self.options.strict:
+            self._refuse_silence(node, row, benchmark)
+        measurable = self._why_not(row)
+        if measurable is not None:
+            self.not_run(row, measurable)
+        measurement = self.laboratory.measured(row.configuration)
+        if measurement.samples(row.phase):
+            _replay(node, benchmark, measurement.samples(row.phase))
+        verdict = self._judge(row)
+        self.ledger.verdicts[row.id] = verdict
+        benchmark.extra_info.update(self._facts(row, verdict))
+        if verdict.failures:
+            pytest.fail(str(verdict), pytrace=False)
+        if self.options.reason is not None:
+            self._record(row)
+
+    def not_run(self, row: Row, reason: str) -> NoReturn:
+        """Skip the test of ``row``; under --gate, fail it."""
+        self.ledger.not_run[row.id] = reason
+        if self.options.strict:
+            pytest.fail(f"row {row.id} was not run: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    def why_not_configuration(self, configuration: Configuration, *, documented_row: bool) -> str | None:
+        """Why nothing measured here could be compared; None where it can."""
+        conditions = next(iter(self.documented.values())).conditions
+        identity = self.laboratory.fingerprint.identity
+        if documented_row:
+            foreign = machine.not_comparable(self.laboratory.fingerprint, conditions.machine)
+            if foreign is not None:
+                return foreign
+        elif str(identity.get("verified", "")).startswith("emulated"):
+            return "an emulated NPU computes on the CPU: its latency is no NPU's"
+        return self.laboratory.why_not(configuration)
+
+    def _why_not(self, row: Row) -> str | None:
+        return self.why_not_configuration(row.configuration, documented_row=row.id in self.documented)
+
+    def _refuse_silence(self, node: pytest.Item, row: Row, benchmark: Any) -> None:
+        if self.options.parallel:
+            pytest.fail(f"row {row.id}: {PARALLEL}", pytrace=False)
+        if benchmark.disabled:
+            pytest.fail(f"row {row.id}: benchmarks are disabled: drop --benchmark-disable", pytrace=False)
+        if node.nodeid != row.node_id:
+            pytest.fail(
+                f"row {row.id}: this test is {node.nodeid}, its baselines are kept under {row.node_id}: "
+                "renamed, moved, or run with another rootdir",
+                pytrace=False,
+            )
+
+    def _judge(self, row: Row) -> Verdict:
+        measurement = self.laboratory.measured(row.configuration)
+        number = self.documented.get(row.id)
+        stock = self._stock_of_another_version(row, number)
+        card, why_no_card = machine.card_of(self.laboratory.fingerprint)
+        store = Recorded(self.baselines, self.laboratory.fingerprint)
+        updating = self.options.reason is not None
+        try:
+            recorded = None if updating else store.baseline(row)
+        except BaselineError as error:
+            pytest.fail(f"row {row.id}: {error}", pytrace=False)
+        against = Against(
+            documented=None if stock else number,
+            recorded=recorded,
+            card=card,
+            why_no_card=why_no_card,
+            elsewhere=store.elsewhere(row),
+        )
+        label = number.label if number is not None else ""
+        size = self.laboratory.size(row.configuration)
+        verdict = judge(row, size, measurement, against, strict=self.options.strict, label=label)
+        if stock:
+            verdict.notes.append(stock)
+        return verdict
+
+    def _stock_of_another_version(self, row: Row, number: Documented | None) -> str | None:
+        """Said of the stock model's row on a transformers that is not the documented one."""
+        if number is None or row.configuration.step != ORIGINAL:
+            return None
+        wanted = number.versions["transformers"]
+        if self.transformers == wanted:
+            return None
+        major = (self.transformers or "?").split(".")[0]
+        return (
+            f"shown as stock-{major}.x: the documented {number.ms:.0f} ms are of transformers {wanted}'s own model, "
+            f"{self.transformers} is installed"
+        )
+
+    def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:
+        """For pytest-benchmark's JSON and what is drawn from it."""
+        measurement = self.laboratory.measured(row.configuration)
+        what = row.configuration
+        return {
+            "row": row.id,
+            "label": verdict.label,
+            "model": what.model,
+            "cards": what.cards,
+            "batch": what.batch,
+            "mode": what.mode,
+            "step": what.step,
+            "phase": row.phase,
+            "mean_ms": verdict.summary.mean,
+            "median_ms": verdict.summary.median,
+            "p99_ms": verdict.summary.p99,
+            "floor_ms": verdict.floor_ms,
+            "peak_bytes": measurement.peak_bytes,
+            "input_tokens": measurement.input_tokens,
+            "decode_steps": measurement.asked_steps,
+            "weights": measurement.weights,
+            "fingerprint": self.laboratory.fingerprint.name,
+            "self_test": measurement.self_test,
+            "passed": verdict.passed,
+            "failures": list(verdict.failures),
+            "notes": list(verdict.notes),
+            "compared": [comparison.__dict__ for comparison in verdict.comparisons],
+        }
+
+    def _record(self, row: Row) -> None:
+        assert self.options.reason is not None
+        store = Recorded(self.baselines, self.laboratory.fingerprint)
+        measurement = self.laboratory.measured(row.configuration)
+        try:
+            baseline = store.record(row, measurement, self.options.reason, fingerprint.commit())
+        except BaselineError as error:
+            pytest.fail(str(error), pytrace=False)
+        self.ledger.recorded[row.id] = len(baseline.runs)
+
+    # ---- the whole session --------------------------------------------------------------------------------------
+    def reproaches(self) -> list[str]:
+        """Why a session may not pass although every test that ran did."""
+        found = []
+        if self.options.parallel:
+            found.append(PARALLEL)
+        try:
+            benchmark_json.check(list(documented.read(self.baselines / documented.SOURCE)), self.baselines)
+        except BaselineError as error:
+            found.append(str(error))
+        return [*found, *self.ledger.unjudged(list(self.rows.values()))]
+
+    def summary(self) -> list[str]:
+        """Lines for the terminal; empty where no row was touched."""
+        if not (self.ledger.verdicts or self.ledger.not_run or self.options.strict):
+            return []
+        return list(
+            self.ledger.lines(
+                machine=self.laboratory.fingerprint.name,
+                scope=self.options.scope,
+                outside=self.outside,
+                strict=self.options.strict,
+            )
+        )
+
+
+class EveryRowWasJudged(pytest.Item):
+    """The last test under --gate: whatever the selection left out is its failure, seen by JUnit."""
+
+    gate: LatencyGate
+
+    def runtest(self) -> None:
+        reproaches = self.gate.reproaches()
+        if reproaches:
+            pytest.fail("\n".join(reproaches), pytrace=False)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, "every row was judged"
+
+
+def _in_scope(row_id: str, scope: str) -> bool:
+    return any(fnmatch.fnmatchcase(row_id, pattern.strip()) for pattern in scope.split(","))
+
+
+def _replay(node: pytest.Item, benchmark: Any, samples: Sequence[float]) -> None:
+    """Give pytest-benchmark the samples; see :mod:`replay`."""
+    mark = node.get_closest_marker("benchmark")
+    clock = None if mark is None else mark.kwargs.get("timer")
+    assert isinstance(clock, Replay), f"{node.nodeid} has no replayed clock: parametrise it with `row_id` alone"
+    clock.load(samples)
+    benchmark.pedantic(_nothing, rounds=len(samples), iterations=1)
+
+
+def _nothing() -> None:
+    """The work was done before; see :mod:`replay`."""
