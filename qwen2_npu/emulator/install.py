@@ -28,8 +28,9 @@ def install(settings: Settings) -> None:
 
 
 def _after_torch_npu(module: ModuleType) -> None:
-    from qwen2_npu.emulator import eager
+    from qwen2_npu.emulator import collectives, eager
 
+    collectives.install()
     eager.install()
 
 

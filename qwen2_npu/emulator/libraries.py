@@ -25,15 +25,15 @@ from filelock import FileLock
 from qwen2_npu.emulator import symbols
 from qwen2_npu.emulator.settings import EmulatorError
 
-SOURCE = Path(__file__).parent / "cann" / "runtime.c"
+SOURCES = tuple(sorted((Path(__file__).parent / "cann").glob("*.c")))
 
 MAIN = "libascendcl.so"
 
-LOADED_LATER = ("libatb.so",)
+LOADED_LATER = ("libatb.so", "libhcomm.so")
 """Looked for by torch_npu itself, when an operator of it is first used."""
 
 REFUSING = ("rt", "aclop", "_ZN3atb", "aclmdl", "aclrtLaunch", "aclrtBinary")
-"""Prefixes of names that would start work on the device: these fail where runtime.c does not implement them."""
+"""Prefixes of names that would start work on the device: these fail where ``cann/`` does not implement them."""
 
 COMPLETE = "complete"
 """Marker file of a finished build."""
@@ -90,7 +90,7 @@ def _bases() -> list[Path]:
 def _key() -> str:
     """Names what a build depends on: wheel, torch, machine, and this project's own sources."""
     digest = hashlib.sha256()
-    for source in (SOURCE, Path(__file__), Path(symbols.__file__)):
+    for source in (*SOURCES, Path(__file__), Path(symbols.__file__)):
         digest.update(source.read_bytes())
     return f"torch_npu-{_version('torch_npu')}-torch-{_version('torch')}-{platform.machine()}-{digest.hexdigest()[:12]}"
 
@@ -120,7 +120,7 @@ def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
     try:
         generated = work / "missing.c"
         generated.write_text(source_for(symbols.missing(wheel, torch)))
-        _compile(compiler, [str(SOURCE), str(generated)], work / MAIN, ["-lpthread"])
+        _compile(compiler, [*map(str, SOURCES), str(generated)], work / MAIN, ["-lpthread"])
         empty = work / "empty.c"
         empty.write_text("")
         for name in {*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN}:
@@ -135,7 +135,7 @@ def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
 
 
 def source_for(names: list[str]) -> str:
-    """C source of a weak function for every name: runtime.c overrides those that it implements."""
+    """C source of a weak function for every name: the files of ``cann/`` override those that they implement."""
     lines = ["long emu_nothing(const char *name);", "long emu_refuse(const char *name);"]
     for name in names:
         answer = "refuse" if name.startswith(REFUSING) else "nothing"

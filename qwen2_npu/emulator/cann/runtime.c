@@ -43,7 +43,7 @@ static uint64_t peak_bytes[MAX_DEVICES];
 static uint64_t allocations = 0;
 static int64_t allocation_to_fail = -1; /* counts down; the one that reaches zero fails */
 static __thread int32_t current_device = -1;
-static __thread char last_error[512] = "";
+static __thread char last_error[1024] = "";
 
 static aclError fail(aclError code, const char *format, ...) {
     va_list arguments;
@@ -52,6 +52,9 @@ static aclError fail(aclError code, const char *format, ...) {
     va_end(arguments);
     return code;
 }
+
+/* For other files and for Python: the text torch_npu adds to the error of the call that fails. */
+void emu_set_error(const char *text) { fail(OK, "%s", text); }
 
 /* ---- controls ------------------------------------------------------------------------------------------------- */
 
@@ -455,13 +458,6 @@ int strcpy_s(char *target, size_t room, const char *source) {
     strcpy(target, source);
     return 0;
 }
-
-/* ---- operators: none is computed by CANN here ------------------------------------------------------------------- */
-
-aclError aclopCompileAndExecute(const char *name) {
-    return fail(ERROR_EXECUTE, "operator %s reached CANN, which the emulator does not have", name);
-}
-aclError aclopCompileAndExecuteV2(const char *name) { return aclopCompileAndExecute(name); }
 
 /* Every other name the wheel needs is a weak function that leads to one of these two. With QWEN2_NPU_EMULATOR_TRACE
  * set, calls are printed. */

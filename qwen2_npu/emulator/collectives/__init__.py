@@ -1,0 +1,22 @@
+"""Collectives between emulated cards: torch_npu's own HCCL process groups, with HCCL itself computed over gloo.
+
+``library`` receives HCCL's calls from ``cann/hccl.c``, ``communicator`` computes them on CPU tensors over device memory,
+``reduction`` says in which precision, ``faults`` disturbs them for tests, ``operators`` has torch_npu's operators that
+hold a collective. Ranks are processes of one host.
+"""
+
+from __future__ import annotations
+
+from qwen2_npu.emulator.collectives.errors import CollectiveError
+
+__all__ = ["CollectiveError", "install"]
+
+
+def install() -> None:
+    """Answer HCCL's calls, and give torch_npu's fused operators their kernels. Before the eager rule is registered."""
+    from qwen2_npu.emulator import runtime
+    from qwen2_npu.emulator.collectives import library, operators
+    from qwen2_npu.emulator.eager import extra
+
+    library.connect(runtime.library())
+    extra.TABLE.update(operators.TABLE)
