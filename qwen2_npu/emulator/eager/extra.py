@@ -38,6 +38,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "matmul_backward": _matmul_backward,
     "npu_format_cast": lambda x, *_: x.clone(),
     "npu_dtype_cast": lambda x, dtype: x.to(dtype),
+    "_npu_dtype_cast": lambda x, dtype: x.to(dtype),
     "one_": lambda x: x.fill_(1),
     "fast_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "npu_silu": F.silu,

@@ -1,7 +1,8 @@
 """Graph mode on the emulated device: torchair's own front end, and an engine that runs the GE graph it lowers to.
 
-``engine`` plans and runs a graph, ``operators`` is the table of GE operators, ``proto`` reads the serialised graph,
-``install`` (here) puts the engine where torchair calls CANN's.
+``graph`` is what torchair calls; ``proto`` reads the serialised graph, ``engine`` plans and runs it with the analyses of
+``order`` and ``memory``; ``operators`` is the table of GE operators. ``install`` (here) puts all that where torchair
+calls CANN's engine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qwen2_npu.emulator import hooks
 
 def install(backend: ModuleType) -> None:
     """Replace what calls CANN's graph engine in ``torchair.core._backend``, right after its import."""
-    from qwen2_npu.emulator.ge.engine import EmulatedGraph
+    from qwen2_npu.emulator.ge.graph import EmulatedGraph
 
     atexit.unregister(backend.finalize_graph_engine)
     backend.initialize_graph_engine = _initialize  # type: ignore[attr-defined]

@@ -26,12 +26,24 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Name in the graph -> torch dtype. A dtype that is missing here is refused by name."""
 
-ATTRIBUTE_DTYPES: tuple[str | None, ...] = (
-    "DT_FLOAT", "DT_FLOAT16", "DT_INT8", "DT_INT32", "DT_UINT8", None, "DT_INT16", "DT_UINT16", "DT_UINT32", "DT_INT64",
-    "DT_UINT64", "DT_DOUBLE", "DT_BOOL", "DT_STRING", None, None, "DT_COMPLEX64", "DT_COMPLEX128", None, None, None,
-    None, None, None, None, None, None, "DT_BF16",
-)  # fmt: skip
-"""``dt`` attributes count differently from tensor descriptors: this is GE's own enumeration, by position."""
+ATTRIBUTE_DTYPES: dict[int, str] = {
+    0: "DT_FLOAT",
+    1: "DT_FLOAT16",
+    2: "DT_INT8",
+    3: "DT_INT32",
+    4: "DT_UINT8",
+    6: "DT_INT16",
+    7: "DT_UINT16",
+    8: "DT_UINT32",
+    9: "DT_INT64",
+    10: "DT_UINT64",
+    11: "DT_DOUBLE",
+    12: "DT_BOOL",
+    16: "DT_COMPLEX64",
+    17: "DT_COMPLEX128",
+    27: "DT_BF16",
+}
+"""Attributes that name a dtype count differently from tensor descriptors: this is GE's own enumeration."""
 
 CONTROL = -1
 """Output index of an input that only orders, as ``name:-1``."""
@@ -56,14 +68,21 @@ class Edge:
         name, _, index = text.rpartition(":")
         return cls(name, int(index))
 
+    def __str__(self) -> str:
+        return f"{self.node}:{self.index}"
+
 
 @dataclass(frozen=True)
 class Node:
     """One operator of the graph.
 
-    ``inputs``: data inputs in the operator's order, None where an optional one is not fed. ``input_names``: theirs.
-    ``after``: nodes that must run before, by control edges. ``shapes``: of the outputs, as the graph declares them
-    (-1: unknown).
+    Attributes:
+        inputs: data inputs in the operator's order, None where an optional one is not fed.
+        input_names: theirs; those of an input that takes any number of tensors end in digits.
+        after: nodes that must run before, by control edges.
+        references: output -> the input that it is, updated in place: GE's rule is that both bear one name.
+        promised: per output the dtype that torch expects of it, None where the graph does not say.
+        shapes: of the outputs, as the graph declares them (-1: unknown).
     """
 
     name: str
@@ -71,10 +90,13 @@ class Node:
     inputs: tuple[Edge | None, ...]
     input_names: tuple[str, ...]
     after: tuple[str, ...]
+    references: dict[int, int]
     attributes: dict[str, Any]
-    outputs: int
-    output_dtypes: tuple[torch.dtype | None, ...]
+    promised: tuple[torch.dtype | None, ...]
     shapes: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        return f"GE operator {self.type} ({self.name})"
 
 
 def parse(graph: Any) -> list[Node]:
@@ -84,17 +106,18 @@ def parse(graph: Any) -> list[Node]:
 
 def _node(op: Any) -> Node:
     edges = [Edge.parse(text) for text in op.input]
-    data = [(edge, desc) for edge, desc in zip(edges, [*op.input_desc, *[None] * len(edges)], strict=False)
-            if edge is None or edge.index != CONTROL]  # fmt: skip
+    # Descriptors stand for data inputs alone; control edges may come before or after these.
+    data = [edge for edge in edges if edge is None or edge.index != CONTROL]
+    names = tuple(desc.name for desc in op.input_desc)[: len(data)]
     return Node(
         name=op.name,
         type=op.type,
-        inputs=tuple(edge for edge, _ in data),
-        input_names=tuple(desc.name if desc is not None else "" for _, desc in data),
+        inputs=tuple(data),
+        input_names=names,
         after=tuple(edge.node for edge in edges if edge is not None and edge.index == CONTROL),
+        references={i: names.index(desc.name) for i, desc in enumerate(op.output_desc) if desc.name in names},
         attributes={name: attribute(value) for name, value in op.attr.items() if not name.startswith("_")},
-        outputs=len(op.output_desc),
-        output_dtypes=tuple(dtype_or_none(desc) for desc in op.output_desc),
+        promised=tuple(dtype_or_none(desc) if "_meta" in desc.attr else None for desc in op.output_desc),
         shapes=tuple(tuple(desc.shape.dim) for desc in op.output_desc),
     )
 
@@ -106,8 +129,6 @@ def attribute(value: Any) -> Any:
         return value.s.decode()
     if kind == "t":
         return tensor(value.t)
-    if kind == "dt":
-        return attribute_dtype(value.dt)
     if kind == "list":
         return _list(value.list)
     if kind == "list_list_int":
@@ -124,11 +145,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def attribute_dtype(number: int) -> torch.dtype:
-    """The dtype of a ``dt`` attribute."""
-    name = ATTRIBUTE_DTYPES[number] if 0 <= number < len(ATTRIBUTE_DTYPES) else None
-    if name is None or name not in DTYPES:
-        raise UnsupportedGraphError(f"GE data type {number} ({name}) is not emulated")
-    return DTYPES[name]
+    """The dtype that an attribute such as Cast's ``dst_type`` names.
+
+    Raises:
+        UnsupportedGraphError: it is not emulated.
+    """
+    if number not in ATTRIBUTE_DTYPES:
+        raise UnsupportedGraphError(f"GE data type {number} is not emulated")
+    return DTYPES[ATTRIBUTE_DTYPES[number]]
 
 
 def dtype_or_none(desc: Any) -> torch.dtype | None:
@@ -141,12 +165,18 @@ def tensor(value: Any) -> torch.Tensor:
     """A constant's value.
 
     Raises:
-        UnsupportedGraphError: its dtype is not emulated.
+        UnsupportedGraphError: its dtype is not emulated, or its bytes do not fit its shape.
     """
     dtype = dtype_or_none(value.desc)
     if dtype is None:
         raise UnsupportedGraphError(f"a constant of data type {value.desc.dtype} is not emulated")
     shape = list(value.desc.shape.dim)
-    if not value.data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(shape)
+    made = torch.empty(shape, dtype=dtype)
+    if made.nbytes != len(value.data):
+        raise UnsupportedGraphError(
+            f"a constant of shape {tuple(shape)} and dtype {dtype} has {len(value.data)} bytes: a view of a larger "
+            "tensor? Make it contiguous"
+        )
+    if value.data:
+        made = torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(shape)
+    return made

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from qwen2_npu.emulator.ge.operators import arithmetic, attention, movement, shapes
-from qwen2_npu.emulator.ge.operators.table import IN_PLACE, TABLE, Operator, find
+from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its operators
+    activations,
+    attention,
+    creation,
+    elementwise,
+    images,
+    indexing,
+    losses,
+    normalization,
+    padding,
+    products,
+    random,
+    reductions,
+    shapes,
+)
+from qwen2_npu.emulator.ge.operators.table import TABLE, Operator, find
 
-__all__ = ["IN_PLACE", "TABLE", "Operator", "arithmetic", "attention", "find", "movement", "shapes"]
+__all__ = ["TABLE", "Operator", "find"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from qwen2_npu import ops
-from qwen2_npu.emulator.ge.operators.table import Tensor, operator
+from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 
 
 @operator("RmsNorm")
@@ -20,15 +16,12 @@ def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
     return ops.kernels["npu_add_rms_norm"](x1, x2, gamma, epsilon)
 
 
-LAYOUTS = {1: "BSND"}
-"""``layout`` attribute of ApplyRotaryPosEmb -> the operator's name for it."""
-
-
-@operator("ApplyRotaryPosEmb", writes=(0, 1))
+@operator("ApplyRotaryPosEmb", fixed={"layout": 1})
 def apply_rotary_pos_emb(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, layout: int = 1, rotary_mode: str = "half"
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, rotary_mode: str = "half"
 ) -> tuple[Tensor, Tensor]:
-    return ops.kernels["npu_apply_rotary_pos_emb"](query, key, cos, sin, LAYOUTS[layout], rotary_mode)
+    # Layout 1 is BSND, the only one on this card.
+    return ops.kernels["npu_apply_rotary_pos_emb"](query, key, cos, sin, "BSND", rotary_mode)
 
 
 @operator("RotaryMul")
@@ -41,8 +34,23 @@ def swiglu(x: Tensor, *, dim: int = -1) -> Tensor:
     return ops.kernels["npu_swiglu"](x, dim)
 
 
-def _lengths(given: Tensor | None) -> list[int] | None:
-    return None if given is None else given.tolist()
+def _one(tensors: list[Tensor]) -> Tensor:
+    """The operators take a list of tensors for cases that are not emulated.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(tensors) != 1:
+        raise ValueError(f"{len(tensors)} keys or values: one tensor of each is emulated")
+    return tensors[0]
+
+
+def _lengths(given: Ints | None) -> list[int] | None:
+    return None if given is None else list(given)
+
+
+# What the operators' lists of optional inputs hold beyond these (quantisation, paging, position shifts) is refused by
+# name when a graph is loaded. GE's tensors are dense; the engine's may be views.
 
 
 @operator("PromptFlashAttention")
@@ -50,66 +58,81 @@ def prompt_flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pse_shift: Tensor | None,
     atten_mask: Tensor | None,
-    actual_seq_lengths: Tensor | None,
-    actual_seq_lengths_kv: Tensor | None,
-    deq_scale1: Tensor | None,
-    quant_scale1: Tensor | None,
-    deq_scale2: Tensor | None,
-    quant_scale2: Tensor | None,
-    quant_offset2: Tensor | None,
+    actual_seq_lengths: Ints | None,
+    actual_seq_lengths_kv: Ints | None,
     *,
     num_heads: int,
     scale_value: float = 1.0,
     pre_tokens: int = 214748647,
     next_tokens: int = 0,
     input_layout: str = "BSH",
-    num_key_value_heads: int = 0,
+    num_key_value_heads: int = 1,
     sparse_mode: int = 0,
     inner_precise: int = 1,
 ) -> Tensor:
+    # inner_precise chooses how hardware computes in fp16; here it is fp32 in any case.
     return ops.kernels["npu_prompt_flash_attention"](
-        query, key, value, pse_shift=pse_shift, atten_mask=atten_mask,
+        query.contiguous(), key.contiguous(), value.contiguous(), atten_mask=atten_mask,
         actual_seq_lengths=_lengths(actual_seq_lengths), actual_seq_lengths_kv=_lengths(actual_seq_lengths_kv),
-        deq_scale1=deq_scale1, quant_scale1=quant_scale1, deq_scale2=deq_scale2, quant_scale2=quant_scale2,
-        quant_offset2=quant_offset2, num_heads=num_heads, scale_value=scale_value, pre_tokens=pre_tokens,
-        next_tokens=next_tokens, input_layout=input_layout, num_key_value_heads=num_key_value_heads,
-        sparse_mode=sparse_mode, inner_precise=inner_precise,
+        num_heads=num_heads, scale_value=scale_value, pre_tokens=pre_tokens, next_tokens=next_tokens,
+        input_layout=input_layout, num_key_value_heads=num_key_value_heads, sparse_mode=sparse_mode,
     )  # fmt: skip
 
 
-@operator("IncreFlashAttention")
+@operator("IncreFlashAttention", fixed={"block_size": 0})
 def incre_flash_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pse_shift: Tensor | None,
+    key: list[Tensor],
+    value: list[Tensor],
     atten_mask: Tensor | None,
-    actual_seq_lengths: Tensor | None,
-    dequant_scale1: Tensor | None,
-    quant_scale1: Tensor | None,
-    dequant_scale2: Tensor | None,
-    quant_scale2: Tensor | None,
-    quant_offset2: Tensor | None,
-    antiquant_scale: Tensor | None,
-    antiquant_offset: Tensor | None,
-    block_table: Tensor | None,
+    actual_seq_lengths: Ints | None,
     kv_padding_size: Tensor | None,
     *,
     num_heads: int,
     scale_value: float = 1.0,
     input_layout: str = "BSH",
-    num_key_value_heads: int = 0,
-    block_size: int = 0,
+    num_key_value_heads: int = 1,
     inner_precise: int = 1,
 ) -> Tensor:
     return ops.kernels["npu_incre_flash_attention"](
-        query, key, value, pse_shift=pse_shift, atten_mask=atten_mask,
-        actual_seq_lengths=_lengths(actual_seq_lengths), antiquant_scale=antiquant_scale,
-        antiquant_offset=antiquant_offset, block_table=block_table, dequant_scale1=dequant_scale1,
-        quant_scale1=quant_scale1, dequant_scale2=dequant_scale2, quant_scale2=quant_scale2,
-        quant_offset2=quant_offset2, kv_padding_size=kv_padding_size, num_heads=num_heads, scale_value=scale_value,
-        input_layout=input_layout, num_key_value_heads=num_key_value_heads, block_size=block_size,
+        query.contiguous(), _one(key), _one(value), atten_mask=atten_mask,
+        actual_seq_lengths=_lengths(actual_seq_lengths), kv_padding_size=kv_padding_size, num_heads=num_heads,
+        scale_value=scale_value, input_layout=input_layout, num_key_value_heads=num_key_value_heads,
         inner_precise=inner_precise,
+    )  # fmt: skip
+
+
+@operator(
+    "FusedInferAttentionScore",
+    fixed={
+        "block_size": 0, "antiquant_mode": 0, "key_antiquant_mode": 0, "value_antiquant_mode": 0,
+        "query_quant_mode": 0, "pse_type": 0, "out_dtype": 0,
+    },
+)  # fmt: skip
+def fused_infer_attention_score(
+    query: Tensor,
+    key: list[Tensor],
+    value: list[Tensor],
+    atten_mask: Tensor | None,
+    actual_seq_lengths: Ints | None,
+    actual_seq_lengths_kv: Ints | None,
+    kv_padding_size: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float = 1.0,
+    pre_tokens: int = 2147483647,
+    next_tokens: int = 2147483647,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    softmax_lse_flag: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return ops.kernels["npu_fused_infer_attention_score"](
+        query.contiguous(), _one(key).contiguous(), _one(value).contiguous(), atten_mask=atten_mask,
+        actual_seq_lengths=_lengths(actual_seq_lengths), actual_seq_lengths_kv=_lengths(actual_seq_lengths_kv),
+        kv_padding_size=kv_padding_size, num_heads=num_heads, scale=scale, pre_tokens=pre_tokens,
+        next_tokens=next_tokens, input_layout=input_layout, num_key_value_heads=num_key_value_heads,
+        sparse_mode=sparse_mode, inner_precise=inner_precise, softmax_lse_flag=softmax_lse_flag,
     )  # fmt: skip

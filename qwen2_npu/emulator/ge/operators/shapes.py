@@ -4,97 +4,132 @@ from __future__ import annotations
 
 import torch
 
-from qwen2_npu.emulator.ge.operators.table import Tensor, operator
+from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
+from qwen2_npu.emulator.ge.proto import attribute_dtype
 
-operator("Identity")(lambda x: x)
-
-
-@operator("Reshape")
-def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    return x.reshape(shape.tolist())
+operator("Identity", views="x")(lambda x: x)
 
 
-@operator("Transpose")
-def transpose(x: Tensor, perm: Tensor) -> Tensor:
-    return x.permute(perm.tolist())
+@operator("Reshape", views="x", fixed={"axis": 0, "num_axes": -1})
+def reshape(x: Tensor, shape: Ints) -> Tensor:
+    return x.reshape(shape)
 
 
-@operator("Unsqueeze")
-def unsqueeze(x: Tensor, *, axes: list[int]) -> Tensor:
+@operator("Transpose", views="x")
+def transpose(x: Tensor, perm: Ints) -> Tensor:
+    return x.permute(perm)
+
+
+@operator("Unsqueeze", views="x")
+def unsqueeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
     # GE's axes are those of the result.
     for axis in sorted(axis if axis >= 0 else axis + x.dim() + len(axes) for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
 
-@operator("Squeeze")
-def squeeze(x: Tensor, *, axis: list[int] | tuple[int, ...] = ()) -> Tensor:
+@operator("Squeeze", views="x")
+def squeeze(x: Tensor, *, axis: tuple[int, ...] = ()) -> Tensor:
     return x.squeeze(tuple(axis)) if axis else x.squeeze()
 
 
-@operator("ExpandDims")
-def expand_dims(x: Tensor, axis: Tensor) -> Tensor:
-    return x.unsqueeze(int(axis))
+@operator("ExpandDims", views="x")
+def expand_dims(x: Tensor, axis: Ints) -> Tensor:
+    return x.unsqueeze(axis[0])
 
 
-@operator("BroadcastTo", "Expand")
-def broadcast_to(x: Tensor, shape: Tensor) -> Tensor:
-    missing = shape.numel() - x.dim()
-    given = [1] * missing + list(x.shape)
-    return x.expand([have if size in (-1, 1) else size for size, have in zip(shape.tolist(), given, strict=True)])
+@operator("BroadcastTo", "Expand", views="x")
+def broadcast_to(x: Tensor, shape: Ints) -> Tensor:
+    given = [1] * (len(shape) - x.dim()) + list(x.shape)
+    return x.expand([have if size in (-1, 1) else size for size, have in zip(shape, given, strict=True)])
 
 
-@operator("SplitV")
-def split_v(x: Tensor, size_splits: Tensor, split_dim: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, size_splits.tolist(), int(split_dim))
+@operator("SplitV", views="x")
+def split_v(x: Tensor, size_splits: Ints, split_dim: Ints, *, num_split: int) -> tuple[Tensor, ...]:
+    dim = split_dim[0]
+    rest = x.shape[dim] - sum(size for size in size_splits if size != -1)  # -1: what the others leave
+    return torch.split(x, [rest if size == -1 else size for size in size_splits], dim)
 
 
-@operator("Split")
-def split(split_dim: Tensor, x: Tensor, *, num_split: int) -> tuple[Tensor, ...]:
-    return torch.tensor_split(x, num_split, int(split_dim))
+@operator("Split", views="x")
+def split(split_dim: Ints, x: Tensor, *, num_split: int) -> tuple[Tensor, ...]:
+    return torch.tensor_split(x, num_split, split_dim[0])
 
 
-@operator("SplitD")
+@operator("SplitD", views="x")
 def split_d(x: Tensor, *, split_dim: int, num_split: int) -> tuple[Tensor, ...]:
     return torch.tensor_split(x, num_split, split_dim)
 
 
-@operator("StridedSliceV2")
-def strided_slice(
-    x: Tensor, begin: Tensor, end: Tensor, axes: Tensor | None = None, strides: Tensor | None = None
-) -> Tensor:
-    starts, stops = begin.tolist(), end.tolist()
-    dims = axes.tolist() if axes is not None else list(range(len(starts)))
-    steps = strides.tolist() if strides is not None else [1] * len(starts)
+@operator("Unpack", views="x")
+def unpack(x: Tensor, *, num: int, axis: int = 0) -> tuple[Tensor, ...]:
+    return torch.unbind(x, axis)
+
+
+@operator(
+    "StridedSliceV2",
+    views="x",
+    fixed={"begin_mask": 0, "end_mask": 0, "ellipsis_mask": 0, "new_axis_mask": 0, "shrink_axis_mask": 0},
+)
+def strided_slice(x: Tensor, begin: Ints, end: Ints, axes: Ints | None, strides: Ints | None) -> Tensor:
     index = [slice(None)] * x.dim()
-    for dim, start, stop, step in zip(dims, starts, stops, steps, strict=True):
+    dims = range(len(begin)) if axes is None else axes
+    for dim, start, stop, step in zip(dims, begin, end, strides or [1] * len(begin), strict=True):
         index[dim] = slice(start, stop, step)
     return x[tuple(index)]
 
 
-@operator("Slice")
-def slice_(x: Tensor, offsets: Tensor, size: Tensor) -> Tensor:
-    ends = [
-        x.shape[d] if n == -1 else o + n for d, (o, n) in enumerate(zip(offsets.tolist(), size.tolist(), strict=True))
-    ]
-    return x[tuple(slice(o, e) for o, e in zip(offsets.tolist(), ends, strict=True))]
+@operator("Slice", views="x")
+def slice_(x: Tensor, offsets: Ints, size: Ints) -> Tensor:
+    return x[tuple(slice(o, None if n == -1 else o + n) for o, n in zip(offsets, size, strict=True))]
 
 
-@operator("ConcatV2", variadic=True)
-def concat_v2(inputs: list[Tensor], *, N: int | None = None) -> Tensor:  # noqa: N803
-    return torch.cat(inputs[:-1], int(inputs[-1]))
+@operator("AsStrided")
+def as_strided(x: Tensor, size: Ints, stride: Ints, storage_offset: Ints) -> Tensor:
+    # GE's tensors are dense, so strides count in the elements of x in order.
+    return x.contiguous().reshape(-1).as_strided(size, stride, storage_offset[0]).clone()
 
 
-@operator("ConcatD", variadic=True)
-def concat_d(inputs: list[Tensor], *, concat_dim: int, N: int | None = None) -> Tensor:  # noqa: N803
-    return torch.cat(inputs, concat_dim)
+@operator("ConcatV2", fixed={})
+def concat_v2(x: list[Tensor], concat_dim: Ints, *, N: int = 1) -> Tensor:  # noqa: N803
+    return torch.cat(x, concat_dim[0])
 
 
-@operator("Pack", variadic=True)
-def pack(inputs: list[Tensor], *, axis: int = 0, N: int | None = None) -> Tensor:  # noqa: N803
-    return torch.stack(inputs, axis)
+@operator("ConcatD")
+def concat_d(x: list[Tensor], *, concat_dim: int, N: int = 1) -> Tensor:  # noqa: N803
+    return torch.cat(x, concat_dim)
+
+
+@operator("Pack")
+def pack(x: list[Tensor], *, axis: int = 0, N: int) -> Tensor:  # noqa: N803
+    return torch.stack(x, axis)
+
+
+@operator("Tile")
+def tile(x: Tensor, multiples: Ints) -> Tensor:
+    return x.repeat(multiples)
+
+
+@operator("ReverseV2")
+def reverse(x: Tensor, axis: Ints) -> Tensor:
+    return torch.flip(x, axis)
+
+
+@operator("Tril")
+def tril(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    return torch.tril(x, diagonal)
+
+
+@operator("Triu")
+def triu(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    return torch.triu(x, diagonal)
 
 
 @operator("Shape")
-def shape(x: Tensor) -> Tensor:
-    return torch.tensor(list(x.shape), dtype=torch.int64)
+def shape(x: Tensor, *, dtype: int = 3) -> Tensor:
+    return torch.tensor(list(x.shape), dtype=attribute_dtype(dtype))
+
+
+@operator("Bitcast", views="x", fixed={"keep_dim": False})
+def bitcast(x: Tensor, *, type: int) -> Tensor:
+    return x.view(attribute_dtype(type))

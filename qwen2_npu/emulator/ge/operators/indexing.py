@@ -1,0 +1,85 @@
+"""GE operators that copy, gather and scatter."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen2_npu import ops
+from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
+from qwen2_npu.emulator.ge.proto import UnsupportedGraphError
+
+operator("TensorMove")(lambda x: x.clone(memory_format=torch.contiguous_format))
+
+
+@operator("Assign", fixed={"validate_shape": True, "use_locking": False})
+def assign(ref: Tensor, value: Tensor) -> Tensor:
+    return ref.copy_(value)
+
+
+@operator("Scatter", fixed={"reduce": "update"})
+def scatter(var: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0) -> Tensor:
+    return ops.kernels["scatter_update_"](var, indices, updates, axis)
+
+
+@operator("ScatterNdUpdate", fixed={"use_locking": False})
+def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    return var.index_put_(tuple(indices.unbind(-1)), updates)
+
+
+@operator("ViewCopy")
+def view_copy(
+    dst: Tensor,
+    dst_size: Ints,
+    dst_stride: Ints,
+    dst_storage_offset: Ints,
+    src: Tensor,
+    src_size: Ints,
+    src_stride: Ints,
+    src_storage_offset: Ints,
+) -> Tensor:
+    source = src.as_strided(src_size, src_stride, src.storage_offset() + src_storage_offset[0])
+    dst.as_strided(dst_size, dst_stride, dst.storage_offset() + dst_storage_offset[0]).copy_(source)
+    return dst
+
+
+@operator("InplaceIndexAdd")
+def inplace_index_add(var: Tensor, indices: Tensor, updates: Tensor, alpha: Tensor | None, *, axis: int) -> Tensor:
+    return var.index_add_(axis, indices, updates, alpha=1 if alpha is None else alpha.item())
+
+
+@operator("GatherV2", fixed={"batch_dims": 0, "is_preprocessed": False, "negative_index_support": False})
+def gather_v2(x: Tensor, indices: Tensor, axis: Ints) -> Tensor:
+    dim = axis[0] % x.dim()
+    picked = x.index_select(dim, indices.reshape(-1))
+    return picked.reshape([*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]])
+
+
+@operator(
+    "Gather",
+    fixed={"validate_indices": True, "batch_dims": 0, "is_preprocessed": False, "negative_index_support": False},
+)
+def gather(x: Tensor, indices: Tensor) -> Tensor:
+    return gather_v2(x, indices, (0,))
+
+
+@operator("GatherElements")
+def gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
+    return torch.gather(x, dim, index)
+
+
+@operator("ScatterElements")
+def scatter_elements(
+    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
+) -> Tensor:
+    index = indices.to(torch.int64)
+    if reduction == "none":
+        return torch.scatter(data, axis, index, updates)
+    if reduction == "add":
+        return torch.scatter_add(data, axis, index, updates)
+    raise UnsupportedGraphError(f"GE operator ScatterElements with reduction={reduction!r} is not emulated")
+
+
+@operator("IndexByTensor")
+def index_by_tensor(x: Tensor, indices: list[Tensor], *, indices_mask: tuple[int, ...] = ()) -> Tensor:
+    left = iter(indices)
+    return x[tuple(next(left) if present else slice(None) for present in indices_mask)]
