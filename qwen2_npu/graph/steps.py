@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from qwen2_npu.models.attention import AttentionInputs
     from qwen2_npu.models.qwen2 import LayerCache
 
-# One graph per shape is what is wanted: dynamo's limits, meant against endless recompilation, would stop at eight.
-_LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
+DYNAMO = {
+    # One graph per shape is what is wanted: dynamo's limits, meant against endless recompilation, would stop at eight.
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 8192,
+    # eps and scale are constants; as symbols they would be tried, given up, and the graph compiled a second time.
+    "specialize_float": True,
+}
+"""dynamo's settings around a compiled step."""
+
 _NO_CACHE = {"enable_autograd_cache": False}  # see qwen2_npu.graph.inductor
 
 Step = Callable[..., torch.Tensor]
@@ -39,7 +46,7 @@ class CompiledStep:
         rest = [None if index is None else _copied(index) for index in logit_index]
         arguments = (tokens, inputs, caches, *rest)
         mark_static(arguments)
-        with torch.no_grad(), torch._dynamo.config.patch(_LIMITS), torch._functorch.config.patch(_NO_CACHE):
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO), torch._functorch.config.patch(_NO_CACHE):
             return self.compiled(*arguments)
 
 

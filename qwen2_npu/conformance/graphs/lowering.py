@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
-from qwen2_npu.graph.steps import mark_static
+from qwen2_npu.graph.steps import DYNAMO, mark_static
 from qwen2_npu.models.inputs import Rows, fixed_cache_inputs
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
@@ -28,22 +28,38 @@ Phase = Literal["prefill", "decode"]
 
 DEVICE = "npu:0"
 
+HOST = 0
+"""torchair's ``Placement.HOST``."""
+
 
 @dataclass(frozen=True)
 class Lowered:
     """One lowered step.
 
     Attributes:
+        tokens: new tokens per row.
+        live: tokens a row attends to: the prompt's in prefill, the past and the new one in decode.
         nodes: the GE graph's nodes in its order.
-        proto: the ``GraphDef`` itself.
+        weights: index of every Data node that is a parameter.
+        on_host: index of every Data node whose tensor is on the host (the live lengths).
     """
 
     phase: Phase
     batch: int
     tokens: int
+    live: int
     capacity: int
+    layers: int
     nodes: list[Node]
+    weights: frozenset[int]
+    on_host: frozenset[int]
+
+
+class RawGraph(NamedTuple):
+    """What torchair makes of one call: the ``GraphDef``, and per Data index whether it is a parameter."""
+
     proto: Any
+    parameters: list[int]
 
 
 class _Done(Exception):  # noqa: N818 - no error: ends the run once the graph is there
@@ -75,8 +91,20 @@ def lower(
     prompt = capacity // 2 if prompt is None else prompt
     with fake_model(config, optimizations, dtype) as model:
         step, arguments = step_arguments(model, phase, batch, capacity, prompt)
-        proto = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
-    return Lowered(phase, batch, prompt if phase == "prefill" else 1, capacity, parse(proto), proto)
+        raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
+    return Lowered(
+        phase=phase,
+        batch=batch,
+        tokens=prompt if phase == "prefill" else 1,
+        live=prompt if phase == "prefill" else prompt + 1,
+        capacity=capacity,
+        layers=config.num_hidden_layers,
+        nodes=parse(raw.proto),
+        weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
+        on_host=frozenset(
+            index for index, place in enumerate(raw.proto.attr["_input_placements"].list.i) if place == HOST
+        ),
+    )
 
 
 @contextmanager
@@ -122,8 +150,8 @@ def lower_call(
     dynamic: bool,
     static: bool = True,
     frozen_parameter: bool = True,
-) -> Any:
-    """The ``GraphDef`` of ``function(*arguments)``; it is lowered and not run.
+) -> RawGraph:
+    """What ``function(*arguments)`` is lowered to; it is not run.
 
     Args:
         static: mark every tensor argument static, as the compiled steps do.
@@ -134,7 +162,7 @@ def lower_call(
     config = npu.compiler_config(
         GraphOptions(dynamic, frozen_parameter, tiling_schedule_optimize=dynamic, cache_dir=None)
     )
-    graphs: list[Any] = []
+    graphs: list[RawGraph] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         _lower_with_torchair(module, inputs, config, graphs)
@@ -149,7 +177,7 @@ def lower_call(
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO):
             compiled(*arguments)
     except _Done:
         pass
@@ -161,16 +189,17 @@ def lower_call(
 
 
 def _lower_with_torchair(
-    module: torch.fx.GraphModule, inputs: list[torch.Tensor], config: Any, graphs: list[Any]
+    module: torch.fx.GraphModule, inputs: list[torch.Tensor], config: Any, graphs: list[RawGraph]
 ) -> None:
     """What torchair's backend does, keeping the graph it makes."""
     from torchair import npu_fx_compiler
+    from torchair._ge_concrete_graph.graph_pass import get_frozen_flag
 
     compiler = npu_fx_compiler.get_compiler(config)
 
     def record(*arguments: Any) -> Any:
         compiled = compiler(*arguments)
-        graphs.append(compiled.runner.graph._proto)
+        graphs.append(RawGraph(compiled.runner.graph._proto, get_frozen_flag(compiled.runner._input_info_list)))
         return compiled
 
     decompositions = npu_fx_compiler._get_merged_decompositions(config)

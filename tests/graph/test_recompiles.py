@@ -1,0 +1,61 @@
+"""Exact graph counts: one prefill per (batch, prompt bucket), one decode per (batch, cache bucket), nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.conformance.graphs.counting import GraphCounter
+from tests.graph.support import build, generate, prompt
+
+IN_FAST_LANE = ("flash_attention", LADDER[-1])
+"""Steps whose graphs have other inputs (a mask; live lengths); the others change what is inside."""
+
+STEPS = [step if step in IN_FAST_LANE else pytest.param(step, marks=pytest.mark.slow) for step in LADDER]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_two_graphs_serve_many_steps_prompts_and_calls(step: str, device: str) -> None:
+    model = build(device, Optimizations.up_to(step))
+    calls = [prompt(device, 3, 9), prompt(device, 3, 9, ragged=True), prompt(device, 3, 12)]
+    lengths = (66, 20, 20)
+    expected = [generate(model, call, length) for call, length in zip(calls, lengths, strict=True)]
+    with GraphCounter() as counter:
+        compile_model(model, "torchair")
+        for done, (call, length, tokens) in enumerate(zip(calls, lengths, expected, strict=True)):
+            assert torch.equal(generate(model, call, length), tokens)
+            assert counter.compiled == 2, counter.describe()
+            # Every step ran in a graph: none fell back to eager.
+            assert counter.runs == sum(lengths[: done + 1]), counter.describe()
+        # Another prompt bucket is one more prefill; another batch one of each.
+        for batch, tokens, graphs in ((3, 30, 3), (2, 30, 5), (2, 30, 5)):
+            generate(model, prompt(device, batch, tokens), 3)
+            assert counter.compiled == graphs, counter.describe()
+        assert counter.backends == 1
+
+
+def test_more_buckets_than_dynamo_would_allow(device: str) -> None:
+    """Past dynamo's limit it would run eager without a word."""
+    model = build(device)
+    calls = [prompt(device, 1, 8 * count - 1) for count in range(1, 12)]
+    expected = [generate(model, call, 2) for call in calls]
+    with GraphCounter() as counter:
+        compile_model(model, "torchair")
+        for call, tokens in zip(calls, expected, strict=True):
+            assert torch.equal(generate(model, call, 2), tokens)
+        assert counter.compiled > torch._dynamo.config.recompile_limit
+        assert counter.runs == 2 * len(calls), counter.describe()
+
+
+def test_the_caches_are_updated_where_they_are(device: str) -> None:
+    model = compile_model(build(device), "torchair")
+    call = prompt(device, 2, 9)
+    with GraphCounter():
+        generate(model, call, 4)
+        cache = model._pool._idle
+        assert cache is not None
+        addresses = [tensor.data_ptr() for tensor in cache.key_cache + cache.value_cache]
+        generate(model, call, 4)
+        assert model._pool._idle is cache
+        assert [tensor.data_ptr() for tensor in cache.key_cache + cache.value_cache] == addresses
