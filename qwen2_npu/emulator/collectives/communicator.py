@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -31,11 +31,12 @@ SENDS_ON_THE_WAY = 64
 
 @dataclass(frozen=True)
 class Message:
-    """One send (``receive`` false) or receive between this rank and ``peer``."""
+    """One send (``receive`` false) or receive between this rank and ``peer``; they match in tag and order."""
 
     receive: bool
     tensor: Tensor
     peer: int
+    tag: int = 0
 
 
 class Communicator:
@@ -53,10 +54,11 @@ class Communicator:
         self._timeout = timeout
         self._broken = ""
         self._sent: deque[tuple[Any, Tensor]] = deque()
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=LOOPBACK)]
         options._timeout = timeout()
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, options)
+        self._gloo = gloo(store, rank, size, options)
 
     # ---- collectives ----
 
@@ -151,8 +153,8 @@ class Communicator:
             for message in messages:
                 if not message.receive:
                     copy = torch.zeros_like(message.tensor) if dropped else message.tensor.clone()
-                    self._sent.append((self._gloo.send([_bytes(copy)], message.peer, 0), copy))
-            arriving = [self._gloo.recv([_bytes(m.tensor)], m.peer, 0) for m in messages if m.receive]
+                    self._sent.append((self._gloo.send([_bytes(copy)], message.peer, message.tag), copy))
+            arriving = [self._gloo.recv([_bytes(m.tensor)], m.peer, m.tag) for m in messages if m.receive]
             for work in arriving:
                 work.wait(self._timeout())
             while len(self._sent) > SENDS_ON_THE_WAY:
@@ -174,7 +176,7 @@ class Communicator:
         """Around one call: injected faults (true: contribute nothing), and errors that say who waited for whom."""
         where = f"{collective} on rank {global_rank()} in group {self.name!r} ({self.rank} of {self.size})"
         if self._broken:
-            raise CollectiveError(Result.UNAVAIL, f"{where}: the communicator is unusable since {self._broken}")
+            raise CollectiveError(Result.UNAVAIL, f"{where}: the communicator is unusable since then: {self._broken}")
         fault = faults.at(collective, global_rank())
         begin = time.monotonic()
         try:

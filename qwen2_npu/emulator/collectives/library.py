@@ -1,4 +1,4 @@
-"""HCCL's functions, as ``cann/hccl.c`` hands them over: raw memory in, tensors through a ``Communicator``, raw memory out."""
+"""HCCL's functions as ``cann/hccl.c`` hands them over: memory in, through a ``Communicator``, memory out."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _memory(address: int | None, dtype: int, count: int, offset: int = 0) -> tor
         return tensor
     size = count * kind.itemsize
     storage = torch._C._construct_storage_from_data_pointer(address + offset * kind.itemsize, torch.device("cpu"), size)
-    return tensor.set_(storage, 0, (count,))
+    return tensor.set_(storage, 0, (count,), (1,))
 
 
 # ---- one function per kind of call, in the order of hccl.c's enumeration ----
@@ -262,7 +262,7 @@ def _close(handle: Any) -> None:
 # ---- the connection to C ----
 
 _Handler = Callable[..., None]
-_SIGNATURES = (
+_SIGNATURES: tuple[tuple[str, _Handler, tuple[Any, ...]], ...] = (
     ("root_info", _root_info, (c_void_p,)),
     ("open", _open_comm, (POINTER(Comm), c_void_p)),
     ("run", _run, (POINTER(Call), c_uint32)),

@@ -1,4 +1,7 @@
-"""torch_npu's operators that hold a collective, on CPU tensors."""
+"""torch_npu's operators that hold a matrix product and a collective, on CPU tensors.
+
+A product with its bias is rounded once to the dtype of its operands, as is each step after it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 
 from qwen2_npu.emulator.collectives import library
+from qwen2_npu.emulator.collectives.communicator import Communicator
 
 Tensor = torch.Tensor
 
@@ -25,8 +29,6 @@ def mm_all_reduce(
 ) -> Tensor:
     """``all_reduce(x1 @ x2 + bias) + x3``: the bias of every rank is part of the sum.
 
-    The product with its bias is rounded once to the dtype of ``x1``, as is each following step.
-
     Args:
         x1: (M, K) or (B, M, K), float16 or bfloat16.
         x2: (K, N), same dtype. bias: (N,). x3: as the result.
@@ -34,28 +36,92 @@ def mm_all_reduce(
 
     Raises:
         NotImplementedError: quantised operands.
-        RuntimeError: shapes, dtypes or reduction the operator refuses.
+        RuntimeError: shapes, dtypes or a reduction that the operator refuses.
     """
-    given = [name for name, value in others.items() if value not in (None, 0)]
-    if given:
-        raise NotImplementedError(f"npu_mm_all_reduce_base with {given[0]} is not supported on the emulated NPU")
-    if reduce_op != "sum":
-        raise RuntimeError(f"npu_mm_all_reduce_base: reduce_op={reduce_op!r}; only 'sum' is supported")
-    product = _product("npu_mm_all_reduce_base", x1, x2, bias)
-    total = library.find(hcom).all_reduce(product.reshape(-1)).view_as(product)
+    name = "npu_mm_all_reduce_base"
+    _refuse(name, reduce_op, others)
+    product = _product(name, x1, x2, bias, (2, 3))
+    total = library.find(hcom).all_reduce(product.view(-1)).view_as(product)
     return total if x3 is None else total + x3
 
 
-def _product(name: str, x1: Tensor, x2: Tensor, bias: Tensor | None) -> Tensor:
+def all_gather_mm(
+    x1: Tensor,
+    x2: Tensor,
+    hcom: str,
+    world_size: int,
+    *,
+    bias: Tensor | None = None,
+    gather_index: int = 0,
+    gather_output: bool = True,
+    comm_turn: int = 0,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """``all_gather(x1) @ x2 + bias`` and the gathered ``x1`` (empty without ``gather_output``).
+
+    Args:
+        x1: (M, K), float16 or bfloat16; x2: (K, N), same dtype. bias: (N,).
+
+    Raises:
+        As ``mm_all_reduce``.
+    """
+    name = "npu_all_gather_base_mm"
+    _refuse(name, "sum", {**others, "gather_index": gather_index})
+    whole = _of_size(name, hcom, world_size).all_gather(x1.contiguous().view(-1)).view(-1, *x1.shape[1:])
+    return _product(name, whole, x2, bias, (2,)), whole if gather_output else whole.new_empty(0)
+
+
+def mm_reduce_scatter(
+    x1: Tensor,
+    x2: Tensor,
+    hcom: str,
+    world_size: int,
+    *,
+    reduce_op: str = "sum",
+    bias: Tensor | None = None,
+    comm_turn: int = 0,
+    **others: Any,
+) -> Tensor:
+    """This rank's rows of ``x1 @ x2 + bias`` summed over the ranks; arguments as for ``all_gather_mm``."""
+    name = "npu_mm_reduce_scatter_base"
+    _refuse(name, reduce_op, others)
+    product = _product(name, x1, x2, bias, (2,))
+    return _of_size(name, hcom, world_size).reduce_scatter(product.view(-1)).view(-1, x2.shape[1])
+
+
+def _refuse(name: str, reduce_op: str, others: dict[str, Any]) -> None:
+    given = [key for key, value in others.items() if value is not None and not (isinstance(value, int) and value == 0)]
+    if given:
+        raise NotImplementedError(f"{name} with {given[0]} is not supported on the emulated NPU")
+    if reduce_op != "sum":
+        raise RuntimeError(f"{name}: reduce_op={reduce_op!r}; only 'sum' is supported")
+
+
+def _of_size(name: str, hcom: str, world_size: int) -> Communicator:
+    comm = library.find(hcom)
+    if comm.size != world_size:
+        raise RuntimeError(f"{name}: world_size={world_size}, and the communicator {hcom!r} has {comm.size} ranks")
+    return comm
+
+
+def _product(name: str, x1: Tensor, x2: Tensor, bias: Tensor | None, dimensions: tuple[int, ...]) -> Tensor:
     if x1.dtype not in (torch.float16, torch.bfloat16) or x2.dtype != x1.dtype:
         raise RuntimeError(f"{name}: x1 {x1.dtype} and x2 {x2.dtype} must both be float16 or both bfloat16")
-    if x1.dim() not in (2, 3) or x2.dim() != 2 or x1.shape[-1] != x2.shape[0]:
-        raise RuntimeError(f"{name}: x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} must be (…, M, K) and (K, N)")
+    if x1.dim() not in dimensions or x2.dim() != 2 or x1.shape[-1] != x2.shape[0]:
+        wanted = " or ".join(f"{count}-D" for count in dimensions)
+        raise RuntimeError(
+            f"{name}: x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} must be {wanted} and 2-D, and the last dimension "
+            "of x1 the first of x2"
+        )
     product = x1.float() @ x2.float()
     if bias is not None:
         product += bias.float()
     return product.to(x1.dtype)
 
 
-TABLE: dict[str, Callable[..., Any]] = {"npu_mm_all_reduce_base": mm_all_reduce}
+TABLE: dict[str, Callable[..., Any]] = {
+    "npu_mm_all_reduce_base": mm_all_reduce,
+    "npu_all_gather_base_mm": all_gather_mm,
+    "npu_mm_reduce_scatter_base": mm_reduce_scatter,
+}
 """Operator name -> function of CPU tensors."""

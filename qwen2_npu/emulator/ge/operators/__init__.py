@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its operators
     activations,
     attention,
+    collectives,
     creation,
     elementwise,
     images,
