@@ -29,6 +29,10 @@ class Laboratory(Protocol):
     def fingerprint(self) -> Fingerprint:
         """Of the machine that measures."""
 
+    @property
+    def model_name(self) -> str | None:
+        """Name of the one model the user named; None for any size."""
+
     def why_not(self, configuration: Configuration) -> str | None:
         """The reason why this configuration cannot be measured here; None if it can."""
 

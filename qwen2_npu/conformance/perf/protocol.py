@@ -6,7 +6,6 @@ tokens; this model leaves padding out of its attention, so a padded prompt would
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +48,6 @@ def measure(
     tokens = torch.randint(1, model.config.vocab_size, (batch, input_tokens), generator=generator)
     tokens = tokens.to(model.device)
     _generate(model, tokens, decode_steps)
-    gc.collect()
     memory = _memory_of(model.device)
     if memory is not None:
         memory.reset_peak_memory_stats()

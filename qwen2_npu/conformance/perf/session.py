@@ -49,12 +49,10 @@ class LatencyGate:
         laboratory: Laboratory,
         user_rows: Sequence[Row] = (),
         baselines: Path = BASELINES,
-        transformers: str | None = None,
     ) -> None:
         self.options = options
         self.laboratory = laboratory
         self.baselines = baselines
-        self.transformers = transformers
         self.ledger = Ledger()
         self.documented: dict[str, Documented] = documented.by_id(baselines / documented.SOURCE)
         every = [*(number.row for number in self.documented.values()), *user_rows]
@@ -146,13 +144,12 @@ class LatencyGate:
         """Said of the stock model's row on a transformers that is not the documented one."""
         if number is None or row.configuration.step != ORIGINAL:
             return None
-        wanted = number.versions["transformers"]
-        if self.transformers == wanted:
+        wanted, installed = number.versions["transformers"], str(self.laboratory.fingerprint.identity["transformers"])
+        if installed == wanted:
             return None
-        major = (self.transformers or "?").split(".")[0]
         return (
-            f"shown as stock-{major}.x: the documented {number.ms:.0f} ms are of transformers {wanted}'s own model, "
-            f"{self.transformers} is installed"
+            f"shown as stock-{installed.split('.')[0]}.x: the documented {number.ms:.0f} ms are of the model of "
+            f"transformers {wanted}, and {installed} is installed"
         )
 
     def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:

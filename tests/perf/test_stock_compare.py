@@ -1,0 +1,95 @@
+"""Stock ``--benchmark-compare`` and ``pytest-benchmark compare`` on the documented file, and the traps "
+"closed around them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.conformance.perf import benchmark_json
+from qwen2_npu.conformance.perf.documented import BASELINES
+from tests.perf.subprocesses import REPOSITORY, run_pytest
+
+TWO_ROWS = "--gate-rows=7b-batch-b1-*"
+ROW = "7b-batch-b1-graph-fused_qkv-decode"
+
+
+def test_a_bare_compare_reads_the_documented_tables(tmp_path: Path) -> None:
+    """Stock comparison has no 10 % of its own: it fails where it is told to."""
+    result = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-verbose", standin={"factor": 1.05})
+    assert result.status == 0, result.output
+    assert f"Comparing against benchmarks from: {benchmark_json.FILE}" in result.output
+    assert f"{ROW}] (0001_docum)" in result.output or "0001_docum" in result.output
+    failing = run_pytest(
+        tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-compare-fail=mean:1%", standin={"factor": 1.05}
+    )
+    assert failing.status == 1
+    assert "Performance has regressed" in failing.output
+    assert "2 rows, 2 passed" in failing.output  # the gate's own summary is there all the same
+
+
+def test_the_compare_command_reads_the_documented_tables(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest_benchmark",
+        "--storage",
+        str(BASELINES),
+        "compare",
+        "--columns=mean,rounds",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "benchmark '7B decode': 18 tests" in done.stdout
+    assert done.stdout.count("test_latency[") == 76
+
+
+def test_on_another_machine_nothing_is_compared(tmp_path: Path) -> None:
+    here = {"identity": {"device": "cpu", "verified": "cpu (portable kernels)"}}
+    result = run_pytest(tmp_path, "--benchmark-compare", standin=here)
+    assert (result.status, result.skipped) == (0, 76)
+    for extra in ("--gate", "--benchmark-compare-fail=mean:10%"):
+        refused = run_pytest(tmp_path, "--benchmark-compare", extra, standin=here)
+        assert refused.status != 0
+        assert "documented tables: not comparable: needs an Atlas 800I A2" in refused.output
+
+
+def test_another_machines_file_is_refused(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    made = run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}")
+    assert made.status == 0, made.output
+    assert json.loads(saved.read_text())["self_test"] is True
+    assert run_pytest(tmp_path, TWO_ROWS, f"--benchmark-compare={saved}").status == 0
+    other = {"identity": {"soc": "Ascend910B3"}}
+    refused = run_pytest(tmp_path, TWO_ROWS, f"--benchmark-compare={saved}", standin=other)
+    assert refused.status != 0
+    assert "--benchmark-compare: saved on another machine (soc: Ascend910B4 → Ascend910B3)" in refused.output
+
+
+@pytest.mark.parametrize("arguments", [["--benchmark-save=mine"], ["--benchmark-autosave"]], ids=["save", "autosave"])
+def test_saving_never_reaches_the_documented_tables(arguments: list[str], tmp_path: Path) -> None:
+    before = sorted(path.name for path in BASELINES.iterdir())
+    refused = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", *arguments)
+    assert refused.status == 4
+    assert "save and compare in two runs" in refused.output
+    direct = run_pytest(tmp_path, TWO_ROWS, f"--benchmark-storage=file://{BASELINES}", *arguments)
+    assert direct.status == 4
+    assert sorted(path.name for path in BASELINES.iterdir()) == before
+
+
+def test_a_newer_file_is_not_taken_for_the_documented_tables(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    shutil.copy(BASELINES / benchmark_json.FILE, storage)
+    saved = storage / "0002_mine.json"
+    run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}", standin={"factor": 5.0})
+    if not saved.exists():  # a failing session saves nothing
+        pytest.fail("nothing was saved: the case was not set up")
+    result = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", f"--benchmark-storage=file://{storage}")
+    assert result.status != 0
+    assert "a bare --benchmark-compare takes the last file by name" in result.output
+    assert str(REPOSITORY) not in str(storage)
