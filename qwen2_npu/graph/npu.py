@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ def compiler_config(options: GraphOptions) -> Any:
     import torch_npu  # noqa: F401 - puts torchair on the path
     from torchair.configs.compiler_config import CompilerConfig
 
+    # Weights stay where they are: the model holds them as long as its compiled steps.
+    warnings.filterwarnings("ignore", message="When enable frozen_parameter", category=UserWarning)
     config = CompilerConfig()
     config.experimental_config.frozen_parameter = options.frozen_parameter
     config.experimental_config.tiling_schedule_optimize = options.tiling_schedule_optimize

@@ -30,6 +30,9 @@ COMPILED_SHAPE, COMPILED_WEIGHTS, COMPILED_DTYPES = "ragged", "qwen2-0.5b", ("fl
 COMPILED_BY_DEFAULT = {(LADDER[-1], "bfloat16")}
 """Compilation takes most of a minute: the other steps run nightly."""
 
+COMPILED_MODE = {"npu": "torchair"}
+"""Device -> mode of the compiled runs; inductor elsewhere."""
+
 OPERATORS: dict[str, set[str]] = {
     "fixed_kv_cache": {"scatter_update_"},
     "flash_attention": {"npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_rotary_mul"},
@@ -85,10 +88,11 @@ def test_compiled_agrees_at_every_position(compiled_step: str, dtype: str, pytes
     weights = COMPILED_WEIGHTS if COMPILED_WEIGHTS in weights_of(pytestconfig) else weights_of(pytestconfig)[0]
     subject = subject_of(pytestconfig, weights, dtype)
     torch._dynamo.reset()  # every case compiles the same functions: their graphs would reach dynamo's limit
+    mode = COMPILED_MODE.get(str(pytestconfig.option.device).split(":")[0], "inductor")
 
     def build(optimizations: Optimizations) -> Any:
         model = subject.build(optimizations)
-        return compile_model(model, mode="inductor") if optimizations.fixed_kv_cache else model
+        return compile_model(model, mode=mode) if optimizations.fixed_kv_cache else model
 
     failure = subject.failure(Optimizations.up_to(compiled_step), COMPILED_SHAPE, build=build)
     assert not failure, failure

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qwen2_npu.conformance.graphs.cost import PRODUCTS
 from qwen2_npu.conformance.graphs.lowering import Lowered
-from qwen2_npu.conformance.graphs.shapes import Operation, cache_inputs, operations
+from qwen2_npu.conformance.graphs.shapes import DATA, Operation, cache_inputs, operations
 from qwen2_npu.optimizations import Optimizations
 
 Problems = Iterator[str]
@@ -143,8 +143,23 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
+def static_inputs(lowered: Lowered) -> Problems:
+    """Every tensor on the device has a fixed shape: only then can its tiling be computed ahead."""
+    for node in lowered.nodes:
+        if node.type in DATA and node.attributes["index"] not in lowered.on_host and min(node.shapes[0], default=0) < 0:
+            yield f"input {node.name} has the shape {node.shapes[0]}, where -1 may change: mark_static is missing"
+
+
+def input_problems(lowered: Lowered) -> list[str]:
+    """What is wrong with the inputs; nothing else can be said of a graph without shapes."""
+    return [f"{static_inputs.__name__}: {problem}" for problem in static_inputs(lowered)]
+
+
 def problems(lowered: Lowered, optimizations: Optimizations, vocab: int) -> list[str]:
     """Everything that is wrong with the graph of a step; each line names the invariant and the node."""
+    dynamic = input_problems(lowered)
+    if dynamic:
+        return dynamic
     graph = Graph(lowered, operations(lowered), optimizations, vocab)
     return [
         f"{invariant.check.__name__}: {problem}"

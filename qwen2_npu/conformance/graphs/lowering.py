@@ -92,6 +92,12 @@ def lower(
     with fake_model(config, optimizations, dtype) as model:
         step, arguments = step_arguments(model, phase, batch, capacity, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
+    return describe(raw, config, phase, batch, capacity, prompt)
+
+
+def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, capacity: int, prompt: int) -> Lowered:
+    """``raw`` as the lowered step it is."""
+    places = raw.proto.attr["_input_placements"].list.i
     return Lowered(
         phase=phase,
         batch=batch,
@@ -101,9 +107,7 @@ def lower(
         layers=config.num_hidden_layers,
         nodes=parse(raw.proto),
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
-        on_host=frozenset(
-            index for index, place in enumerate(raw.proto.attr["_input_placements"].list.i) if place == HOST
-        ),
+        on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
     )
 
 

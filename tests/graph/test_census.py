@@ -1,0 +1,82 @@
+"""What torchair lowers every documented size to: the committed census, the invariants, the kernels of a layer."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from qwen2_npu.conformance.graphs import baselines, invariants
+from qwen2_npu.conformance.graphs.baselines import BATCH, CAPACITY, PROMPT, Documented
+from qwen2_npu.conformance.graphs.census import FEW, MORE, LayeredCensus, of_layers
+from qwen2_npu.conformance.graphs.lowering import Lowered, lower
+from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER
+
+LAST = LADDER[-1]
+
+FAST = {"7B-decode-b4-flash_attention", f"7B-decode-b4-{LAST}", f"7B-prefill-b4-{LAST}", f"0.5B-decode-b4-{LAST}"}
+
+GRAPHS = [
+    pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
+    for graph in baselines.documented()
+    if graph.batch == BATCH
+]
+FINAL = [
+    pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
+    for graph in baselines.documented()
+    if graph.step == LAST
+]
+
+LAYER_KERNELS = {128: 14, 64: 13}
+"""head_dim -> kernels of one decode layer with every step on, at most: apply_rotary_pos_emb, or rotary_mul."""
+
+
+@cache
+def lowered(graph: Documented, layers: int) -> Lowered:
+    config = SIZES[graph.size].config(layers=layers)
+    return lower(config, graph.phase, graph.batch, CAPACITY, graph.optimizations, prompt=PROMPT)
+
+
+@cache
+def census_of(graph: Documented) -> LayeredCensus:
+    return of_layers(lowered(graph, FEW), lowered(graph, MORE))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_census_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
+    found = census_of(graph)
+    if pytestconfig.option.update_baselines:
+        baselines.update(graph, found, pytestconfig.option.update_baselines)
+    problem = baselines.verdict(graph, found)
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_invariants(graph: Documented) -> None:
+    problems = invariants.problems(lowered(graph, FEW), graph.optimizations, SIZES[graph.size].vocab)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("graph", FINAL)
+def test_kernels_of_a_layer(graph: Documented) -> None:
+    layer = census_of(graph).layer
+    assert layer.cost.launches <= LAYER_KERNELS[SIZES[graph.size].head_dim], layer.operators
+
+
+@pytest.mark.parametrize("graph", [param for param in FINAL if param.values[0].phase == "decode"])
+def test_decode_moves_the_weights_and_the_live_cache_and_little_else(graph: Documented) -> None:
+    size = SIZES[graph.size]
+    cost = census_of(graph).of(size.layers).cost
+    # Every weight but the embedding table, of which a row per token is read; a tied table is read as lm_head.
+    weights = 2 * (size.parameters - (0 if size.tied else size.vocab * size.hidden))
+    live = 2 * 2 * size.layers * graph.batch * (PROMPT + 1) * size.kv_heads * size.head_dim
+    assert weights + live <= cost.nbytes <= 1.05 * (weights + live)
+
+
+def test_every_documented_graph_has_a_baseline_and_no_other_has() -> None:
+    wanted = {str(graph) for graph in baselines.documented()}
+    found = {
+        f"{path.stem}-{key}" for path in baselines.FOLDER.glob("*.json") for key in baselines._read(path)["graphs"]
+    }
+    assert found == wanted

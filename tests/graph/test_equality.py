@@ -1,0 +1,61 @@
+"""A GE graph computes what eager computes, at every position of the accuracy suite's batches.
+
+Eager accuracy comes first, as the guide asks: where a configuration has not been shown to agree with the stock model,
+that is what fails, and it says so.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.conformance import explain
+from qwen2_npu.conformance.compare import Comparison
+from qwen2_npu.conformance.graphs.counting import GraphCounter
+from tests.accuracy.subjects import subject_of
+
+WEIGHTS = ("qwen2-0.5b", "qwen2-7b")
+"""head_dim 64 and 128: other rotary operators."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHAPE = "ragged"
+
+FAST = {(LADDER[-1], "bfloat16", "qwen2-7b"), ("flash_attention", "float32", "qwen2-0.5b")}
+
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in product(LADDER, DTYPES, WEIGHTS)
+]
+
+
+@pytest.mark.parametrize(("step", "dtype", "weights"), CASES)
+def test_graph_equals_eager(step: str, dtype: str, weights: str, pytestconfig: pytest.Config) -> None:
+    subject = subject_of(pytestconfig, weights, dtype)
+    optimizations = Optimizations.up_to(step)
+    model = subject.build(optimizations)
+    eager_comparison, eager = subject.compare(model, SHAPE)
+    assert eager_comparison.passed, _eager_first(eager_comparison)
+    with GraphCounter() as counter:
+        compiled = compile_model(subject.build(optimizations), "torchair")
+        graph = explain.trace_model(compiled, subject.batch(SHAPE), subject.traces(SHAPE)[0])
+        assert counter.runs > 0, "nothing ran in a graph"
+    for name in ("prefill_logits", "decode_logits"):
+        expected, found = _live(eager, name), _live(graph, name)
+        # The same kernels in the same order: any difference is one of order, a few roundings at most.
+        scale = np.abs(expected).max()
+        allowed = 8 * torch.finfo(getattr(torch, dtype)).eps * scale
+        worst = np.abs(expected - found).max()
+        assert worst <= allowed, f"{name}: graph and eager differ by {worst:.3g}, allowed {allowed:.3g}"
+
+
+def _live(trace: Any, name: str) -> np.ndarray[Any, Any]:
+    values: np.ndarray[Any, Any] = getattr(trace, name)
+    return values[trace.valid] if name == "prefill_logits" else values
+
+
+def _eager_first(comparison: Comparison) -> str:
+    return f"eager accuracy comes before graph mode, and is not shown: {'; '.join(comparison.failures())}"

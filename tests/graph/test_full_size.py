@@ -1,0 +1,59 @@
+"""The final presets at full size: layers repeat, so a census of two and four layers speaks for all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwen2_npu.conformance.graphs import baselines
+from qwen2_npu.conformance.graphs.baselines import Documented
+from qwen2_npu.conformance.graphs.census import Census
+from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER
+
+CODE = """
+import json, resource, sys, time
+from qwen2_npu import emulator
+emulator.activate_where_needed()
+import torch
+torch.set_num_threads(1)
+from qwen2_npu import Optimizations
+from qwen2_npu.conformance.graphs import baselines, census, invariants, lowering
+from qwen2_npu.conformance.sizes import SIZES
+name, phase, step = sys.argv[1:]
+size, start = SIZES[name], time.perf_counter()
+optimizations = Optimizations.up_to(step)
+lowered = lowering.lower(
+    size.config(), phase, baselines.BATCH, baselines.CAPACITY, optimizations, prompt=baselines.PROMPT
+)
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "census": census.take(lowered).to_json(),
+    "problems": invariants.problems(lowered, optimizations, size.vocab),
+    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+}))
+"""
+
+PEAK_GB = 4
+
+FINAL = [graph for graph in baselines.documented() if graph.step == LADDER[-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", FINAL, ids=str)
+def test_full_size(graph: Documented) -> None:
+    """In a process of its own, whose peak memory is measured. No weight is allocated."""
+    command = [sys.executable, "-c", CODE, graph.size, graph.phase, graph.step]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    baseline = baselines.load(graph)
+    assert baseline is not None
+    expected = baseline.of(SIZES[graph.size].layers)
+    assert Census.from_json(found["census"]) == expected
+    assert found["problems"] == []
+    assert found["peak_gb"] < PEAK_GB
+    print(f"{graph}: {found['seconds']:.0f} s, {found['peak_gb']:.2f} GB")
