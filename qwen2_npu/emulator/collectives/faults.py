@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from qwen2_npu.emulator.settings import EmulatorError
 
@@ -65,28 +66,31 @@ class Fault:
             ) from error
 
 
-active: list[Fault] = []
+_injected: list[Fault] = []
 
 
-def from_environment() -> None:
-    """Arm the fault that the variable describes, if it is set."""
+@cache
+def _from_environment() -> tuple[Fault, ...]:
     text = os.environ.get(VARIABLE)
-    if text:
-        active.append(Fault.parse(text))
+    return (Fault.parse(text),) if text else ()
 
 
 @contextlib.contextmanager
 def inject(kind: str, rank: int | None = None, collective: str | None = None, nth: int = 0) -> Iterator[Fault]:
     """Arm a fault in this process; see ``Fault``."""
     fault = Fault(kind, rank, collective, nth)
-    active.append(fault)
+    _injected.append(fault)
     try:
         yield fault
     finally:
-        active.remove(fault)
+        _injected.remove(fault)
 
 
 def at(collective: str, rank: int) -> str | None:
-    """The kind of the fault that happens at this call, if one does."""
-    struck = [fault.kind for fault in active if fault.strikes(collective, rank)]
+    """The kind of the fault that happens at this call, if one does.
+
+    Raises:
+        EmulatorError: the variable holds no fault.
+    """
+    struck = [fault.kind for fault in (*_from_environment(), *_injected) if fault.strikes(collective, rank)]
     return struck[0] if struck else None

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from qwen2_npu.emulator.collectives import faults, reduction
+from qwen2_npu.emulator.collectives import reduction
 from qwen2_npu.emulator.collectives.communicator import LOOPBACK, Communicator, Message
 from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.settings import EmulatorError
 
 DTYPES: dict[int, torch.dtype] = {
     0: torch.int8,
@@ -230,10 +231,17 @@ def _open_comm(handle: Any, info: Any) -> None:
         return timeouts.get(name) or timeouts.get(GROUP_NAME.format(0)) or DEFAULT_TIMEOUT
 
     store = _roots.pop(where, None)
-    if store is None:
-        host, _, port = where.decode().rpartition(":")
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout())
-    comm = Communicator(name, record.rank, record.size, store, timeout)
+    try:
+        if store is None:
+            host, _, port = where.decode().rpartition(":")
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout())
+        comm = Communicator(name, record.rank, record.size, store, timeout)
+    except RuntimeError as error:
+        raise CollectiveError(
+            Result.TIMEOUT,
+            f"rank {record.rank} of {record.size} of communicator {name!r} did not meet the others in "
+            f"{timeout().total_seconds():g} s: every one of them must make this call ({error})",
+        ) from error
     record.id, _next_id = _next_id, _next_id + 1
     _open[record.id] = comm
 
@@ -281,6 +289,8 @@ def _answering(library: ctypes.CDLL, function: _Handler) -> Callable[..., int]:
             return Result.SUCCESS
         except CollectiveError as error:
             failure = error
+        except EmulatorError as error:
+            failure = CollectiveError(Result.PARA, str(error))
         except BaseException as error:
             failure = CollectiveError(Result.INTERNAL, f"emulated HCCL, {function.__name__}: {error!r}")
         library.emu_set_error(f"{failure}".encode())
@@ -294,7 +304,7 @@ _kept: list[Any] = []
 
 
 def connect(library: ctypes.CDLL) -> None:
-    """Answer HCCL's calls from now on, and arm the fault of the environment. Once per process."""
+    """Answer HCCL's calls from now on. Once per process."""
     types = [(name, ctypes.CFUNCTYPE(c_int32, *arguments)) for name, _, arguments in _SIGNATURES]
     table = type("Handlers", (ctypes.Structure,), {"_fields_": types})()
     for (name, function, _), (_, kind) in zip(_SIGNATURES, types, strict=True):
@@ -306,7 +316,6 @@ def connect(library: ctypes.CDLL) -> None:
     _kept.append(table)
     library.emu_set_hccl_handlers(ctypes.addressof(table))
     atexit.register(_disconnect, library)
-    faults.from_environment()
     _learn_timeouts()
 
 
