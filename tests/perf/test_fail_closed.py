@@ -222,10 +222,7 @@ SHORTER = {"asked_steps": 64, "decode_ms": [1e3] * 64, "contexts": [0, *range(10
     ("standin", "message"),
     [
         ({"changes": {"asked_steps": 2000}}, "1023 decode steps of 2000 asked for"),
-        (
-            {"changes": {"asked_steps": 64, "decode_ms": [1e3] * 64, "contexts": [0, *range(1024, 1088)]}},
-            "a shorter context",
-        ),
+        ({"changes": SHORTER}, "a shorter context is less work"),
         ({"changes": {"warnings": ["frequency governor powersave"]}}, "host: frequency governor powersave"),
         ({"changes": {"contexts": [0] + [1024] * 1023}}, "the KV cache does not grow by one token per step"),
         ({"factor": 0.1}, "is below the physical floor of"),

@@ -1,0 +1,66 @@
+"""The models behind the rows, made on the device with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, random_stock, size_of
+from qwen2_npu.conformance.perf.rows import Configuration
+from qwen2_npu.conformance.sizes import SIZES, Size
+from tests.unit.small import small_config
+
+SMALL = Size("small", 256, 96, 2, 4, 2, 64, 199, tied=True)
+
+
+def configuration(step: str, mode: Any = "eager") -> Configuration:
+    return Configuration("small", 1, 1, mode, step)
+
+
+@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "swiglu"])
+def test_a_step_is_what_its_name_says(step: str) -> None:
+    model = Weights(SMALL).build(configuration(step), "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert sum(parameter.numel() for parameter in model.parameters()) == SMALL.parameters
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    if step == "original":
+        assert type(model).__module__.startswith("transformers.")
+    else:
+        assert model.optimizations.names()[-1] == step
+
+
+def test_random_weights_are_made_on_their_device_one_at_a_time() -> None:
+    source = RandomWeights(small_config(tie_word_embeddings=True), torch.bfloat16, torch.device("meta"))
+    for name, tensor in source.tensors():
+        assert tensor.device.type == "meta"  # no byte was made anywhere else
+        assert tuple(tensor.shape) == source.shapes()[name]
+    assert "lm_head.weight" not in source.shapes()
+
+
+def test_graph_rows_are_compiled() -> None:
+    assert set(Weights(SMALL).build(configuration("swiglu", "graph"), "cpu").compiled_steps) == {"prefill", "decode"}
+    stock = Weights(SMALL).build(configuration("original", "graph"), "cpu")
+    assert hasattr(stock.forward, "_torchdynamo_orig_callable")
+
+
+def test_stock_rotary_frequencies_stay_in_float32() -> None:
+    model = random_stock(small_config(), torch.bfloat16, torch.device("cpu"))
+    frequencies = {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    assert frequencies == {torch.float32}
+
+
+def test_a_checkpoint_keeps_its_weights_and_its_published_name() -> None:
+    weights = Weights.of_checkpoint(tiny.path())
+    assert weights.description == Path(tiny.path()).name
+    model = weights.build(configuration("swiglu"), "cpu")
+    assert model.dtype == torch.bfloat16
+    assert Weights.random("7B").description == "random"
+
+
+@pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.shards == 1])
+def test_a_published_size_is_recognised(name: str) -> None:
+    assert size_of(SIZES[name].config(), "downloaded") is SIZES[name]
