@@ -1,0 +1,43 @@
+"""Runs checks on one of several ranks: ``torchrun -m tests.unit.emulator.collectives.ranks FOLDER [NAME …]``.
+
+Writes ``FOLDER/RANK.json``: check -> "" or what went wrong. A rank stops at its first failure; the others then find it
+gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.unit.emulator.collectives import eager_checks, fault_checks, model_checks  # noqa: F401 - enter their checks
+from tests.unit.emulator.collectives.harness import CHECKS
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def main(folder: str, *names: str) -> int:
+    torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("hccl", timeout=TIMEOUT)
+    found: dict[str, str] = {}
+    target = Path(folder) / f"{dist.get_rank()}.json"
+    for name in names or CHECKS:
+        try:
+            CHECKS[name]()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+            break
+    target.write_text(json.dumps(found))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

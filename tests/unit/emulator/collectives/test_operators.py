@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.operators import TABLE, mm_all_reduce
+
+A, B = torch.ones(2, 4).half(), torch.ones(4, 3).half()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "error", "words"),
+    [
+        ((A, B), {"dequant_scale": torch.ones(3)}, NotImplementedError, "dequant_scale"),
+        ((A, B), {"comm_quant_mode": 1}, NotImplementedError, "comm_quant_mode"),
+        ((A, B), {"reduce_op": "max"}, RuntimeError, "only 'sum'"),
+        ((A.float(), B.float()), {}, RuntimeError, "float16 or both bfloat16"),
+        ((A, B.bfloat16()), {}, RuntimeError, "float16 or both bfloat16"),
+        ((A, B.t()), {}, RuntimeError, r"\(2, 4\) and x2 \(3, 4\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_operator_refuses(arguments: tuple, named: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        mm_all_reduce(*arguments, "nobody", **named)
+
+
+def test_an_unknown_communicator_is_named() -> None:
+    with pytest.raises(CollectiveError, match="no HCCL communicator is called 'nobody'") as raised:
+        mm_all_reduce(A, B, "nobody")
+    assert raised.value.code is Result.NOT_FOUND
+
+
+def test_table_names_operators_of_torch_npu() -> None:
+    pytest.importorskip("torch_npu")
+    assert all(hasattr(torch.ops.npu, name) for name in TABLE)

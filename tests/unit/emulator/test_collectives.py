@@ -1,0 +1,77 @@
+"""Collectives between emulated cards: one launch runs all checks of ``collectives/`` on two ranks, as a user would."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("torch_npu") is None:
+    pytest.skip("torch_npu is not installed", allow_module_level=True)
+
+from qwen2_npu.emulator.collectives.faults import VARIABLE
+from tests.unit.emulator.collectives import ranks
+from tests.unit.emulator.collectives.harness import CHECKS, SLOW
+
+ROOT = Path(__file__).parents[3]
+
+FAST = [name for name in CHECKS if name not in SLOW]
+
+
+def launch(count: int, folder: Path, *names: str, **environment: str) -> list[dict[str, str]]:
+    """What each of ``count`` ranks found: check -> "" or what went wrong; with a launcher that fails, its output."""
+    command = [sys.executable, "-m", "qwen2_npu.emulator", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(count), "-m", ranks.__name__, str(folder), *names]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    files = [folder / f"{rank}.json" for rank in range(count)]
+    assert all(file.exists() for file in files), f"status {done.returncode}\n{done.stdout[-4000:]}"
+    return [json.loads(file.read_text()) for file in files]
+
+
+def failures(found: list[dict[str, str]], name: str) -> str:
+    """Empty where every rank passed ``name``."""
+    said = {rank: results.get(name, "never reached") for rank, results in enumerate(found)}
+    return "\n".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return launch(2, tmp_path_factory.mktemp("ranks"), *FAST)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_ranks(two_ranks: list[dict[str, str]], name: str) -> None:
+    assert not failures(two_ranks, name)
+
+
+@pytest.mark.slow
+def test_graphs_on_two_ranks(tmp_path: Path) -> None:
+    found = launch(2, tmp_path, *sorted(SLOW))
+    assert not [text for name in SLOW if (text := failures(found, name))]
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    """Groups of more than one card beside one another, and sums whose order matters."""
+    found = launch(4, tmp_path)
+    assert not [text for name in CHECKS if (text := failures(found, name))]
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_environment_is_seen(tmp_path: Path) -> None:
+    """The variable reaches the ranks, and the check that meets the fault fails on both."""
+    found = launch(2, tmp_path, "asynchronous_work", **{VARIABLE: "drop:rank=1,collective=all_reduce"})
+    assert all("AssertionError" in results["asynchronous_work"] for results in found)
