@@ -35,6 +35,7 @@ def _autograd_again() -> Any:
 
 
 TABLE: dict[str, Callable[..., Any]] = {
+    "_copy_from_and_resize": lambda x, target: target.resize_(x.size()).copy_(x),
     "matmul_backward": _matmul_backward,
     "npu_format_cast": lambda x, *_: x.clone(),
     "npu_dtype_cast": lambda x, dtype: x.to(dtype),

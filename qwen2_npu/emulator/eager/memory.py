@@ -1,40 +1,104 @@
 """Seeing device memory as CPU tensors, and handing CPU results out as device tensors.
 
-Emulated device memory is host memory, so a CPU tensor over the same bytes costs no copy.
+Emulated device memory is host memory, so a CPU tensor over the same bytes costs no copy. Such a view does not keep the
+memory alive: the caller holds the npu tensor for as long as the view is used.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+from functools import cache
+
 import torch
+from torch._prims_common import is_non_overlapping_and_dense_or_false as _dense
 
-_CPU = torch.device("cpu")
+Tensor = torch.Tensor
+
+CPU = torch.device("cpu")
+
 _storage_over = torch._C._construct_storage_from_data_pointer
-_empty = torch.empty
 _empty_strided = torch.empty_strided
+_move = ctypes.memmove
 
 
-def cpu_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the memory of an npu tensor: same dtype, shape, strides. Valid while ``tensor`` lives."""
+@cache
+def _blank(dtype: torch.dtype) -> Tensor:
+    """An empty CPU tensor; views start as copies of it, which is cheaper than making one."""
+    return torch.empty(0, dtype=dtype, device=CPU)
+
+
+@cache
+def device_of(index: int) -> torch.device:
+    """npu:``index``."""
+    return torch.device("npu", index)
+
+
+_prototypes: dict[tuple[int, torch.dtype], Tensor] = {}
+"""(card, dtype) -> an empty tensor there, whose ``new_empty_strided`` costs less than a call that names the device."""
+
+
+def cpu_view(tensor: Tensor) -> Tensor:
+    """A CPU tensor over the memory of an npu tensor: same dtype, shape, strides. Valid while ``tensor`` lives.
+
+    Raises:
+        RuntimeError: the tensor has elements and its storage has been emptied.
+    """
     storage = tensor.untyped_storage()
     size = storage.nbytes()
-    view = _empty(0, dtype=tensor.dtype)
+    dtype = tensor.dtype
     if size:
-        over = _storage_over(storage.data_ptr(), _CPU, size)
-        view.set_(over, tensor.storage_offset(), tensor.size(), tensor.stride())
+        over = _storage_over(storage.data_ptr(), CPU, size)
+        view = _blank(dtype).data.set_(over, tensor.storage_offset(), tensor.size(), tensor.stride())
+    elif tensor.numel():
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.size())} has a storage of 0 bytes: it has been emptied")
     else:
-        view = _empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    if tensor.is_conj():
-        view = torch._conj(view)
+        view = _empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=CPU)
     if tensor.is_neg():
         view = torch._neg_view(view)
+    if dtype.is_complex and tensor.is_conj():
+        view = torch._conj(view)
     return view
 
 
-def to_device(result: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A new tensor on ``device`` with the values and strides of a CPU ``result``."""
+def to_device(result: Tensor, index: int) -> Tensor:
+    """A new tensor on card ``index`` with the values, and where it can the strides, of a CPU ``result``.
+
+    Raises:
+        RuntimeError: ``result`` is sparse, or otherwise not strided.
+    """
     if result.layout is not torch.strided:
         raise RuntimeError(f"the emulated NPU has no {result.layout} tensors")
-    out = _empty_strided(result.size(), result.stride(), dtype=result.dtype, device=device)
-    if result.numel():
-        cpu_view(out).copy_(result)
+    if result.is_contiguous() and not result.is_neg() and not (result.is_complex() and result.is_conj()):
+        out = empty(result.size(), result.stride(), result.dtype, index)
+        count = result.nbytes
+        if count:
+            _move(out.data_ptr(), result.data_ptr(), count)
+        return out
+    # Sizes without strides of their own (expanded) cannot be written through; such results become contiguous.
+    out = empty(result.size(), (result if _dense(result) else result.contiguous()).stride(), result.dtype, index)
+    cpu_view(out).copy_(result)
     return out
+
+
+def empty(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
+    """An uninitialised tensor on card ``index``, from torch_npu's allocator."""
+    prototype = _prototypes.get((index, dtype))
+    if prototype is None:
+        prototype = _prototypes[index, dtype] = torch.empty(0, dtype=dtype, device=device_of(index))
+    return prototype.new_empty_strided(size, stride)
+
+
+def replace(target: Tensor, result: Tensor) -> None:
+    """Give ``target`` (npu) the shape, strides and values of a CPU ``result`` in other memory, as resizing would."""
+    target.resize_(result.size())
+    if target.stride() != result.stride() and _dense(result):
+        target.as_strided_(result.size(), result.stride())
+    cpu_view(target).copy_(result)
+
+
+def _forget_after_fork() -> None:
+    _prototypes.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

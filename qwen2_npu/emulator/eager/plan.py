@@ -11,57 +11,63 @@ import torch
 class Plan:
     """How the boxed rule treats one operator.
 
-    ``tensors``, ``lists``: names and positions of arguments that hold a tensor, or a list of them.
+    ``tensors``, ``lists``: positions of arguments that hold a tensor, or a list of them.
     ``written``: positions of arguments the operator writes. ``returns``: per result, the position of the written
     argument it is, or None for a fresh tensor. ``views``: results may be views of an argument.
+    ``resizes``: the written arguments are only written (``out=``), so the operator may resize them.
+    ``device_at``, ``generator_at``: position of the argument of that name, or None.
+    ``seeded``: draws random numbers without saying from which generator.
     """
 
     op: torch._ops.OpOverload
     names: tuple[str, ...]
-    positions: dict[str, int]
     tensors: tuple[int, ...]
     lists: tuple[int, ...]
     written: tuple[int, ...]
     returns: tuple[int | None, ...]
     views: bool
-    has_device: bool
-    has_generator: bool
+    resizes: bool
+    device_at: int | None
+    generator_at: int | None
+    seeded: bool
 
     @classmethod
     def of(cls, op: torch._ops.OpOverload) -> Plan:
         schema = op._schema
         arguments = schema.arguments
+        names = tuple(argument.name for argument in arguments)
         kinds = [str(argument.type) for argument in arguments]
-        tensors = [index for index, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
-        lists = [index for index, kind in enumerate(kinds) if "List[" in kind and "Tensor" in kind]
-        alias_sets: dict[str, int] = {}
         written = []
+        written_sets: dict[str, int] = {}
         reads_alias = False
         for index, argument in enumerate(arguments):
             info = argument.alias_info
             if info is None:
                 continue
-            for name in info.before_set:
-                alias_sets[name] = index
             if info.is_write:
                 written.append(index)
+                written_sets.update(dict.fromkeys(info.before_set, index))
             else:
                 reads_alias = True
-        returns: list[int | None] = []
-        for result in schema.returns:
-            info = result.alias_info
-            names = list(info.before_set) if info is not None and info.is_write else []
-            returns.append(alias_sets.get(names[0]) if names else None)
+        generator_at = next((index for index, kind in enumerate(kinds) if "Generator" in kind), None)
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
         return cls(
             op=op,
-            names=tuple(argument.name for argument in arguments),
-            positions={argument.name: index for index, argument in enumerate(arguments)},
-            tensors=tuple(tensors),
-            lists=tuple(lists),
+            names=names,
+            tensors=tuple(index for index, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")),
+            lists=tuple(index for index, kind in enumerate(kinds) if "List[" in kind and "Tensor" in kind),
             written=tuple(written),
-            returns=tuple(returns),
+            returns=tuple(_written_argument(result, written_sets) for result in schema.returns),
             views=reads_alias or composite,
-            has_device=any(argument.name == "device" for argument in arguments),
-            has_generator=any("Generator" in kind for kind in kinds),
+            resizes=any(arguments[index].is_out for index in written),
+            device_at=names.index("device") if "device" in names else None,
+            generator_at=generator_at,
+            seeded=generator_at is None and torch.Tag.nondeterministic_seeded in op.tags,
         )
+
+
+def _written_argument(result: torch._C.Argument, written_sets: dict[str, int]) -> int | None:
+    info = result.alias_info
+    if info is None or not info.is_write:
+        return None
+    return next((written_sets[name] for name in info.before_set if name in written_sets), None)

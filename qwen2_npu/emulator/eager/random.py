@@ -6,39 +6,37 @@ repeats draws, as on hardware. Hardware's numbers are other ones.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-from qwen2_npu.emulator.eager.plan import Plan
 
 STEP = 4
 """How far one operator moves the offset. Philox generators move in fours."""
 
 _MIX = 0x9E3779B97F4A7C15
 
+_default_in_use = threading.Lock()
 
-def replace_generator(plan: Plan, args: list[Any], kwargs: dict[str, Any], device: torch.device | None) -> None:
-    """Put a CPU generator where an NPU one, or none, was given."""
-    for index, name in enumerate(plan.names):
-        if name != "generator":
-            continue
-        given = args[index] if index < len(args) else kwargs.get(name)
-        if given is not None and given.device.type == "cpu":
-            return
-        drawn = draw(given if given is not None else default_generator(device))
-        if index < len(args):
-            args[index] = drawn
-        else:
-            kwargs[name] = drawn
+
+def replace_generator(at: int, name: str, args: list[Any], kwargs: dict[str, Any], index: int) -> None:
+    """Put a CPU generator where the argument ``name`` at position ``at`` holds an NPU one, or none."""
+    given = args[at] if at < len(args) else kwargs.get(name)
+    if given is not None and given.device.type == "cpu":
         return
+    drawn = draw(default_generator(index) if given is None else given)
+    if at < len(args):
+        args[at] = drawn
+    else:
+        kwargs[name] = drawn
 
 
-def default_generator(device: torch.device | None) -> torch.Generator:
-    """The generator of ``device`` (None: the current one)."""
+def default_generator(index: int) -> torch.Generator:
+    """The generator of card ``index``."""
     npu: Any = torch.npu  # type: ignore[attr-defined]
     npu._lazy_init()
-    index = device.index if device is not None and device.index is not None else npu.current_device()
     return npu.default_generators[index]
 
 
@@ -52,3 +50,15 @@ def draw(generator: torch.Generator) -> torch.Generator:
     generator.set_state(words.view(torch.uint8))
     mixed = (seed + (offset // STEP) * _MIX) & ((1 << 64) - 1)
     return torch.Generator("cpu").manual_seed(mixed if mixed < 1 << 63 else mixed - (1 << 64))
+
+
+@contextlib.contextmanager
+def as_default(generator: torch.Generator) -> Iterator[None]:
+    """Let operators that take no generator draw from this one; the CPU's own stands still meanwhile."""
+    with _default_in_use:
+        before = torch.default_generator.get_state()
+        torch.default_generator.set_state(generator.get_state())
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)

@@ -1,7 +1,7 @@
 """The one rule every NPU kernel obeys: compute on the CPU over the same memory, hand back NPU tensors.
 
 Written and returned arguments come back as the very tensors given; views become views of the given tensor; every
-other result is a new tensor on the device of the arguments.
+other result is a new tensor on the card of the arguments. Nothing handed back is a CPU tensor over device memory.
 """
 
 from __future__ import annotations
@@ -11,148 +11,238 @@ from typing import Any
 
 import torch
 
-from qwen2_npu.emulator.eager import random, tap
-from qwen2_npu.emulator.eager.memory import cpu_view, to_device
+from qwen2_npu.emulator.eager import memory, random, tap
+from qwen2_npu.emulator.eager.memory import cpu_view
 from qwen2_npu.emulator.eager.plan import Plan
 
 Tensor = torch.Tensor
+Views = list[tuple[Tensor, Tensor]]
+"""(CPU view, npu tensor) of every npu argument of one call."""
 
 MIXES_DEVICES = frozenset(
-    {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "index", "index_put_", "_index_put_impl_", "index_put",
-     "set_", "equal", "copy_memory_", "_foreach_copy_", "_unsafe_index", "_unsafe_index_put", "to"}
-)  # fmt: skip
+    """copy_ _copy_from _copy_from_and_resize _to_copy index _unsafe_index index_put index_put_ _index_put_impl_
+    _unsafe_index_put set_ equal copy_memory_ _foreach_copy_ to _pack_padded_sequence""".split()
+)
 """Operators that take CPU tensors with dimensions beside NPU ones, on hardware as here."""
+
+HOST_RESULTS = {"_pack_padded_sequence": (1,)}
+"""Operator -> which of its results are on the CPU on every device."""
+
+UNKNOWN, HOST = -1, -2
+"""In place of a card's number: no argument says which; the result belongs on the CPU."""
+
+_modes_enabled = torch._C._is_torch_function_mode_enabled
+_cpu_autocast_enabled = torch._C.is_autocast_cpu_enabled
 
 
 def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The NPU kernel of ``op``: ``compute`` (default: ``op`` itself) on CPU tensors over the arguments' memory."""
-    plan = Plan.of(op)
-    run = compute or op
-    is_tensor, is_list = set(plan.tensors), set(plan.lists)
-    keyed_tensor = {plan.names[index] for index in is_tensor}
-    keyed_list = {plan.names[index] for index in is_list}
-    name = op._schema.name.split("::")[1]
-    mixes = name in MIXES_DEVICES
-    returns = plan.returns
-    single = len(returns) == 1 and not isinstance(op._schema.returns[0].type, torch.ListType)
-    positions = plan.positions
+    """The NPU kernel of ``op``: ``compute`` (default: ``op`` itself) on CPU tensors over the arguments' memory.
 
-    def lower(value: Any, given: dict[int, Tensor], devices: set[int], host: list[Tensor]) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_npu:  # type: ignore[attr-defined]  # put there by torch_npu
-            view = cpu_view(value)
-            given[id(view)] = value
-            devices.add(value.get_device())
-            return view
-        if value.dim():
-            host.append(value)
-        return value
+    A ``compute`` with the attribute ``draws`` gets the keyword ``generator``, a CPU one.
+    """
+    plan = Plan.of(op)
+    run = op if compute is None else compute
+    name = op._schema.name.split("::")[1]
+    names, tensors, lists, written, returns = plan.names, plan.tensors, plan.lists, plan.written, plan.returns
+    keyed = {names[index] for index in (*tensors, *lists)}
+    single = len(returns) == 1 and not isinstance(op._schema.returns[0].type, torch.ListType)
+    first = returns[0] if returns else None
+    mixes, host_results = name in MIXES_DEVICES, HOST_RESULTS.get(name, ())
+    device_at, generator_at, resizes = plan.device_at, plan.generator_at, plan.resizes
+    draws = generator_at is None and getattr(compute, "draws", False)
+    seeded = plan.seeded and compute is None
+    prepares = device_at is not None or generator_at is not None or draws or seeded
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given: dict[int, Tensor] = {}
-        devices: set[int] = set()
-        host: list[Tensor] = []
+        if _modes_enabled() or _cpu_autocast_enabled():
+            # Neither the caller's function modes nor CPU autocast may change what is computed here.
+            with torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
+                return apply(args, kwargs)
+        return apply(args, kwargs)
+
+    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        views: Views = []
+        host = False
         cpu_args = list(args)
-        for index, value in enumerate(args):
-            if index in is_tensor:
-                cpu_args[index] = lower(value, given, devices, host)
-            elif index in is_list and value is not None:
-                cpu_args[index] = [lower(item, given, devices, host) for item in value]
-        cpu_kwargs = dict(kwargs)
-        for key, value in kwargs.items():
-            if key in keyed_tensor:
-                cpu_kwargs[key] = lower(value, given, devices, host)
-            elif key in keyed_list and value is not None:
-                cpu_kwargs[key] = [lower(item, given, devices, host) for item in value]
-        if not mixes and devices and (len(devices) > 1 or host):
-            raise _mixed(plan, devices, host)
-        device = _device_of(devices)
-        if plan.has_device:
-            asked = cpu_kwargs.get("device")
-            if asked is None and positions["device"] < len(args):
-                asked = args[positions["device"]]
-            if asked is not None:
-                device = torch.device(asked)
-                if positions["device"] < len(args):
-                    cpu_args[positions["device"]] = torch.device("cpu")
-                else:
-                    cpu_kwargs["device"] = torch.device("cpu")
-                if cpu_kwargs.get("pin_memory"):
-                    cpu_kwargs["pin_memory"] = False
-        if plan.has_generator:
-            random.replace_generator(plan, cpu_args, cpu_kwargs, device)
-        if tap.listeners:
-            result = tap.call(plan, run, cpu_args, cpu_kwargs)
-        else:
+        count = len(cpu_args)
+        for index in tensors:
+            if index >= count:
+                break
+            value = args[index]
+            if not isinstance(value, Tensor):  # None, or a number: x + 1 gives the operator a 1
+                continue
+            if value.get_device() >= 0:
+                view = cpu_args[index] = cpu_view(value)
+                views.append((view, value))
+            elif value.dim():
+                host = True
+        for index in lists:
+            if index < count:
+                cpu_args[index] = _lower(args[index], views)
+        cpu_kwargs = kwargs
+        if kwargs:
+            cpu_kwargs = {key: _lower(value, views) if key in keyed else value for key, value in kwargs.items()}
+        card = views[0][1].get_device() if views else UNKNOWN
+        if not mixes and views:
+            host = host or ((lists or kwargs) and _on_host(plan, args, kwargs))
+            if host or (len(views) > 1 and any(owner.get_device() != card for _, owner in views)):
+                raise _mixed(plan, views, host)
+        if prepares:
+            card = prepare(cpu_args, cpu_kwargs, card)
+        try:
+            if tap.listeners:
+                result = tap.call(plan, run, cpu_args, cpu_kwargs)
+            elif seeded:
+                with random.as_default(random.draw(random.default_generator(card))):
+                    result = run(*cpu_args, **cpu_kwargs)
+            else:
+                result = run(*cpu_args, **cpu_kwargs)
+        except RuntimeError as error:
+            if not resizes or "not resizable" not in str(error):
+                raise
+            for index in written:
+                _put(index, cpu_args, cpu_kwargs, names[index], _blank_like(_get(index, args, kwargs, names[index])))
             result = run(*cpu_args, **cpu_kwargs)
+        for index in written:
+            key = names[index]
+            _settle(_get(index, args, kwargs, key), _get(index, cpu_args, cpu_kwargs, key))
         if single:
-            return raise_(result, returns[0], args, kwargs, given, device)
+            if first is None:
+                return _hand_out(result, views, card, plan)
+            return args[first] if first < count else kwargs[names[first]]
         if not returns:
             return None
         if len(returns) == 1:
-            return [raise_(item, None, args, kwargs, given, device) for item in result]
+            return [_hand_out(item, views, card, plan) for item in result]
         return tuple(
-            raise_(item, position, args, kwargs, given, device)
-            if not isinstance(item, list | tuple)
-            else [raise_(part, None, args, kwargs, given, device) for part in item]
-            for item, position in zip(result, returns, strict=True)
+            _hand_out(item, views, HOST if index in host_results else card, plan)
+            if position is None
+            else _get(position, args, kwargs, names[position])
+            for index, (item, position) in enumerate(zip(result, returns, strict=True))
         )
 
-    def raise_(
-        item: Any,
-        position: int | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[int, Tensor],
-        device: torch.device | None,
-    ) -> Any:
-        if not isinstance(item, Tensor):
-            return item
-        if position is not None:
-            target = args[position] if position < len(args) else kwargs[plan.names[position]]
-            if target.is_npu:
-                if item.size() != target.size():  # an out= that was resized
-                    _take_over(target, item)
-                return target
-            return item
-        same = given.get(id(item))
-        if same is not None:
-            return same
-        if plan.views:
-            base = _base(item, given)
-            if base is not None:
-                if item.dtype == base.dtype:
-                    return base.as_strided(item.size(), item.stride(), item.storage_offset())
-                raise NotImplementedError(f"{plan.op}: the emulated NPU has no view of another dtype here")
-        if device is None:
-            device = torch.device("npu", torch.npu.current_device())  # type: ignore[attr-defined]
-        return item if device.type == "cpu" else to_device(item, device)
+    def prepare(cpu_args: list[Any], cpu_kwargs: dict[str, Any], card: int) -> int:
+        """Put CPU devices and generators where NPU ones are asked for; returns where results belong."""
+        if device_at is not None:
+            asked = _get(device_at, cpu_args, cpu_kwargs, "device")
+            if asked is not None:
+                device = torch.device(asked)
+                _put(device_at, cpu_args, cpu_kwargs, "device", memory.CPU)
+                cpu_kwargs.pop("pin_memory", None)
+                card = HOST if device.type == "cpu" else UNKNOWN if device.index is None else device.index
+        if card == UNKNOWN:
+            card = _current_card()
+        if generator_at is not None:
+            random.replace_generator(generator_at, names[generator_at], cpu_args, cpu_kwargs, card)
+        elif draws:
+            cpu_kwargs["generator"] = random.draw(random.default_generator(card))
+        return card
 
     return kernel
 
 
-def _device_of(devices: set[int]) -> torch.device | None:
-    return torch.device("npu", next(iter(devices))) if devices else None
+def _lower(value: Any, views: Views) -> Any:
+    """An argument, or a list of them, with CPU views in place of npu tensors."""
+    if isinstance(value, Tensor):
+        if value.get_device() < 0:
+            return value
+        view = cpu_view(value)
+        views.append((view, value))
+        return view
+    return [_lower(item, views) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _base(item: Tensor, given: dict[int, Tensor]) -> Tensor | None:
+def _get(index: int, args: Any, kwargs: dict[str, Any], key: str) -> Any:
+    return args[index] if index < len(args) else kwargs.get(key)
+
+
+def _put(index: int, args: list[Any], kwargs: dict[str, Any], key: str, value: Any) -> None:
+    if index < len(args):
+        args[index] = value
+    else:
+        kwargs[key] = value
+
+
+def _settle(target: Any, view: Any) -> None:
+    """Let a written npu tensor take the shape that the operator gave its CPU view."""
+    if isinstance(target, list | tuple):
+        for one, its_view in zip(target, view, strict=True):
+            _settle(one, its_view)
+    elif isinstance(target, Tensor) and target.get_device() >= 0:
+        same_shape = view.size() == target.size() and view.stride() == target.stride()
+        if view.data_ptr() == target.data_ptr() and view.numel():
+            if not same_shape:
+                target.as_strided_(view.size(), view.stride(), view.storage_offset())
+        elif view.numel() or not same_shape:
+            memory.replace(target, view)
+
+
+def _blank_like(target: Any) -> Any:
+    """Something an operator can write any shape to."""
+    if isinstance(target, list | tuple):
+        return [_blank_like(item) for item in target]
+    return torch.empty(0, dtype=target.dtype, device=memory.CPU)
+
+
+def _hand_out(item: Any, views: Views, card: int, plan: Plan) -> Any:
+    """A result as the caller gets it."""
+    if not isinstance(item, Tensor):
+        return [_hand_out(part, views, card, plan) for part in item] if isinstance(item, list | tuple) else item
+    for view, owner in views:
+        if item is view:
+            return owner
+    if plan.views or card == HOST:
+        base = _base(item, views)
+        if base is not None:
+            return item.clone() if card == HOST else _view_of(base, item)
+    if card == HOST or item.get_device() >= 0:
+        return item
+    out = memory.to_device(item, _current_card() if card == UNKNOWN else card)
+    for tell in tap.stored:
+        tell(item, out)
+    return out
+
+
+def _base(item: Tensor, views: Views) -> Tensor | None:
+    """The argument in whose memory a result is."""
     pointer = item.untyped_storage().data_ptr()
     if pointer:
-        for tensor in given.values():
-            if tensor.untyped_storage().data_ptr() == pointer:
-                return tensor
+        for view, owner in views:
+            if view.untyped_storage().data_ptr() == pointer:
+                return owner
     return None
 
 
-def _take_over(target: Tensor, item: Tensor) -> None:
-    """An out= tensor that the operator resized: the CPU result is in other memory."""
-    target.resize_(item.size())
-    cpu_view(target).copy_(item)
+def _view_of(base: Tensor, item: Tensor) -> Tensor:
+    """The view of ``base`` that the CPU tensor ``item`` is of its memory."""
+    if item.dtype == base.dtype:
+        view = base.as_strided(item.size(), item.stride(), item.storage_offset())
+    else:
+        view = torch.empty(0, dtype=item.dtype, device=base.device)
+        view.set_(base.untyped_storage(), item.storage_offset(), item.size(), item.stride())
+    if item.is_neg() != base.is_neg():
+        view = torch._neg_view(view)
+    if item.is_complex() and base.is_complex() and item.is_conj() != base.is_conj():
+        view = torch._conj(view)
+    return view
 
 
-def _mixed(plan: Plan, devices: set[int], host: list[Tensor]) -> RuntimeError:
-    found = [f"npu:{index}" for index in sorted(devices)] + (["cpu"] if host else [])
+def _current_card() -> int:
+    return int(torch.npu.current_device())  # type: ignore[attr-defined]  # put there by torch_npu
+
+
+def _on_host(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an argument given in a list or by name is a CPU tensor with dimensions."""
+    for index in (*plan.tensors, *plan.lists):
+        value = _get(index, args, kwargs, plan.names[index])
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, Tensor) and item.get_device() < 0 and item.dim():
+                return True
+    return False
+
+
+def _mixed(plan: Plan, views: Views, host: bool) -> RuntimeError:
+    found = [f"npu:{index}" for index in sorted({owner.get_device() for _, owner in views})] + ["cpu"] * host
     return RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {' and '.join(found[:2])}! "
         f"(when calling {plan.op})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from qwen2_npu.emulator.eager.plan import Plan
 
 
@@ -16,6 +18,9 @@ class Listener(Protocol):
 
 listeners: list[Listener] = []
 """The last one added is called first. Empty in ordinary runs, so that watching costs nothing then."""
+
+stored: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
+"""Told of each fresh result: the CPU tensor computed, and the npu tensor it was copied into."""
 
 
 def call(plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
