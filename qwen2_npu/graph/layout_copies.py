@@ -20,13 +20,15 @@ def drop_layout_copies(module: fx.GraphModule, example_inputs: Any = None, confi
     In a functionalised graph a clone changes a value's memory and nothing else. Kept are clones of graph inputs, whose
     memory is the caller's, and those that a view reads, which may depend on their strides.
     """
+    # torchair names graphs on disk after the disassembly of this function: no nested code, whose address would be in it.
     for node in module.graph.find_nodes(op="call_function", target=CLONE):
         source = node.args[0]
-        if source.op != "placeholder" and all(_is_npu_operator(user) for user in node.users):
+        if source.op != "placeholder" and _is_read_by_npu_operators_only(node):
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
     module.graph.lint()
 
 
-def _is_npu_operator(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "npu"
+def _is_read_by_npu_operators_only(node: fx.Node) -> bool:
+    targets = [user.target for user in node.users]
+    return all(isinstance(target, torch._ops.OpOverload) and target.namespace == "npu" for target in targets)

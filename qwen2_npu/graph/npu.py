@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,9 +135,17 @@ class CachedStep:
             # Readable by others, a folder of code is an invitation.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.graphs[name] = cache_compile(
-                self.step, config=self.config, dynamic=self.dynamic, cache_dir=str(self.folder / name)
+                _renamed(self.step, name), config=self.config, dynamic=self.dynamic, cache_dir=str(self.folder / name)
             )
         return self.graphs[name](*arguments)
+
+
+def _renamed(step: Any, name: str) -> Any:
+    """The method ``step`` with a code object of its own: torchair takes a code that is compiled twice for a failure."""
+    function = step.__func__
+    code = function.__code__.replace(co_name=f"{function.__name__}_{name}")
+    own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return MethodType(own, step.__self__)
 
 
 def shape_name(arguments: Any) -> str:

@@ -58,7 +58,7 @@ class Rows:
             )
         if min(lengths) == tokens:
             return cls(None, lengths)
-        return cls(torch.argsort((~live).to(torch.int8), dim=1, stable=True), lengths)
+        return cls(torch.argsort((~live).to(torch.float32), dim=1, stable=True), lengths)
 
     def compact(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S, …) as given -> compact rows."""

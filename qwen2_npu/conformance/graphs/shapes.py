@@ -7,7 +7,7 @@ operators run on meta tensors, which have a shape and no data.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -77,7 +77,7 @@ class Operation:
 
 
 def operations(lowered: Lowered) -> list[Operation]:
-    """The operators of the graph in an order in which they can run.
+    """The operators of the graph in an order in which they can run, less those that only compute constants.
 
     Raises:
         UnsupportedGraphError: an operator that the emulator's table lacks, by name.
@@ -101,8 +101,14 @@ def operations(lowered: Lowered) -> list[Operation]:
             values[edge] = Value(tuple(tensors[edge].shape), tensors[edge].dtype, origin)  # type: ignore[arg-type]
             continue
         kernel = operators.find(node).bind(node, constants)
-        made = kernel([None if edge is None else tensors[edge] for edge in node.inputs])
-        outputs = made if isinstance(made, tuple | list) else (made,)
+        if all(edge is None or edge in constants for edge in node.inputs):  # GE folds it when it compiles
+            folded = _outputs(kernel([None if edge is None else constants[edge] for edge in node.inputs]))
+            for index, tensor in enumerate(folded):
+                edge = Edge(node.name, index)
+                constants[edge], tensors[edge] = tensor, tensor.to("meta")
+                values[edge] = Value(tuple(tensor.shape), tensor.dtype, "constant")
+            continue
+        outputs = _outputs(kernel([None if edge is None else tensors[edge] for edge in node.inputs]))
         inputs = tuple(None if edge is None else values[edge] for edge in node.inputs)
         origin = _origin_of_result(node, inputs)
         described = []
@@ -112,6 +118,10 @@ def operations(lowered: Lowered) -> list[Operation]:
             described.append(values[edge])
         result.append(Operation(node, inputs, tuple(described), _live_slots(node, tensors, lowered.batch)))
     return result
+
+
+def _outputs(made: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(made) if isinstance(made, tuple | list) else (made,)
 
 
 def cache_inputs(nodes: list[Node]) -> set[str]:

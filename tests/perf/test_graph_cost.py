@@ -1,0 +1,85 @@
+"""The cost of every documented graph, as counts that are the same on any machine.
+
+The ladder's graphs at batch 4 are held against their baselines in tests/graph/test_census.py; here are the batch
+sweeps, and the guide's story told in counts: what each step saves, it saves in the lowered graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from operator import eq, le, lt
+
+import pytest
+
+from qwen2_npu.conformance.graphs import baselines
+from qwen2_npu.conformance.graphs.baselines import BATCH, GRAPH_SIZES, Documented
+from qwen2_npu.conformance.graphs.cost import Cost
+from qwen2_npu.conformance.graphs.lowering import Phase
+from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER
+
+SWEEP = [graph for graph in baselines.documented() if graph.batch != BATCH]
+
+STORY: tuple[tuple[str, Phase, str, Callable[[int, int], bool]], ...] = (
+    ("flash_attention", "prefill", "launches", lt),
+    ("flash_attention", "prefill", "nbytes", lt),
+    ("flash_attention", "decode", "launches", lt),
+    ("flash_attention", "decode", "nbytes", lt),
+    ("add_rms_norm", "prefill", "launches", lt),
+    ("add_rms_norm", "prefill", "nbytes", lt),
+    ("add_rms_norm", "decode", "launches", lt),
+    ("last_token_logits", "prefill", "flops", lt),
+    ("last_token_logits", "prefill", "nbytes", lt),
+    ("last_token_logits", "decode", "nbytes", eq),
+    ("fused_qkv", "prefill", "launches", lt),
+    ("fused_qkv", "decode", "launches", lt),
+    ("ifa_tiling", "decode", "cache_bytes", lt),
+    ("ifa_tiling", "prefill", "nbytes", eq),
+    ("fused_gate_up", "decode", "launches", le),
+    ("swiglu", "prefill", "launches", lt),
+    ("swiglu", "decode", "launches", lt),
+)
+"""Step, phase, what it changes, and how it compares with the step before."""
+
+
+def cost_of(size: str, phase: Phase, step: str, batch: int = BATCH) -> Cost:
+    """Of the full-size graph, from its baseline."""
+    census = baselines.load(Documented(size, phase, batch, step))
+    assert census is not None, f"{size}-{phase}-b{batch}-{step} has no baseline"
+    return census.of(SIZES[size].layers).cost
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="graphs are lowered by torch_npu's torchair")
+@pytest.mark.parametrize("graph", SWEEP, ids=str)
+def test_cost_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
+    found = graph.lower()
+    if pytestconfig.option.update_baselines:
+        baselines.update(graph, found, pytestconfig.option.update_baselines)
+    problem = baselines.verdict(graph, found)
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("size", GRAPH_SIZES)
+@pytest.mark.parametrize(
+    ("step", "phase", "quantity", "relation"), STORY, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_each_step_saves_what_the_guide_says(
+    size: str, step: str, phase: Phase, quantity: str, relation: Callable[[int, int], bool]
+) -> None:
+    before, after = (getattr(cost_of(size, phase, LADDER[LADDER.index(step) - back]), quantity) for back in (1, 0))
+    assert relation(after, before), f"{step}: {quantity} {before} -> {after}, expected {relation.__name__}"
+
+
+@pytest.mark.parametrize("size", baselines.SWEEPS)
+def test_weights_are_read_once_whatever_the_batch(size: str) -> None:
+    """Why a larger batch is cheap in decode: only the cache and the arithmetic grow."""
+    batches = sorted({BATCH, *baselines.SWEEPS[size]})
+    costs = [cost_of(size, "decode", baselines.SWEEP_STEP, batch) for batch in batches]
+    hidden = SIZES[size].hidden
+    rows = [2 * hidden * batch for batch in batches]  # of the embedding table
+    assert len({cost.weight_bytes - row for cost, row in zip(costs, rows, strict=True)}) == 1
+    assert [cost.cache_bytes // batch for cost, batch in zip(costs, batches, strict=True)] == [
+        costs[0].cache_bytes // batches[0]
+    ] * len(batches)
