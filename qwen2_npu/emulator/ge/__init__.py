@@ -1,8 +1,8 @@
 """Graph mode on the emulated device: torchair's own front end, and an engine that runs the GE graph it lowers to.
 
-``graph`` is what torchair calls; ``proto`` reads the serialised graph, ``engine`` plans and runs it with the analyses of
-``order`` and ``memory``; ``operators`` is the table of GE operators. ``install`` (here) puts all that where torchair
-calls CANN's engine.
+``graph`` is what torchair calls; ``proto`` reads the serialised graph, ``engine`` plans and runs it with the analyses
+of ``order`` and ``memory``; ``operators`` is the table of GE operators. ``install`` (here) puts all that where
+torchair calls CANN's engine.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def placeholder(node: Node) -> Tensor:
     attributes = node.attributes
     dtype, shape = attribute_dtype(attributes["dtype"]), list(attributes["origin_shape"])
     over = torch._C._construct_storage_from_data_pointer(attributes["addr"], torch.device("cpu"), attributes["size"])
-    return torch.empty(0, dtype=dtype).set_(over).as_strided(shape, _dense_strides(shape))  # type: ignore[call-overload]
+    return torch.empty(0, dtype=dtype).set_(over).as_strided(shape, _dense_strides(shape))
 
 
 def _dense_strides(shape: list[int]) -> list[int]:

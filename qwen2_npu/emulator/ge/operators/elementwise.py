@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from qwen2_npu.emulator.ge.operators.table import Tensor, operator
-from qwen2_npu.emulator.ge.proto import attribute_dtype
+from qwen2_npu.emulator.ge.operators.table import Scalar, Tensor, operator
+from qwen2_npu.emulator.ge.proto import UnsupportedGraphError, attribute_dtype
 
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add,
@@ -83,9 +83,8 @@ for _name, _binary in BINARY.items():
 for _name, _unary in UNARY.items():
     _enter_unary(_name, _unary)
 
-# Natural base, no scale and no shift.
+# Base -1 is e.
 operator("Exp", fixed={"base": -1.0, "scale": 1.0, "shift": 0.0})(lambda x: torch.exp(x))
-operator("Log", fixed={"base": -1.0, "scale": 1.0, "shift": 0.0})(lambda x: torch.log(x))
 operator("Erfinv")(lambda input_x: torch.erfinv(input_x))
 operator("SelectV2")(lambda condition, then, else_: torch.where(condition, then, else_))
 operator("MaskedFill")(lambda x, mask, value: torch.where(mask, value, x))
@@ -93,21 +92,40 @@ operator("Lerp")(lambda start, end, weight: torch.lerp(start, end, weight))
 operator("ClipByValueV2")(
     lambda x, clip_value_min, clip_value_max: torch.minimum(torch.maximum(x, clip_value_min), clip_value_max)
 )
-operator("Addcmul")(lambda input_data, x1, x2, value: input_data + value * x1 * x2)
-operator("Addcdiv")(lambda input_data, x1, x2, value: input_data + value * x1 / x2)
 operator("Complex", fixed={"Tout": 16})(lambda real, imag: torch.complex(real, imag))
 operator("Real", fixed={"Tout": 0}, views="input")(lambda input: torch.real(input))
 operator("Imag", fixed={"Tout": 0}, views="input")(lambda input: torch.imag(input))
 
 
+LOGARITHMS: dict[float, Callable[[Tensor], Tensor]] = {-1.0: torch.log, 2.0: torch.log2, 10.0: torch.log10}
+"""Base -> function; -1 is e."""
+
+
+@operator("Log", fixed={"scale": 1.0, "shift": 0.0})
+def log(x: Tensor, *, base: float = -1.0) -> Tensor:
+    if base not in LOGARITHMS:
+        raise UnsupportedGraphError(f"GE operator Log with base={base!r} is not emulated")
+    return LOGARITHMS[base](x)
+
+
+@operator("Addcmul")
+def addcmul(input_data: Tensor, x1: Tensor, x2: Tensor, value: Scalar) -> Tensor:
+    return torch.addcmul(input_data, x1, x2, value=value)
+
+
+@operator("Addcdiv")
+def addcdiv(input_data: Tensor, x1: Tensor, x2: Tensor, value: Scalar) -> Tensor:
+    return torch.addcdiv(input_data, x1, x2, value=value)
+
+
 @operator("AxpyV2")
-def axpy_v2(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
-    return torch.add(x1, x2, alpha=alpha.item())
+def axpy_v2(x1: Tensor, x2: Tensor, alpha: Scalar) -> Tensor:
+    return torch.add(x1, x2, alpha=alpha)
 
 
 @operator("Sxpy")
-def sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None) -> Tensor:
-    return torch.sub(x1, x2, alpha=1 if alpha is None else alpha.item())
+def sxpy(x1: Tensor, x2: Tensor, alpha: Scalar | None) -> Tensor:
+    return torch.sub(x1, x2, alpha=1 if alpha is None else alpha)
 
 
 @operator("Adds")

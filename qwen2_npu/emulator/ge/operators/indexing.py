@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen2_npu import ops
-from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
+from qwen2_npu.emulator.ge.operators.table import Ints, Scalar, Tensor, operator
 from qwen2_npu.emulator.ge.proto import UnsupportedGraphError
 
 operator("TensorMove")(lambda x: x.clone(memory_format=torch.contiguous_format))
@@ -43,23 +43,26 @@ def view_copy(
 
 
 @operator("InplaceIndexAdd")
-def inplace_index_add(var: Tensor, indices: Tensor, updates: Tensor, alpha: Tensor | None, *, axis: int) -> Tensor:
-    return var.index_add_(axis, indices, updates, alpha=1 if alpha is None else alpha.item())
+def inplace_index_add(var: Tensor, indices: Tensor, updates: Tensor, alpha: Scalar | None, *, axis: int) -> Tensor:
+    return var.index_add_(axis, indices, updates, alpha=1 if alpha is None else alpha)
 
 
-@operator("GatherV2", fixed={"batch_dims": 0, "is_preprocessed": False, "negative_index_support": False})
-def gather_v2(x: Tensor, indices: Tensor, axis: Ints) -> Tensor:
+def _from_the_end(indices: Tensor, size: int) -> Tensor:
+    """Negative indices count from the end."""
+    return torch.where(indices < 0, indices + size, indices)
+
+
+@operator("GatherV2", fixed={"batch_dims": 0, "is_preprocessed": False})
+def gather_v2(x: Tensor, indices: Tensor, axis: Ints, *, negative_index_support: bool = False) -> Tensor:
     dim = axis[0] % x.dim()
-    picked = x.index_select(dim, indices.reshape(-1))
+    flat = indices.reshape(-1)
+    picked = x.index_select(dim, _from_the_end(flat, x.shape[dim]) if negative_index_support else flat)
     return picked.reshape([*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]])
 
 
-@operator(
-    "Gather",
-    fixed={"validate_indices": True, "batch_dims": 0, "is_preprocessed": False, "negative_index_support": False},
-)
-def gather(x: Tensor, indices: Tensor) -> Tensor:
-    return gather_v2(x, indices, (0,))
+@operator("Gather", fixed={"validate_indices": True, "batch_dims": 0, "is_preprocessed": False})
+def gather(x: Tensor, indices: Tensor, *, negative_index_support: bool = False) -> Tensor:
+    return gather_v2(x, indices, (0,), negative_index_support=negative_index_support)
 
 
 @operator("GatherElements")
@@ -71,7 +74,7 @@ def gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
 def scatter_elements(
     data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
 ) -> Tensor:
-    index = indices.to(torch.int64)
+    index = _from_the_end(indices, data.shape[axis]).to(torch.int64)
     if reduction == "none":
         return torch.scatter(data, axis, index, updates)
     if reduction == "add":

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
 @operator("SoftmaxV2")
 def softmax(x: Tensor, *, axes: tuple[int, ...] = (-1,), half_to_float: bool = False) -> Tensor:
     return torch.softmax(x, axes[0], dtype=torch.float32 if half_to_float else None)
@@ -22,7 +25,11 @@ def log_softmax(logits: Tensor, *, axes: tuple[int, ...] = (-1,)) -> Tensor:
 def layer_norm(
     x: Tensor, normalized_shape: Ints, gamma: Tensor | None, beta: Tensor | None, *, epsilon: float = 1e-5
 ) -> tuple[Tensor, ...]:
-    return torch.native_layer_norm(x, list(normalized_shape), gamma, beta, epsilon)
+    y, mean, rstd = torch.native_layer_norm(x, list(normalized_shape), gamma, beta, epsilon)
+    if x.dtype in HALVES:
+        # Hardware keeps the statistics in float32.
+        _, mean, rstd = torch.native_layer_norm(x.float(), list(normalized_shape), None, None, epsilon)
+    return y, mean, rstd
 
 
 @operator("GroupNorm", fixed={"data_format": "NHWC", "is_training": True})
@@ -38,19 +45,3 @@ def group_norm(
 @operator("BNInfer")
 def bn_infer(x: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, *, epsilon: float) -> Tensor:
     return F.batch_norm(x, mean, variance, scale, offset, False, 0.0, epsilon)
-
-
-@operator("BatchNormV3")
-def batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.1,
-    is_training: bool = True,
-) -> tuple[Tensor, ...]:
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, is_training, momentum, epsilon)
-    return y, running_mean, running_var, mean, rstd

@@ -70,9 +70,14 @@ def reduce_std_with_mean(
     return torch.sqrt(torch.square(x - mean).sum(dims, keepdim=keepdim) / max(count - correction, 0))
 
 
+INFINITE = {float(2**31): float("inf"), float(-(2**31)): float("-inf")}
+"""How infinite norms are written, as the graph's 32-bit floats hold them."""
+
+
 @operator("LpNormV2", fixed={"epsilon": 0.0})
 def lp_norm(x: Tensor, *, p: float = 2.0, axes: tuple[int, ...] = (), keepdim: bool = False) -> Tensor:
-    return torch.linalg.vector_norm(x, p, _dims(axes, x), keepdim)
+    order = INFINITE.get(p, p)
+    return torch.linalg.vector_norm(x, order, _dims(axes, x), keepdim)
 
 
 @operator("ArgMaxV2")

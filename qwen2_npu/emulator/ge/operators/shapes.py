@@ -90,9 +90,10 @@ def as_strided(x: Tensor, size: Ints, stride: Ints, storage_offset: Ints) -> Ten
     return x.contiguous().reshape(-1).as_strided(size, stride, storage_offset[0]).clone()
 
 
-@operator("ConcatV2", fixed={})
+@operator("ConcatV2")
 def concat_v2(x: list[Tensor], concat_dim: Ints, *, N: int = 1) -> Tensor:  # noqa: N803
-    return torch.cat(x, concat_dim[0])
+    # Scalars count as vectors of one.
+    return torch.cat([part.reshape(1) if part.dim() == 0 else part for part in x], concat_dim[0])
 
 
 @operator("ConcatD")

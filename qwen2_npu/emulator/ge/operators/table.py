@@ -19,6 +19,7 @@ the prototype gives an output the name of an input, the function updates that in
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ class Operator:
     def _attributes(self, node: Node) -> dict[str, Any]:
         given = {name: value for name, value in node.attributes.items() if name not in NOT_THE_OPERATORS}
         for name, value in self.fixed.items():
-            if given.pop(name, value) != value:
+            if not _same(given.pop(name, value), value):
                 raise UnsupportedGraphError(
                     f"{node} with {name}={node.attributes[name]!r} is not emulated; {name}={value!r} is"
                 )
@@ -184,6 +185,13 @@ def find(node: Node) -> Operator:
             f"{node} is not in the emulator's table of GE operators, qwen2_npu.emulator.ge.operators"
         )
     return found
+
+
+def _same(given: Any, wanted: Any) -> bool:
+    """Whether two attributes agree; the graph keeps floats in 32 bits."""
+    if isinstance(given, float) and isinstance(wanted, float):
+        return math.isclose(given, wanted, rel_tol=1e-6)
+    return bool(given == wanted)
 
 
 def _name(parameter: inspect.Parameter) -> str:
