@@ -1,0 +1,52 @@
+"""Baselines of graphs: a change in either direction fails, readably, until it is recorded with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from qwen2_npu.conformance.graphs import baselines
+from qwen2_npu.conformance.graphs.baselines import Documented
+from qwen2_npu.conformance.graphs.census import Census, LayeredCensus
+from qwen2_npu.conformance.graphs.cost import Cost
+
+GRAPH = Documented("7B", "decode", 4, "swiglu")
+
+
+def layered(launches: int = 14) -> LayeredCensus:
+    layer = Census(48, {"MatMul": launches}, {}, Cost(launches=launches))
+    return LayeredCensus(replace(layer, nodes=5), layer, 1000)
+
+
+def test_what_was_recorded_is_found_and_passes(tmp_path):
+    baselines.update(GRAPH, layered(), "first record", tmp_path)
+    assert baselines.load(GRAPH, tmp_path) == layered()
+    assert baselines.verdict(GRAPH, layered(), tmp_path) == ""
+    content = json.loads((tmp_path / "7B.json").read_text())
+    assert content["reason"] == "first record"
+    assert content["versions"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("launches", [13, 15])
+def test_a_change_in_either_direction_fails_with_a_diff(tmp_path, launches):
+    baselines.update(GRAPH, layered(), "first record", tmp_path)
+    problem = baselines.verdict(GRAPH, layered(launches), tmp_path)
+    assert "--update-baselines=REASON" in problem
+    assert f'-   "MatMul": 14\n+   "MatMul": {launches}' in problem.replace("  \n", "\n")
+
+
+def test_a_missing_baseline_fails_and_names_the_way_out(tmp_path):
+    assert "7B-decode-b4-swiglu has no baseline" in baselines.verdict(GRAPH, layered(), tmp_path)
+
+
+def test_the_reason_changes_only_with_the_numbers(tmp_path):
+    baselines.update(GRAPH, layered(), "first record", tmp_path)
+    baselines.update(GRAPH, layered(), "nothing new", tmp_path)
+    assert json.loads((tmp_path / "7B.json").read_text())["reason"] == "first record"
+
+
+def test_every_graph_is_documented_once():
+    names = [str(graph) for graph in baselines.documented()]
+    assert len(names) == len(set(names)) == 4 * 2 * 8 + 2 * 2 * 5
