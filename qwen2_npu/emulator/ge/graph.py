@@ -61,9 +61,9 @@ class EmulatedGraph:
             results = self._program.run([_as_cpu(tensor) for tensor in inputs])
             assigned = [*assigned_outputs, *[None] * (len(results) - len(assigned_outputs))]
             # Assigned memory is written last: other outputs may be views of what it holds now.
-            device = _device(inputs)
+            card = _card(inputs)
             outputs = [
-                to_device(result.contiguous(), device) if tensor is None else tensor
+                to_device(result.contiguous(), card) if tensor is None else tensor
                 for result, tensor in zip(results, assigned, strict=True)
             ]
             _write([(result, _as_cpu(t)) for result, t in zip(results, assigned, strict=True) if t is not None])
@@ -90,8 +90,8 @@ def _as_cpu(tensor: Tensor) -> Tensor:
     return cpu_view(tensor) if tensor.device.type == "npu" else tensor
 
 
-def _device(inputs: Sequence[Tensor]) -> torch.device:
+def _card(inputs: Sequence[Tensor]) -> int:
     for tensor in inputs:
         if tensor.device.type == "npu":
-            return tensor.device
-    return torch.device("npu", torch.npu.current_device())  # type: ignore[attr-defined]  # put there by torch_npu
+            return tensor.get_device()
+    return int(torch.npu.current_device())  # type: ignore[attr-defined]  # put there by torch_npu

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 
-
 HALVES = (torch.float16, torch.bfloat16)
 
 
