@@ -45,6 +45,15 @@ def torch_device(device: str) -> str:
     return "npu" if device == "emulated" else device
 
 
+def graph_backend(device: str) -> Any:
+    """What lowers graphs for the device: torchair for NPUs."""
+    if not device.startswith("npu"):
+        return "aot_eager"
+    import torchair
+
+    return torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
+
+
 @pytest.mark.parametrize(("record", "sample", "dtype"), SAMPLES)
 def test_matches_golden(record: Operator, sample: Sample, dtype: str, device: str) -> None:
     if skip := record.skip(sample.name, dtype, device):
@@ -103,7 +112,10 @@ def test_matches_golden_when_compiled(record: Operator, device: str) -> None:
     """Traced, functionalised and run: same values, and the side effects that a graph has."""
     torch._dynamo.reset()  # all records share one lambda, whose recompilations are limited
     sample = record.samples[0]
-    compiled = torch.compile(lambda **tensors: operator_of(record.name)(**tensors), backend="aot_eager", fullgraph=True)
+    def run(**tensors: Any) -> Any:
+        return operator_of(record.name)(**tensors)
+
+    compiled = torch.compile(run, backend=graph_backend(torch_device(device)), fullgraph=True, dynamic=False)
     problems = find_problems(
         replace(record, writes=record.graph_writes),
         sample.parameters,
