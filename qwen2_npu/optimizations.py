@@ -49,6 +49,10 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
+MODES: tuple[str, ...] = ("eager", "torchair", "inductor", "npugraph_ex")
+"""How a model can be run: modes of ``compile_model``."""
+
+
 @dataclass(frozen=True)
 class Optimizations:
     """Which steps are on. Impossible combinations raise ``ValueError`` on construction.

@@ -21,7 +21,7 @@ from qwen2_npu.optimizations import Optimizations
 )
 @options.device_option()
 @options.dtype_option()
-@click.option("--compile", "compiled", is_flag=True, help="Compile prefill and decode (inductor).")
+@options.mode_option()
 @click.option("--sample", is_flag=True, help="Sample in place of greedy decoding.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --sample.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="With --sample.")
@@ -35,7 +35,7 @@ def command(
     steps: tuple[str, ...] | None,
     device: str | None,
     dtype: str,
-    compiled: bool,
+    mode: str,
     sample: bool,
     temperature: float | None,
     top_p: float | None,
@@ -72,8 +72,7 @@ def command(
         tokenizer.pad_token = tokenizer.eos_token
     texts = [_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
-    if compiled:
-        compile_model(model, mode="inductor")
+    compile_model(model, mode)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if len(texts) == 1 else None
     torch.manual_seed(seed)
     out = model.generate(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qwen2_npu import emulator
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -102,4 +102,14 @@ def device_option() -> Any:
 def dtype_option() -> Any:
     return click.option(
         "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="auto: as stored."
+    )
+
+
+def mode_option() -> Any:
+    return click.option(
+        "--mode",
+        type=click.Choice(MODES),
+        default="eager",
+        show_default=True,
+        help="How the model is compiled: torchair and npugraph_ex for NPUs, inductor for CPU and CUDA.",
     )

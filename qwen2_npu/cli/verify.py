@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.optimizations import LADDER
 
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
     metavar="STEP,…",
     help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}]",
 )
+@options.mode_option()
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
 )
 def command(
-    model_path: Path | None, device: str | None, dtype: str, steps: tuple[str, ...] | None, json_path: Path
+    model_path: Path | None,
+    device: str | None,
+    dtype: str,
+    steps: tuple[str, ...] | None,
+    mode: str,
+    json_path: Path,
 ) -> None:
     """Compare every step of the optimisation ladder with the stock transformers model, at every position.
 
@@ -55,6 +62,7 @@ def command(
             device=options.check_device(device),
             dtype=dtype,
             steps=steps or LADDER,
+            mode=mode,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
     write_json(json_path, result.to_dict())
@@ -80,7 +88,7 @@ def show(result: Verification, console: Console) -> None:
         console.print(texts, markup=False)
 
     table = Table(
-        title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype}",
+        title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype} · {result.mode}",
         box=SIMPLE_HEAD,
         padding=0,
     )
@@ -124,6 +132,8 @@ def show(result: Verification, console: Console) -> None:
         f"transformers {environment.versions['transformers']}; noise measured against {result.reference_dtype}",
         highlight=False,
     )
+    if emulator.is_active() and environment.device.startswith("npu"):
+        console.print("Tokens/s are the emulator's own and say nothing about an NPU.", highlight=False)
     for failure in result.failures:
         console.print(f"FAIL {failure}", style="red", markup=False, highlight=False)
     console.print("passed" if result.passed else "FAILED", style="bold green" if result.passed else "bold red")

@@ -21,6 +21,7 @@ from qwen2_npu.conformance.environment import Environment
 from qwen2_npu.conformance.noise import RMS_FACTOR
 from qwen2_npu.conformance.subject import Sample, Subject
 from qwen2_npu.conformance.teacher import Trace
+from qwen2_npu.graph import compile_model
 from qwen2_npu.optimizations import LADDER, Optimizations
 
 SCHEMA = 1
@@ -99,6 +100,7 @@ class Verification:
     rows: list[Row]
     samples: list[Sample]
     perplexity: text.Perplexity | None
+    mode: str = "eager"
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -126,6 +128,7 @@ class Verification:
             "environment": asdict(self.environment),
             "model": self.model,
             "dtype": self.dtype,
+            "mode": self.mode,
             "reference_dtype": self.reference_dtype,
             "rows": [row.to_dict() for row in self.rows],
             "samples": [asdict(sample) for sample in self.samples],
@@ -139,6 +142,7 @@ def verify(
     device: str = "cpu",
     dtype: str = "auto",
     steps: Sequence[str] = LADDER,
+    mode: str = "eager",
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
     """The ladder, cumulatively, on one checkpoint.
@@ -146,6 +150,7 @@ def verify(
     Args:
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
         steps: which rows to run; each includes all steps of the ladder before it.
+        mode: how the optimised model is compiled, see ``compile_model``.
         progress: called before each part.
 
     Raises:
@@ -156,6 +161,9 @@ def verify(
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
     subject = Subject.of_checkpoint(model_path, dtype=dtype, device=device)
+    if mode != "eager":
+        eager = subject.build
+        subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
     baseline_rate = _rate([subject.traces(shape)[0] for shape in BATCH_SHAPES])
     rows: list[Row] = []
     for done, (step, optimizations) in enumerate(presets.items(), start=1):
@@ -172,6 +180,7 @@ def verify(
         rows=rows,
         samples=subject.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
         perplexity=subject.perplexity(model),
+        mode=mode,
     )
     progress("done", total, total)
     return result

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
+from qwen2_npu.optimizations import MODES
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
 __all__ = ["MODES", "GraphOptions", "compile_model", "parse_dynamic", "parse_mode"]
-
-MODES: tuple[str, ...] = ("eager", "torchair", "inductor", "npugraph_ex")
-"""Modes of :func:`compile_model`."""
 
 EXE_MODE, DYNAMIC_COMPILE = "EXE_MODE", "DYNAMIC_COMPILE"
 """Environment variables of the upstream guide: the mode, and whether graphs are dynamic, when not passed."""
