@@ -52,7 +52,7 @@ def check_device(device: str | None) -> str:
     """
     if device is None:
         return default_device()
-    # transformers imports torch_npu wherever it is installed, so even "cpu" needs the emulator on a machine without NPU.
+    # transformers imports torch_npu wherever it is installed: without an NPU even "cpu" needs the emulator then.
     active = emulator.activate_where_needed()
     if device == EMULATED:
         if not active:

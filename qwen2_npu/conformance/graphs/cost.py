@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+import torch
+
 from qwen2_npu.conformance.graphs.lowering import Lowered
 from qwen2_npu.conformance.graphs.shapes import Operation, Value, operations
 
@@ -97,9 +99,17 @@ def _prompt_attention(op: Operation) -> Cost:
     query, key = op.given[:2]
     batch, tokens, heads, head_dim = query.shape
     pairs = tokens * key.shape[1]
+    rest = [_seen(value, pairs) for value in op.given[2:]]
     if op.node.attributes.get("sparse_mode") in CAUSAL or op.node.attributes.get("next_tokens") == 0:
         pairs = tokens * (tokens + 1) // 2
-    return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([*op.given, *op.outputs])
+    return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([query, key, *rest, *op.outputs])
+
+
+def _seen(value: Value, pairs: int) -> Value:
+    """Of a mask larger than the (Sq, Skv) it stands for, as the compressed one is for short prompts, that much."""
+    if value.dtype == torch.bool and value.elements > pairs:
+        return Value((pairs,), value.dtype, value.origin)
+    return value
 
 
 CAUSAL = (2, 3)
