@@ -45,11 +45,19 @@ class Communicator:
     Args:
         name: as ``get_hccl_comm_name`` gives it: the same on all ranks.
         rank, size: of this process in the communicator.
-        store: where the ranks find one another.
+        store: where the ranks find one another, in ``patience``.
         timeout: gives the time to wait for the other ranks; asked at every call.
     """
 
-    def __init__(self, name: str, rank: int, size: int, store: dist.Store, timeout: Callable[[], timedelta]) -> None:
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        patience: timedelta,
+        timeout: Callable[[], timedelta],
+    ) -> None:
         self.name, self.rank, self.size = name, rank, size
         self._timeout = timeout
         self._broken = ""
@@ -57,7 +65,7 @@ class Communicator:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=LOOPBACK)]
-        options._timeout = timeout()
+        options._timeout = patience
         self._gloo = gloo(store, rank, size, options)
 
     # ---- collectives ----

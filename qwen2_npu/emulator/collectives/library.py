@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_char, c_char_p, c_int32, c_uint32, c_uint64, c_void_p
 from datetime import timedelta
@@ -195,6 +196,9 @@ timeouts: dict[str, timedelta] = {}
 DEFAULT_TIMEOUT = timedelta(seconds=1836)
 """HCCL's own, for a communicator whose process group is not known."""
 
+CONNECT_SECONDS = 120
+"""HCCL's own for the ranks of a new communicator to meet; its variable is HCCL_CONNECT_TIMEOUT."""
+
 
 def find(name: str) -> Communicator:
     """The communicator that ``get_hccl_comm_name`` calls ``name``.
@@ -230,17 +234,18 @@ def _open_comm(handle: Any, info: Any) -> None:
     def timeout() -> timedelta:
         return timeouts.get(name) or timeouts.get(GROUP_NAME.format(0)) or DEFAULT_TIMEOUT
 
+    patience = timedelta(seconds=int(os.environ.get("HCCL_CONNECT_TIMEOUT", CONNECT_SECONDS)))
     store = _roots.pop(where, None)
     try:
         if store is None:
             host, _, port = where.decode().rpartition(":")
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout())
-        comm = Communicator(name, record.rank, record.size, store, timeout)
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=patience)
+        comm = Communicator(name, record.rank, record.size, store, patience, timeout)
     except RuntimeError as error:
         raise CollectiveError(
             Result.TIMEOUT,
             f"rank {record.rank} of {record.size} of communicator {name!r} did not meet the others in "
-            f"{timeout().total_seconds():g} s: every one of them must make this call ({error})",
+            f"{patience.total_seconds():g} s (HCCL_CONNECT_TIMEOUT): every one of them must make this call ({error})",
         ) from error
     record.id, _next_id = _next_id, _next_id + 1
     _open[record.id] = comm

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from qwen2_npu.emulator.collectives import faults
 from tests.unit.emulator.collectives import eager_checks, model_checks
 from tests.unit.emulator.collectives.eager_checks import refused
-from tests.unit.emulator.collectives.harness import check, rank, size
+from tests.unit.emulator.collectives.harness import check, rank, size, slow_check
 
 NPU = torch.device("npu")
 
@@ -29,14 +29,20 @@ def seen(disturbed: Callable[[], None]) -> None:
 def a_dropped_contribution_is_seen() -> None:
     with faults.inject("drop", rank=size() - 1, collective="all_reduce"):
         seen(eager_checks.asynchronous_work)
-        seen(model_checks.graph_of_collectives)
     with faults.inject("drop", rank=size() - 1, collective="all_gather"):
         seen(eager_checks.functional_collectives)
     eager_checks.asynchronous_work()
 
 
+@slow_check
+def a_dropped_contribution_is_seen_in_a_graph() -> None:
+    with faults.inject("drop", rank=size() - 1, collective="reduce_scatter"):
+        seen(model_checks.graph_of_collectives)
+
+
 @check
 def a_failure_names_its_rank() -> None:
+    dist.barrier()
     group = dist.new_group(timeout=timedelta(seconds=1))
     x = torch.ones(3, device=NPU)
     dist.all_reduce(x, group=group)
@@ -53,6 +59,7 @@ def a_failure_names_its_rank() -> None:
 
 @check
 def a_hang_ends_with_the_timeout_of_its_group() -> None:
+    dist.barrier()
     group = dist.new_group(timeout=timedelta(seconds=1))
     x = torch.ones(3, device=NPU)
     dist.all_reduce(x, group=group)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch_npu  # noqa: F401 - the device, where it is not loaded with torch
 
 from tests.unit.emulator.collectives import eager_checks, fault_checks, model_checks  # noqa: F401 - enter their checks
 from tests.unit.emulator.collectives.harness import CHECKS
