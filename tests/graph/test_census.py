@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from qwen2_npu.conformance.graphs import baselines, invariants
-from qwen2_npu.conformance.graphs.baselines import BATCH, CAPACITY, PROMPT, Documented
+from qwen2_npu.conformance.graphs.baselines import BATCH, CAPACITY, PAST, Documented
 from qwen2_npu.conformance.graphs.census import FEW, MORE, LayeredCensus, of_layers
 from qwen2_npu.conformance.graphs.lowering import Lowered, lower
 from qwen2_npu.conformance.sizes import SIZES
@@ -35,7 +35,7 @@ LAYER_KERNELS = {128: 14, 64: 13}
 @cache
 def lowered(graph: Documented, layers: int) -> Lowered:
     config = SIZES[graph.size].config(layers=layers)
-    return lower(config, graph.phase, graph.batch, CAPACITY, graph.optimizations, prompt=PROMPT)
+    return lower(config, graph.phase, graph.batch, CAPACITY, graph.optimizations, prompt=graph.prompt)
 
 
 @cache
@@ -70,7 +70,7 @@ def test_decode_moves_the_weights_and_the_live_cache_and_little_else(graph: Docu
     cost = census_of(graph).of(size.layers).cost
     # Every weight but the embedding table, of which a row per token is read; a tied table is read as lm_head.
     weights = 2 * (size.parameters - (0 if size.tied else size.vocab * size.hidden))
-    live = 2 * 2 * size.layers * graph.batch * (PROMPT + 1) * size.kv_heads * size.head_dim
+    live = 2 * 2 * size.layers * graph.batch * (PAST + 1) * size.kv_heads * size.head_dim
     assert weights + live <= cost.nbytes <= 1.05 * (weights + live)
 
 

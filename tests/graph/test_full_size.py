@@ -20,19 +20,17 @@ from qwen2_npu import emulator
 emulator.activate_where_needed()
 import torch
 torch.set_num_threads(1)
-from qwen2_npu import Optimizations
 from qwen2_npu.conformance.graphs import baselines, census, invariants, lowering
 from qwen2_npu.conformance.sizes import SIZES
-name, phase, step = sys.argv[1:]
-size, start = SIZES[name], time.perf_counter()
-optimizations = Optimizations.up_to(step)
+graph = next(graph for graph in baselines.documented() if str(graph) == sys.argv[1])
+size, start = SIZES[graph.size], time.perf_counter()
 lowered = lowering.lower(
-    size.config(), phase, baselines.BATCH, baselines.CAPACITY, optimizations, prompt=baselines.PROMPT
+    size.config(), graph.phase, graph.batch, baselines.CAPACITY, graph.optimizations, prompt=graph.prompt
 )
 print(json.dumps({
     "seconds": time.perf_counter() - start,
     "census": census.take(lowered).to_json(),
-    "problems": invariants.problems(lowered, optimizations, size.vocab),
+    "problems": invariants.problems(lowered, graph.optimizations, size.vocab),
     "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
 }))
 """
@@ -46,7 +44,7 @@ FINAL = [graph for graph in baselines.documented() if graph.step == LADDER[-1]]
 @pytest.mark.parametrize("graph", FINAL, ids=str)
 def test_full_size(graph: Documented) -> None:
     """In a process of its own, whose peak memory is measured. No weight is allocated."""
-    command = [sys.executable, "-c", CODE, graph.size, graph.phase, graph.step]
+    command = [sys.executable, "-c", CODE, str(graph)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

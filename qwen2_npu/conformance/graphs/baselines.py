@@ -27,6 +27,12 @@ FOLDER = Path(__file__).parents[3] / "baselines" / "graphs"
 PROMPT, CAPACITY = 1024, 2048
 """The guide's protocol: 1024 tokens in, 1024 out."""
 
+PAST = (PROMPT + CAPACITY) // 2 - 1
+"""Tokens before the decode step that is the mean of all."""
+
+ORIGINAL = "original"
+"""The stock model's own computation: this project's model with every switch off."""
+
 BATCH = 4
 """Of the ladder's tables."""
 
@@ -58,19 +64,26 @@ class Documented:
 
     @property
     def optimizations(self) -> Optimizations:
-        return Optimizations.up_to(self.step)
+        return Optimizations.none() if self.step == ORIGINAL else Optimizations.up_to(self.step)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt; in decode, those before the step."""
+        return PROMPT if self.phase == "prefill" else PAST
 
     def lower(self) -> LayeredCensus:
         """What torchair makes of it now."""
-        return of_size(SIZES[self.size], self.phase, self.batch, self.optimizations, prompt=PROMPT, capacity=CAPACITY)
+        return of_size(
+            SIZES[self.size], self.phase, self.batch, self.optimizations, prompt=self.prompt, capacity=CAPACITY
+        )
 
 
 def documented() -> Iterator[Documented]:
-    """The ladder at batch 4 for every size, then the sweeps."""
+    """The ladder at batch 4 for every size, then the sweeps; the sizes with tables from ``original`` on."""
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for size in GRAPH_SIZES:
         for phase in phases:
-            for step in LADDER:
+            for step in (ORIGINAL, *LADDER) if size in SWEEPS else LADDER:
                 yield Documented(size, phase, BATCH, step)
             for batch in SWEEPS.get(size, ()):
                 yield Documented(size, phase, batch, SWEEP_STEP)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from qwen2_npu.conformance.graphs.cost import Cost, cost_of, total
+from qwen2_npu.conformance.graphs.cost import Cost, cost_of
 from qwen2_npu.conformance.graphs.lowering import Lowered, Phase, lower
 from qwen2_npu.conformance.graphs.memory import peak_activation_bytes
 from qwen2_npu.conformance.graphs.shapes import Operation, operations
@@ -30,14 +31,23 @@ class Census:
 
     Attributes:
         nodes: all GE nodes, constants and inputs included.
-        operators: GE operator -> how many launch a kernel.
+        costs: GE operator -> the cost of all its nodes together; ``launches`` is their number.
         views: GE operator -> how many move nothing.
     """
 
     nodes: int
-    operators: Mapping[str, int]
+    costs: Mapping[str, Cost]
     views: Mapping[str, int]
-    cost: Cost
+
+    @property
+    def cost(self) -> Cost:
+        """Of everything."""
+        return sum(self.costs.values(), Cost())
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """GE operator -> how many launch a kernel."""
+        return {name: cost.launches for name, cost in self.costs.items()}
 
     def minus(self, other: Census, times: int = 1) -> Census:
         """This less ``times`` the other.
@@ -52,53 +62,57 @@ class Census:
         return self._combine(other, times)
 
     def _combine(self, other: Census, times: int) -> Census:
-        def counts(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, int]:
-            both = {name: mine.get(name, 0) + times * theirs.get(name, 0) for name in sorted({*mine, *theirs})}
-            if min(both.values(), default=0) < 0:
-                raise ValueError(f"cannot take {dict(theirs)} {-times} times from {dict(mine)}")
-            return {name: count for name, count in both.items() if count}
+        def number(name: str, mine: int, theirs: int) -> int:
+            result = mine + times * theirs
+            if result < 0:
+                raise ValueError(f"{name}: cannot take {theirs} {-times} times from {mine}")
+            return result
 
-        values = {name: mine + times * getattr(other.cost, name) for name, mine in asdict(self.cost).items()}
+        costs = {
+            name: self.costs.get(name, Cost()).combined(other.costs.get(name, Cost()), partial(number, name))
+            for name in sorted({*self.costs, *other.costs})
+        }
+        views = {
+            name: number(name, self.views.get(name, 0), other.views.get(name, 0))
+            for name in sorted({*self.views, *other.views})
+        }
         return Census(
-            nodes=self.nodes + times * other.nodes,
-            operators=counts(self.operators, other.operators),
-            views=counts(self.views, other.views),
-            cost=Cost(**values),
+            nodes=number("nodes", self.nodes, other.nodes),
+            costs={name: cost for name, cost in costs.items() if cost != Cost()},
+            views={name: count for name, count in views.items() if count},
         )
 
     def halved(self) -> Census:
         """One of two equal parts.
 
         Raises:
-            ValueError: a count is odd: the parts are not equal.
+            ValueError: a number is odd: the parts are not equal.
         """
 
-        def half(name: str, count: int) -> int:
+        def half(name: str, count: int, _: int = 0) -> int:
             if count % 2:
                 raise ValueError(f"{name}: {count} is not twice anything; the layers differ")
             return count // 2
 
         return Census(
             nodes=half("nodes", self.nodes),
-            operators={name: half(name, count) for name, count in self.operators.items()},
+            costs={name: cost.combined(cost, partial(half, name)) for name, cost in self.costs.items()},
             views={name: half(name, count) for name, count in self.views.items()},
-            cost=Cost(**{name: half(name, value) for name, value in asdict(self.cost).items()}),
         )
 
     def to_json(self) -> dict[str, Any]:
         """As a baseline holds it."""
         return {
             "nodes": self.nodes,
-            "operators": dict(sorted(self.operators.items())),
+            "costs": {name: asdict(cost) for name, cost in sorted(self.costs.items())},
             "views": dict(sorted(self.views.items())),
-            **asdict(self.cost),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Census:
         """The reverse of :meth:`to_json`."""
-        rest = dict(data)
-        return cls(rest.pop("nodes"), rest.pop("operators"), rest.pop("views"), Cost(**rest))
+        costs = {name: Cost(**cost) for name, cost in data["costs"].items()}
+        return cls(data["nodes"], costs, data["views"])
 
 
 @dataclass(frozen=True)
@@ -134,9 +148,14 @@ class LayeredCensus:
 def take(lowered: Lowered, ops: list[Operation] | None = None) -> Census:
     """The census of one graph."""
     ops = operations(lowered) if ops is None else ops
-    launched = Counter(op.node.type for op in ops if cost_of(op).launches)
-    views = Counter(op.node.type for op in ops if not cost_of(op).launches)
-    return Census(len(lowered.nodes), dict(launched), dict(views), total(ops))
+    costs: dict[str, Cost] = {}
+    views: Counter[str] = Counter()
+    for op in ops:
+        if op.is_view:
+            views[op.node.type] += 1
+        else:
+            costs[op.node.type] = costs.get(op.node.type, Cost()) + cost_of(op)
+    return Census(len(lowered.nodes), costs, dict(views))
 
 
 def of_layers(few: Lowered, more: Lowered) -> LayeredCensus:

@@ -33,7 +33,11 @@ class Cost:
     launches: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
+        return self.combined(other, int.__add__)
+
+    def combined(self, other: Cost, combine: Callable[[int, int], int]) -> Cost:
+        """``combine`` applied to every number of the two."""
+        return Cost(*(combine(getattr(self, field.name), getattr(other, field.name)) for field in fields(Cost)))
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.compat import growing_cache, head_dim, kv_head_count
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
 from qwen2_npu.graph.steps import DYNAMO, mark_static
@@ -82,15 +83,14 @@ def lower(
     Args:
         capacity: slots of the KV cache.
         prompt: tokens of the prompt (prefill), or live tokens before the step (decode); default: half the capacity.
-
-    Raises:
-        ValueError: optimizations without the fixed cache, whose graphs change every step.
+            Without the fixed cache every decode step is another graph; this is the one after so many tokens.
     """
-    if not optimizations.fixed_kv_cache:
-        raise ValueError(f"{optimizations} has no fixed_kv_cache: without it every decode step is another graph")
     prompt = capacity // 2 if prompt is None else prompt
     with fake_model(config, optimizations, dtype) as model:
-        step, arguments = step_arguments(model, phase, batch, capacity, prompt)
+        if optimizations.fixed_kv_cache:
+            step, arguments = step_arguments(model, phase, batch, capacity, prompt)
+        else:
+            step, arguments = growing_arguments(model, phase, batch, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
     return describe(raw, config, phase, batch, capacity, prompt)
 
@@ -145,6 +145,20 @@ def step_arguments(
         return model.decode_step, (ids, inputs, caches)
     index = rows.last(1, tokens, device) if model.optimizations.last_token_logits else None
     return model.prefill_step, (ids, inputs, caches, index)
+
+
+def growing_arguments(
+    model: Qwen2ForCausalLM, phase: Phase, batch: int, prompt: int
+) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    """A step over the stock growing cache, with ``prompt`` tokens in it in decode; logits of all positions."""
+    cache = growing_cache()
+    if phase == "decode":
+        shape = (batch, kv_head_count(model.config), prompt, head_dim(model.config))
+        for layer in range(model.config.num_hidden_layers):
+            past = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            cache.update(past, past.clone(), layer)
+    ids = torch.zeros(batch, prompt if phase == "prefill" else 1, dtype=torch.int64, device=model.device)
+    return model._forward_growing, (ids, None, None, cache, 0, None)
 
 
 def lower_call(

@@ -9,8 +9,9 @@ from qwen2_npu.conformance.graphs.cost import Cost
 from tests.unit.conformance.graphs.build import Graph
 
 
-def census(nodes: int = 10, launches: int = 4, **operators: int) -> Census:
-    return Census(nodes, operators, {"Reshape": 2}, Cost(flops=8, launches=launches))
+def census(nodes: int = 10, **operators: int) -> Census:
+    costs = {name: Cost(flops=8 * count, launches=count) for name, count in operators.items()}
+    return Census(nodes, costs, {"Reshape": 2})
 
 
 def test_kernels_and_views_are_counted_apart():
@@ -21,19 +22,19 @@ def test_kernels_and_views_are_counted_apart():
 
 
 def test_a_layer_is_half_the_difference():
-    few, more = census(10, 6, MatMul=4, GatherV2=1), census(18, 10, MatMul=8, GatherV2=1)
+    few, more = census(10, MatMul=4, GatherV2=1), census(18, MatMul=8, GatherV2=1)
     layer = more.minus(few).halved()
     assert layer.operators == {"MatMul": 2}
     assert few.minus(layer, 2).plus(layer, 4) == more
 
 
 def test_layers_that_differ_are_refused():
-    with pytest.raises(ValueError, match="MatMul: 3 is not twice"):
-        census(14, 8, MatMul=7).minus(census(10, 6, MatMul=4)).halved()
+    with pytest.raises(ValueError, match=r"MatMul: \d+ is not twice"):
+        census(14, MatMul=7).minus(census(10, MatMul=4)).halved()
 
 
 def test_nothing_is_negative():
-    with pytest.raises(ValueError, match="cannot take"):
+    with pytest.raises(ValueError, match="MatMul: cannot take"):
         census(MatMul=1).minus(census(MatMul=2))
 
 
