@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char, c_char_p, c_int32, c_uint32, c_uint64, c_void_p
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -251,14 +251,36 @@ def _open_comm(handle: Any, info: Any) -> None:
     _open[record.id] = comm
 
 
+recorder: Callable[[Callable[[], None]], None] | None = None
+"""While a graph is captured: takes what would be computed now, to compute it at every replay, on the same memory."""
+
+
 def _run(calls: Any, count: int) -> None:
+    if recorder is None:
+        _compute(calls[:count])
+    else:
+        recorder(partial(_compute, [_kept(call) for call in calls[:count]]))
+
+
+def _kept(call: Call) -> Call:
+    """A copy that outlives the call from C."""
+    copy = Call.from_buffer_copy(call)
+    ranks = call.comm.contents.size
+    length = ranks**2 if KINDS[call.kind : call.kind + 1] == (_all_to_all_vc,) else ranks
+    for name in ("send_counts", "send_offsets", "receive_counts", "receive_offsets"):
+        numbers = getattr(call, name)
+        if numbers:
+            setattr(copy, name, (c_uint64 * length)(*numbers[:length]))
+    return copy
+
+
+def _compute(calls: Sequence[Call]) -> None:
     first = calls[0]
     if first.kind < len(KINDS):
         KINDS[first.kind](_open[first.comm.contents.id], first)
         return
     together: dict[int, list[Message]] = {}
-    for index in range(count):
-        call = calls[index]
+    for call in calls:
         message = Message(call.kind == RECEIVE, call.received(call.count), call.peer)
         together.setdefault(call.comm.contents.id, []).append(message)
     for receives in (False, True):  # all sends are on their way before the first receive waits
@@ -304,7 +326,7 @@ def _answering(library: ctypes.CDLL, function: _Handler) -> Callable[..., int]:
     return answer
 
 
-_kept: list[Any] = []
+_connected: list[Any] = []
 """C calls these as long as the process lives."""
 
 
@@ -318,7 +340,7 @@ def connect(library: ctypes.CDLL) -> None:
     library.emu_set_error.restype = None
     library.emu_set_hccl_handlers.argtypes = (c_void_p,)
     library.emu_set_hccl_handlers.restype = None
-    _kept.append(table)
+    _connected.append(table)
     library.emu_set_hccl_handlers(ctypes.addressof(table))
     atexit.register(_disconnect, library)
     _learn_timeouts()

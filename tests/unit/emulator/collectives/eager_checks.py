@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch_npu
 
+from qwen2_npu.emulator.collectives import library
 from tests.unit.emulator.collectives.harness import check, expect, npu, operand, operands, rank, reduced, size
 
 NPU = torch.device("npu")
@@ -276,6 +277,29 @@ def functional_collectives() -> None:
     exchanged = functional.all_to_all_single(x, None, None, world) + 0
     expect(exchanged, np.concatenate([v[rows] for v in values]), torch.float32)
     expect(functional.broadcast(x, 0, world) + 0, values[0], torch.float32)
+
+
+@check
+def a_recorded_collective_runs_at_replay() -> None:
+    """As in a captured graph: nothing is computed while recording, and each replay reads the memory anew."""
+    replay: list[Callable[[], None]] = []
+    x, received = npu(operand("recorded", SHAPE)), torch.zeros(size(), 2, device=NPU)
+    blocks = npu(operand("blocks", (size(), 2)))
+    dist.all_reduce(torch.ones(1, device=NPU))
+    library.recorder = replay.append
+    try:
+        dist.all_reduce(x)
+        dist.all_to_all_single(received, blocks, [1] * size(), [1] * size())
+    finally:
+        library.recorder = None
+    expect(x, operand("recorded", SHAPE), torch.float32)
+    for again in ("first", "second"):
+        x.copy_(npu(operand(again, SHAPE)))
+        blocks.copy_(npu(operand(again, (size(), 2))))
+        for job in replay:
+            job()
+        expect(x, *_then_dtype(reduced(operands(again, SHAPE), "sum", torch.float32), torch.float32))
+        expect(received, np.stack([v[rank()] for v in operands(again, (size(), 2))]), torch.float32)
 
 
 def refused(call: Callable[[], object], *words: str) -> None:
