@@ -27,6 +27,7 @@ from qwen2_npu.conformance.perf.documented import BASELINES, Documented
 from qwen2_npu.conformance.perf.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.conformance.perf.memory import memory_of
 from qwen2_npu.conformance.perf.rows import PHASES, Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 
@@ -84,6 +85,11 @@ class StandIn:
     def measured(self, configuration: Configuration) -> Measurement:
         milliseconds = {phase: self._latency(configuration, phase) for phase in PHASES}
         changes = {key: tuple(v) if isinstance(v, list) else v for key, v in self.settings.get("changes", {}).items()}
+        memory = memory_of(
+            self.size(configuration), configuration.step, configuration.batch, INPUT_TOKENS, DECODE_STEPS,
+            cards=configuration.cards,
+        )  # fmt: skip
+        changes.setdefault("peak_bytes", memory.total)
         return measurement_of(milliseconds, self_test=self.self_test, **changes)
 
     def _latency(self, configuration: Configuration, phase: str) -> float:

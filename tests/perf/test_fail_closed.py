@@ -238,6 +238,19 @@ def test_a_measurement_that_is_none_fails(standin: dict[str, Any], message: str,
 
 
 @pytest.mark.parametrize(
+    ("peak", "message"),
+    [(None, "the device did not say"), (10**9, "is below 15,"), (10**11, "is above")],
+    ids=["unmeasured", "too_little", "too_much"],
+)
+def test_memory_that_is_not_the_formulas_fails(peak: int | None, message: str, tmp_path: Path) -> None:
+    standin = {"changes": {"peak_bytes": peak}}
+    result = run_pytest(tmp_path, "--gate", "--gate-rows=7b-batch-b1-*", standin=standin)
+    assert set(result.failed) == {"test_latency[7b-batch-b1-graph-fused_qkv-prefill]"}
+    assert f"memory: {'' if peak is None else 'peak '}" in next(iter(result.failed.values()))
+    assert message in next(iter(result.failed.values()))
+
+
+@pytest.mark.parametrize(
     "identity",
     [
         {"verified": "emulated (torch_npu 2.13.0, torchair)"},

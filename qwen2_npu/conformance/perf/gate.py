@@ -2,7 +2,8 @@
 
 Documented rows fail where they are slower than the printed number by more than 10 % and its rounding. Recorded rows
 fail in both directions outside the margin of their runs. Whatever a row is compared with, it fails below its physical
-floor, and where the measurement is none of the protocol. ``strict`` (--gate) adds what would otherwise pass in
+floor, where the measurement is none of the protocol, and where its
+memory is not the formula's. ``strict`` (--gate) adds what would otherwise pass in
 silence.
 """
 
@@ -16,6 +17,7 @@ from qwen2_npu.conformance.perf import floor
 from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.margin import MINIMUM_RUNS
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
+from qwen2_npu.conformance.perf.memory import Memory
 from qwen2_npu.conformance.perf.recorded import STATISTICS, Baseline, protocol
 from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.sizes import Size
@@ -91,6 +93,7 @@ class Against:
         recorded: None where this very machine has no runs of the row.
         card: None where nothing is known of it.
         why_no_card: said under ``strict`` where ``card`` is None; empty where no floor is expected.
+        memory: the formula of the device's memory; None where there is none to measure.
         elsewhere: recorded on other machines: for the message alone.
     """
 
@@ -98,6 +101,7 @@ class Against:
     recorded: Baseline | None = None
     card: Hardware | None = None
     why_no_card: str = ""
+    memory: Memory | None = None
     elsewhere: Sequence[str] = ()
 
 
@@ -116,6 +120,8 @@ def judge(
     floor_ms = _floor_ms(row, size, measurement, against.card)
     verdict = Verdict(row, label, measurement.self_test, Summary.of(samples), floor_ms, failures=faults)
     _check_floor(verdict, against, strict)
+    if row.phase == "prefill":  # where the peak is
+        _check_memory(verdict, measurement.peak_bytes, against.memory, strict)
     _compare_documented(verdict, measurement, against.documented, strict)
     _compare_recorded(verdict, measurement, against.recorded, strict)
     if not verdict.comparisons:
@@ -144,6 +150,15 @@ def _check_floor(verdict: Verdict, against: Against, strict: bool) -> None:
             f"timing error: {verdict.summary.mean:.4g} ms is below the physical floor of {verdict.floor_ms:.4g} ms on "
             f"{against.card.soc} (bytes / bandwidth, operations / peak): a missing synchronize, or another card"
         )
+
+
+def _check_memory(verdict: Verdict, peak: int | None, memory: Memory | None, strict: bool) -> None:
+    if memory is None:
+        return
+    if peak is None:
+        (verdict.failures if strict else verdict.notes).append("memory: the device did not say what its peak was")
+    elif (fault := memory.fault(peak)) is not None:
+        verdict.failures.append(fault)
 
 
 def _compare_documented(verdict: Verdict, measurement: Measurement, number: Documented | None, strict: bool) -> None:

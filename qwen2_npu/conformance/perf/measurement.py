@@ -26,7 +26,7 @@ class Measurement:
         contexts: tokens in the cache before each step.
         input_tokens: of the prompt, per row.
         asked_steps: decode steps that were asked for.
-        peak_bytes: the most device memory in use during the call, None where the device does not say.
+        peak_bytes: the most device memory that was asked for at once, None where the device does not say.
         warnings: what was wrong with the host meanwhile.
         weights: "random", or the checkpoint's name.
         self_test: injected latencies: nothing was measured, and nothing may be recorded.

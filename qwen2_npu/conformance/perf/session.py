@@ -15,6 +15,8 @@ from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Docu
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge
 from qwen2_npu.conformance.perf.laboratory import Laboratory
 from qwen2_npu.conformance.perf.ledger import Ledger
+from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.conformance.perf.memory import Memory, memory_of
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.replay import Replay
 from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration, Row
@@ -131,6 +133,7 @@ class LatencyGate:
             recorded=recorded,
             card=card,
             why_no_card=why_no_card,
+            memory=self._memory(row, measurement),
             elsewhere=store.elsewhere(row),
         )
         label = number.label if number is not None else ""
@@ -139,6 +142,21 @@ class LatencyGate:
         if stock:
             verdict.notes.append(stock)
         return verdict
+
+    def _memory(self, row: Row, measurement: Measurement) -> Memory | None:
+        identity = self.laboratory.fingerprint.identity
+        if identity.get("device") == "cpu":
+            return None
+        what = row.configuration
+        return memory_of(
+            self.laboratory.size(what),
+            what.step,
+            what.batch,
+            measurement.input_tokens,
+            measurement.asked_steps,
+            cards=what.cards,
+            float32_logits=str(identity.get("transformers")).startswith("4."),
+        )
 
     def _stock_of_another_version(self, row: Row, number: Documented | None) -> str | None:
         """Said of the stock model's row on a transformers that is not the documented one."""

@@ -1,0 +1,143 @@
+"""The memory formula against what the NPU's own allocator counts, real or emulated; faults that hold memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from qwen2_npu import cache
+from qwen2_npu.compat import LOGITS_IN_FLOAT32
+from qwen2_npu.conformance.perf import documented, memory
+from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.conformance.perf.memory import memory_of
+from qwen2_npu.conformance.perf.protocol import measure
+from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration
+from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.optimizations import LADDER
+
+SMALL = Size("small", 256, 256, 2, 4, 2, 64, 512, tied=False)
+SHAPES = {
+    "attention": SMALL,
+    "head_dim_128": replace(SMALL, head_dim=128),
+    "mlp": replace(SMALL, intermediate=2048),
+    "logits": replace(SMALL, vocab=16384),
+    "no_groups": replace(SMALL, kv_heads=4, tied=True),
+}
+BATCH, TOKENS, STEPS = 3, 128, 3
+ACCELERATOR = next((k for k in ("npu", "cuda") if hasattr(torch, k) and getattr(torch, k).is_available()), None)
+
+needs_device = pytest.mark.skipif(ACCELERATOR is None, reason="no device here counts its memory")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Models are collected between tests; what was loaded before need not be looked through every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _small_constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No slack, which would hide everything that small."""
+    monkeypatch.setattr(memory, "SLACK", 0)
+    yield
+    gc.collect()
+
+
+def peak_of(size: Size, step: str, fault: Any = None, **build: Any) -> int:
+    assert ACCELERATOR is not None
+    gc.collect()
+    model = Weights(size).build(Configuration("small", 1, BATCH, "eager", step), ACCELERATOR, **build)
+    if fault is not None:
+        fault(model)
+    peak = measure(model, batch=BATCH, input_tokens=TOKENS, decode_steps=STEPS).peak_bytes
+    assert peak is not None
+    return peak
+
+
+def formula(size: Size, step: str) -> memory.Memory:
+    return memory_of(size, step, BATCH, TOKENS, STEPS, float32_logits=LOGITS_IN_FLOAT32)
+
+
+def _cases() -> Iterator[Any]:
+    """Every step with one shape, every shape with the first and the last step; the rest of the product is slow."""
+    for shape in SHAPES:
+        for step in ("fixed_kv_cache", "flash_attention", "add_rms_norm", "last_token_logits", "fused_qkv", "swiglu"):
+            quick = shape == "attention" or step in ("fixed_kv_cache", "swiglu")
+            yield pytest.param(step, shape, id=f"{step}-{shape}", marks=() if quick else pytest.mark.slow)
+
+
+@needs_device
+@pytest.mark.parametrize(("step", "shape"), _cases())
+def test_measured_peak_is_the_formulas(step: str, shape: str) -> None:
+    expected, peak = formula(SHAPES[shape], step), peak_of(SHAPES[shape], step)
+    assert expected.fault(peak) is None
+    if "flash_attention" in memory.steps_on(step):
+        assert peak == pytest.approx(expected.total, rel=2e-3)
+
+
+@needs_device
+def test_the_stock_model_stays_within_the_small_operators_formula() -> None:
+    assert formula(SMALL, ORIGINAL).fault(peak_of(SMALL, ORIGINAL)) is None
+
+
+def _double_cache(model: Any) -> None:
+    right = model.cache_shape
+    model.cache_shape = lambda rows, tokens: right(rows, 2 * tokens + 128)
+
+
+def _all_logits(model: Any) -> None:
+    model._supports_logits_to_keep = lambda: False
+
+
+def _second_copy_of_the_weights(model: Any) -> None:
+    model.kept = [parameter.clone() for parameter in model.parameters()]
+
+
+@needs_device
+@pytest.mark.parametrize(
+    ("fault", "shape"),
+    [
+        (_double_cache, "attention"),
+        (_second_copy_of_the_weights, "mlp"),
+        pytest.param(_all_logits, "logits", marks=pytest.mark.skipif(LOGITS_IN_FLOAT32, reason="a hook of 5.x")),
+    ],
+    ids=["cache_twice_as_long", "weights_twice", "logits_of_all_positions"],
+)
+def test_faults_that_hold_memory_are_seen(fault: Any, shape: str) -> None:
+    message = formula(SHAPES[shape], "swiglu").fault(peak_of(SHAPES[shape], "swiglu", fault))
+    assert message is not None
+    assert "something holds memory that the formula does not know" in message
+
+
+@needs_device
+def test_float32_weights_are_seen() -> None:
+    message = formula(SHAPES["mlp"], "swiglu").fault(peak_of(SHAPES["mlp"], "swiglu", dtype=torch.float32))
+    assert message is not None
+
+
+def test_too_little_memory_is_another_model() -> None:
+    expected = formula(SMALL, "swiglu")
+    assert "weights or cache are not what the row says" in str(expected.fault(expected.weights))
+
+
+def test_every_documented_row_fits_its_card() -> None:
+    for number in documented.read():
+        what = number.row.configuration
+        needs = memory_of(SIZES[what.model], what.step, what.batch, 1024, 1023, cards=what.cards)
+        assert needs.total < 32 * 2**30, (number.row.id, needs)
+    seven = memory_of(SIZES["7B"], "fused_qkv", 4, 1024, 1023)
+    assert seven.weights == pytest.approx(15.23e9, rel=1e-3)
+    assert seven.cache == 4 * 2048 * 28 * 2 * 4 * 128 * 2
+
+
+def test_the_bucket_is_the_caches() -> None:
+    assert memory.CAPACITY_BUCKET == cache.CAPACITY_BUCKET
+    assert set(memory.steps_on("swiglu")) == set(LADDER)
