@@ -27,7 +27,10 @@ def gelu_v2(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 @operator("Swish")
 def swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
-    return F.silu(x) if scale == 1.0 else x * torch.sigmoid(scale * x)
+    if scale == 1.0:
+        return F.silu(x)
+    wide = x.float()
+    return (wide * torch.sigmoid(scale * wide)).to(x.dtype)
 
 
 @operator("LeakyRelu")

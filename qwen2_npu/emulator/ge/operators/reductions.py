@@ -108,7 +108,7 @@ def sort(x: Tensor, *, axis: int = -1, descending: bool = False, stable: bool = 
     return values, indices.to(torch.int32)
 
 
-@operator("TopKV2")
+@operator("TopKV2", fixed={"sort_policy": 1})
 def topk(x: Tensor, k: Ints, *, sorted: bool = True, dim: int = -1, largest: bool = True) -> tuple[Tensor, Tensor]:
     values, indices = torch.topk(x, k[0], dim, largest, sorted)
     return values, indices.to(torch.int32)
