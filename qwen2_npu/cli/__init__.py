@@ -14,6 +14,7 @@ COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
     "generate": "Generate text with the optimised model.",
     "emulate": "Run any program on emulated NPUs: the real torch_npu, computing on the CPU.",
+    "bench": "Measure prefill and decode latency, beside the documented numbers.",
     "baselines": "Show the documented latencies; write or check pytest-benchmark's file of them.",
     "doctor": "Show versions and devices, what is missing, and how to get it.",
 }

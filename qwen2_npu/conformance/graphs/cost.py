@@ -128,6 +128,8 @@ MOVEMENT = frozenset(DATA_MOVES.split())
 
 PRODUCTS = frozenset(["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"])
 
+ATTENTION = frozenset(["IncreFlashAttention", "PromptFlashAttention", "FusedInferAttentionScore"])
+
 GATHERS = frozenset(["GatherV2", "IndexByTensor", "GatherElements"])
 
 RULES: dict[str, Callable[[Operation], Cost]] = {

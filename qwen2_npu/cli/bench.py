@@ -1,0 +1,220 @@
+"""``qwen2-npu bench``: measured latency of prefill and decode, beside the documented numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwen2_npu.cli import options
+from qwen2_npu.optimizations import LADDER
+
+if TYPE_CHECKING:
+    from qwen2_npu.conformance.perf.bench import Result
+
+ORIGINAL = "original"
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers; one looks like 1,4,8") from None
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{value!r}: every batch is at least 1")
+    return numbers
+
+
+def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    steps = tuple(step.strip() for step in value.split(",") if step.strip())
+    unknown = [step for step in steps if step not in (ORIGINAL, *LADDER)]
+    if unknown or not steps:
+        raise click.BadParameter(
+            f"no step {', '.join(unknown) or repr(value)}; there are {ORIGINAL}, {', '.join(LADDER)}"
+        )
+    return steps
+
+
+@click.command("bench")
+@options.model_path_option(help="Hugging Face checkpoint folder; or --random-weights.")
+@click.option("--random-weights", metavar="SIZE", help="0.5B, 1.5B, 7B or 72B: the real shape, made on the device.")
+@click.option("--batch", "batches", callback=_numbers, default="1,4", show_default=True, metavar="N,…")
+@click.option("--input-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt.")
+@click.option("--output-len", type=click.IntRange(2), default=1024, show_default=True, help="New tokens per row.")
+@click.option(
+    "--steps",
+    callback=_steps,
+    default=f"{ORIGINAL},{LADDER[-1]}",
+    show_default=True,
+    metavar="STEP,…",
+    help=f"{ORIGINAL} is the stock model; each other includes the steps before it: {', '.join(LADDER)}.",
+)
+@options.mode_option()
+@options.device_option()
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own]")
+@click.option("--breakdown", is_flag=True, help="Also where the time goes: profile of a decode step, cost model.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here.")
+def command(
+    model_path: Path | None,
+    random_weights: str | None,
+    batches: tuple[int, ...],
+    input_len: int,
+    output_len: int,
+    steps: tuple[str, ...],
+    mode: str,
+    device: str | None,
+    dtype: str,
+    threads: int | None,
+    breakdown: bool,
+    json_path: Path | None,
+) -> None:
+    """Measure prefill and decode: one warm-up generate, one that is timed, no end of sequence.
+
+    The documented numbers beside the measured ones are the guide's, of an Atlas 800I A2; only there do they compare.
+    """
+    from qwen2_npu.conformance.sizes import SIZES
+
+    if (model_path is None) == (random_weights is None):
+        raise click.UsageError("give one of --model-path DIR and --random-weights SIZE")
+    if random_weights is not None and random_weights not in [size.name for size in SIZES.values() if size.shards == 1]:
+        raise click.UsageError(f"--random-weights {random_weights}: there are 0.5B, 1.5B, 7B and 72B")
+    target = options.check_device(device)
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    options.quiet_transformers()
+    from qwen2_npu.conformance.perf import bench, fingerprint
+    from qwen2_npu.conformance.perf.builds import Weights
+    from qwen2_npu.conformance.perf.machine import card_of
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    weights = Weights.of_checkpoint(model_path) if model_path is not None else Weights.random(str(random_weights))
+    machine = fingerprint.of_device(target)
+    card, _ = card_of(machine)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: list[Result] = []
+    with Progress(*columns, console=console, transient=True) as bar, torch.no_grad():
+        task = bar.add_task("building the model", total=None)
+        for result in bench.run(
+            weights,
+            bench.cases(steps, batches),
+            mode=mode,
+            device=target,
+            dtype=getattr(torch, dtype),
+            input_tokens=input_len,
+            output_tokens=output_len,
+            card=None if _is_emulated(target) else card,
+            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+        ):
+            results.append(result)
+            if json_path is not None:
+                _write(json_path, results, machine)
+    show(results, console, target)
+    if json_path is not None:
+        console.print(f"Results: {json_path}", highlight=False)
+    if breakdown:
+        _show_breakdown(weights, results[-1], mode, target, getattr(torch, dtype), console)
+
+
+def _is_emulated(device: str) -> bool:
+    from qwen2_npu import emulator
+
+    return device.startswith("npu") and emulator.is_active()
+
+
+def _write(path: Path, results: list[Result], machine: Any) -> None:
+    from dataclasses import asdict
+
+    from qwen2_npu.conformance.report import write_json
+
+    write_json(path, {"schema": 1, "fingerprint": asdict(machine), "results": [result.to_json() for result in results]})
+
+
+NOTHING = "–"
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0%}"
+
+
+def _ms(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0f} ms"
+
+
+COLUMNS: dict[str, Callable[[Result], str]] = {
+    "step": lambda r: r.step,
+    "batch": lambda r: str(r.batch),
+    "prefill\nms": lambda r: f"{r.prefill_ms:.1f}",
+    "decode\nms": lambda r: f"{r.decode.mean:.2f}",
+    "median": lambda r: f"{r.decode.median:.2f}",
+    "p99": lambda r: f"{r.decode.p99:.2f}",
+    "tok/s": lambda r: f"{r.tokens_per_second:.1f}",
+    "memory\nroof": lambda r: _share(r.decode_memory_share),
+    "compute\nroof": lambda r: _share(r.prefill_compute_share),
+    "peak\nGB": lambda r: NOTHING if r.peak_bytes is None else f"{r.peak_bytes / 1e9:.2f}",
+    "guide's\nprefill": lambda r: _ms(r.documented_prefill_ms),
+    "guide's\ndecode": lambda r: _ms(r.documented_decode_ms),
+}
+"""Heading -> a result's cell. Roofs: decode of the memory's, prefill of the arithmetic's."""
+
+
+def show(results: list[Result], console: Any, device: str) -> None:
+    """The table, and what it stands for."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from qwen2_npu.conformance.environment import how_verified
+
+    first = results[0]
+    table = Table(
+        title=f"{first.model}, {first.weights} weights · {first.dtype} · {first.mode} · {first.input_tokens} tokens + "
+        f"{first.decode_steps} steps",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    shown = {heading: [value(result) for result in results] for heading, value in COLUMNS.items()}
+    # A device without a roofline has no column for it.
+    shown = {heading: cells for heading, cells in shown.items() if any(cell != NOTHING for cell in cells)}
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Measured on {device}: {how_verified(device)}.", highlight=False)
+    if _is_emulated(device):
+        console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
+    if any(r.documented_decode_ms is not None for r in results):
+        console.print("Documented: the guide's, on an Atlas 800I A2. Only there do they compare.", highlight=False)
+    for problem in dict.fromkeys(text for r in results for text in (*r.faults, *r.warnings)):
+        console.print(f"! {problem}", style="yellow", markup=False, highlight=False)
+
+
+def _show_breakdown(weights: Any, result: Result, mode: str, device: str, dtype: Any, console: Any) -> None:
+    from rich.table import Table
+
+    from qwen2_npu.conformance.perf import breakdown
+
+    measured = breakdown.profile(weights, result.step, mode, device, dtype, result.batch, result.input_tokens)
+    table = Table(title=f"Measured: a decode step of {result.step}, batch {result.batch}, on {device}")
+    for heading in ("operator", "calls", "ms", "share"):
+        table.add_column(heading, justify="left" if heading == "operator" else "right")
+    for line in measured:
+        table.add_row(line.operator, str(line.calls), f"{line.ms:.2f}", f"{line.share:.0%}")
+    console.print(table)
+    predicted = breakdown.predicted(weights.size, result.step, result.batch)
+    if not predicted:
+        console.print("No committed graph of this size, step and batch: no prediction.", highlight=False)
+        return
+    table = Table(title="Predicted by the cost model for an Ascend910B4, not measured: a decode step in graph mode")
+    for heading in ("GE operator", "launches", "ms", "bound by"):
+        table.add_column(heading, justify="left" if heading in ("GE operator", "bound by") else "right")
+    for part in predicted:
+        table.add_row(part.operator, str(part.launches), f"{part.seconds * 1e3:.2f}", part.bound)
+    console.print(table)
