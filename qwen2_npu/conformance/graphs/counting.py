@@ -38,7 +38,7 @@ class GraphCounter(logging.Handler):
 
         torch._dynamo.reset()
         self._make = torchair.get_npu_backend
-        torchair.get_npu_backend = self._counting  # type: ignore[assignment]
+        torchair.get_npu_backend = self._counting
         torch._logging.set_logs(recompiles=True)
         self._logger = logging.getLogger(RECOMPILES)
         self._propagate, self._handlers = self._logger.propagate, list(self._logger.handlers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -151,10 +151,10 @@ def growing_arguments(
     model: Qwen2ForCausalLM, phase: Phase, batch: int, prompt: int
 ) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
     """A step over the stock growing cache, with ``prompt`` tokens in it in decode; logits of all positions."""
-    cache = growing_cache()
+    cache, config = growing_cache(), cast("Qwen2Config", model.config)
     if phase == "decode":
-        shape = (batch, kv_head_count(model.config), prompt, head_dim(model.config))
-        for layer in range(model.config.num_hidden_layers):
+        shape = (batch, kv_head_count(config), prompt, head_dim(config))
+        for layer in range(config.num_hidden_layers):
             past = torch.zeros(shape, dtype=model.dtype, device=model.device)
             cache.update(past, past.clone(), layer)
     ids = torch.zeros(batch, prompt if phase == "prefill" else 1, dtype=torch.int64, device=model.device)
