@@ -1,0 +1,92 @@
+"""The cost model: what it may be fitted on, what it predicts for every documented row, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from qwen2_npu.conformance import cost_model
+from qwen2_npu.conformance.cost_model import Efficiencies
+from qwen2_npu.conformance.graphs.census import Census
+from qwen2_npu.conformance.graphs.cost import Cost
+from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.perf.documented import read
+from qwen2_npu.conformance.sizes import SIZES
+
+CARD = HARDWARE[DOCUMENTED_SOC]
+PERFECT = Efficiencies(1, 1, 1, 1, launch_us=0, host_us=0, collective_us=10, collective_gbs=100)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return cost_model.predictions()
+
+
+def test_every_documented_row_has_a_prediction(made):
+    assert [p.documented for p in made] == list(read())
+    assert len(made) == 76
+
+
+def test_the_72b_is_held_out_but_for_one_row(made):
+    fitted = [p.documented.row for p in made if p.fitted]
+    assert [row.id for row in fitted if row.configuration.model == "72B"] == [
+        "72b-ladder-b4-graph-fused_qkv-prefill",
+        "72b-ladder-b4-graph-fused_qkv-decode",
+    ]
+    assert sum(row.configuration.model == "7B" for row in fitted) == 36
+
+
+def test_the_committed_errors_are_those_of_the_committed_efficiencies(made):
+    committed = json.loads(cost_model.PARAMETERS.read_text())
+    assert committed == cost_model.to_json(cost_model.load())
+    assert committed["mean_error_fitted"] < 0.10
+
+
+def test_no_efficiency_exceeds_the_hardware():
+    found = cost_model.load()
+    assert all(0 < value <= 1 for value in (found.product, found.attention, found.weights, found.memory))
+
+
+def test_what_bounds_an_operator():
+    costs = {
+        "MatMul": Cost(flops=int(280e12), weight_bytes=1, launches=1),
+        "Add": Cost(flops=1, activation_bytes=int(0.8e12), launches=1),
+        "Cast": Cost(activation_bytes=1, launches=1),
+    }
+    found = {
+        part.operator: part for part in cost_model.parts(Census(0, costs, {}), replace(PERFECT, launch_us=1), CARD)
+    }
+    assert found["MatMul"].bound == "compute"
+    assert found["MatMul"].seconds == pytest.approx(1 + 1e-6)
+    assert found["Add"].bound == "memory"
+    assert found["Add"].seconds == pytest.approx(1 + 1e-6)
+    assert found["Cast"].bound == "launch"
+
+
+def test_a_ring_moves_each_byte_nearly_twice():
+    shard = SIZES["72B-tp8"]
+    one_layer = cost_model.collective_seconds(shard, 4, PERFECT) / shard.layers
+    nbytes = 4 * shard.hidden * 2
+    assert one_layer == pytest.approx(2 * (10e-6 + 2 * 7 / 8 * nbytes / 100e9))
+    assert cost_model.collective_seconds(SIZES["7B"], 4, PERFECT) == 0
+
+
+def test_single_op_mode_waits_for_the_host():
+    row = next(n.row for n in read() if n.row.id == "7b-ladder-b4-eager-original-decode")
+    slow = replace(PERFECT, host_us=1000)
+    assert cost_model.predict(row, slow) == pytest.approx(cost_model.census_of(row).cost.launches * 1e-3)
+
+
+def test_predictions_stay_above_the_floor(made):
+    """A prediction below what the hardware can do would be a fault of the counts."""
+    for p in made:
+        perfect = replace(PERFECT, collective_us=0, collective_gbs=1e9)
+        assert p.ms >= cost_model.predict(p.documented.row, perfect) * 1e3 * (1 - 1e-9)
+
+
+def test_the_page_is_the_committed_models():
+    page = (cost_model.BASELINES.parent / "docs" / "predictions.md").read_text(encoding="utf-8")
+    for p in cost_model.predictions():
+        assert f"| {p.documented.ms:.0f} | {p.ms:.1f} | {p.error:+.0%} |" in page
