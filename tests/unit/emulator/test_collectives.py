@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 if importlib.util.find_spec("torch_npu") is None:
     pytest.skip("torch_npu is not installed", allow_module_level=True)
@@ -49,8 +50,18 @@ def failures(found: list[dict[str, str]], name: str) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    # The launcher itself needs no torch_npu; the ranks import it.
-    return launch(2, tmp_path_factory.mktemp("ranks"), *FAST, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    """One launch, also where several pytest-xdist workers share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        done = folder / "results.json"
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            # The launcher itself needs no torch_npu; the ranks import it.
+            found = launch(2, folder, *FAST, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+            done.write_text(json.dumps(found))
+        results: list[dict[str, str]] = json.loads(done.read_text())
+        return results
 
 
 @pytest.mark.parametrize("name", FAST)
