@@ -12,6 +12,7 @@ from qwen2_npu.emulator.eager import extra
 from qwen2_npu.emulator.eager.rule import kernel_for
 
 KEY = "PrivateUse1"
+AUTOGRAD_KEY = "AutogradPrivateUse1"
 
 OWN = frozenset(
     """empty.memory_format empty_strided empty_like new_empty_strided empty_with_format unsafe_empty_with_format
@@ -37,6 +38,11 @@ def register_all() -> None:
             if namespace not in libraries:
                 libraries[namespace] = torch.library.Library(namespace, "IMPL")
             libraries[namespace].impl(op, kernel, KEY, allow_override=True)
+        for qualified in extra.DECOMPOSED:
+            namespace, _, name = qualified.partition("::")
+            op = overload(namespace, name)
+            if op is not None:
+                libraries[namespace].impl(op, decomposed(op), AUTOGRAD_KEY, allow_override=True)
     _libraries.extend(libraries.values())
 
 
@@ -50,6 +56,9 @@ def kernels() -> Iterator[tuple[torch._ops.OpOverload, Callable[..., Any]]]:
             continue
         op = overload(namespace, name)
         if op is None:
+            continue
+        if name in extra.DEVICE_TABLE:
+            yield op, extra.DEVICE_TABLE[name]
             continue
         compute = extra.TABLE.get(name)
         if compute is None and namespace == "npu":
@@ -74,12 +83,22 @@ def runs_on_cpu(op: torch._ops.OpOverload) -> bool:
     return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "CPU")
 
 
+def decomposed(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """PyTorch's own kernel of a composite operator, which calls others."""
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+    return decompose
+
+
 def refusal(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """A kernel that names the operator it does not compute."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            f"{op} is not supported on the emulated NPU: torch has no CPU kernel for it and qwen2_npu.emulator.eager.extra has none"
+            f"{op} is not supported on the emulated NPU: PyTorch has no CPU kernel for it, "
+            "and qwen2_npu/emulator/eager/operators has none; write it with supported operators, or add it there"
         )
 
     return refuse

@@ -38,7 +38,7 @@ _cpu_autocast_enabled = torch._C.is_autocast_cpu_enabled
 def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """The NPU kernel of ``op``: ``compute`` (default: ``op`` itself) on CPU tensors over the arguments' memory.
 
-    A ``compute`` with the attribute ``draws`` gets the keyword ``generator``, a CPU one.
+    A ``compute`` with the attribute ``draws`` gets the keyword ``generator``: a function that gives a CPU one.
     """
     plan = Plan.of(op)
     run = op if compute is None else compute
@@ -135,7 +135,8 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
         if generator_at is not None:
             random.replace_generator(generator_at, names[generator_at], cpu_args, cpu_kwargs, card)
         elif draws:
-            cpu_kwargs["generator"] = random.draw(random.default_generator(card))
+            index = card
+            cpu_kwargs["generator"] = lambda: random.draw(random.default_generator(index))
         return card
 
     return kernel

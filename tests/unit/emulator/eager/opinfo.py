@@ -109,7 +109,9 @@ def compare(expected: Any, found: Any, what: str, device: str = DEVICE) -> None:
     assert len(left) == len(right), f"{what}: {len(right)} results in place of {len(left)}"
     for one, other in zip(left, right, strict=True):
         if not isinstance(one, torch.Tensor):
-            assert (one, other) == ("cpu", DEVICE) or one == other or one is other or one != one, f"{what}: {other!r} in place of {one!r}"
+            assert (one, other) == ("cpu", DEVICE) or one == other or one is other or one != one, (
+                f"{what}: {other!r} in place of {one!r}"
+            )
             continue
         assert other.device.type == device or one.device.type != "cpu", f"{what}: result on {other.device}"
         if one.layout is torch.strided:
