@@ -23,7 +23,9 @@ def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 
 @operator("LinSpace")
 def lin_space(start: Tensor, stop: Scalar, num: Ints) -> Tensor:
-    return torch.linspace(start.item(), stop, num[0], dtype=start.dtype)
+    # torchair passes whole numbers as integers, and expects floats.
+    dtype = start.dtype if start.is_floating_point() else torch.float32
+    return torch.linspace(start.item(), stop, num[0], dtype=dtype)
 
 
 @operator("Empty", fixed={"init": False})
