@@ -74,6 +74,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
 def compiler_config(options: GraphOptions) -> Any:
     """torchair's ``CompilerConfig`` for ``options``."""
     import torch_npu  # noqa: F401 - puts torchair on the path
+    import torchair  # noqa: F401 - before the filter below: it adds its own
     from torchair.configs.compiler_config import CompilerConfig
 
     # Weights stay where they are: the model holds them as long as its compiled steps.
