@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from qwen2_npu.conformance import report
 from qwen2_npu.conformance.perf.documented import BaselineError, read
 from qwen2_npu.conformance.perf.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.measurement import Measurement
@@ -116,7 +115,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
     def full(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
         store.record(ROW, measured(50.0), "first", COMMIT)
     assert store.path.read_bytes() == before

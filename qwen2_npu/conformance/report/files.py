@@ -1,4 +1,4 @@
-"""Results as JSON files that are either whole or absent."""
+"""Results as files that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         OSError: the folder cannot be made or written; ``path`` is then as it was.
     """
-    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside ``path`` and move into place.
+
+    Raises:
+        OSError: the folder cannot be made or written; ``path`` is then as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
