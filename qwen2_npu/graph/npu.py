@@ -66,6 +66,8 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
 
     # One backend for both steps: another one, even with an equal configuration, compiles everything again.
     backend = torchair.get_npu_backend(compiler_config=config)
+    # Weights stay where they are: the model holds them as long as its compiled steps. After torchair's own filters.
+    warnings.filterwarnings("ignore", message="When enable frozen_parameter", category=UserWarning)
     return lambda step: torch.compile(
         step, backend=backend, dynamic=options.dynamic, fullgraph=True, options={"guard_filter_fn": keep_input_guards}
     )
@@ -74,11 +76,8 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
 def compiler_config(options: GraphOptions) -> Any:
     """torchair's ``CompilerConfig`` for ``options``."""
     import torch_npu  # noqa: F401 - puts torchair on the path
-    import torchair  # noqa: F401 - before the filter below: it adds its own
     from torchair.configs.compiler_config import CompilerConfig
 
-    # Weights stay where they are: the model holds them as long as its compiled steps.
-    warnings.filterwarnings("ignore", message="When enable frozen_parameter", category=UserWarning)
     config = CompilerConfig()
     config.experimental_config.frozen_parameter = options.frozen_parameter
     config.experimental_config.tiling_schedule_optimize = options.tiling_schedule_optimize
