@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from qwen2_npu.emulator.settings import EmulatorError
 
@@ -61,7 +63,7 @@ def tables(path: Path) -> tuple[set[str], set[str]]:
     defined: set[str] = set()
     with _elf(path) as elf:
         section = elf.get_section_by_name(".dynsym")
-        for symbol in section.iter_symbols() if section else ():
+        for symbol in section.iter_symbols() if isinstance(section, SymbolTableSection) else ():
             if not symbol.name:
                 continue
             if symbol["st_shndx"] != "SHN_UNDEF":
@@ -74,9 +76,9 @@ def tables(path: Path) -> tuple[set[str], set[str]]:
 def _needed(path: Path) -> Iterator[str]:
     with _elf(path) as elf:
         section = elf.get_section_by_name(".dynamic")
-        for tag in section.iter_tags() if section else ():
+        for tag in section.iter_tags() if isinstance(section, DynamicSection) else ():
             if tag.entry.d_tag == "DT_NEEDED":
-                yield tag.needed
+                yield str(tag.needed)  # type: ignore[attr-defined]  # pyelftools sets it for this kind
 
 
 class _elf:  # noqa: N801

@@ -45,7 +45,7 @@ def _activate():  # type: ignore[no-untyped-def]
             from qwen2_npu import emulator
         emulator.activate_from_environment()
     except Exception as error:
-        sys.stderr.write("error: the emulated NPU cannot be provided: %s\n" % (error or repr(error)))  # noqa: UP031
+        sys.stderr.write("error: the emulated NPU cannot be provided: %s\n" % (error or repr(error)))
         sys.stderr.flush()
         raise SystemExit(FAILED) from None
 
@@ -64,5 +64,5 @@ def _run_next():  # type: ignore[no-untyped-def]
 
 
 if os.environ.get(VARIABLE):
-    sys.meta_path.insert(0, _BeforeTorch())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _BeforeTorch())
 _run_next()

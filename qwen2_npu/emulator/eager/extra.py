@@ -32,5 +32,6 @@ DECOMPOSED = (
     "aten::lstm.data",
     "aten::gru.input",
     "aten::lstm_cell",
+    "aten::_pad_packed_sequence",
 )
-"""Composite operators whose kernel torch_npu replaces, above autograd, by one that calls CANN: PyTorch's own is put back."""
+"""Composite operators that torch_npu overrides above autograd by calls of CANN: PyTorch's own are put back."""

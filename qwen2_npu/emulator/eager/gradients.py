@@ -50,8 +50,10 @@ def gradients(
             for value, want in zip(inputs, wanted, strict=True)
         ]
         result = function(*leaves)
-        pairs = [(result, grad)] if isinstance(result, Tensor) else list(zip(result, grad, strict=True))
-        pairs = [(out, given) for out, given in pairs if given is not None and out.requires_grad]
+        results, grads = ([result], [grad]) if isinstance(grad, Tensor) else (list(result), list(grad))
+        pairs = [
+            (out, given) for out, given in zip(results, grads, strict=True) if given is not None and out.requires_grad
+        ]
         sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(
             torch.autograd.grad(
@@ -65,3 +67,10 @@ def gradients(
             else [torch.zeros_like(leaf) for leaf in sought]
         )
         return tuple(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of ``function(x)`` by ``x``."""
+    found = gradients(function, (x,), grad)[0]
+    assert found is not None, "the only input is always wanted"
+    return found

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 
 from qwen2_npu.emulator.eager import extra
+from qwen2_npu.emulator.eager.refused import REASONS
 from qwen2_npu.emulator.eager.rule import kernel_for
 
 KEY = "PrivateUse1"
 AUTOGRAD_KEY = "AutogradPrivateUse1"
 
-OWN = frozenset(
-    """empty.memory_format empty_strided empty_like new_empty_strided empty_with_format unsafe_empty_with_format
+_OWN = """
+    empty.memory_format empty_strided empty_like new_empty_strided empty_with_format unsafe_empty_with_format
     empty_with_swapped_memory as_strided as_strided_ view _reshape_alias _unsafe_view resize_ resize_as_ set_
     set_.source_Storage set_.source_Storage_storage_offset set_.source_Tensor set_.source_Tensor_storage_offset
     _local_scalar_dense record_stream is_pinned _pin_memory unfold view_as_real view_as_complex alias detach
-    is_set_to _has_same_storage_numel get_npu_format get_storage_size npu_change_data_ptr""".split()
-)
+    is_set_to _has_same_storage_numel get_npu_format get_storage_size npu_change_data_ptr
+"""
+OWN = frozenset(_OWN.split())
 """Allocation, metadata and scalar reads: torch_npu's own kernels, which work on the emulated runtime."""
 
 NAMESPACES_OF_COLLECTIVES = ("c10d", "npu_custom_dist", "symm_mem")
@@ -40,9 +42,9 @@ def register_all() -> None:
             libraries[namespace].impl(op, kernel, KEY, allow_override=True)
         for qualified in extra.DECOMPOSED:
             namespace, _, name = qualified.partition("::")
-            op = overload(namespace, name)
-            if op is not None:
-                libraries[namespace].impl(op, decomposed(op), AUTOGRAD_KEY, allow_override=True)
+            composite = overload(namespace, name)
+            if composite is not None:
+                libraries[namespace].impl(composite, decomposed(composite), AUTOGRAD_KEY, allow_override=True)
     _libraries.extend(libraries.values())
 
 
@@ -93,12 +95,15 @@ def decomposed(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def refusal(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """A kernel that names the operator it does not compute."""
+    """A kernel that names the operator it does not compute, and why."""
+    name = op._schema.name if op._overloadname == "default" else f"{op._schema.name}.{op._overloadname}"
+    reason = REASONS.get(name, "PyTorch has no CPU kernel for it")
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            f"{op} is not supported on the emulated NPU: PyTorch has no CPU kernel for it, "
-            "and qwen2_npu/emulator/eager/operators has none; write it with supported operators, or add it there"
+            f"{op} is not supported on the emulated NPU: {reason}. "
+            "Write it with supported operators, or add it to qwen2_npu/emulator/eager/operators"
         )
 
+    refuse.refuses = name  # type: ignore[attr-defined]
     return refuse

@@ -19,10 +19,11 @@ Tensor = torch.Tensor
 Views = list[tuple[Tensor, Tensor]]
 """(CPU view, npu tensor) of every npu argument of one call."""
 
-MIXES_DEVICES = frozenset(
-    """copy_ _copy_from _copy_from_and_resize _to_copy index _unsafe_index index_put index_put_ _index_put_impl_
-    _unsafe_index_put set_ equal copy_memory_ _foreach_copy_ to _pack_padded_sequence""".split()
-)
+_MIXES_DEVICES = """
+    copy_ _copy_from _copy_from_and_resize _to_copy index _unsafe_index index_put index_put_ _index_put_impl_
+    _unsafe_index_put set_ equal copy_memory_ _foreach_copy_ to _pack_padded_sequence
+"""
+MIXES_DEVICES = frozenset(_MIXES_DEVICES.split())
 """Operators that take CPU tensors with dimensions beside NPU ones, on hardware as here."""
 
 HOST_RESULTS = {"_pack_padded_sequence": (1,)}
@@ -84,7 +85,7 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
             cpu_kwargs = {key: _lower(value, views) if key in keyed else value for key, value in kwargs.items()}
         card = views[0][1].get_device() if views else UNKNOWN
         if not mixes and views:
-            host = host or ((lists or kwargs) and _on_host(plan, args, kwargs))
+            host = host or (bool(lists or kwargs) and _on_host(plan, args, kwargs))
             if host or (len(views) > 1 and any(owner.get_device() != card for _, owner in views)):
                 raise _mixed(plan, views, host)
         if prepares:

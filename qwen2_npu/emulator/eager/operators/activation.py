@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen2_npu.emulator.eager.gradients import gradients
+from qwen2_npu.emulator.eager.gradients import gradient
 
 Tensor = torch.Tensor
 
@@ -44,7 +44,7 @@ def geglu(x: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = 
 def _geglu_backward(
     grad: Tensor, x: Tensor, gelu: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False
 ) -> Tensor:
-    return gradients(lambda value: geglu(value, dim, approximate, activate_left)[0], (x,), grad)[0]
+    return gradient(lambda value: geglu(value, dim, approximate, activate_left)[0], x, grad)
 
 
 def clipped_swiglu(
@@ -100,7 +100,7 @@ def backward_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """(grad, x, options…) -> gradient of ``function(x, options…)``."""
 
     def backward(grad: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return gradients(lambda value: function(value, *args, **kwargs), (x,), grad)[0]  # type: ignore[return-value]
+        return gradient(lambda value: function(value, *args, **kwargs), x, grad)
 
     return backward
 

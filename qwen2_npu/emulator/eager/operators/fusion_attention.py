@@ -1,4 +1,4 @@
-"""npu_fusion_attention, its versions, and their gradients: the attention of training, and of F.scaled_dot_product_attention.
+"""npu_fusion_attention, its versions and gradients: attention of training, and F.scaled_dot_product_attention.
 
 Computed in fp32 and rounded once. What the device skips because a band says so is masked here; a row that sees no key
 is 0, as the device has it with ``inner_precise=2`` and where it recognises such rows itself.
@@ -78,7 +78,7 @@ def from_bnsd(x: Tensor, layout: str) -> Tensor:
     return x.transpose(1, 2).flatten(2) if layout == "BSH" else x.permute(2, 0, 1, 3).flatten(2)
 
 
-def _kv_heads(q: Tensor, x: Tensor, layout: str, heads: int) -> int:
+def kv_heads(q: Tensor, x: Tensor, layout: str, heads: int) -> int:
     if layout in ("BSH", "SBH"):
         return int(x.shape[2] * heads // q.shape[2]) if x.shape[2] else heads
     return int(x.shape[1] if layout == "BNSD" else x.shape[2])
@@ -170,13 +170,16 @@ def _of_row(value: Tensor | None, batch: int) -> Tensor | None:
     return value[batch if value.shape[0] > 1 else 0]
 
 
-def dense(
-    inputs: Inputs, options: Options, mask: Tensor | None, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _copies(statistic: Tensor) -> Tensor:
+    """(…, 8) of a value per row, as the operator hands it out."""
+    return statistic.unsqueeze(-1).expand(*statistic.shape, STATISTICS).contiguous()
+
+
+def dense(inputs: Inputs, options: Options, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """All layouts with a batch dimension: out in the layout, maximum and sum (B, N, Sq, 8)."""
     layout, heads = options.layout, options.heads
     q = to_bnsd(inputs.q, layout, heads)
-    k, v = (to_bnsd(x, layout, _kv_heads(inputs.q, inputs.k, layout, heads)) for x in (inputs.k, inputs.v))
+    k, v = (to_bnsd(x, layout, kv_heads(inputs.q, inputs.k, layout, heads)) for x in (inputs.k, inputs.v))
     found = [
         attend(
             Inputs(q[row], k[row], v[row], _of_row(inputs.pse, row), inputs.sink),
@@ -188,8 +191,7 @@ def dense(
         for row in range(q.shape[0])
     ]
     out, maximum, total = (torch.stack(part) for part in zip(*found, strict=True))
-    statistics = (part.unsqueeze(-1).expand(*part.shape, STATISTICS).contiguous() for part in (maximum, total))
-    return from_bnsd(out.to(inputs.q.dtype), layout).contiguous(), *statistics
+    return from_bnsd(out.to(inputs.q.dtype), layout).contiguous(), _copies(maximum), _copies(total)
 
 
 def packed(
@@ -209,9 +211,7 @@ def packed(
             continue
         outer = {7: row == last, 8: row == 0}.get(options.mode)
         local = options if outer in (None, True) else replace(options, mode={7: 3, 8: 2}[options.mode])
-        q, k, v = (
-            x[a:b].transpose(0, 1) for x, a, b in ((inputs.q, q0, q1), (inputs.k, k0, k1), (inputs.v, k0, k1))
-        )
+        q, k, v = (x[a:b].transpose(0, 1) for x, a, b in ((inputs.q, q0, q1), (inputs.k, k0, k1), (inputs.v, k0, k1)))
         pse = None if inputs.pse is None else _of_row(inputs.pse, row)
         if pse is not None:
             pse = pse[..., : q1 - q0, : k1 - k0]
@@ -224,8 +224,7 @@ def packed(
             whole.index_copy(0, index, torch.cat(parts))
             for whole, parts in zip((out, maximum, total), zip(*pieces, strict=True), strict=True)
         )
-    statistics = (part.unsqueeze(-1).expand(*part.shape, STATISTICS).contiguous() for part in (maximum, total))
-    return out.to(inputs.q.dtype), *statistics
+    return out.to(inputs.q.dtype), _copies(maximum), _copies(total)
 
 
 def compute(inputs: Inputs, options: Options, mask: Tensor | None, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +242,7 @@ def compute(inputs: Inputs, options: Options, mask: Tensor | None, seed: int | N
     whole = None
     if generator is not None:
         shape = to_bnsd(inputs.q, options.layout, options.heads).shape[:3]
-        keys = to_bnsd(inputs.k, options.layout, _kv_heads(inputs.q, inputs.k, options.layout, options.heads)).shape[2]
+        keys = to_bnsd(inputs.k, options.layout, kv_heads(inputs.q, inputs.k, options.layout, options.heads)).shape[2]
         whole = keep_mask((*shape, keys), options.keep, generator)
     return dense(inputs, options, mask, whole)
 
@@ -254,7 +253,9 @@ def _ends(value: Any) -> Sequence[int] | None:
 
 def _options(name: str, heads: int, layout: str, given: dict[str, Any]) -> Options:
     """Attributes under any version's names; those that are not emulated are refused."""
-    refused = [key for key in ("padding_mask", "dropout_mask", "q_start_idx", "kv_start_idx") if given.get(key) is not None]
+    refused = [
+        key for key in ("padding_mask", "dropout_mask", "q_start_idx", "kv_start_idx") if given.get(key) is not None
+    ]
     pse_type = given.get("pse_type", 1)
     if pse_type not in (0, 1):
         refused.append(f"pse_type={pse_type}")
@@ -277,16 +278,24 @@ def _options(name: str, heads: int, layout: str, given: dict[str, Any]) -> Optio
     )
 
 
-POSITIONAL = (
-    "pse padding_mask atten_mask scale keep_prob pre_tockens next_tockens inner_precise prefix actual_seq_qlen "
-    "actual_seq_kvlen sparse_mode gen_mask_parallel sync softmax_layout sink dropout_mask seed offset"
-).split()
+_NAMES = """
+    pse padding_mask atten_mask scale keep_prob pre_tockens next_tockens inner_precise prefix actual_seq_qlen
+    actual_seq_kvlen sparse_mode gen_mask_parallel sync softmax_layout sink dropout_mask seed offset
+"""
+POSITIONAL = _NAMES.split()
 """Of versions 1 and 3, after query, key, value, head_num and input_layout."""
 
 
 def _forward(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, int]]:
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *more: Any, generator: Draw, **named: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_num: int,
+        input_layout: str,
+        *more: Any,
+        generator: Draw,
+        **named: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         given = {**dict(zip(POSITIONAL, more, strict=False)), **named}
         options = _options(name, head_num, input_layout, given)
@@ -320,11 +329,6 @@ def attention_v3(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Version 3 hands seed and offset out as tensors."""
     *tensors, seed = _forward("npu_fusion_attention_v3")(*args, **kwargs)
     return (*tensors, torch.tensor([seed]), torch.tensor([0]))
-
-
-@drawing
-def attention_v3_out(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> Any:
-    return tuple(target.copy_(value) for target, value in zip(out, attention_v3(*args, **kwargs), strict=True))
 
 
 def _backward(name: str, given: dict[str, Any], heads: int, layout: str, grad: Tensor, x: Sequence[Tensor]) -> Any:
@@ -363,18 +367,11 @@ def attention_grad_v2(
     return dq, dk, dv, dpse, dq_rope, dk_rope, dsink
 
 
-def attention_grad_v3_out(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> Any:
-    found = attention_grad("npu_fusion_attention_grad_v3")(*args, **kwargs)
-    return tuple(target.copy_(value) for target, value in zip(out, found, strict=True))
-
-
 TABLE: dict[str, Callable[..., Any]] = {
     "npu_fusion_attention": _with_numbers("npu_fusion_attention"),
     "npu_fusion_attention_v2": _with_numbers("npu_fusion_attention_v2"),
     "npu_fusion_attention_v3": attention_v3,
-    "npu_fusion_attention_v3.out": attention_v3_out,
     "npu_fusion_attention_grad": attention_grad("npu_fusion_attention_grad"),
     "npu_fusion_attention_grad_v2": attention_grad_v2,
     "npu_fusion_attention_grad_v3": attention_grad("npu_fusion_attention_grad_v3"),
-    "npu_fusion_attention_grad_v3.out": attention_grad_v3_out,
 }

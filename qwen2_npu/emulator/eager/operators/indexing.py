@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen2_npu.emulator.eager.gradients import gradients
+from qwen2_npu.emulator.eager.gradients import gradient
 
 Tensor = torch.Tensor
 
@@ -42,7 +42,7 @@ def reduce_backward(grad: Tensor, dim: int, indices: Tensor, sizes: Sequence[int
 
 
 def repeat_interleave_backward(grad: Tensor, x: Tensor, repeats: Any, dim: int | None = None) -> Tensor:
-    return gradients(lambda value: value.repeat_interleave(repeats, dim), (x,), grad)[0]
+    return gradient(lambda value: value.repeat_interleave(repeats, dim), x, grad)
 
 
 def index_add(x: Tensor, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:

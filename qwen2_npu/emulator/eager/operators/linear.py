@@ -174,8 +174,8 @@ def transpose_batchmatmul(
     """A batched product of permuted operands, itself permuted: by default (B, M, K) @ (B, K, N) to (M, B, N)."""
     if bias is not None or scale is not None or batch_split_factor not in (None, 1):
         raise NotImplementedError("npu_transpose_batchmatmul: bias, scale and batch_split_factor are not emulated")
-    product = x.permute(perm_x1 or (0, 1, 2)) @ weight.permute(perm_x2 or (0, 1, 2))
-    return product.permute(perm_y or (1, 0, 2)).contiguous()
+    product = x.permute(*(perm_x1 or (0, 1, 2))) @ weight.permute(*(perm_x2 or (0, 1, 2)))
+    return product.permute(*(perm_y or (1, 0, 2))).contiguous()
 
 
 TABLE: dict[str, Callable[..., Any]] = {

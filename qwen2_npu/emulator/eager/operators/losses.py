@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen2_npu.emulator.eager.gradients import gradients
+from qwen2_npu.emulator.eager.gradients import gradient, gradients
 
 Tensor = torch.Tensor
 
@@ -16,7 +16,7 @@ REDUCTION = {0: "none", 1: "mean", 2: "sum"}
 
 
 def l1_loss_backward(grad: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return gradients(lambda value: F.l1_loss(value, target, reduction=REDUCTION[reduction]), (x,), grad)[0]
+    return gradient(lambda value: F.l1_loss(value, target, reduction=REDUCTION[reduction]), x, grad)
 
 
 def kl_div_backward(grad: Tensor, x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False) -> Tensor:
@@ -44,7 +44,7 @@ def bce_with_logits_backward(
             value, target, weight, pos_weight=pos_weight, reduction=REDUCTION[reduction]
         )
 
-    return gradients(loss, (x,), grad)[0]
+    return gradient(loss, x, grad)
 
 
 def softmax_cross_entropy(x: Tensor, labels: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def cross_entropy_backward(
             F.log_softmax(logits.float(), -1), target, weight, reduction, ignore_index, label_smoothing
         )
 
-    return gradients(loss, (log_prob,), grad)[0]
+    return gradient(loss, log_prob, grad)
 
 
 TABLE: dict[str, Callable[..., Any]] = {

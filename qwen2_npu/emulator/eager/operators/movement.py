@@ -20,7 +20,7 @@ def cast(x: Tensor, dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
 
 def confusion_transpose(x: Tensor, perm: Sequence[int], shape: Sequence[int], transpose_first: bool) -> Tensor:
     """A permutation and a reshape, in either order."""
-    moved = x.permute(perm).reshape(shape) if transpose_first else x.reshape(shape).permute(perm)
+    moved = x.permute(*perm).reshape(shape) if transpose_first else x.reshape(shape).permute(*perm)
     return moved.contiguous()
 
 
@@ -85,7 +85,7 @@ def _reshape(x: Tensor, shape: Sequence[int], can_refresh: bool = False) -> Tens
 
 
 def _transpose(x: Tensor, perm: Sequence[int], require_contiguous: bool = True) -> Tensor:
-    return x.permute(perm).contiguous()
+    return x.permute(*perm).contiguous()
 
 
 def _broadcast(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -104,7 +104,7 @@ def _overwrite(x: Tensor, source: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.copy_(source)
 
 
-_BOTH = {
+_BOTH: dict[str, Callable[..., Tensor]] = {
     "npu_slice": narrow,
     "npu_indexing": strided_slice,
     "npu_reshape": _reshape,

@@ -117,8 +117,8 @@ def group_norm_swish(
     grouped = x.float().reshape(x.shape[0], groups, -1)
     variance, mean = torch.var_mean(grouped, -1, correction=0)
     rstd = (variance + eps).rsqrt()
-    affine = [None if value is None else value.float() for value in (weight, bias)]
-    y = F.group_norm(x.float(), groups, *affine, eps)
+    gamma, beta = (None if value is None else value.float() for value in (weight, bias))
+    y = F.group_norm(x.float(), groups, gamma, beta, eps)
     kind = x.dtype if weight is None else weight.dtype
     return (y * torch.sigmoid(swish_scale * y)).to(x.dtype), mean.to(kind), rstd.to(kind)
 

@@ -50,16 +50,15 @@ def quantize(
 ) -> Tensor:
     """round(x / scales) + zero_points, or x · scales + zero_points without ``div_mode``; one scale per ``axis``."""
     target = _dtype("npu_quantize", "dtype", dtype, torch.int8)
-    scales, zero_points = (
-        value if value is None or value.dim() > 1 or value.numel() == 1 else _along(value, x.dim(), axis)
-        for value in (scales, zero_points)
-    )
-    assert scales is not None
+    scales = _along(scales, x.dim(), axis)
     y = x.float() / scales.float() if div_mode else x.float() * scales.float()
-    return _clamp(y if zero_points is None else y + zero_points.float(), target)
+    return _clamp(y if zero_points is None else y + _along(zero_points, x.dim(), axis).float(), target)
 
 
 def _along(value: Tensor, dims: int, axis: int) -> Tensor:
+    """A vector of one value per position of ``axis``, broadcastable to ``dims`` dimensions; others stay."""
+    if value.dim() > 1 or value.numel() == 1:
+        return value
     shape = [1] * dims
     shape[axis] = -1
     return value.view(shape)
@@ -133,7 +132,9 @@ def weight_quant_batchmatmul(
         x: (M, K). weight: int8 (K, N).
         antiquant_scale: one for all, (N,), or one row per group of ``antiquant_group_size`` along K.
     """
-    _refuse("npu_weight_quant_batchmatmul", quant_scale=quant_scale, quant_offset=quant_offset, weight_dtype=weight_dtype)
+    _refuse(
+        "npu_weight_quant_batchmatmul", quant_scale=quant_scale, quant_offset=quant_offset, weight_dtype=weight_dtype
+    )
     if weight.dtype is not torch.int8 or antiquant_scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_weight_quant_batchmatmul: {weight.dtype} weights are not emulated; int8 is")
 

@@ -24,7 +24,7 @@ def lstm_cell(
     input_bias: Tensor | None = None,
     hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hy, cy, workspace). Gates (B, 4H) in the order input, forget, cell, output; the workspace holds them activated."""
+    """(hy, cy, workspace): gates (B, 4H) in the order input, forget, cell, output; the workspace has them activated."""
     gates = _sum(input_gates, hidden_gates, input_bias, hidden_bias)
     i, f, g, o = gates.chunk(4, -1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()

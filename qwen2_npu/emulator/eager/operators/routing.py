@@ -53,9 +53,9 @@ def init_routing(x: Tensor, row_idx: Tensor, expert_idx: Tensor, active_num: int
 
 def compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
     """How many rows belong to experts 0 … e, for each e."""
-    return torch.searchsorted(
-        sorted_experts, torch.arange(num_expert, dtype=sorted_experts.dtype), right=True
-    ).to(sorted_experts.dtype)
+    return torch.searchsorted(sorted_experts, torch.arange(num_expert, dtype=sorted_experts.dtype), right=True).to(
+        sorted_experts.dtype
+    )
 
 
 def finalize_routing(
@@ -145,7 +145,7 @@ def _divide(x: Tensor, group_list: Tensor | Sequence[int] | None, kind: int) -> 
 
 def top_k_top_p(logits: Tensor, p: Tensor | None = None, k: Tensor | None = None) -> Tensor:
     """−inf where a logit is not among the k largest of its row, or not among the likeliest that make up p."""
-    values, order = logits.float().sort(-1, stable=True)
+    values, order = logits.float().sort(stable=True, dim=-1)
     if k is not None:
         threshold = values.gather(-1, values.shape[-1] - k.long().unsqueeze(-1))
         values = values.masked_fill(values < threshold, float("-inf"))

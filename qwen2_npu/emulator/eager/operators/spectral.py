@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen2_npu.emulator.eager.gradients import autograd_again, gradients
+from qwen2_npu.emulator.eager.gradients import autograd_again, gradient
 
 Tensor = torch.Tensor
 
@@ -51,7 +51,7 @@ def stft_backward(
 
 
 def renorm_backward(grad: Tensor, x: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
-    return gradients(lambda value: torch.renorm(value, p, dim, maxnorm), (x,), grad)[0]  # type: ignore[return-value]
+    return gradient(lambda value: torch.renorm(value, p, dim, maxnorm), x, grad)
 
 
 TABLE: dict[str, Callable[..., Any]] = {
