@@ -41,7 +41,7 @@ static uint64_t hbm_bytes = 0;
 static uint64_t used_bytes[MAX_DEVICES];
 static uint64_t peak_bytes[MAX_DEVICES];
 static uint64_t allocations = 0;
-static int64_t allocation_to_fail = -1; /* counts down; the one that reaches zero fails */
+static int64_t allocation_to_fail = 0; /* counts down to 1; from then on every allocation fails; 0: none does */
 static __thread int32_t current_device = -1;
 static __thread char last_error[1024] = "";
 
@@ -169,7 +169,8 @@ static Header *header_of(const void *pointer) { return (Header *)((char *)pointe
 static aclError allocate(void **pointer, size_t size, int32_t device) {
     if (size == 0) return fail(ERROR_INVALID_PARAM, "allocation of zero bytes");
     pthread_mutex_lock(&lock);
-    int injected = device >= 0 && allocation_to_fail > 0 && --allocation_to_fail == 0;
+    int injected = device >= 0 && allocation_to_fail == 1;
+    if (device >= 0 && allocation_to_fail > 1) allocation_to_fail--;
     int full = device >= 0 && used_bytes[device] + size > hbm_bytes;
     if (!injected && !full && device >= 0) {
         used_bytes[device] += size;
