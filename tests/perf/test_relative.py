@@ -1,0 +1,135 @@
+"""This model against the stock one, eager and compiled, in the same run: the gate is on the ratio, not on time.
+
+    pytest tests/perf/test_relative.py                                       # small shapes, any machine
+    pytest tests/perf/test_relative.py --device cuda --random-weights 0.5B   # a real shape
+
+What is required of each pair is in baselines/relative.toml, with where it comes from.
+"""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from qwen2_npu import emulator
+from qwen2_npu.conformance.perf.builds import random_stock
+from qwen2_npu.conformance.perf.documented import BASELINES
+from qwen2_npu.conformance.perf.ratio import failure, measure_ratio, take_turns
+from qwen2_npu.conformance.perf.relative import STOCK, Candidate
+from qwen2_npu.conformance.sizes import SIZES, Size
+
+pytestmark = pytest.mark.perf
+
+SMALL = Size("small", 896, 4864, 2, 14, 2, 64, 4096, tied=True)
+SOURCE = BASELINES / "relative.toml"
+REQUIREMENTS: dict[str, Any] = tomllib.loads(SOURCE.read_text(encoding="utf-8"))
+PAIRS = [(r["phase"], r["candidate"], r["against"]) for r in REQUIREMENTS["cpu"]["requirements"]]
+
+
+def required(device: str, phase: str, candidate: str, against: str) -> float:
+    table = REQUIREMENTS["cpu" if device == "cpu" else "other"]["requirements"]
+    (ratio,) = (r["ratio"] for r in table if (r["phase"], r["candidate"], r["against"]) == (phase, candidate, against))
+    return float(ratio)
+
+
+class Bench:
+    """Candidates of one stock model, each built and warmed up once."""
+
+    def __init__(self, device: str, size: Size, dtype: torch.dtype) -> None:
+        self.device = device
+        self.stock = random_stock(size.config(), dtype, torch.device(device), attention=None)
+        self._candidates: dict[str, Candidate] = {}
+
+    def candidate(self, name: str) -> Candidate:
+        if name not in self._candidates:
+            built = Candidate(name, self.stock, batch=4, prompt=64, steps=8)
+            for _ in range(2):  # the second turn finds everything compiled
+                built.decode()
+            built.prefill()
+            self._candidates[name] = built
+        return self._candidates[name]
+
+
+@pytest.fixture(scope="module")
+def bench(device: str, pytestconfig: pytest.Config) -> Iterator[Bench]:
+    kind = device.split(":")[0]
+    if kind == "npu" and emulator.is_active():
+        # The same code, on the CPU that is there: its own latency is a machine's, the emulated NPU's is nobody's.
+        device = kind = "cpu"
+    name = pytestconfig.option.random_weights
+    threads = torch.get_num_threads()
+    if name is None:
+        torch.set_num_threads(1)  # a second thread waits for whoever else has the core
+    torch._dynamo.reset()
+    yield Bench(device, SIZES[name] if name else SMALL, torch.float32 if kind == "cpu" else torch.bfloat16)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "candidate", "against"), PAIRS)
+def test_ratio_to_the_stock_model(phase: str, candidate: str, against: str, bench: Bench, record_property: Any) -> None:
+    if against not in STOCK:
+        pytest.skip(f"this transformers has no {against} model: 4.37 has no static cache")
+    ours, stock = bench.candidate(candidate), bench.candidate(against)
+    least = required(bench.device, phase, candidate, against)
+    ratio = measure_ratio(getattr(stock, phase), getattr(ours, phase), least)
+    record_property("ratio", str(ratio))
+    print(f"{phase}: {candidate} against {against} on {bench.device}: {ratio}, at least {least:.2f} required")
+    reason = failure(ratio, least, f"{phase}: {candidate} against {against} on {bench.device}")
+    if reason is not None:
+        pytest.fail(reason, pytrace=False)
+
+
+@pytest.mark.slow
+def test_a_slow_operator_fails_the_ratio(bench: Bench) -> None:
+    """Both norms of every layer taken apart and computed four times over: the gate that passes above must see it."""
+    ours, stock = bench.candidate("ours eager"), bench.candidate("stock eager")
+    model = ours.model
+    right = torch.ops.npu.npu_add_rms_norm
+
+    def repeated(*arguments: Any) -> Any:
+        for _ in range(200):
+            right(*arguments)
+        return right(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.npu, "npu_add_rms_norm", repeated)
+        assert model.optimizations.add_rms_norm
+        least = required(bench.device, "decode", "ours eager", "stock eager")
+        ratio = measure_ratio(stock.decode, ours.decode, least)
+    assert "is slower than required" in str(failure(ratio, least, "decode"))
+
+
+def test_a_cache_attended_at_its_full_length_fails_the_ratio() -> None:
+    """64 live tokens in a cache of 8192: reading all of it every step is many times the work."""
+    heads, kv_heads, size, live, capacity = 14, 2, 64, 64, 8192
+    query = torch.randn(1, 1, heads, size)
+    key, value = (torch.randn(1, capacity, kv_heads, size) for _ in range(2))
+
+    def attend(lengths: list[int]) -> float:
+        start = time.perf_counter()
+        torch.ops.npu.npu_incre_flash_attention(
+            query, key, value, num_heads=heads, num_key_value_heads=kv_heads, scale_value=0.125,
+            input_layout="BSND", actual_seq_lengths=lengths,
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+    turns = {"right": lambda: attend([live]), "fault": lambda: attend([capacity])}
+    take_turns(turns, 3)
+    ratio = measure_ratio(turns["right"], turns["fault"], 0.9)
+    assert "is slower than required" in str(failure(ratio, 0.9, "attention"))
+    same = measure_ratio(turns["right"], turns["right"], 0.5)
+    assert failure(same, 0.5, "attention") is None
+
+
+def test_requirements_are_complete_and_say_where_they_come_from() -> None:
+    for table in REQUIREMENTS.values():
+        assert [(r["phase"], r["candidate"], r["against"]) for r in table["requirements"]] == PAIRS
+        for requirement in table["requirements"]:
+            assert 0.5 < requirement["ratio"] < 3
+            assert requirement["measured"]
