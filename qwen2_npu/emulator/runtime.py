@@ -55,5 +55,5 @@ def set_hbm_bytes(size: int) -> None:
 
 
 def fail_allocation(nth: int) -> None:
-    """Let the ``nth`` driver allocation from now fail (1: the next); 0 cancels."""
+    """Let the ``nth`` driver allocation from now (1: the next) and all after it fail; 0 cancels."""
     library().emu_fail_allocation(nth)

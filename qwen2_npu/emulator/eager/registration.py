@@ -28,6 +28,7 @@ OWN = frozenset(_OWN.split())
 NAMESPACES_OF_COLLECTIVES = ("c10d", "npu_custom_dist", "symm_mem")
 
 _libraries: list[torch.library.Library] = []
+_computed: set[str] = set()
 
 
 def register_all() -> None:
@@ -40,6 +41,8 @@ def register_all() -> None:
             if namespace not in libraries:
                 libraries[namespace] = torch.library.Library(namespace, "IMPL")
             libraries[namespace].impl(op, kernel, KEY, allow_override=True)
+            if not hasattr(kernel, "refuses"):
+                _computed.update((op._schema.name, op.name()))
         for qualified in extra.DECOMPOSED:
             namespace, _, name = qualified.partition("::")
             composite = overload(namespace, name)
@@ -71,6 +74,11 @@ def kernels() -> Iterator[tuple[torch._ops.OpOverload, Callable[..., Any]]]:
             yield op, kernel_for(op)
         else:
             yield op, refusal(op)
+
+
+def has_kernel(name: str) -> bool:
+    """Whether an operator, or with a ``.`` in its name an overload, is computed by a kernel of this package."""
+    return name in _computed
 
 
 def overload(namespace: str, name: str) -> torch._ops.OpOverload | None:
