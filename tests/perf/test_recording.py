@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from qwen2_npu.conformance.perf.fingerprint import Fingerprint
-from tests.perf.standin import ATLAS
+from qwen2_npu.conformance.perf.recorded import Recorded
+from qwen2_npu.conformance.perf.rows import user_rows
+from tests.perf.standin import ATLAS, measurement_of
 from tests.perf.subprocesses import Result, run_pytest
 from tests.perf.test_fail_closed import copied_baselines
 
@@ -38,9 +40,17 @@ class Machine:
         return run_pytest(self.tmp_path, SCOPE, *arguments, standin=standin)
 
     def record(self, reason: str, factors: tuple[float, ...]) -> None:
-        for factor in factors:
-            result = self.run(f"--update-baselines={reason}", factor=factor)
-            assert result.status == 0, result.output
+        """The last run through pytest, as a user records; those before it directly."""
+        *earlier, last = factors
+        store = Recorded(self.folder, Fingerprint(ATLAS | self.identity))
+        (_, row) = user_rows("0.5B", (1,), ("eager",), ("swiglu",))
+        assert row.id == ROW
+        for factor in earlier:
+            measured = measurement_of({"prefill": 100 * factor, "decode": 50 * factor}, self_test=False)
+            store.record(row, measured, reason, {})
+        result = self.run(f"--update-baselines={reason}", factor=last)
+        assert result.status == 0, result.output
+        assert f"{len(self.entry['runs'])} runs" in result.output
 
     @property
     def path(self) -> Path:

@@ -17,6 +17,7 @@ from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge, limit_ms
+from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -55,23 +56,27 @@ def two_layers() -> Any:
     return Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)))
 
 
-def verdict(two_layers: Any, number: Documented, milliseconds: float) -> Verdict:
-    """``number``'s row, measured as ``milliseconds``. The protocol is shortened: told latencies have no length."""
+def told(two_layers: Any, milliseconds: float) -> Measurement:
+    """A whole measurement, by a clock that shows ``milliseconds`` for every step."""
+    clock = partial(ToldClock, prefill_ms=milliseconds, decode_ms=milliseconds)
+    found = measure(two_layers, batch=1, input_tokens=INPUT_TOKENS, decode_steps=DECODE_STEPS, timer_for=clock)
+    return replace(found, warnings=(), self_test=True)
+
+
+def verdict(number: Documented, measurement: Measurement) -> Verdict:
+    """``number``'s row. The protocol is shortened: told latencies have no length."""
     conditions = replace(number.conditions, input_tokens=INPUT_TOKENS, output_tokens=DECODE_STEPS + 1)
     shorter = replace(number, conditions=conditions)
-    clock = partial(ToldClock, prefill_ms=milliseconds, decode_ms=milliseconds)
-    told = measure(two_layers, batch=1, input_tokens=INPUT_TOKENS, decode_steps=DECODE_STEPS, timer_for=clock)
-    told = replace(told, warnings=(), self_test=True)
     size = SIZES[number.row.configuration.model]
     against = Against(documented=shorter, card=HARDWARE[DOCUMENTED_SOC])
-    return judge(number.row, size, told, against, strict=True, label=number.label)
+    return judge(number.row, size, measurement, against, strict=True, label=number.label)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.row.id)
 def test_passes_at_the_documented_latency_and_fails_just_past_its_margin(number: Documented, two_layers: Any) -> None:
-    at = verdict(two_layers, number, number.ms)
+    at = verdict(number, told(two_layers, number.ms))
     assert at.passed, at
-    past = verdict(two_layers, number, limit_ms(number) + PAST)
+    past = verdict(number, told(two_layers, limit_ms(number) + PAST))
     (failure,) = past.failures
     assert failure.startswith("slower: mean ")
     assert str(past).startswith(f"SELF-TEST, injected latencies: row {number.row.id} ({number.label})")

@@ -29,12 +29,12 @@ def test_quantiles_are_the_published_ones(degrees: int, probability: float, publ
 
 def test_the_next_run_lies_within_as_often_as_promised() -> None:
     generator = random.Random(0)
-    trials, outside = 4000, 0
+    trials, outside = 1500, 0
     for _ in range(trials):
         *runs, following = (25 * math.exp(generator.gauss(0, 0.01)) for _ in range(6))
         interval = prediction_interval(runs)
         outside += not interval.low <= following <= interval.high
-    assert outside / trials <= 0.015  # 1 % promised; 0.015 is three standard errors above
+    assert outside / trials <= 0.018  # 1 % promised; 0.018 is three standard errors above
 
 
 def test_more_runs_narrow_it_and_it_scales() -> None:
