@@ -52,7 +52,8 @@ class Ledger:
         for source, verdicts in against.items():
             bad = [verdict for verdict in verdicts if not verdict.passed]
             limit = f" (mean at most × {TOLERANCE:.2f} and the rounding)" if source.startswith("documented") else ""
-            yield f"compared with {source}{limit}: {len(verdicts)} rows, {len(verdicts) - len(bad)} passed"
+            passed = "" if source == "nothing" and not bad else f", {len(verdicts) - len(bad)} passed"
+            yield f"compared with {source}{limit}: {len(verdicts)} rows{passed}"
             for verdict in bad:
                 yield f"  FAILED {verdict.row.id}: {'; '.join(verdict.failures)}"
         for reason, count in Counter(self.not_run.values()).items():

@@ -91,7 +91,7 @@ def _keep_documented_tables(config: pytest.Config) -> None:
     if not hasattr(option, "benchmark_storage"):
         return
     stock = option.benchmark_storage in (f"file://./{SAVED}", "")
-    if stock and option.benchmark_compare:
+    if stock and option.benchmark_compare is True:  # a number or a name means a run that was saved
         option.benchmark_storage = f"file://{BASELINES}"
     storage = Path(option.benchmark_storage.removeprefix("file://"))
     if (option.benchmark_save or option.benchmark_autosave) and (storage / benchmark_json.FILE).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, random_stock, size_of
+from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from tests.unit.small import small_config
@@ -45,6 +47,16 @@ def test_graph_rows_are_compiled() -> None:
     assert set(Weights(SMALL).build(configuration("swiglu", "graph"), "cpu").compiled_steps) == {"prefill", "decode"}
     stock = Weights(SMALL).build(configuration("original", "graph"), "cpu")
     assert hasattr(stock.forward, "_torchdynamo_orig_callable")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch, "npu"), reason="torch_npu is not installed")
+@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "fused_qkv", "ifa_tiling", "swiglu"])
+def test_graph_rows_are_measured_through_torchair(step: str) -> None:
+    model = Weights(SMALL).build(configuration(step, "graph"), "npu")
+    found = measure(model, batch=2, input_tokens=16, decode_steps=3)
+    assert replace(found, warnings=()).faults() == []
+    assert len(found.wall_ms) == 4
 
 
 def test_stock_rotary_frequencies_stay_in_float32() -> None:
