@@ -55,7 +55,7 @@ def peak_of(size: Size, step: str, fault: Any = None, **build: Any) -> int:
     assert ACCELERATOR is not None
     gc.collect()
     # What other tests of this process still hold on the device.
-    held = getattr(torch, ACCELERATOR).memory_stats()["requested_bytes.all.current"]
+    held = getattr(torch, ACCELERATOR).memory_stats().get("requested_bytes.all.current", 0)
     model = Weights(size).build(Configuration("small", 1, BATCH, "eager", step), ACCELERATOR, **build)
     if fault is not None:
         fault(model)
