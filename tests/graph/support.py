@@ -10,7 +10,7 @@ import torch
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from tests.unit.small import small_config, small_stock, stock_weights
 
-LAYERS = 2
+LAYERS = 1
 
 Call = dict[str, torch.Tensor]
 

@@ -19,7 +19,7 @@ from qwen2_npu.models.attention import Attention
 from qwen2_npu.models.layers import MLP
 from tests.graph.support import build, generate, prompt
 
-STEPS = 5
+STEPS = 3
 
 Model = Qwen2ForCausalLM
 
