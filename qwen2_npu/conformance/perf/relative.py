@@ -15,17 +15,28 @@ from qwen2_npu.graph import compile_model
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
 HAS_STATIC_CACHE = int(transformers.__version__.split(".")[0]) >= 5
-"""4.37 has none, so nothing of its own to compile with fixed shapes."""
-
-STOCK = ("stock eager", "stock compiled") if HAS_STATIC_CACHE else ("stock eager",)
+STOCK = ("stock eager", "stock compiled")
 OURS = ("ours eager", "ours compiled")
+
+
+def why_not(name: str, kind: str) -> str | None:
+    """Why there is no such candidate on a type of device; None where there is.
+
+    Args:
+        kind: type of a torch device.
+    """
+    if name == "stock compiled" and not HAS_STATIC_CACHE:
+        return f"transformers {transformers.__version__} has no static cache to compile with"
+    if name == "stock compiled" and kind == "npu":
+        return "torchair has no converter for index_copy, by which the static cache is written"
+    return None
 
 
 class Candidate:
     """One way to run one set of weights.
 
     Args:
-        name: one of ``STOCK`` or ``OURS``.
+        name: one of ``STOCK`` or ``OURS``, see :func:`why_not`.
         stock: the stock model, whose weights ``OURS`` copies.
         batch, prompt: shape of the prompt.
         steps: decode steps of one turn; the turn's duration is their median.
