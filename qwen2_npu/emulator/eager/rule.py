@@ -33,7 +33,8 @@ UNKNOWN, HOST = -1, -2
 """In place of a card's number: no argument says which; the result belongs on the CPU."""
 
 _modes_enabled = torch._C._is_torch_function_mode_enabled
-_cpu_autocast_enabled = torch._C.is_autocast_cpu_enabled
+_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_autocast_enabled = torch._C.is_autocast_enabled
 
 
 def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -55,7 +56,7 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
     prepares = device_at is not None or generator_at is not None or draws or seeded
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if _modes_enabled() or _cpu_autocast_enabled():
+        if _modes_enabled() or (_any_autocast_enabled() and _autocast_enabled("cpu")):
             # Neither the caller's function modes nor CPU autocast may change what is computed here.
             with torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
                 return apply(args, kwargs)
@@ -63,7 +64,8 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views: Views = []
-        host = False
+        host = mixed = False
+        card = UNKNOWN
         cpu_args = list(args)
         count = len(cpu_args)
         for index in tensors:
@@ -72,9 +74,14 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
             value = args[index]
             if not isinstance(value, Tensor):  # None, or a number: x + 1 gives the operator a 1
                 continue
-            if value.get_device() >= 0:
+            where = value.get_device()
+            if where >= 0:
                 view = cpu_args[index] = cpu_view(value)
                 views.append((view, value))
+                if card == UNKNOWN:
+                    card = where
+                elif where != card:
+                    mixed = True
             elif value.dim():
                 host = True
         for index in lists:
@@ -83,11 +90,13 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
         cpu_kwargs = kwargs
         if kwargs:
             cpu_kwargs = {key: _lower(value, views) if key in keyed else value for key, value in kwargs.items()}
-        card = views[0][1].get_device() if views else UNKNOWN
-        if not mixes and views:
-            host = host or (bool(lists or kwargs) and _on_host(plan, args, kwargs))
-            if host or (len(views) > 1 and any(owner.get_device() != card for _, owner in views)):
-                raise _mixed(plan, views, host)
+        if lists or kwargs:
+            host = host or _on_host(plan, args, kwargs)
+            cards = {owner.get_device() for _, owner in views}
+            mixed = len(cards) > 1
+            card = views[0][1].get_device() if views else UNKNOWN
+        if (mixed or host) and views and not mixes:
+            raise _mixed(plan, views, host)
         if prepares:
             card = prepare(cpu_args, cpu_kwargs, card)
         try:
