@@ -22,10 +22,11 @@ def install(settings: Settings) -> None:
 
 
 def _after_torch_npu(module: ModuleType) -> None:
-    from qwen2_npu.emulator import collectives, eager
+    from qwen2_npu.emulator import aclgraph, collectives, eager
 
     collectives.install()
     eager.install()
+    aclgraph.install()
     notices.without_padding_notice(module)
 
 

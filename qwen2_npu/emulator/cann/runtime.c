@@ -2,7 +2,7 @@
  *
  * Device memory is host memory; every call completes before it returns, so a stream is always idle and an event is
  * complete once recorded. What is kept for real: the device of each allocation and the bytes used per device (an
- * allocation beyond the card's size fails as the driver's would), event times, graph captures.
+ * allocation beyond the card's size fails as the driver's would), event times. Graph capture is in capture.c.
  *
  * Signatures follow CANN's acl_rt.h. Functions whose names start with emu_ are this project's own controls.
  */
@@ -25,7 +25,6 @@ enum {
     ERROR_INVALID_DEVICE = 107001, /* ACL_ERROR_RT_INVALID_DEVICEID */
     ERROR_CONTEXT_NULL = 107002,
     ERROR_NO_EVENT = 107005,
-    ERROR_NO_CAPTURE = 107032,
     ERROR_MEMORY = 207001, /* ACL_ERROR_RT_MEMORY_ALLOCATION: torch_npu turns it into its out-of-memory error */
     ERROR_UNSUPPORTED = 207000,
     ERROR_EXECUTE = 500002,
@@ -153,6 +152,19 @@ aclError aclGetDeviceCapability(uint32_t device, int32_t info, int64_t *value) {
     }
 }
 
+/* ---- from capture.c: work on a captured stream is recorded, waiting for it is an error --------------------------- */
+
+void emu_note_allocation(const void *start, size_t size, int32_t device);
+void emu_forget_allocation(const void *start);
+aclError emu_refuse_to_wait(const void *stream, const char *call);
+aclError emu_refuse_event(const void *event, const char *call);
+aclError emu_capture_copy(void *stream, void *target, const void *source, size_t count, int *handled);
+aclError emu_capture_fill(void *stream, void *target, int32_t value, size_t count, int *handled);
+int emu_capture_record(void *stream, void *event);
+void emu_capture_wait(void *stream, void *event);
+int emu_stream_status(const void *stream);
+void emu_invalidate_capture(void);
+
 /* ---- memory --------------------------------------------------------------------------------------------------- */
 
 enum { HEADER = 512, MAGIC = 0x4e505545 };
@@ -191,6 +203,7 @@ static aclError allocate(void **pointer, size_t size, int32_t device) {
     }
     *(Header *)base = (Header){MAGIC, device, size};
     *pointer = base + HEADER;
+    emu_note_allocation(*pointer, size, device);
     return OK;
 }
 
@@ -200,6 +213,7 @@ static aclError release(void *pointer) {
     pthread_mutex_lock(&lock);
     if (header->device >= 0) used_bytes[header->device] -= header->size;
     pthread_mutex_unlock(&lock);
+    emu_forget_allocation(pointer);
     header->magic = 0;
     munmap(header, header->size + HEADER);
     return OK;
@@ -229,27 +243,40 @@ aclError aclrtGetMemInfo(int32_t attribute, size_t *free_bytes, size_t *total) {
     return OK;
 }
 
-aclError aclrtMemcpy(void *target, size_t room, const void *source, size_t count, int32_t kind) {
-    (void)kind;
+static aclError copy(void *target, size_t room, const void *source, size_t count) {
     if (count > room) return fail(ERROR_INVALID_PARAM, "copy of %zu bytes into %zu", count, room);
     memmove(target, source, count);
     return OK;
 }
 
-aclError aclrtMemcpyAsync(void *target, size_t room, const void *source, size_t count, int32_t kind, void *stream) {
-    (void)stream;
-    return aclrtMemcpy(target, room, source, count, kind);
-}
-
-aclError aclrtMemset(void *target, size_t room, int32_t value, size_t count) {
+static aclError fill(void *target, size_t room, int32_t value, size_t count) {
     if (count > room) return fail(ERROR_INVALID_PARAM, "memset of %zu bytes into %zu", count, room);
     memset(target, value, count);
     return OK;
 }
 
+aclError aclrtMemcpy(void *target, size_t room, const void *source, size_t count, int32_t kind) {
+    (void)kind;
+    aclError error = emu_refuse_to_wait(NULL, "aclrtMemcpy");
+    return error == OK ? copy(target, room, source, count) : error;
+}
+
+aclError aclrtMemcpyAsync(void *target, size_t room, const void *source, size_t count, int32_t kind, void *stream) {
+    (void)kind;
+    int captured;
+    aclError error = emu_capture_copy(stream, target, source, count, &captured);
+    return captured ? error : copy(target, room, source, count);
+}
+
+aclError aclrtMemset(void *target, size_t room, int32_t value, size_t count) {
+    aclError error = emu_refuse_to_wait(NULL, "aclrtMemset");
+    return error == OK ? fill(target, room, value, count) : error;
+}
+
 aclError aclrtMemsetAsync(void *target, size_t room, int32_t value, size_t count, void *stream) {
-    (void)stream;
-    return aclrtMemset(target, room, value, count);
+    int captured;
+    aclError error = emu_capture_fill(stream, target, value, count, &captured);
+    return captured ? error : fill(target, room, value, count);
 }
 
 /* ---- streams and events --------------------------------------------------------------------------------------- */
@@ -277,11 +304,17 @@ aclError aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t 
 aclError aclrtCreateStream(void **stream) { return aclrtCreateStreamWithConfig(stream, 0, 0); }
 aclError aclrtDestroyStream(void *stream) { free(stream); return OK; }
 aclError aclrtDestroyStreamForce(void *stream) { free(stream); return OK; }
-aclError aclrtSynchronizeStream(void *stream) { (void)stream; return OK; }
-aclError aclrtSynchronizeStreamWithTimeout(void *stream, int32_t timeout) { (void)stream; (void)timeout; return OK; }
-aclError aclrtSynchronizeDevice(void) { return OK; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return OK; }
-aclError aclrtStreamQuery(void *stream, int32_t *status) { (void)stream; *status = 0; return OK; }
+aclError aclrtSynchronizeStream(void *stream) { return emu_refuse_to_wait(stream, "aclrtSynchronizeStream"); }
+aclError aclrtSynchronizeStreamWithTimeout(void *stream, int32_t timeout) {
+    (void)timeout;
+    return aclrtSynchronizeStream(stream);
+}
+aclError aclrtSynchronizeDevice(void) { return emu_refuse_to_wait(NULL, "aclrtSynchronizeDevice"); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return aclrtSynchronizeDevice(); }
+aclError aclrtStreamQuery(void *stream, int32_t *status) {
+    *status = 0;
+    return emu_refuse_to_wait(stream, "aclrtStreamQuery");
+}
 aclError aclrtStreamGetId(void *stream, int32_t *id) { *id = stream ? ((Stream *)stream)->id : 0; return OK; }
 aclError aclrtSetStreamFailureMode(void *stream, uint64_t mode) { (void)stream; (void)mode; return OK; }
 
@@ -296,7 +329,7 @@ aclError aclrtCreateEvent(void **event) { return aclrtCreateEventExWithFlag(even
 aclError aclrtDestroyEvent(void *event) { free(event); return OK; }
 
 aclError aclrtRecordEvent(void *handle, void *stream) {
-    (void)stream;
+    if (emu_capture_record(stream, handle)) return OK;
     Event *event = handle;
     clock_gettime(CLOCK_MONOTONIC, &event->time);
     event->recorded = 1;
@@ -304,9 +337,12 @@ aclError aclrtRecordEvent(void *handle, void *stream) {
 }
 
 aclError aclrtResetEvent(void *event, void *stream) { (void)stream; ((Event *)event)->recorded = 0; return OK; }
-aclError aclrtStreamWaitEvent(void *stream, void *event) { (void)stream; (void)event; return OK; }
-aclError aclrtSynchronizeEvent(void *event) { (void)event; return OK; }
-aclError aclrtQueryEventStatus(void *event, int32_t *status) { *status = ((Event *)event)->recorded; return OK; }
+aclError aclrtStreamWaitEvent(void *stream, void *event) { emu_capture_wait(stream, event); return OK; }
+aclError aclrtSynchronizeEvent(void *event) { return emu_refuse_event(event, "aclrtSynchronizeEvent"); }
+aclError aclrtQueryEventStatus(void *event, int32_t *status) {
+    *status = ((Event *)event)->recorded;
+    return emu_refuse_event(event, "aclrtQueryEventStatus");
+}
 aclError aclrtQueryEventWaitStatus(void *event, int32_t *status) { (void)event; *status = 0; return OK; }
 aclError aclQueryEventRecordedStatus(void *event, int32_t *status) { return aclrtQueryEventStatus(event, status); }
 aclError aclQueryEventWaitStatus(void *event, int32_t *status) { return aclrtQueryEventWaitStatus(event, status); }
@@ -328,7 +364,10 @@ aclError aclrtEventElapsedTime(float *milliseconds, void *start, void *end) {
 
 /* Work on a stream runs when it is given: a host function, too. */
 aclError aclrtLaunchHostFunc(void *stream, void (*function)(void *), void *arguments) {
-    (void)stream;
+    if (emu_stream_status(stream)) {
+        emu_invalidate_capture();
+        return fail(ERROR_UNSUPPORTED, "host functions in captured graphs are not emulated");
+    }
     function(arguments);
     return OK;
 }
@@ -339,62 +378,6 @@ aclError aclrtLaunchCallback(void (*function)(void *), void *arguments, int32_t 
 aclError aclrtSubscribeReport(uint64_t thread, void *stream) { (void)thread; (void)stream; return OK; }
 aclError aclrtUnSubscribeReport(uint64_t thread, void *stream) { (void)thread; (void)stream; return OK; }
 aclError aclrtProcessReport(int32_t timeout) { (void)timeout; return OK; }
-
-/* ---- graph capture: what is captured and replayed lives in Python (aclgraph.py) -------------------------------- */
-
-typedef struct {
-    void (*begin)(int64_t model);
-    void (*end)(int64_t model);
-    void (*execute)(int64_t model);
-    void (*destroy)(int64_t model);
-} CaptureHooks;
-
-static CaptureHooks hooks;
-static int64_t next_model = 1;
-static void *capturing_stream = NULL;
-static int64_t capturing_model = 0;
-
-void emu_set_capture_hooks(CaptureHooks given) { hooks = given; }
-
-aclError aclmdlRICaptureBegin(void *stream, int32_t mode) {
-    (void)mode;
-    if (!hooks.begin) return fail(ERROR_UNSUPPORTED, "graph capture is not enabled in the emulator");
-    if (capturing_model) return fail(ERROR_INVALID_PARAM, "a capture is under way");
-    capturing_stream = stream;
-    capturing_model = next_model++;
-    hooks.begin(capturing_model);
-    return OK;
-}
-
-aclError aclmdlRICaptureEnd(void *stream, void **model) {
-    if (!capturing_model || stream != capturing_stream) return fail(ERROR_NO_CAPTURE, "no capture on this stream");
-    *model = (void *)(intptr_t)capturing_model;
-    hooks.end(capturing_model);
-    capturing_model = 0;
-    capturing_stream = NULL;
-    return OK;
-}
-
-/* Any stream of the capturing process counts as capturing: forked streams join the capture through events. */
-aclError aclmdlRICaptureGetInfo(void *stream, int32_t *status, void **model) {
-    (void)stream;
-    if (status) *status = capturing_model != 0;
-    if (model) *model = (void *)(intptr_t)capturing_model;
-    return OK;
-}
-
-aclError aclmdlRICaptureThreadExchangeMode(int32_t *mode) { (void)mode; return OK; }
-
-aclError aclmdlRIExecuteAsync(void *model, void *stream) {
-    (void)stream;
-    hooks.execute((int64_t)(intptr_t)model);
-    return OK;
-}
-
-aclError aclmdlRIDestroy(void *model) {
-    if (hooks.destroy) hooks.destroy((int64_t)(intptr_t)model);
-    return OK;
-}
 
 /* ---- options, versions, logs ---------------------------------------------------------------------------------- */
 
