@@ -15,7 +15,7 @@ from qwen2_npu.optimizations import LADDER
 
 LAST = LADDER[-1]
 
-FAST = {"7B-decode-b4-flash_attention", f"7B-decode-b4-{LAST}", f"7B-prefill-b4-{LAST}", f"0.5B-decode-b4-{LAST}"}
+FAST = {f"7B-decode-b4-{LAST}", f"7B-prefill-b4-{LAST}", f"0.5B-decode-b4-{LAST}"}
 
 GRAPHS = [
     pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)

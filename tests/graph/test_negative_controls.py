@@ -168,7 +168,7 @@ def problems_of(
     change: Callable[[Model, list[Any]], Any],
 ) -> list[str]:
     """What the invariants say of a changed step. ``change`` gets the model and the step's arguments."""
-    config = SMALL.config(layers=2)
+    config = SMALL.config(layers=1)
     with lowering.fake_model(config, optimizations, torch.bfloat16) as model:
         step, arguments = lowering.step_arguments(model, phase, 2, 256, 128)
         changed = list(arguments)
@@ -248,7 +248,7 @@ def test_a_cast_of_the_weights() -> None:
 
 def test_inputs_not_marked_static() -> None:
     """Without mark_static their sizes are symbols, and the tiling of a dynamic shape cannot be sunk."""
-    config, optimizations = SMALL.config(layers=2), Optimizations.all()
+    config, optimizations = SMALL.config(layers=1), Optimizations.all()
     with lowering.fake_model(config, optimizations, torch.bfloat16) as model:
         step, arguments = lowering.step_arguments(model, "decode", 2, 256, 128)
         raw = lowering.lower_call(step, arguments, dynamic=True, static=False)
