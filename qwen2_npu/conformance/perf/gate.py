@@ -170,9 +170,8 @@ def _compare_documented(verdict: Verdict, measurement: Measurement, number: Docu
     shorter = asked[0] != documented[0] or (verdict.row.phase == "decode" and asked[1] < documented[1])
     if shorter:
         text = (
-            f"documented for {documented[0]} tokens and {documented[1]} decode steps, asked for {asked[0]} "
-            f"and {asked[1]}: "
-            "a shorter context is less work; run without --decode-steps"
+            f"documented for {documented[0]} tokens and {documented[1]} decode steps, asked for {asked[0]} and "
+            f"{asked[1]}: a shorter context is less work; run without --decode-steps"
         )
         (verdict.failures if strict else verdict.notes).append(text)
     if number.note:
@@ -214,16 +213,15 @@ def _compare_recorded(verdict: Verdict, measurement: Measurement, baseline: Base
             return
         if verdict.floor_ms is not None and interval.centre < verdict.floor_ms:
             verdict.failures.append(
-                f"recorded baseline of {interval.centre:.4g} ms is below the physical floor of "
-                f"{verdict.floor_ms:.4g} ms: "
-                "a placeholder, or a timing error that was recorded"
+                f"recorded baseline of {interval.centre:.4g} ms is below the physical floor of {verdict.floor_ms:.4g} "
+                "ms: a placeholder, or a timing error that was recorded"
             )
             return
         if not interval.useful:
             verdict.failures.append(
                 f"the {len(baseline.runs)} recorded runs spread so far that the next may differ by "
-                f"{interval.factor - 1:.0%}: "
-                "no gate. Quiet the host (see the host's warnings) and record them again with another reason"
+                f"{interval.factor - 1:.0%}: no gate. Quiet the host (see the host's warnings) and record them again "
+                "with another reason"
             )
             return
         against = f"recorded in {len(baseline.runs)} runs for {baseline.reason!r}"

@@ -90,8 +90,8 @@ class Host:
         other = self.governors - {"performance"}
         if other:
             found.append(
-                f"frequency governor {', '.join(sorted(other))}: set performance (cpupower frequency-set "
-                "-g performance)"
+                f"frequency governor {', '.join(sorted(other))}: set performance (cpupower frequency-set -g "
+                "performance)"
             )
         if self.frequency is not None and self.frequency < LOWEST_FREQUENCY:
             found.append(
@@ -100,17 +100,15 @@ class Host:
             )
         if self.nodes > NODES:
             found.append(
-                f"the process may run on {self.nodes} NUMA nodes (cores {self.affinity_text}): pin it to "
-                "one (numactl -N 0, "
-                "or taskset)"
+                f"the process may run on {self.nodes} NUMA nodes (cores {self.affinity_text}): pin it to one (numactl "
+                "-N 0, or taskset)"
             )
         elapsed = max(self.seconds - before.seconds, 1.0)  # a handful within a short run says nothing
         rate = (self.preemptions - before.preemptions) / elapsed
         if rate > PREEMPTIONS_PER_SECOND:
             found.append(
-                f"{rate:.0f} involuntary context switches per second, above {PREEMPTIONS_PER_SECOND:.0f}: "
-                "something else "
-                "runs on these cores"
+                f"{rate:.0f} involuntary context switches per second, above {PREEMPTIONS_PER_SECOND:.0f}: something "
+                "else runs on these cores"
             )
         return tuple(found)
 

@@ -32,9 +32,8 @@ class Ledger:
             names = ", ".join(row.node_id for row in missing[:3])
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             found.append(
-                f"{len(missing)} rows have a baseline and no test ran for them: deselected, renamed, or "
-                "another rootdir: "
-                f"{names}{more}"
+                f"{len(missing)} rows have a baseline and no test ran for them: deselected, renamed, or another "
+                f"rootdir: {names}{more}"
             )
         for reason, count in Counter(self.not_run[row.id] for row in rows if row.id in self.not_run).items():
             found.append(f"{count} rows not run: {reason}")

@@ -65,8 +65,8 @@ class Measurement:
         if self.contexts != wanted:
             at, has, should = _first_difference(self.contexts, wanted)
             found.append(
-                f"the KV cache does not grow by one token per step: before step {at} it holds {has} "
-                f"tokens, not {should}"
+                f"the KV cache does not grow by one token per step: before step {at} it holds {has} tokens, not "
+                f"{should}"
             )
         samples = (self.prefill_ms, *self.decode_ms)
         if not all(math.isfinite(ms) and ms > 0 for ms in samples):

@@ -97,7 +97,7 @@ def _keep_documented_tables(config: pytest.Config) -> None:
     if (option.benchmark_save or option.benchmark_autosave) and (storage / benchmark_json.FILE).exists():
         raise pytest.UsageError(
             f"--benchmark-save would write into {storage} beside the documented tables, and the next bare "
-            f"--benchmark-compare would take it for them: save and compare in two runs, use --benchmark-json=FILE, or "
+            "--benchmark-compare would take it for them: save and compare in two runs, use --benchmark-json=FILE, or "
             f"--benchmark-storage={SAVED} for both"
         )
 
@@ -235,9 +235,9 @@ def pytest_benchmark_compare_machine_info(
         _compare_documented(config, benchmarksession, compared_benchmark)
     elif bare and (benchmarksession.storage.path / benchmark_json.FILE).exists():
         raise pytest.UsageError(
-            "a bare --benchmark-compare takes the last file by name, and in "
-            f"{benchmarksession.storage.path} that is not "
-            f"{benchmark_json.FILE}: move what was saved there elsewhere, or name the file: --benchmark-compare=FILE"
+            f"a bare --benchmark-compare takes the last file by name, and in {benchmarksession.storage.path} that is "
+            f"not {benchmark_json.FILE}: move what was saved there elsewhere, or name the file: "
+            "--benchmark-compare=FILE"
         )
     else:
         differing = _machine_differences(theirs, machine_info)

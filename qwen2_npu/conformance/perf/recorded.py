@@ -174,9 +174,8 @@ def _load(path: Path) -> dict[str, Any]:
         )
     if digest != content.get("digest"):
         raise BaselineError(
-            f"{path} was changed by hand or by a merge: its digest does not fit. Take it from version "
-            "control, or record "
-            "again with --update-baselines=REASON"
+            f"{path} was changed by hand or by a merge: its digest does not fit. Take it from version control, or "
+            "record again with --update-baselines=REASON"
         )
     return content
 
@@ -209,8 +208,8 @@ def _extended(
         if outside:
             raise BaselineError(
                 f"{row_id}: this run is not of the {len(baseline.runs)} recorded for {reason!r} "
-                f"({'; '.join(outside)}): "
-                "find out why, or give a new reason to --update-baselines, which starts a new baseline"
+                f"({'; '.join(outside)}): find out why, or give a new reason to --update-baselines, which starts a "
+                "new baseline"
             )
         return {**entry, "runs": [*entry["runs"], run]}
     old = {key: value for key, value in entry.items() if key != "history"}
