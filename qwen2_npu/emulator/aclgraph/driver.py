@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from qwen2_npu.emulator import runtime
-from qwen2_npu.emulator.aclgraph.capture import HOST, Capture, Journal, at_fixed_addresses, extent, written_by
+from qwen2_npu.emulator.aclgraph.capture import (
+    HOST,
+    Capture,
+    CaptureError,
+    Journal,
+    at_fixed_addresses,
+    extent,
+    written_by,
+)
 from qwen2_npu.emulator.aclgraph.captured import Computation, Graph, Group, Wait, Write
 from qwen2_npu.emulator.collectives import library as collectives
 from qwen2_npu.emulator.eager import random, tap
@@ -126,9 +134,11 @@ class Driver:
         if wanted and not listening:
             tap.listeners.append(self._operator)
             tap.stored.append(self._stored)
+            tap.leaving.append(self._leaving)
         elif listening and not wanted:
             tap.listeners.remove(self._operator)
             tap.stored.remove(self._stored)
+            tap.leaving.remove(self._leaving)
 
     def _operator(self, plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         if self._updating is not None:
@@ -146,6 +156,11 @@ class Driver:
     def _stored(self, result: torch.Tensor, out: torch.Tensor) -> None:
         if self._capture is not None and self._on_captured_stream():
             self._capture.stored(result, out)
+
+    def _leaving(self, plan: Plan) -> None:
+        if self._capture is not None and self._on_captured_stream():
+            self._library.emu_invalidate_capture()
+            raise CaptureError(f"{plan.op} to the host, while a graph is captured: the copy would wait for the stream")
 
     def _on_captured_stream(self) -> bool:
         stream = torch.npu.current_stream().npu_stream  # type: ignore[attr-defined]

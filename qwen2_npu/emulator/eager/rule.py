@@ -101,6 +101,9 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
             card = prepare(cpu_args, cpu_kwargs, card)
         try:
             if tap.listeners:
+                if card == HOST and views:
+                    for tell in tap.leaving:
+                        tell(plan)
                 result = tap.call(plan, run, cpu_args, cpu_kwargs)
             elif seeded:
                 with random.as_default(random.draw(random.default_generator(card))):

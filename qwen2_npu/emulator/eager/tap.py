@@ -19,6 +19,9 @@ class Listener(Protocol):
 listeners: list[Listener] = []
 """The last one added is called first. Empty in ordinary runs, so that watching costs nothing then."""
 
+leaving: list[Callable[[Plan], None]] = []
+"""Told of an operator whose result goes to the host, before it is computed."""
+
 stored: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
 """Told of each fresh result: the CPU tensor computed, and the npu tensor it was copied into."""
 
