@@ -18,7 +18,12 @@ MODES: dict[str, dict[str, Any]] = {
     "npugraph_ex": {"mode": "npugraph_ex"},
 }
 
-FAST = {("eager", LADDER[-1]), ("torchair-dynamic", "fused_qkv"), ("torchair-static", "fused_qkv")}
+FAST = {
+    ("eager", LADDER[-1]),
+    ("npugraph_ex", "fused_qkv"),
+    ("torchair-dynamic", "fused_qkv"),
+    ("torchair-static", "fused_qkv"),
+}
 
 CASES = [
     pytest.param(name, step, marks=() if (name, step) in FAST else pytest.mark.slow)
