@@ -32,8 +32,13 @@ MAIN = "libascendcl.so"
 LOADED_LATER = ("libatb.so", "libhcomm.so")
 """Looked for by torch_npu itself, when an operator of it is first used."""
 
-REFUSING = ("rt", "aclop", "_ZN3atb", "aclmdl", "aclrtLaunch", "aclrtBinary")
-"""Prefixes of names that would start work on the device: these fail where ``cann/`` does not implement them."""
+HARMLESS = ("Msprof", "_ZN2ge", "_ZNK2ge", "aclCreateTensorDesc", "aclDestroyTensorDesc", "aclGetTensorDesc")
+HARMLESS += ("aclSetTensor", "acltdt", "HcclSetConfig")
+"""Prefixes of names that may do nothing where ``cann/`` does not implement them: profiling, descriptions that only an
+operator of CANN's would read, and the graph engine, which ``ge`` replaces. Every other one fails and says so."""
+
+DATA = ("_ZTV", "_ZTI", "_ZTS", "_ZTT", "_ZGV")
+"""Prefixes of C++ names that are data, for which no function can stand in."""
 
 COMPLETE = "complete"
 """Marker file of a finished build."""
@@ -59,11 +64,13 @@ def build() -> Path:
     candidates = [base / key for base in _bases()]
     for folder in candidates:
         if (folder / COMPLETE).exists():
+            _check_owner(folder)
             return folder
     problems = []
     for folder in candidates:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            _check_owner(folder.parent)
             with FileLock(f"{folder}.lock"):
                 if not (folder / COMPLETE).exists():
                     _build_into(folder, wheel, torch)
@@ -85,6 +92,13 @@ def _bases() -> list[Path]:
         Path(platformdirs.user_cache_dir("qwen2_npu")) / "emulator",
         Path(tempfile.gettempdir()) / f"qwen2_npu-{os.getuid()}" / "emulator",
     ]
+
+
+def _check_owner(folder: Path) -> None:
+    """Code is loaded from here: a folder that somebody else made, as in a shared temporary folder, is not trusted."""
+    owner = folder.stat().st_uid
+    if owner not in (os.getuid(), 0):
+        raise EmulatorError(f"{folder} belongs to user {owner}: remove it, or set QWEN2_NPU_CACHE to a folder of yours")
 
 
 def _key() -> str:
@@ -116,11 +130,16 @@ def _package(name: str) -> Path:
 def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
     """Build beside ``folder`` and move into place, so that a killed build leaves nothing that looks finished."""
     compiler = _compiler()
+    for stale in folder.parent.glob(f"{folder.name}.*"):  # of builds that were killed: the lock is held, none is running
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         generated = work / "missing.c"
-        generated.write_text(source_for(symbols.missing(wheel, torch)))
+        names = symbols.missing(wheel, torch)
+        generated.write_text(source_for(names))
         _compile(compiler, [*map(str, SOURCES), str(generated)], work / MAIN, ["-lpthread"])
+        _check_complete(names, work / MAIN)
         empty = work / "empty.c"
         empty.write_text("")
         for name in {*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN}:
@@ -134,11 +153,26 @@ def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _check_complete(names: list[str], library: Path) -> None:
+    """Raise where a symbol of the wheel is still missing: loading torch_npu would fail later, and less clearly."""
+    unresolved = sorted(set(names) - symbols.tables(library)[1])
+    if unresolved:
+        raise EmulatorError(
+            f"torch_npu {_version('torch_npu')} needs {', '.join(unresolved)}, which the emulator does not provide: "
+            "2.13.0 is the version it was made for"
+        )
+
+
 def source_for(names: list[str]) -> str:
-    """C source of a weak function for every name: the files of ``cann/`` override those that they implement."""
+    """C source of a weak function for every name: the files of ``cann/`` override those that they implement.
+
+    Names of data, and names that C has no way to write, are left out.
+    """
     lines = ["long emu_nothing(const char *name);", "long emu_refuse(const char *name);"]
     for name in names:
-        answer = "refuse" if name.startswith(REFUSING) else "nothing"
+        if name.startswith(DATA) or not name.isidentifier():
+            continue
+        answer = "nothing" if name.startswith(HARMLESS) else "refuse"
         lines.append(f'__attribute__((weak)) long {name}(void) {{ return emu_{answer}("{name}"); }}')
     return "\n".join(lines) + "\n"
 

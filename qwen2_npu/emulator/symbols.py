@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,11 @@ from elftools.elf.sections import SymbolTableSection
 from qwen2_npu.emulator.settings import EmulatorError
 
 SYSTEM_LIBRARIES = ("libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0", "libdl.so.2")
+
+ENTRY_64 = "IBBHQQ"
+"""Elf64_Sym: name, info, other, section index, value, size."""
+UNDEFINED, GLOBAL = 0, 1
+"""A section index, and a binding, as the ELF specification numbers them."""
 
 INTERPRETER = ("Py", "_Py")
 """Prefixes of what the Python executable itself provides."""
@@ -63,13 +69,21 @@ def tables(path: Path) -> tuple[set[str], set[str]]:
     defined: set[str] = set()
     with _elf(path) as elf:
         section = elf.get_section_by_name(".dynsym")
-        for symbol in section.iter_symbols() if isinstance(section, SymbolTableSection) else ():
-            if not symbol.name:
+        if not isinstance(section, SymbolTableSection):
+            return undefined, defined
+        if elf.elfclass != 64:
+            raise EmulatorError(f"{path} is for a {elf.elfclass}-bit machine: torch_npu is for 64-bit ones")
+        names = elf.get_section(section["sh_link"]).data()
+        # pyelftools makes an object per symbol, and libtorch has hundreds of thousands: the entries are read here.
+        entries = struct.iter_unpack(("<" if elf.little_endian else ">") + ENTRY_64, section.data())
+        for offset, info, _, index, _, _ in entries:
+            if not offset:
                 continue
-            if symbol["st_shndx"] != "SHN_UNDEF":
-                defined.add(symbol.name)
-            elif symbol["st_info"]["bind"] == "STB_GLOBAL":
-                undefined.add(symbol.name)
+            name = names[offset : names.index(0, offset)].decode()
+            if index != UNDEFINED:
+                defined.add(name)
+            elif info >> 4 == GLOBAL:
+                undefined.add(name)
     return undefined, defined
 
 

@@ -44,7 +44,9 @@ static int64_t allocation_to_fail = 0; /* counts down to 1; from then on every a
 static __thread int32_t current_device = -1;
 static __thread char last_error[1024] = "";
 
-static aclError fail(aclError code, const char *format, ...) {
+#define fail emu_fail /* its name for the other files */
+
+aclError fail(aclError code, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(last_error, sizeof last_error, format, arguments);
@@ -177,14 +179,14 @@ typedef struct {
 
 static Header *header_of(const void *pointer) { return (Header *)((char *)pointer - HEADER); }
 
-/* mmap: pages a caller never touches cost nothing, so a caching allocator's large blocks are cheap. */
-static aclError allocate(void **pointer, size_t size, int32_t device) {
-    if (size == 0) return fail(ERROR_INVALID_PARAM, "allocation of zero bytes");
+/* Count memory against a card, whose size is enforced; pinned host memory (device -1) is free of charge. */
+aclError emu_take_memory(int32_t device, size_t size) {
+    if (device < 0) return OK;
     pthread_mutex_lock(&lock);
-    int injected = device >= 0 && allocation_to_fail == 1;
-    if (device >= 0 && allocation_to_fail > 1) allocation_to_fail--;
-    int full = device >= 0 && used_bytes[device] + size > hbm_bytes;
-    if (!injected && !full && device >= 0) {
+    int injected = allocation_to_fail == 1;
+    if (allocation_to_fail > 1) allocation_to_fail--;
+    int full = used_bytes[device] + size > hbm_bytes;
+    if (!injected && !full) {
         used_bytes[device] += size;
         if (used_bytes[device] > peak_bytes[device]) peak_bytes[device] = used_bytes[device];
         allocations++;
@@ -194,11 +196,24 @@ static aclError allocate(void **pointer, size_t size, int32_t device) {
     if (full)
         return fail(ERROR_MEMORY, "allocation of %zu bytes: %llu of %llu bytes of emulated device %d are used", size,
                     (unsigned long long)used_bytes[device], (unsigned long long)hbm_bytes, device);
+    return OK;
+}
+
+void emu_give_memory(int32_t device, size_t size) {
+    if (device < 0) return;
+    pthread_mutex_lock(&lock);
+    used_bytes[device] -= size;
+    pthread_mutex_unlock(&lock);
+}
+
+/* mmap: pages a caller never touches cost nothing, so a caching allocator's large blocks are cheap. */
+static aclError allocate(void **pointer, size_t size, int32_t device) {
+    if (size == 0) return fail(ERROR_INVALID_PARAM, "allocation of zero bytes");
+    aclError error = emu_take_memory(device, size);
+    if (error != OK) return error;
     char *base = mmap(NULL, size + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
-        pthread_mutex_lock(&lock);
-        if (device >= 0) used_bytes[device] -= size;
-        pthread_mutex_unlock(&lock);
+        emu_give_memory(device, size);
         return fail(ERROR_MEMORY, "the host has no %zu bytes left for emulated device memory", size);
     }
     *(Header *)base = (Header){MAGIC, device, size};
@@ -210,9 +225,7 @@ static aclError allocate(void **pointer, size_t size, int32_t device) {
 static aclError release(void *pointer) {
     Header *header = header_of(pointer);
     if (header->magic != MAGIC) return fail(ERROR_INVALID_PARAM, "%p was not allocated here", pointer);
-    pthread_mutex_lock(&lock);
-    if (header->device >= 0) used_bytes[header->device] -= header->size;
-    pthread_mutex_unlock(&lock);
+    emu_give_memory(header->device, header->size);
     emu_forget_allocation(pointer);
     header->magic = 0;
     munmap(header, header->size + HEADER);
