@@ -16,8 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports torch: other conftest files do.
 emulator.activate_where_needed()
 
-# --gate, --gate-rows, --update-baselines, --random-weights, and the rows of tests/perf.
-pytest_plugins = ["qwen2_npu.conformance.perf.plugin"]
+# --gate, --gate-rows, --update-baselines, --random-weights, and the rows of tests/perf; and what JUnit files say they
+# were verified on.
+pytest_plugins = ["qwen2_npu.conformance.perf.plugin", "qwen2_npu.conformance.report.junit_plugin"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -16,9 +16,14 @@ COMMANDS = {
     "emulate": "Run any program on emulated NPUs: the real torch_npu, computing on the CPU.",
     "bench": "Measure prefill and decode latency, beside the documented numbers.",
     "baselines": "Show the documented latencies; write or check pytest-benchmark's file of them.",
+    "report": "Make one HTML page of a run: what regressed, by how much, since which commit.",
+    "nightly": "Run every suite on this machine, and make the report whatever happens.",
     "doctor": "Show versions and devices, what is missing, and how to get it.",
 }
 """Command -> its line in the overview. Each lives in the module of its name."""
+
+WITHOUT_TORCH = ("emulate", "report", "nightly")
+"""Commands that work where torch_npu cannot be loaded: that may be just what they have to say."""
 
 BAD_INPUT = 2
 """Exit status for input that cannot be worked with; 1 is a comparison that failed."""
@@ -55,5 +60,5 @@ class _LazyGroup(click.Group):
 @click.pass_context
 def main(ctx: click.Context, traceback: bool) -> None:
     """Qwen2 for Ascend NPUs, and the proof that it computes what the stock model computes."""
-    if ctx.invoked_subcommand not in ("emulate", None):
+    if ctx.invoked_subcommand not in (*WITHOUT_TORCH, None):
         emulator.activate_where_needed()  # torch and transformers load torch_npu wherever it is installed

@@ -1,0 +1,117 @@
+"""``qwen2-npu nightly``: doctor, accuracy, graphs, latency and the report, on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from qwen2_npu.cli import options
+
+
+@click.command("nightly")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("report"),
+    show_default=True,
+    metavar="DIR",
+    help="Where everything goes; files of an earlier run there are removed, its history is not.",
+)
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Folder of earlier runs.  [default: history, in --results]",
+)
+@click.option("--quick", is_flag=True, help="The fast lane of every suite: minutes, for pull requests.")
+@click.option(
+    "--append/--no-append",
+    default=None,
+    help="Add the run to the history.  [default: yes, but not with --quick]",
+)
+@options.device_option()
+@options.model_path_option(help="Checkpoint for verify, accuracy and latency.  [default: tiny, and random weights]")
+@click.option(
+    "--gate-rows", metavar="PATTERN,…", default="*", show_default=True, help="Latency rows to judge, on a real NPU."
+)
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="pytest processes where no time is measured.")
+@click.option("--minutes", type=float, default=240.0, show_default=True, help="A stage may take.")
+@click.option("--machine", type=click.Path(path_type=Path), default=None, hidden=True)
+def command(
+    results: Path,
+    history: Path | None,
+    quick: bool,
+    append: bool | None,
+    device: str | None,
+    model_path: Path | None,
+    gate_rows: str,
+    workers: int,
+    minutes: float,
+    machine: Path | None,
+) -> None:
+    """Run every suite, and make the report whatever happens.
+
+    On a real NPU the latency suite runs with --gate. Exit status: 0 everything passed, 1 anything failed, regressed, or
+    is no longer run; the page (index.html) and its summary (summary.md) are made in every case. In a GitHub workflow
+    the summary is shown with the job. docs/nightly.md says how to set up a machine and what to do when a row fails.
+    """
+    if machine is not None:
+        _describe(machine, device)
+        return
+    from qwen2_npu.conformance import nightly
+    from qwen2_npu.conformance.report.inputs import PAGE, SUMMARY
+
+    _check(nightly.ROOT)
+    results = results.resolve()  # stages run in the checkout's root
+    asked = nightly.Options(results, device, model_path and model_path.resolve(), quick, gate_rows, workers, minutes)
+    stages = nightly.run(asked, click.echo)
+    report = [*nightly.CLI, "report", "--check", "--results", str(results), "--summary", str(results / SUMMARY)]
+    report += ["--history", str(history.resolve())] if history else []
+    report += ["--append"] if (not quick if append is None else append) else []
+    made = subprocess.run(report, check=False)
+    _show_in_workflow(results / SUMMARY)
+    failed = [stage.name for stage in stages if stage.status != 0]
+    click.echo(f"failed: {', '.join(failed)}" if failed else "every stage passed")
+    click.echo(f"Page: {results / PAGE}")
+    sys.exit(1 if failed or made.returncode else 0)
+
+
+def _check(root: Path) -> None:
+    """What would spoil the end of a long run is found at its start.
+
+    Raises:
+        ValueError: no checkout, or nothing to make the page with.
+    """
+    from importlib.util import find_spec
+
+    from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
+
+    if not (root / "tests").is_dir():
+        raise ValueError(
+            f"{root} has no folder tests: nightly runs in a checkout (git clone, pip install -e '.[test]')"
+        )
+    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+        raise ValueError(HOW_TO_INSTALL)
+
+
+def _describe(path: Path, device: str | None) -> None:
+    """Commit, device and fingerprint, as JSON: a stage of its own process, so that no NPU stays held."""
+    from qwen2_npu.conformance.report import write_json
+    from qwen2_npu.conformance.report.provenance import Provenance
+
+    provenance = Provenance.of_device(options.check_device(device))
+    write_json(path, provenance.to_json())
+    click.echo(f"{provenance.verified}, fingerprint {provenance.fingerprint.name}, commit {provenance.commit}")
+
+
+def _show_in_workflow(summary: Path) -> None:
+    """GitHub shows what a step appends to this file with the job."""
+    target = os.environ.get("GITHUB_STEP_SUMMARY")
+    if target and summary.exists():
+        with open(target, "a", encoding="utf-8") as file:
+            file.write(summary.read_text(encoding="utf-8"))

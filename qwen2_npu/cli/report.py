@@ -1,0 +1,72 @@
+"""``qwen2-npu report``: one HTML page from the files of a run and the history of runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("report"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder of verify*.json, JUnit files (*.xml), benchmark*.json and run.json.",
+)
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Folder of earlier runs.  [default: history, in --results]",
+)
+@click.option("--append", is_flag=True, help="Add this run to the history once the page is made.")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
+    help="[default: index.html, in --results]",
+)  # fmt: skip
+@click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
+    help="Also write the verdict and what failed as Markdown.",
+)  # fmt: skip
+@click.option("--check", is_flag=True, help="Exit with 1 where anything failed, regressed, or is no longer run.")
+def command(
+    results: Path, history: Path | None, append: bool, output: Path | None, summary: Path | None, check: bool
+) -> None:
+    """Make one self-contained page: what regressed, by how much, since which commit, and everything else that is known.
+
+    \b
+    A run's files come from
+        qwen2-npu verify --json report/verify.json
+        pytest tests/accuracy --junitxml=report/accuracy.xml
+        pytest tests/graph --junitxml=report/graph.xml
+        pytest tests/perf --junitxml=report/perf.xml --benchmark-json=report/benchmark.json
+    or, all of them, from `qwen2-npu nightly`. What is missing is shown as "not run". Without --check the exit status
+    says only whether the page was made.
+    """
+    from qwen2_npu.conformance.report import write_text
+    from qwen2_npu.conformance.report.changes import Kind, changes
+    from qwen2_npu.conformance.report.history import Run, load
+    from qwen2_npu.conformance.report.history import append as remember
+    from qwen2_npu.conformance.report.inputs import PAGE
+    from qwen2_npu.conformance.report.page import render, verdict
+    from qwen2_npu.conformance.report.results import Results
+    from qwen2_npu.conformance.report.summary import markdown
+
+    found = Results.of(results)
+    runs, problems = load(history or results / "history")
+    target = output or results / PAGE
+    write_text(target, render(found, runs, problems))
+    if summary is not None:
+        write_text(summary, markdown(found, runs, problems))
+    changed = changes(found.claims, Run.of(found), runs)
+    said = verdict(found, changed, problems)
+    click.echo(f"{said.text}\nPage: {target}")
+    if append:
+        click.echo(f"History: {remember(history or results / 'history', found)}")
+    if check and (said.style == "fail" or any(change.kind is Kind.LOST for change in changed)):
+        sys.exit(1)

@@ -1,0 +1,99 @@
+"""Claims of `qwen2-npu verify`: every step agrees with the stock model, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.labels import labels
+from qwen2_npu.optimizations import LADDER
+
+AREA = "Accuracy"
+EXPECTED_MODES = ("eager",)
+"""Modes of `verify` that every run must show; others are shown where a run has them."""
+
+TEXT = "greedy text"
+PERPLEXITY = "perplexity"
+
+
+def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
+    """What every run should say, not yet said."""
+    for mode in modes:
+        for step in LADDER:
+            yield Claim(
+                id=f"accuracy/{mode}/{step}",
+                area=AREA,
+                title=f"{step}, {mode}: the stock model's tokens",
+                step=step,
+                label=labels().get(step, ""),
+                place=Place("ladder", step, AREA, f"verify {mode}"),
+            )
+        for what in (TEXT, PERPLEXITY):
+            yield Claim(f"accuracy/{mode}/{what}", AREA, f"{what}, {mode}: as the stock model's")
+
+
+def claims(inputs: Inputs) -> list[Claim]:
+    """What the run's verifications say."""
+    modes = dict.fromkeys([*EXPECTED_MODES, *(_mode(content) for content in inputs.verifications.values())])
+    known = {claim.id: claim for claim in expected(tuple(modes))}
+    for content in inputs.verifications.values():
+        for id, facts in _facts(content):
+            if id in known:
+                known[id] = known[id].found(**facts)
+    return list(known.values())
+
+
+def _mode(content: dict[str, Any]) -> str:
+    return str(content.get("mode", "eager"))
+
+
+def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    mode = _mode(content)
+    common = {
+        "subject": f"{content['model']}, {content['dtype']}",
+        "verified": content["environment"]["verified"],
+    }
+    for row in content["rows"]:
+        excused = f", {row['excused']} near-ties excused" if row["excused"] else ""
+        yield (
+            f"accuracy/{mode}/{row['step']}",
+            {
+                **common,
+                "status": _status(row["passed"]),
+                # NaN stands as a string in JSON.
+                "value": Value(float(row["rms_ratio"]), "× noise"),
+                "reference": f"{row['positions']} positions, {row['agreement']:.2%} same token{excused}",
+                "message": row["explanation"],
+            },
+        )
+    samples = content.get("samples") or []
+    if samples:
+        divergences = [sample["divergence"] for sample in samples if not sample["passed"]]
+        yield (
+            f"accuracy/{mode}/{TEXT}",
+            {
+                **common,
+                "status": _status(not divergences),
+                "reference": f"{len(samples)} prompts",
+                "message": "; ".join(divergences),
+            },
+        )
+    if content.get("perplexity"):
+        perplexity = content["perplexity"]
+        failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
+        yield (
+            f"accuracy/{mode}/{PERPLEXITY}",
+            {
+                **common,
+                "status": _status(not failure),
+                "value": Value(float(perplexity["optimised"]), ""),
+                "reference": f"stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens",
+                "message": failure,
+            },
+        )
+
+
+def _status(passed: bool) -> Status:
+    return Status.PASS if passed else Status.FAIL

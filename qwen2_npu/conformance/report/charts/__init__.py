@@ -1,0 +1,7 @@
+"""Charts as SVG that stands inside the page: no script, no font, no file beside it.
+
+Colours are the page's own CSS variables, so that a chart follows light and dark. Chinese names stand in the page's
+HTML, row by row beside the bars: an SVG cannot carry the font.
+"""
+
+from __future__ import annotations

@@ -1,0 +1,46 @@
+"""Batch sweeps: how prefill grows with the batch, and decode hardly does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen2_npu.conformance.report.charts.canvas import Canvas, color
+from qwen2_npu.conformance.report.charts.ladder import Point
+
+WIDTH, HEIGHT = 280, 220
+
+SERIES = (
+    ("documented", "documented", "s", "-"),
+    ("predicted", "predicted", "D", ":"),
+    ("measured", "measured", "o", "-"),
+)
+"""Field of a point, colour, marker, line."""
+
+
+def sweep(points: Mapping[int, Point], title: str) -> str:
+    """SVG of one model and phase. ``points``: batch -> its milliseconds."""
+    made = Canvas(WIDTH, HEIGHT)
+    axes = made.axes(44, 24, WIDTH - 54, HEIGHT - 62)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=color("text"), pad=7)
+    batches = sorted(points)
+    axes.set_xscale("log", base=2)
+    axes.grid(color=color("grid"), linewidth=0.8)
+    for field, name, marker, line in SERIES:
+        known = [
+            (batch, getattr(points[batch], field)) for batch in batches if getattr(points[batch], field) is not None
+        ]
+        if not known:
+            continue
+        hollow = field == "predicted"
+        axes.plot(
+            *zip(*known, strict=True), marker=marker, markersize=5, linestyle=line, linewidth=1.6, color=color(name),
+            markerfacecolor="none" if hollow else color(name), markeredgecolor=color(name),
+        )  # fmt: skip
+    for batch in batches:
+        if points[batch].bad:
+            axes.plot(batch, points[batch].measured, marker="o", markersize=8, color=color("bad"), zorder=5)
+    axes.set_ylim(0, max((point.largest for point in points.values()), default=1.0) * 1.08)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel("batch", fontsize=11, color=color("muted"))
+    return made.svg(f"{title}, by batch")

@@ -1,0 +1,118 @@
+"""What a report can say: a claim, its status, and what it was verified on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """From the worst to the best; see :func:`worst`."""
+
+    FAIL = "FAIL"
+    NOT_RUN = "not run"
+    NOT_COMPARABLE = "not comparable"
+    PASS = "pass"
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """Of several claims shown as one; nothing at all was not run."""
+    return min(statuses, key=list(Status).index, default=Status.NOT_RUN)
+
+
+class Where(StrEnum):
+    """What computed a result. One never passes for another."""
+
+    NPU = "real NPU"
+    EMULATED = "emulated"
+    CPU = "cpu"
+    CUDA = "cuda"
+    NOT_SAID = "not said"
+
+
+_FIRST_WORD = {"npu": Where.NPU, "emulated": Where.EMULATED, "cpu": Where.CPU, "cuda": Where.CUDA}
+
+
+def where(verified: str | None) -> Where:
+    """Of the text that ``conformance.environment.how_verified`` makes; what says nothing proves nothing."""
+    return _FIRST_WORD.get((verified or "").split(" ")[0], Where.NOT_SAID)
+
+
+@dataclass(frozen=True)
+class Value:
+    """The claim's number. ``unit`` is shown behind it."""
+
+    number: float
+    unit: str
+    lower_is_better: bool = True
+
+    def __str__(self) -> str:
+        return f"{plain_number(self.number)} {self.unit}".strip()
+
+    def change_from(self, other: Value) -> str:
+        """``24.1 → 27.9 ms (+16 %)``."""
+        change = ""
+        if other.number and math.isfinite(self.number) and math.isfinite(other.number):
+            percent = (self.number / other.number - 1) * 100
+            change = f" ({percent:+.0f}\u00a0%)" if abs(percent) >= 10 else f" ({percent:+.1f}\u00a0%)"
+        return f"{plain_number(other.number)} → {self}{change}"
+
+
+def plain_number(number: float) -> str:
+    """Four digits at most, and no exponent where it can be read without."""
+    if not math.isfinite(number):
+        return str(number)
+    if number == int(number) and abs(number) < 1e6:
+        return str(int(number))
+    return f"{number:.0f}" if 1000 <= abs(number) < 1e6 else f"{number:.3g}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the overview shows the claim: a cell of one of its tables. Columns stand in groups."""
+
+    table: str
+    row: str
+    group: str
+    column: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a run can confirm or refute.
+
+    Attributes:
+        id: unique and stable: the history is kept under it.
+        area: the heading it stands under.
+        title: what is claimed, in a few words.
+        step: of the ladder, where it is about one.
+        label: the guide's own name of the row.
+        subject: what exactly was tested (weights, dtype, length): results of other subjects are not compared.
+        verified: on what, in the run's own words; see :func:`where`.
+        reference: what the value was held against.
+        message: why it does not pass, or what else must be said.
+    """
+
+    id: str
+    area: str
+    title: str
+    status: Status = Status.NOT_RUN
+    step: str = ""
+    label: str = ""
+    subject: str = ""
+    verified: str = ""
+    value: Value | None = None
+    reference: str = ""
+    message: str = ""
+    place: Place | None = None
+
+    @property
+    def where(self) -> Where:
+        return where(self.verified)
+
+    def found(self, status: Status, **facts: Any) -> Claim:
+        """The claim with what a run says of it."""
+        return replace(self, status=status, **facts)

@@ -1,0 +1,216 @@
+"""What a run's charts show: the claims, the documented numbers and the predictions, brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
+from qwen2_npu.conformance.perf import documented
+from qwen2_npu.conformance.perf.documented import Documented
+from qwen2_npu.conformance.report import census
+from qwen2_npu.conformance.report.census import Graph
+from qwen2_npu.conformance.report.charts import accuracy, kernels, roofline
+from qwen2_npu.conformance.report.charts.ladder import Point, ladder
+from qwen2_npu.conformance.report.charts.rows import LEFT, RIGHT
+from qwen2_npu.conformance.report.charts.sweep import sweep
+from qwen2_npu.conformance.report.claims import Claim, Status
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.labels import STEPS, labels
+from qwen2_npu.optimizations import LADDER
+
+HALF = 500
+"""Width of a chart that shares the page with another and with the labels."""
+
+assert HALF > LEFT + RIGHT
+
+MODELS = ("7B", "72B")
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Charts whose rows stand beside labels. ``labels``: step and the guide's name."""
+
+    title: str
+    labels: tuple[tuple[str, str], ...]
+    svgs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Every row that a chart may show.
+
+    Attributes:
+        claims: row id -> its claim.
+        predicted: row id -> milliseconds.
+    """
+
+    claims: Mapping[str, Claim]
+    predicted: Mapping[str, float]
+
+    @classmethod
+    def of(cls, claims: Sequence[Claim], predicted: Mapping[str, float]) -> Numbers:
+        """The latency claims among ``claims``."""
+        rows = {claim.id.removeprefix("latency/"): claim for claim in claims if claim.id.startswith("latency/")}
+        return cls(rows, predicted)
+
+    def point(self, number: Documented) -> Point:
+        claim = self.claims.get(number.row.id)
+        value = None if claim is None or claim.value is None else claim.value.number
+        bad = claim is not None and claim.status is Status.FAIL
+        return Point(number.ms, value, self.predicted.get(number.row.id), bad)
+
+
+def _labels(steps: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((step, labels().get(step, "")) for step in steps)
+
+
+def ladders(numbers: Numbers) -> list[Labelled]:
+    """Prefill and decode of both documented models."""
+    made = []
+    for model in MODELS:
+        rows = [
+            n for n in documented.read() if n.row.configuration.model == model and not n.row.table.endswith("-batch")
+        ]
+        steps = [step for step in STEPS if any(n.row.configuration.step == step for n in rows)]
+        svgs = []
+        for phase in PHASES:
+            points: dict[tuple[str, str], Point] = {
+                (n.row.configuration.step, n.row.configuration.mode): numbers.point(n)
+                for n in rows
+                if n.row.phase == phase
+            }
+            svgs.append(ladder(steps, points, f"{phase}, ms", HALF))
+        cards = rows[0].row.configuration.cards
+        title = f"{model}, batch 4" + (f", {cards} cards" if cards > 1 else "")
+        made.append(Labelled(title, _labels(steps), tuple(svgs)))
+    return made
+
+
+def sweeps(numbers: Numbers) -> list[str]:
+    """Four small charts: both models, both phases."""
+    made = []
+    for model in MODELS:
+        for phase in PHASES:
+            points = {
+                n.row.configuration.batch: numbers.point(n)
+                for n in documented.read()
+                if n.row.table == f"{model.lower()}-batch" and n.row.phase == phase
+            }
+            made.append(sweep(points, f"{model} {phase}, ms"))
+    return made
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of the roof that binds a row. ``measured`` is empty where nothing was."""
+
+    documented: str
+    measured: str
+    roof: str
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The chart and, row by row, what part of the roof was reached."""
+
+    svg: str
+    card: Hardware
+    rows: tuple[tuple[str, dict[str, Share]], ...]
+    """Configuration, and phase -> its shares."""
+
+
+def rooflines(numbers: Numbers) -> Roofline:
+    """Every row in graph mode whose graph is in ``baselines/graphs``."""
+    card = HARDWARE[DOCUMENTED_SOC]
+    runs: list[roofline.Run] = []
+    rows: dict[str, dict[str, Share]] = {}
+    for number, graph in _with_graphs():
+        claim = numbers.claims.get(number.row.id)
+        sources = {"documented": number.ms}
+        if claim is not None and claim.value is not None:
+            sources["measured"] = claim.value.number
+        own = {
+            source: roofline.Run(number.row.id, graph.flops, graph.nbytes, ms, source) for source, ms in sources.items()
+        }
+        runs += own.values()
+        memory = own["documented"].intensity < card.bf16_peak.value / card.memory_bandwidth.value
+        shares = {source: f"{run.share(card):.0%}" for source, run in own.items()}
+        what = number.row.configuration
+        name = f"{what.model}, batch {what.batch}, {what.step}"
+        share = Share(shares["documented"], shares.get("measured", ""), "memory" if memory else "arithmetic")
+        rows.setdefault(name, {})[number.row.phase] = share
+    return Roofline(roofline.roofline(runs, card), card, tuple(rows.items()))
+
+
+def _with_graphs() -> Iterator[tuple[Documented, Graph]]:
+    """Documented rows in graph mode and their lowered graphs, on one card."""
+    known = {(graph.size, graph.phase, graph.batch, graph.step): graph for graph in census.graphs()}
+    for number in documented.read():
+        what = number.row.configuration
+        size = what.model if what.cards == 1 else f"{what.model}-tp{what.cards}"
+        graph = known.get((size, number.row.phase, what.batch, what.step))
+        if graph is not None and what.mode == "graph":
+            yield number, graph
+
+
+def accuracies(inputs: Inputs) -> list[Labelled]:
+    """One pair of charts per verification of the run."""
+    made = []
+    for content in inputs.verifications.values():
+        found = {row["step"]: _step(row) for row in content["rows"]}
+        title = (
+            f"{content['model']}, {content['dtype']}, {content.get('mode', 'eager')}: "
+            f"verified with {content['environment']['verified']}"
+        )
+        svgs = (accuracy.errors(LADDER, found, HALF), accuracy.mismatches(LADDER, found, HALF))
+        made.append(Labelled(title, _labels(LADDER), svgs))
+    return made
+
+
+def _step(row: Mapping[str, Any]) -> accuracy.Step:
+    unexcused = sum(len(batch["unexcused"]) for batch in row["batches"].values())
+    return accuracy.Step(float(row["rms_ratio"]), row["excused"], unexcused, row["positions"])
+
+
+@dataclass(frozen=True)
+class Census:
+    """The 7B's layers as bars, and every operator of a decode layer as a table."""
+
+    bars: Labelled
+    operators: tuple[str, ...]
+    rows: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...]
+    """Step, the guide's name, per operator (count, "more", "less" or ""), kernels of the whole graph."""
+
+
+CENSUS_SIZE, CENSUS_BATCH = "7B", 4
+
+
+def censuses() -> Census:
+    """Of the committed graphs; the claims say whether a run lowered them to the same."""
+    graphs = [g for g in census.graphs() if (g.size, g.batch) == (CENSUS_SIZE, CENSUS_BATCH)]
+    by_phase = {phase: {g.step: g for g in graphs if g.phase == phase} for phase in PHASES}
+    steps = [step for step in STEPS if step in by_phase["decode"]]
+    svgs = tuple(
+        kernels.kernels(
+            steps, {step: by_phase[phase][step].layer for step in steps if step in by_phase[phase]},
+            f"{phase}: kernels per layer", HALF,
+        )
+        for phase in PHASES
+    )  # fmt: skip
+    decode = [by_phase["decode"][step] for step in steps]
+    operators = tuple(dict.fromkeys(name for graph in decode for name in graph.layer))
+    rows = []
+    for index, graph in enumerate(decode):
+        before = decode[index - 1].layer if index else graph.layer
+        counts = tuple((str(graph.layer.get(name, "")), _change(graph.layer, before, name)) for name in operators)
+        rows.append((graph.step, labels().get(graph.step, ""), counts, str(graph.launches)))
+    title = f"{CENSUS_SIZE}, batch {CENSUS_BATCH}: kernels of one layer"
+    return Census(Labelled(title, _labels(steps), svgs), operators, tuple(rows))
+
+
+def _change(now: Mapping[str, int], before: Mapping[str, int], name: str) -> str:
+    difference = now.get(name, 0) - before.get(name, 0)
+    return "more" if difference > 0 else "less" if difference < 0 else ""

@@ -1,0 +1,149 @@
+"""Earlier runs: one file each, written whole, never changed.
+
+    history/<date>-<commit>-<fingerprint>.json
+
+Only runs of the same fingerprint are ever compared; the others are there to say that they exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_npu.conformance.report.claims import Claim, Status, Value
+from qwen2_npu.conformance.report.files import write_json
+from qwen2_npu.conformance.report.provenance import Provenance
+from qwen2_npu.conformance.report.results import Results
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One claim as an earlier run had it."""
+
+    status: Status
+    verified: str
+    subject: str
+    value: Value | None
+
+    @classmethod
+    def of(cls, claim: Claim) -> Entry:
+        return cls(claim.status, claim.verified, claim.subject, claim.value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An earlier run, or this one in the form it will be remembered in."""
+
+    provenance: Provenance
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def of(cls, results: Results) -> Run:
+        """What is kept of ``results``: what was run."""
+        said = {claim.id: Entry.of(claim) for claim in results.claims if claim.status is not Status.NOT_RUN}
+        return cls(results.provenance, said)
+
+    @property
+    def name(self) -> str:
+        """Of its file; sorts by date."""
+        made = re.sub(r"[^0-9T]", "", self.provenance.created[:19])
+        return f"{made}-{self.provenance.commit[:12] if self.provenance.commit else 'unknown'}-{self.digest}"
+
+    @property
+    def digest(self) -> str:
+        return self.provenance.fingerprint.digest
+
+    @property
+    def commit(self) -> str:
+        """As people read it."""
+        if not self.provenance.commit:
+            return "unknown"
+        return self.provenance.commit[:10] + ("+changes" if self.provenance.dirty else "")
+
+    @property
+    def date(self) -> str:
+        return self.provenance.created[:10]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "provenance": self.provenance.to_json(),
+            "claims": {id: _entry_to_json(entry) for id, entry in self.entries.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Run:
+        """The reverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: another schema, or something that is none of ours.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
+        entries = {id: _entry_from_json(entry) for id, entry in data["claims"].items()}
+        return cls(Provenance.from_json(data["provenance"]), entries)
+
+
+def _entry_to_json(entry: Entry) -> dict[str, Any]:
+    value = entry.value
+    return {
+        "status": str(entry.status),
+        "verified": entry.verified,
+        "subject": entry.subject,
+        "value": None if value is None else [value.number, value.unit, value.lower_is_better],
+    }
+
+
+def _entry_from_json(data: Mapping[str, Any]) -> Entry:
+    value = data["value"]
+    return Entry(
+        Status(data["status"]),
+        data["verified"],
+        data["subject"],
+        None if value is None else Value(float(value[0]), value[1], value[2]),  # "nan" is a string in JSON
+    )
+
+
+def load(folder: Path) -> tuple[list[Run], list[str]]:
+    """All runs, oldest first, and the files that could not be read."""
+    runs, problems = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            runs.append(Run.from_json(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            problems.append(f"history: {path.name} cannot be read ({error}): it is left out")
+    return sorted(runs, key=lambda run: run.provenance.created), problems
+
+
+def append(folder: Path, results: Results) -> Path:
+    """Remember this run. Doing it twice leaves one file.
+
+    Raises:
+        ValueError: a run that must not be compared with others: what it is of is not known, or it is a self-test.
+        OSError: the folder cannot be written.
+    """
+    reasons = list(_not_to_remember(results))
+    if reasons:
+        raise ValueError(f"not added to the history: {'; '.join(reasons)}")
+    run = Run.of(results)
+    path = folder / f"{run.name}.json"
+    write_json(path, run.to_json())
+    return path
+
+
+def _not_to_remember(results: Results) -> Iterator[str]:
+    if results.self_test:
+        yield "its latencies were injected (a self-test)"
+    provenance = results.provenance
+    for what in ("commit", "created", "identity"):
+        if not getattr(provenance, what):
+            yield f"no input states its {what}; run it through `qwen2-npu nightly`, which writes run.json"
+    yield from (problem for problem in results.problems if " is of commit " in problem)
+    if all(claim.status is Status.NOT_RUN for claim in results.claims):
+        yield "nothing was run"

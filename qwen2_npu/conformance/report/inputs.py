@@ -1,0 +1,106 @@
+"""The files of a run, found and parsed. A damaged one is a problem of the run, never a gap that nobody sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen2_npu.conformance.report import junit
+from qwen2_npu.conformance.report.provenance import Provenance
+
+RUN, PREDICTIONS, PAGE, SUMMARY = "run.json", "predictions.json", "index.html", "summary.md"
+VERIFY, JUNIT, BENCHMARK = "verify*.json", "*.xml", "benchmark*.json"
+"""Names of a run's files, in one folder."""
+
+Content = TypeVar("Content")
+
+
+@dataclass
+class Inputs:
+    """What there is of a run.
+
+    Attributes:
+        verifications: name -> what `qwen2-npu verify` wrote.
+        sessions: what `pytest --junitxml` wrote.
+        benchmarks: name -> what `pytest --benchmark-json` wrote.
+        run: what `qwen2-npu nightly` wrote of its stages; empty without one.
+        predictions: row id -> predicted milliseconds; None without a file.
+        problems: files that cannot be read.
+    """
+
+    folder: Path
+    verifications: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sessions: list[junit.Session] = field(default_factory=list)
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    predictions: dict[str, float] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> Inputs:
+        """Everything in ``folder``; an empty or missing one gives inputs without anything."""
+        found = cls(folder)
+        for path in sorted(folder.glob(VERIFY)):
+            found._add(path, _verification, lambda path, content: found.verifications.update({path.name: content}))
+        for path in sorted(folder.glob(JUNIT)):
+            found._add(path, junit.read, lambda path, content: found.sessions.append(content))
+        for path in sorted(folder.glob(BENCHMARK)):
+            found._add(path, _benchmark, lambda path, content: found.benchmarks.update({path.name: content}))
+        if (folder / RUN).exists():
+            found._add(folder / RUN, _object, lambda path, content: found.run.update(content))
+        if (folder / PREDICTIONS).exists():
+            found._add(folder / PREDICTIONS, _predictions, lambda path, content: setattr(found, "predictions", content))
+        return found
+
+    def _add(self, path: Path, read: Callable[[Path], Content], keep: Callable[[Path, Content], None]) -> None:
+        try:
+            keep(path, read(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.problems.append(f"{path.name} cannot be read: {error}")
+
+    def stated(self) -> list[tuple[str, Provenance]]:
+        """Each input and the provenance it states; the run's own first, since it speaks for all of them."""
+        found = [(RUN, Provenance.from_json(self.run.get("provenance", {})))]
+        found += [(session.path.name, Provenance.of_properties(session.properties)) for session in self.sessions]
+        found += [(name, Provenance.of_benchmark(content)) for name, content in self.benchmarks.items()]
+        found += [
+            (name, Provenance(created=content["created"], verified=content["environment"]["verified"]))
+            for name, content in self.verifications.items()
+        ]
+        return found
+
+    def cases(self) -> list[tuple[junit.Case, str]]:
+        """Every test case, with what its session was verified on."""
+        return [
+            (case, Provenance.of_properties(session.properties).verified)
+            for session in self.sessions
+            for case in session.cases
+        ]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _verification(path: Path) -> dict[str, Any]:
+    content = _object(path)
+    if content.get("schema") != 1:
+        raise ValueError(f"schema {content.get('schema')!r}; this version reads 1: run `qwen2-npu verify` again")
+    content["environment"]["verified"], content["rows"], content["created"]
+    return content
+
+
+def _benchmark(path: Path) -> dict[str, Any]:
+    content = _object(path)
+    content["benchmarks"]
+    return content
+
+
+def _predictions(path: Path) -> dict[str, float]:
+    return {entry["row_id"]: float(entry["predicted_ms"]) for entry in json.loads(path.read_text(encoding="utf-8"))}

@@ -1,0 +1,92 @@
+"""pytest's JUnit files, read back as cases."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+_BAD = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test.
+
+    Attributes:
+        module: dotted, as ``tests.graph.test_census``.
+        parameters: what stands in the brackets of its id, or empty.
+        message: of a failure or skip, whole.
+    """
+
+    module: str
+    function: str
+    parameters: str
+    outcome: Outcome
+    message: str
+    properties: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Parts of the parameters, ``up_to_`` and ``only_`` taken off: steps stand alone then."""
+        parts = self.parameters.split("-")
+        return tuple(part.removeprefix("up_to_").removeprefix("only_") for part in parts)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One file. ``properties``: of the whole session, see ``junit_plugin``. ``created``: ISO 8601."""
+
+    path: Path
+    properties: dict[str, str]
+    created: str
+    cases: tuple[Case, ...]
+
+
+def read(path: Path) -> Session:
+    """A JUnit file.
+
+    Raises:
+        ValueError: it is damaged: the session that wrote it was killed, or it is something else.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path} is no JUnit file ({error}): the pytest that wrote it did not end") from error
+    suites = list(root.iter("testsuite"))
+    if not suites:
+        raise ValueError(f"{path} is no JUnit file: it holds no testsuite")
+    properties = {name: value for suite in suites for name, value in _properties(suite)}
+    cases = tuple(_case(element) for suite in suites for element in suite.iter("testcase"))
+    return Session(path, properties, suites[0].get("timestamp", ""), cases)
+
+
+def _properties(element: ElementTree.Element) -> Iterator[tuple[str, str]]:
+    for properties in element.findall("properties"):
+        for entry in properties.findall("property"):
+            yield entry.get("name", ""), entry.get("value", "")
+
+
+def _case(element: ElementTree.Element) -> Case:
+    name, _, rest = element.get("name", "").partition("[")
+    outcome: Outcome = "passed"
+    messages = []
+    for child in element:
+        if child.tag not in _BAD:
+            continue
+        outcome = "failed" if "failed" in (outcome, _BAD[child.tag]) else "skipped"
+        message, text = child.get("message", ""), child.text or ""
+        # A failure's text holds its message with the traceback; a skip's only its place.
+        messages.append(message if child.tag == "skipped" or not text else text)
+    return Case(
+        module=element.get("classname", ""),
+        function=name,
+        parameters=rest.removesuffix("]"),
+        outcome=outcome,
+        message="\n".join(messages).strip(),
+        properties=dict(_properties(element)),
+    )

@@ -1,0 +1,21 @@
+"""Predicted latencies of the documented rows: from a file of the run, else from the committed cost model."""
+
+from __future__ import annotations
+
+from qwen2_npu.conformance.report.inputs import PREDICTIONS, Inputs
+
+
+def predictions(inputs: Inputs) -> tuple[dict[str, float], str]:
+    """Row id -> milliseconds, and where they come from. The cost model needs torch; the page does without it."""
+    if inputs.predictions is not None:
+        return inputs.predictions, f"{PREDICTIONS} of this run"
+    try:
+        from qwen2_npu import emulator
+
+        emulator.activate_where_needed()
+        from qwen2_npu.conformance import cost_model
+
+        made = {made.documented.row.id: made.ms for made in cost_model.predictions()}
+    except Exception as error:  # whatever keeps torch from loading must not keep the page from being made
+        return {}, f"none: the cost model cannot be loaded here ({(str(error) or repr(error)).splitlines()[0]})"
+    return made, "the committed cost model (baselines/cost_model.json), fitted on the 7B tables"

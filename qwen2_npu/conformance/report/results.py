@@ -1,0 +1,52 @@
+"""A whole run: its claims, what it was verified on, and what is wrong with its files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen2_npu.conformance.report import accuracy, graphs, latency, stages, suites
+from qwen2_npu.conformance.report.claims import Claim, Status
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.provenance import Provenance, merged
+
+AREAS = (accuracy, suites, graphs, latency, stages)
+
+
+@dataclass(frozen=True)
+class Results:
+    """``problems``: files that cannot be read, inputs that contradict one another."""
+
+    inputs: Inputs
+    provenance: Provenance
+    claims: tuple[Claim, ...]
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Results:
+        """Everything that the files in ``folder`` say, and everything they leave unsaid."""
+        inputs = Inputs.of(folder)
+        provenance, contradictions = merged(inputs.stated())
+        claims = tuple(claim for area in AREAS for claim in area.claims(inputs))
+        twice = [id for id, count in Counter(claim.id for claim in claims).items() if count > 1]
+        problems = [*inputs.problems, *contradictions, *(f"{id} is claimed twice" for id in twice)]
+        return cls(inputs, provenance, claims, tuple(problems))
+
+    @property
+    def self_test(self) -> bool:
+        """Whether latencies of this run were injected."""
+        return any(
+            content.get("self_test") or any((b.get("extra_info") or {}).get("self_test") for b in content["benchmarks"])
+            for content in self.inputs.benchmarks.values()
+        )
+
+    def counts(self) -> dict[Status, int]:
+        """Claims per status."""
+        return {status: sum(claim.status is status for claim in self.claims) for status in Status}
+
+    @property
+    def passed(self) -> bool:
+        """Whether anything passed and nothing failed. What was not run is said elsewhere."""
+        counts = self.counts()
+        return counts[Status.PASS] > 0 and counts[Status.FAIL] == 0 and not self.problems

@@ -1,0 +1,142 @@
+"""Claims that stand for many tests: a test file, a step of the ladder in a suite, an operator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import qwen2_npu
+from qwen2_npu.conformance.report import census, junit
+from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value, Where, where
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.labels import labels
+from qwen2_npu.optimizations import LADDER
+
+TESTS = Path(qwen2_npu.__file__).parents[1] / "tests"
+SUITES = ("accuracy", "graph", "perf")
+
+FILES, OPERATORS, RATIOS = "Test files", "Operators", "Against the stock model"
+
+LATENCY = "tests.perf.test_latency"
+"""Its tests are claims of their own, see ``latency``."""
+
+RATIO = ("tests.perf.test_relative", "test_ratio_to_the_stock_model")
+
+MESSAGES = 3
+"""Failures that a claim shows; their number is said."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Many cases as one."""
+
+    outcomes: Counter[junit.Outcome]
+    status: Status
+    verified: str
+    message: str
+
+    @classmethod
+    def of(cls, cases: Iterable[tuple[junit.Case, str]]) -> Tally:
+        """Any failure fails it; skipped tests alone are no pass."""
+        known = list(cases)
+        outcomes = Counter(case.outcome for case, _ in known)
+        failed = [case for case, _ in known if case.outcome == "failed"]
+        status = Status.FAIL if failed else Status.PASS if outcomes["passed"] else Status.NOT_RUN
+        lines = [f"{case.function}[{case.parameters}]: {case.message}" for case in failed[:MESSAGES]]
+        if len(failed) > MESSAGES:
+            lines.append(f"and {len(failed) - MESSAGES} more")
+        if not failed:
+            reasons = Counter(case.message for case, _ in known if case.outcome == "skipped")
+            lines = [f"{count} skipped: {reason}" for reason, count in reasons.most_common(MESSAGES)]
+        verified = sorted({text for _, text in known})
+        # Sessions on different devices: none of them may speak for the others.
+        return cls(outcomes, status, verified[0] if len(verified) == 1 else "", "\n".join(lines))
+
+    def __str__(self) -> str:
+        kinds: tuple[junit.Outcome, ...] = ("passed", "failed", "skipped")
+        return ", ".join(f"{self.outcomes[kind]} {kind}" for kind in kinds if self.outcomes[kind])
+
+    def say(self, claim: Claim) -> Claim:
+        """The claim with what the cases say; untouched where there is none."""
+        if not self.outcomes:
+            return claim
+        return claim.found(self.status, verified=self.verified, reference=str(self), message=self.message)
+
+
+def claims(inputs: Inputs) -> list[Claim]:
+    """What the run's tests say, latency rows and graphs aside."""
+    cases = inputs.cases()
+    return [*_steps(cases), *_operators(cases), *_ratios(cases), *_files(cases)]
+
+
+def _steps(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+    """The accuracy suite, step by step."""
+    for step in LADDER:
+        about = [
+            (case, text) for case, text in cases if case.module.startswith("tests.accuracy.") and step in case.tokens
+        ]
+        claim = Claim(
+            id=f"suite/accuracy/{step}",
+            area="Accuracy",
+            title=f"{step}: accuracy suite",
+            step=step,
+            label=labels().get(step, ""),
+            place=Place("ladder", step, "Accuracy", "suite"),
+        )
+        yield Tally.of(about).say(claim)
+
+
+def _operators(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+    from qwen2_npu.conformance.operators import CATALOGUE
+
+    for name in CATALOGUE:
+        about = [
+            (case, text)
+            for case, text in cases
+            if case.module == "tests.accuracy.test_operators" and case.tokens[0] == name
+        ]
+        claim = Claim(f"operators/{name}", OPERATORS, f"{name}: agrees with its float64 golden")
+        yield Tally.of(about).say(claim)
+
+
+def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+    """Speed against the stock model in the same run: a ratio with its interval."""
+    for case, verified in cases:
+        if (case.module, case.function) != RATIO:
+            continue
+        text = case.properties.get("ratio", "")
+        if where(verified) is Where.EMULATED:
+            verified = "cpu (the emulated NPU's own times are nobody's)"  # as that test does it
+        claim = Claim(f"relative/{case.parameters}", RATIOS, f"{case.parameters}: not slower than required")
+        said = Tally.of([(case, verified)]).say(claim)
+        number = text.split(" ")[0]
+        if number:
+            value = Value(float(number), "times as fast", lower_is_better=False)
+            said = said.found(said.status, value=value, reference=text)
+        yield said
+
+
+def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+    """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
+    known = [f"tests.{suite}.{path.stem}" for suite in SUITES for path in sorted((TESTS / suite).glob("test_*.py"))]
+    by_module: dict[str, list[tuple[junit.Case, str]]] = {name: [] for name in known}
+    for case, text in cases:
+        by_module.setdefault(case.module, []).append((case, text))
+    for module, about in by_module.items():
+        rest = [(case, text) for case, text in about if not is_claimed(case)]
+        if about and not rest:
+            continue
+        title = f"{module.replace('.', '/')}.py" if module in known else module
+        yield Tally.of(rest).say(
+            Claim(f"files/{module}", FILES, f"{title}{': its other tests' if len(rest) < len(about) else ''}")
+        )
+
+
+def is_claimed(case: junit.Case) -> bool:
+    """Whether a claim of its own speaks for this test: a step, an operator, a graph, a latency row, a ratio."""
+    if case.module.startswith("tests.accuracy."):
+        return any(token in LADDER or token.startswith(("npu_", "scatter_update")) for token in case.tokens)
+    graph = any(case.parameters == str(graph) for graph in census.graphs())
+    return graph or (case.module, case.function) == RATIO or (case.module == LATENCY and bool(case.parameters))
