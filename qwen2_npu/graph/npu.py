@@ -51,6 +51,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
             raise UnsupportedError(
                 f"cache_dir={str(options.cache_dir)!r}: graphs are kept on disk in mode 'torchair' alone"
             )
+        _let_torchair_register_first()
         return lambda step: torch.compile(
             step,
             backend="npugraph_ex",
@@ -71,6 +72,15 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
     return lambda step: torch.compile(
         step, backend=backend, dynamic=options.dynamic, fullgraph=True, options={"guard_filter_fn": keep_input_guards}
     )
+
+
+def _let_torchair_register_first() -> None:
+    """npugraph_ex and torchair register the same rules with PyTorch. npugraph_ex sees that they are there; torchair
+    does not, and every torchair graph of a process that began with npugraph_ex would fail."""
+    import torch_npu  # noqa: F401 - puts torchair on the path
+    import torchair
+
+    torchair.get_npu_backend()
 
 
 def compiler_config(options: GraphOptions) -> Any:
