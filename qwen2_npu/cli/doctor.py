@@ -5,13 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
+import shutil
+import sysconfig
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.environment import cann_version, package_version
+
+CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
+"""Release of torch_npu -> the CANN that its own version table names. Newer releases ask for the last one at least."""
 
 
 class Finding(NamedTuple):
@@ -23,18 +32,74 @@ class Finding(NamedTuple):
 
 
 @click.command("doctor")
-def command() -> None:
-    """Show versions and devices, what is missing, and how to get it."""
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    metavar="FILE.zip",
+    help="Also test every operator on the device, and write all of it into one archive for a bug report.",
+)
+@options.device_option()
+def command(bundle: Path | None, device: str | None) -> None:
+    """Show versions and devices, what is missing, and how to get it.
+
+    With --bundle: versions, fingerprint, the operator catalogue sample by sample, what the device does where the
+    operators' documentation is silent, and logs. Nothing secret is in it: variables on a fixed list, and texts without
+    the names of user, home folder and host. Read it before you send it.
+    """
     from rich.console import Console
+
+    found = list(findings())
+    Console().print(_table(found), markup=False)
+    if bundle is not None:
+        _write_bundle(bundle, device, found)
+
+
+def _table(found: list[Finding]) -> Any:
     from rich.table import Table
 
     table = Table(title="qwen2-npu doctor")
     for header in ("", "found", "to do"):
         table.add_column(header, overflow="fold")
-    for finding in findings():
+    for finding in found:
         table.add_row(*finding)
-    console = Console()
-    console.print(table, markup=False)
+    return table
+
+
+def _write_bundle(path: Path, device: str | None, found: list[Finding]) -> None:
+    import json
+    import zipfile
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from qwen2_npu.conformance.diagnosis import bundle
+
+    console = Console(highlight=False)
+    text = "\n".join(": ".join(part for part in finding if part) for finding in found) + "\n"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    target = options.check_device(device)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("operators", total=None)
+        bundle.write(
+            path,
+            target,
+            text,
+            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+        )
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if "operators.json" in names:
+            operators = json.loads(archive.read("operators.json"))
+            counts = Counter[str]()
+            for own in operators["totals"].values():
+                counts.update({name: own[name] for name in ("passed", "failed", "skipped")})
+            console.print(
+                f"operators on {operators['verified']}: {', '.join(f'{n} {what}' for what, n in counts.items())}"
+            )
+    if "problems.txt" in names:
+        console.print("some of it could not be found out: see problems.txt in the archive", style="yellow")
+    console.print(f"Bundle: {path}")
 
 
 def findings() -> Iterator[Finding]:
@@ -43,7 +108,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     yield from _packages()
     yield _cann()
-    for probe in (_cpu, _npu, _cuda):
+    for probe in (_cpu, _npu, _emulator, _cuda):
         try:
             yield probe()
         except Exception as error:  # a broken installation is what this command is for
@@ -63,7 +128,7 @@ def _packages() -> Iterator[Finding]:
     yield Finding("transformers", transformers or "missing", "" if transformers else "pip install 'transformers>=5'")
     torch_npu = package_version("torch_npu")
     advice = "for Ascend NPUs: pip install torch_npu==2.13.0 (the release of the same number as torch)"
-    if torch_npu and torch and torch_npu.split("+")[0].split(".")[:2] != torch.split("+")[0].split(".")[:2]:
+    if torch_npu and torch and release(torch_npu) != release(torch):
         yield Finding("torch_npu", torch_npu, f"does not match torch {torch}: install the same release of both")
     else:
         yield Finding("torch_npu", torch_npu or "not installed", "" if torch_npu else advice)
@@ -73,17 +138,40 @@ def _packages() -> Iterator[Finding]:
         deepspeed or "not installed",
         "" if deepspeed else "only for tensor parallelism: pip install deepspeed",
     )
+    matplotlib = package_version("matplotlib")
+    yield Finding(
+        "matplotlib", matplotlib or "not installed", "" if matplotlib else "only for the report: pip install matplotlib"
+    )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` -> (2, 13); empty for what is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else ()
 
 
 def _cann() -> Finding:
     version = cann_version()
     if version:
-        return Finding("CANN", version)
+        return Finding("CANN", version, cann_advice(version, package_version("torch_npu")))
     return Finding(
         "CANN",
         "not found",
         "for Ascend NPUs: install the CANN toolkit and kernels, then `source …/ascend-toolkit/set_env.sh`",
     )
+
+
+def cann_advice(cann: str, torch_npu: str | None) -> str:
+    """What to do where ``cann`` is older than ``torch_npu`` asks for; empty where it is not, or nothing is known."""
+    asked = release(torch_npu or "")
+    known = [entry for entry in CANN_OF_TORCH_NPU if entry <= asked]
+    if not known or not release(cann):
+        return ""
+    wanted = CANN_OF_TORCH_NPU[max(known)]
+    if release(cann) >= release(wanted):
+        return ""
+    name = ".".join(map(str, max(known)))
+    return f"older than the CANN {wanted} of torch_npu {name}: upgrade CANN, or take an older torch_npu"
 
 
 def _cpu() -> Finding:
@@ -102,11 +190,34 @@ def _npu() -> Finding:
 
     importlib.import_module("torch_npu")
     npu: Any = torch.npu  # type: ignore[attr-defined]  # put there by torch_npu
-    count = npu.device_count()
-    names = ", ".join(npu.get_device_name(index) for index in range(count))
-    return Finding(
-        "npu", f"{count}: {names}" if count else "none found", "" if count else "check `npu-smi info` and the driver"
-    )
+    cards = Counter(npu.get_device_name(index) for index in range(npu.device_count()))
+    names = ", ".join(f"{count} × {name}" for name, count in cards.items())
+    if emulator.is_active():
+        return Finding("npu", f"EMULATED: {names}, computed on the CPU; there is no NPU here")
+    return Finding("npu", names or "none found", "" if names else "check `npu-smi info` and the driver")
+
+
+def _emulator() -> Finding:
+    """The emulated NPU: what it pretends to be, and the compiler that builds its libraries."""
+    if emulator.is_active():
+        settings = emulator.settings()
+        memory = f"{settings.hbm_bytes / 2**30:.0f} GiB each"
+        return Finding("emulator", f"active: {settings.device_count} × {settings.soc}, {memory}, CANN {settings.cann}")
+    if package_version("torch_npu") is None:
+        return Finding("emulator", "not available", "pip install torch_npu==2.13.0: it needs no NPU")
+    found = compiler()
+    if found is None:
+        return Finding(
+            "emulator", "not active; no C compiler", "it builds its libraries once: apt-get install gcc, or set CC"
+        )
+    return Finding("emulator", f"not active (a real NPU or CANN is here); C compiler {found}")
+
+
+def compiler() -> str | None:
+    """The C compiler that the emulator would take."""
+    asked = os.environ.get("CC")
+    names = [asked] if asked else [(sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"]
+    return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
 
 
 def _cuda() -> Finding:

@@ -193,7 +193,12 @@ def _run(stage: Stage, options: Options, say: Callable[[str], None]) -> bool:
         except OSError as error:
             stage.status, stage.problem = 127, str(error)
             return True
-        timer = threading.Timer(options.minutes * 60, lambda: (timed_out.set(), _end(process)))
+
+        def give_up() -> None:
+            timed_out.set()
+            _end(process)
+
+        timer = threading.Timer(options.minutes * 60, give_up)
         timer.start()
         try:
             assert process.stdout is not None
@@ -215,7 +220,8 @@ def _run(stage: Stage, options: Options, say: Callable[[str], None]) -> bool:
     if stage.status == 0 and missing:
         stage.status, stage.problem = 1, f"ended well and did not make {', '.join(missing)}"
     if stage.status and not stage.problem:
-        stage.problem = f"see {LOGS}/{log.name}:\n" + "\n".join(stage.tail)
+        last = next((line for line in reversed(stage.tail) if line.strip()), "no output")
+        stage.problem = "\n".join([f"{last} (see {LOGS}/{log.name})", *stage.tail])
     say(f"── {stage.name}: {'passed' if stage.status == 0 else f'FAILED ({stage.status})'}, {stage.seconds:.0f} s")
     return going_on
 

@@ -22,7 +22,7 @@ class Kind(StrEnum):
     """From the worst to the best."""
 
     REGRESSED = "regressed"
-    FAILING = "fails, never passed here"
+    FAILING = "fails"
     LOST = "no longer run"
     DRIFTED = "got worse"
     FIXED = "passes again"
@@ -86,7 +86,8 @@ def _changes_of(claim: Claim, this: Run, comparable: Sequence[Run], others: Sequ
             run, entry = good[-1]
             yield Change(claim, Kind.REGRESSED, run, _after(run, past), entry.value)
         else:
-            yield Change(claim, Kind.FAILING, note=_elsewhere(claim, this, others))
+            never = "never passed on this fingerprint" if comparable else "no earlier run of this fingerprint"
+            yield Change(claim, Kind.FAILING, note=_elsewhere(claim, this, others) or never)
     elif claim.status is Status.PASS:
         yield from _drift(claim, good)
         if past and past[-1][1].status is Status.FAIL:

@@ -105,7 +105,7 @@ def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] =
     if regressed := kinds[Kind.REGRESSED]:
         parts.append(f"{_claims(len(regressed))} regressed")
     if failing := kinds[Kind.FAILING]:
-        parts.append(f"{len(failing)} {_verb(len(failing), 'fail')} with no good run to compare with")
+        parts.append(f"{_claims(len(failing))} {_verb(len(failing), 'fail')}, with no earlier good run")
     if bad_files := [*results.problems, *problems]:
         parts.append(f"{len(bad_files)} {'problem' if len(bad_files) == 1 else 'problems'} with the files")
     if lost := kinds[Kind.LOST]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 
@@ -14,14 +16,19 @@ def claims(inputs: Inputs) -> list[Claim]:
         Claim(
             id=f"stages/{stage['name']}",
             area=AREA,
-            title=f"{stage['name']}: {stage['command']}",
+            title=f"stage {stage['name']} ran to its end",
             status=_status(stage["status"]),
             verified=inputs.run.get("provenance", {}).get("verified") or "",
-            reference="" if stage["status"] is None else f"{stage['seconds']:.0f} s, exit status {stage['status']}",
+            reference=_facts(stage),
             message=stage.get("problem", ""),
         )
         for stage in inputs.run.get("stages", [])
     ]
+
+
+def _facts(stage: dict[str, Any]) -> str:
+    ended = "" if stage["status"] is None else f"exit status {stage['status']}, {stage['seconds']:.0f} s: "
+    return f"{ended}{stage['command']}"
 
 
 def _status(status: int | None) -> Status:
