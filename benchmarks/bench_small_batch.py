@@ -1,4 +1,4 @@
-"""Weight-read rate of products of a few rows on a CPU: BLAS against the fused loop of ``qwen2_npu.graph.small_batch.py``.
+"""Weight-read rate of products of a few rows on a CPU: BLAS against the fused loop of ``graph/small_batch.py``.
 
 python benchmarks/bench_small_batch.py
 """

@@ -21,7 +21,7 @@ Change = Callable[[Any], Any]
 
 @dataclass
 class Fault:
-    """A fault in force. ``calls`` of the operator so far; ``happened``: how many were disturbed; ``seen``: all operators."""
+    """A fault in force. ``calls`` of the operator so far; ``happened``: how many disturbed; ``seen``: all operators."""
 
     operator: str
     nth: int | None

@@ -32,8 +32,10 @@ MAIN = "libascendcl.so"
 LOADED_LATER = ("libatb.so", "libhcomm.so")
 """Looked for by torch_npu itself, when an operator of it is first used."""
 
-HARMLESS = ("Msprof", "_ZN2ge", "_ZNK2ge", "aclCreateTensorDesc", "aclDestroyTensorDesc", "aclGetTensorDesc")
-HARMLESS += ("aclSetTensor", "acltdt", "HcclSetConfig")
+HARMLESS = (
+    *("Msprof", "_ZN2ge", "_ZNK2ge", "aclCreateTensorDesc", "aclDestroyTensorDesc", "aclGetTensorDesc"),
+    *("aclSetTensor", "acltdt", "HcclSetConfig"),
+)
 """Prefixes of names that may do nothing where ``cann/`` does not implement them: profiling, descriptions that only an
 operator of CANN's would read, and the graph engine, which ``ge`` replaces. Every other one fails and says so."""
 
@@ -130,7 +132,7 @@ def _package(name: str) -> Path:
 def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
     """Build beside ``folder`` and move into place, so that a killed build leaves nothing that looks finished."""
     compiler = _compiler()
-    for stale in folder.parent.glob(f"{folder.name}.*"):  # of builds that were killed: the lock is held, none is running
+    for stale in folder.parent.glob(f"{folder.name}.*"):  # of killed builds: the lock is held, none is running
         if stale.is_dir():
             shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

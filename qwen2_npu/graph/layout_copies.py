@@ -20,7 +20,7 @@ def drop_layout_copies(module: fx.GraphModule, example_inputs: Any = None, confi
     In a functionalised graph a clone changes a value's memory and nothing else. Kept are clones of graph inputs, whose
     memory is the caller's, and those that a view reads, which may depend on their strides.
     """
-    # torchair names graphs on disk after the disassembly of this function, which shows addresses of nested code: no such.
+    # torchair names graphs on disk after the disassembly of this function, which shows addresses of nested code: none.
     for node in module.graph.find_nodes(op="call_function", target=CLONE):
         source = node.args[0]
         if source.op != "placeholder" and _is_read_by_npu_operators_only(node):

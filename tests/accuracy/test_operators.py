@@ -112,6 +112,7 @@ def test_matches_golden_when_compiled(record: Operator, device: str) -> None:
     """Traced, functionalised and run: same values, and the side effects that a graph has."""
     torch._dynamo.reset()  # all records share one lambda, whose recompilations are limited
     sample = record.samples[0]
+
     def run(**tensors: Any) -> Any:
         return operator_of(record.name)(**tensors)
 
