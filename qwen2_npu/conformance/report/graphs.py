@@ -63,19 +63,37 @@ def changes(message: str) -> str:
 
     Of launches alone where they differ: they are what a reader must know first.
     """
-    before: dict[str, str] = {}
-    after: dict[str, str] = {}
-    operator = ""
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    for hunk in _hunks(message):
+        before |= _side(hunk, unwanted="+")
+        after |= _side(hunk, unwanted="-")
+    names = {**before, **after}
+    changed = [name for name in names if before.get(name, 0) != after.get(name, 0)]
+    launches = [name for name in changed if name.endswith("launches")]
+    return ", ".join(f"{name} {before.get(name, 0)} → {after.get(name, 0)}" for name in launches or changed)
+
+
+def _hunks(message: str) -> list[list[re.Match[str]]]:
+    """The lines that hold names and numbers, hunk by hunk."""
+    hunks: list[list[re.Match[str]]] = []
     for line in message.splitlines():
         found = _LINE.fullmatch(line.strip())
-        if found is None:
-            operator = "" if line.strip().lstrip("E ").startswith("@@") else operator
-        elif found["opens"]:
-            operator = "" if found["key"] in ("layer", "outside", "costs", "views") else found["key"]
-        elif found["sign"]:
-            side = before if found["sign"] == "-" else after
-            side[f"{operator} {found['key']}".strip()] = found["number"]
-    pairs = {name: (before.get(name, "0"), after.get(name, "0")) for name in {**before, **after}}
-    changed = [name for name, (old, new) in pairs.items() if old != new]
-    launches = [name for name in changed if name.endswith("launches")]
-    return ", ".join(f"{name} {pairs[name][0]} → {pairs[name][1]}" for name in launches or changed)
+        if line.strip().lstrip("E ").startswith("@@"):
+            hunks.append([])
+        elif found is not None and hunks:
+            hunks[-1].append(found)
+    return hunks
+
+
+def _side(hunk: list[re.Match[str]], unwanted: str) -> dict[str, int]:
+    """One side of a hunk, whole: a diff may begin in the middle of one operator and end in that of the next."""
+    numbers, operator = {}, ""
+    for line in hunk:
+        if line["sign"] == unwanted:
+            continue
+        if line["opens"]:
+            operator = "" if line["key"] in ("layer", "outside", "costs", "views") else line["key"]
+        else:
+            numbers[f"{operator} {line['key']}".strip()] = int(line["number"])
+    return numbers

@@ -1,0 +1,72 @@
+"""What the doctor says of mismatched versions, the emulated device and compilers; and its bundle."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qwen2_npu import emulator
+from qwen2_npu.cli import doctor, main
+from qwen2_npu.conformance.diagnosis import bundle
+
+
+def findings() -> dict[str, doctor.Finding]:
+    return {finding.what: finding for finding in doctor.findings()}
+
+
+@pytest.mark.parametrize(
+    ("cann", "torch_npu", "expected"),
+    [
+        ("8.2.RC1", "2.9.0", "older than the CANN 8.5 of torch_npu 2.9"),
+        ("8.5.0", "2.9.0.post1", ""),
+        ("8.5.0", "2.13.0", "older than the CANN 9.0 of torch_npu 2.10"),
+        ("9.1.0", "2.13.0", ""),
+        ("8.5.0", None, ""),
+        ("8.5.0", "2.1.0", ""),
+        ("unknown", "2.13.0", ""),
+    ],
+)
+def test_cann_and_torch_npu(cann: str, torch_npu: str | None, expected: str) -> None:
+    assert doctor.cann_advice(cann, torch_npu).startswith(expected)
+    assert bool(doctor.cann_advice(cann, torch_npu)) == bool(expected)
+
+
+def test_torch_and_torch_npu_of_different_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0+cpu", "torch_npu": "2.9.0"}
+    monkeypatch.setattr(doctor, "package_version", versions.get)
+    advice = {finding.what: finding.advice for finding in doctor._packages()}
+    assert advice["torch_npu"] == "does not match torch 2.13.0+cpu: install the same release of both"
+    versions["torch_npu"] = "2.13.0.post2"
+    assert not {finding.what: finding.advice for finding in doctor._packages()}["torch_npu"]
+
+
+def test_the_emulated_device_is_called_emulated() -> None:
+    found = findings()
+    if emulator.is_active():
+        assert found["npu"].state.startswith("EMULATED: 8 × Ascend910B4")
+        assert found["emulator"].state.startswith("active: 8 × Ascend910B4, 32 GiB each")
+    else:
+        assert "EMULATED" not in found["npu"].state
+        assert not found["emulator"].state.startswith("active")
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulator, "is_active", lambda: False)
+    monkeypatch.setattr(doctor, "package_version", lambda name: "2.13.0")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert doctor.compiler() is None
+    assert "apt-get install gcc" in doctor._emulator().advice
+
+
+def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = {"verified": "cpu (portable kernels)", "totals": {"npu_x": {"passed": 3, "failed": 1, "skipped": 0}}}
+    monkeypatch.setattr(bundle, "parts_of", lambda device, progress: [lambda: [("operators.json", operators)]])
+    path = tmp_path / "b.zip"
+    result = CliRunner().invoke(main, ["doctor", "--bundle", str(path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "operators on cpu (portable kernels): 3 passed, 1 failed, 0 skipped" in " ".join(result.output.split())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("doctor.txt").decode().startswith("python: 3")

@@ -1,0 +1,59 @@
+"""Claims of `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen2_npu.conformance.report import accuracy
+from qwen2_npu.conformance.report.claims import Status
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.optimizations import LADDER
+from tests.unit.conformance.report.synthetic import Night
+
+
+def claims(*contents: dict) -> dict[str, accuracy.Claim]:  # type: ignore[type-arg]
+    inputs = Inputs(Path(), verifications={f"verify-{i}.json": content for i, content in enumerate(contents)})
+    return {claim.id: claim for claim in accuracy.claims(inputs)}
+
+
+def test_without_a_verification_nothing_was_run() -> None:
+    found = claims()
+    assert len(found) == len(LADDER) + 2
+    assert {claim.status for claim in found.values()} == {Status.NOT_RUN}
+
+
+def test_of_a_verification() -> None:
+    found = claims(Night(0, wrong_steps=frozenset({"swiglu"})).verification())
+    good, bad = found["accuracy/eager/fused_qkv"], found["accuracy/eager/swiglu"]
+    assert (good.status, good.label) == (Status.PASS, "qkv融合")
+    assert good.reference == "241 positions, 98.00% same token, 4 near-ties excused"
+    assert (bad.status, str(bad.value)) == (Status.FAIL, "3.4 × noise")
+    assert bad.message.startswith("swiglu: batch ragged")
+    assert found["accuracy/eager/greedy text"].status is Status.PASS
+
+
+def test_a_step_that_was_left_out_was_not_run() -> None:
+    content = Night(0).verification()
+    content["rows"] = content["rows"][:-1]
+    assert claims(content)["accuracy/eager/swiglu"].status is Status.NOT_RUN
+
+
+def test_modes_are_claims_of_their_own() -> None:
+    found = claims(Night(0).verification(), {**Night(0).verification(), "mode": "torchair"})
+    assert found["accuracy/torchair/swiglu"].status is Status.PASS
+
+
+def test_text_and_perplexity_can_fail() -> None:
+    content = Night(0).verification()
+    content["samples"][0] |= {"divergence": "position 3: a, b", "passed": False}
+    content["failures"] = ["perplexity: RMS error of the tokens' losses 1 exceeds 1.5 × noise 0.1"]
+    found = claims(content)
+    assert found["accuracy/eager/greedy text"].status is Status.FAIL
+    assert found["accuracy/eager/greedy text"].message == "position 3: a, b"
+    assert found["accuracy/eager/perplexity"].status is Status.FAIL
+
+
+def test_an_excused_divergence_of_text_passes() -> None:
+    content = Night(0).verification()
+    content["samples"][0] |= {"divergence": "near-tie", "passed": True}
+    assert claims(content)["accuracy/eager/greedy text"].status is Status.PASS

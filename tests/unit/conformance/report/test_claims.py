@@ -1,0 +1,60 @@
+"""How a claim is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from qwen2_npu.conformance.environment import how_verified
+from qwen2_npu.conformance.report.claims import Claim, Status, Value, Where, plain_number, where, worst
+
+
+@pytest.mark.parametrize(
+    ("verified", "expected"),
+    [
+        ("npu (CANN 8.2.RC1)", Where.NPU),
+        ("emulated (torch_npu 2.13.0, torchair)", Where.EMULATED),
+        ("cpu (portable kernels)", Where.CPU),
+        ("cuda (portable kernels)", Where.CUDA),
+        ("", Where.NOT_SAID),
+        (None, Where.NOT_SAID),
+        ("npu-like", Where.NOT_SAID),
+        ("not an npu (CANN 8)", Where.NOT_SAID),
+    ],
+)
+def test_one_never_passes_for_another(verified: str | None, expected: Where) -> None:
+    assert where(verified) is expected
+
+
+def test_the_environment_says_it_in_these_words() -> None:
+    assert where(how_verified("cpu")) is Where.CPU
+
+
+def test_the_worst_of_several() -> None:
+    assert worst([Status.PASS, Status.NOT_RUN]) is Status.NOT_RUN
+    assert worst([Status.PASS, Status.NOT_RUN, Status.FAIL]) is Status.FAIL
+    assert worst([Status.PASS, Status.NOT_COMPARABLE]) is Status.NOT_COMPARABLE
+    assert worst([]) is Status.NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "expected"),
+    [
+        (27.1, 23.4, "23.4 → 27.1 ms (+16\u00a0%)"),
+        (24.0, 23.4, "23.4 → 24 ms (+2.6\u00a0%)"),
+        (1274.2, 1220.0, "1220 → 1274 ms (+4.4\u00a0%)"),
+        (5.0, 0.0, "0 → 5 ms"),
+        (math.nan, 2.0, "2 → nan ms"),
+    ],
+)
+def test_change(now: float, then: float, expected: str) -> None:
+    assert Value(now, "ms").change_from(Value(then, "ms")) == expected
+
+
+def test_numbers_are_short() -> None:
+    assert [plain_number(x) for x in (0.000123, 1.5, 1234.5, 1e9)] == ["0.000123", "1.5", "1234", "1e+09"]
+
+
+def test_an_unsaid_claim_was_not_run() -> None:
+    assert Claim("a", "b", "c").status is Status.NOT_RUN

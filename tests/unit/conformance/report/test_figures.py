@@ -1,0 +1,59 @@
+"""What the charts are drawn from."""
+
+from __future__ import annotations
+
+from qwen2_npu.conformance.report import figures
+from qwen2_npu.conformance.report.inputs import Inputs
+from tests.unit.conformance.report.synthetic import SLOW, WRONG_STEP, Night
+
+
+def numbers(night) -> figures.Numbers:  # type: ignore[no-untyped-def]
+    return figures.Numbers.of(night.results.claims, night.results.inputs.predictions)
+
+
+def test_a_point_holds_documented_measured_and_predicted(night) -> None:  # type: ignore[no-untyped-def]
+    from qwen2_npu.conformance.perf import documented
+
+    found = numbers(night)
+    slow = found.point(documented.by_id()[SLOW])
+    assert (slow.documented, slow.bad) == (24.0, True)
+    assert slow.measured is not None
+    assert 27 < slow.measured < 27.6
+    assert slow.predicted is not None
+    assert abs(slow.predicted - 26.4) < 1e-9
+    unmeasured = found.point(documented.by_id()["72b-ladder-b4-graph-fused_qkv-decode"])
+    assert (unmeasured.measured, unmeasured.bad) == (None, False)
+
+
+def test_ladders_carry_the_guide_s_names(night) -> None:  # type: ignore[no-untyped-def]
+    small, large = figures.ladders(numbers(night))
+    assert small.labels[-1] == ("fused_qkv", "qkv融合")
+    assert large.labels[-1] == ("ifa_tiling", "IFA算子计算优化+tiling全下沉")
+    assert len(small.svgs) == 2
+
+
+def test_shares_of_the_roof(night) -> None:  # type: ignore[no-untyped-def]
+    roof = figures.rooflines(numbers(night))
+    shares = dict(roof.rows)["7B, batch 1, fused_qkv"]["decode"]
+    assert (shares.documented, shares.roof) == ("78%", "memory")
+    assert shares.measured != ""
+    assert dict(roof.rows)["72B, batch 4, fused_qkv"]["decode"].measured == ""
+
+
+def test_the_census_shows_what_each_step_changes() -> None:
+    census = figures.censuses()
+    last = census.rows[-1]
+    assert last[0] == "swiglu"
+    counts = dict(zip(census.operators, last[2], strict=True))
+    assert counts["SwiGlu"] == ("1", "more")
+    assert counts["Swish"] == ("", "less")
+
+
+def test_unexcused_mismatches_are_counted() -> None:
+    night = Night(0, wrong_steps=frozenset({WRONG_STEP}))
+    row = night.verification()["rows"][-1]
+    step = figures._step(row)
+    assert (step.unexcused, step.excused) == (19, 5)
+    inputs = Inputs.__new__(Inputs)
+    inputs.verifications = {}
+    assert figures.accuracies(inputs) == []

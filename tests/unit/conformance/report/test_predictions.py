@@ -1,0 +1,30 @@
+"""Predictions are of the run, of the committed model, or absent; the page is made in every case."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.conformance.perf import documented
+from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.predictions import predictions
+
+
+def test_of_the_run() -> None:
+    assert predictions(Inputs(Path(), predictions={"a": 3.0})) == ({"a": 3.0}, "predictions.json of this run")
+
+
+def test_of_the_committed_model() -> None:
+    found, by = predictions(Inputs(Path()))
+    assert found.keys() == {number.row.id for number in documented.read()}
+    assert "cost_model.json" in by
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qwen2_npu.conformance.cost_model", None)
+    monkeypatch.delattr("qwen2_npu.conformance.cost_model", raising=False)
+    found, by = predictions(Inputs(Path()))
+    assert found == {}
+    assert by.startswith("none: the cost model cannot be loaded here")
