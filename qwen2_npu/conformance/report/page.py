@@ -103,7 +103,9 @@ def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] =
     kinds = {kind: [change for change in found if change.kind is kind] for kind in Kind}
     parts = []
     if regressed := kinds[Kind.REGRESSED]:
-        parts.append(f"{_claims(len(regressed))} regressed")
+        runs = [change.last_good for change in regressed if change.last_good is not None]
+        oldest = min(runs, key=lambda run: run.provenance.created)
+        parts.append(f"{_claims(len(regressed))} regressed since {oldest.commit} ({oldest.date})")
     if failing := kinds[Kind.FAILING]:
         parts.append(f"{_claims(len(failing))} {_verb(len(failing), 'fail')}, with no earlier good run")
     if bad_files := [*results.problems, *problems]:

@@ -62,13 +62,7 @@ def cpu_view(tensor: Tensor) -> Tensor:
 
 
 def to_device(result: Tensor, index: int) -> Tensor:
-    """A new tensor on card ``index`` with the values, and where it can the strides, of a CPU ``result``.
-
-    Raises:
-        RuntimeError: ``result`` is sparse, or otherwise not strided.
-    """
-    if result.layout is not torch.strided:
-        raise RuntimeError(f"the emulated NPU has no {result.layout} tensors")
+    """A new tensor on card ``index`` with the values, and where it can the strides, of a strided CPU ``result``."""
     if result.is_contiguous() and not result.is_neg() and not (result.is_complex() and result.is_conj()):
         out = empty(result.size(), result.stride(), result.dtype, index)
         count = result.nbytes

@@ -211,6 +211,8 @@ def _hand_out(item: Any, views: Views, card: int, plan: Plan) -> Any:
             return item.clone() if card == HOST else _view_of(base, item)
     if card == HOST or item.get_device() >= 0:
         return item
+    if item.layout is not torch.strided:
+        raise NotImplementedError(f"{plan.op} gives a tensor of layout {item.layout}, which the emulated NPU lacks")
     out = memory.to_device(item, _current_card() if card == UNKNOWN else card)
     for tell in tap.stored:
         tell(item, out)

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from qwen2_npu.cli import main
 from qwen2_npu.cli import report as command
-from tests.unit.conformance.report.synthetic import SLOW, Night
+from tests.unit.conformance.report.synthetic import SLOW, Night, commit_of
 
 assert command.command.name == "report"
 
@@ -41,7 +41,10 @@ def test_check_fails_what_failed_and_what_is_no_longer_run(tmp_path: Path) -> No
     assert run("--results", first, "--history", tmp_path / "h", "--append", "--check").exit_code == 0
     slow = Night(1, slower={SLOW: 1.3}).write(tmp_path / "1")
     result = run("--results", slow, "--history", tmp_path / "h", "--check")
-    assert (result.exit_code, result.output.splitlines()[0]) == (1, "1 claim regressed")
+    assert (result.exit_code, result.output.splitlines()[0]) == (
+        1,
+        f"1 claim regressed since {commit_of(0)[:10]} (2026-10-01)",
+    )
     assert run("--results", slow, "--history", tmp_path / "h").exit_code == 0
     lost = Night(2).write(tmp_path / "2")
     (lost / "graph.xml").unlink()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
-from qwen2_npu.graph import inductor
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.graph import inductor
 from tests.unit.small import small_config, small_stock, stock_weights
 
 

@@ -18,6 +18,29 @@ def cast(x: Tensor, dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
     return x.to(dtype, copy=True)
 
 
+NUMBERS = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    9: torch.complex64,
+    10: torch.complex128,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+"""PyTorch's own numbers of dtypes; larger ones are torch_npu's, of formats that the CPU lacks."""
+
+
+def cast_by_number(x: Tensor, number: int, input_dtype: int | None = None) -> Tensor:
+    if number not in NUMBERS or input_dtype is not None:
+        raise NotImplementedError(f"npu_dtype_cast: dtype={number}, input_dtype={input_dtype} is not emulated")
+    return x.to(NUMBERS[number], copy=True)
+
+
 def confusion_transpose(x: Tensor, perm: Sequence[int], shape: Sequence[int], transpose_first: bool) -> Tensor:
     """A permutation and a reshape, in either order."""
     moved = x.permute(*perm).reshape(shape) if transpose_first else x.reshape(shape).permute(*perm)
@@ -115,7 +138,7 @@ _BOTH: dict[str, Callable[..., Tensor]] = {
 
 TABLE: dict[str, Callable[..., Any]] = {
     "_npu_dtype_cast": cast,
-    "npu_dtype_cast": cast,
+    "npu_dtype_cast": cast_by_number,
     "_npu_dtype_cast_backward": cast,
     "npu_dtype_cast_backward": cast,
     "npu_dtype_cast_": _overwrite,

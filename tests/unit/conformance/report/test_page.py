@@ -74,7 +74,8 @@ def test_every_claim_has_its_row(page: str, night) -> None:  # type: ignore[no-u
 
 def test_the_first_screen_says_what_regressed_by_how_much_since_which_commit(page: str) -> None:
     first = text_of(page).partition("Every claim at a glance")[0]
-    assert "4 claims regressed; 1 passed before and was not run; 1 passes but got worse" in first
+    assert f"4 claims regressed since {commit_of(9)[:10]} (2026-10-10); 1 passed before and was not run;" in first
+    assert "1 passes but got worse" in first
     assert "7B, batch 4, graph, fused_qkv: decode qkv融合" in first
     assert "23.4 → 27.1 ms (+16 %)" in first
     assert commit_of(9)[:10] in first

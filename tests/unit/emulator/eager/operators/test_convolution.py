@@ -1,0 +1,50 @@
+"""Convolutions through torch_npu's own operators; the plain ones of torch.nn are in the database's sweep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.unit.emulator.eager.operators.harness import check, close, draw, on_npu, wide
+
+npu = torch.ops.npu
+
+GEOMETRY = [2, 1], [1, 2], [1, 2]
+"""stride, padding, dilation"""
+
+
+def test_convolution():
+    stride, padding, dilation = GEOMETRY
+
+    def formula(x, weight, bias, *_):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, 2)
+
+    x, weight, bias = draw(2, 4, 7, 8), draw(6, 2, 3, 3), draw(6)
+    check(npu.npu_convolution, formula, x, weight, bias, stride, padding, dilation, 2, differentiate=[0], meta=False)
+
+
+def test_transposed():
+    stride, padding, dilation = GEOMETRY
+
+    def formula(x, weight, bias, *_):
+        return F.conv_transpose2d(x, weight, bias, stride, padding, [1, 0], 2, dilation)
+
+    x, weight, bias = draw(2, 4, 5, 6), draw(4, 3, 3, 3), draw(6)
+    arguments = x, weight, bias, padding, [1, 0], stride, dilation, 2
+    check(npu.npu_convolution_transpose, formula, *arguments, differentiate=[0], meta=False)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, False]])
+def test_backward_computes_what_is_asked(mask):
+    x, weight = draw(2, 4, 7, 8), draw(6, 4, 3, 3)
+    y = F.conv2d(*wide((x, weight)), None, *GEOMETRY)
+    leaves = wide((x, weight))
+    y = F.conv2d(*leaves, None, *GEOMETRY)
+    grad = draw(*y.shape, grad=False)
+    expected = [*torch.autograd.grad(y, leaves, grad.double()), grad.double().sum((0, 2, 3))]
+    arguments = on_npu((x.detach(), grad, weight.detach()))
+    found = npu.npu_conv2d_backward(*arguments, *GEOMETRY, 1, mask)
+    for one, other, wanted in zip(found, expected, mask, strict=True):
+        if wanted:
+            close(one, other, "npu_conv2d_backward")

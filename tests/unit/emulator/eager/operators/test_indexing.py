@@ -1,0 +1,85 @@
+"""Gather, scatter, reductions with indices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.emulator.eager.operators.harness import check, draw
+
+npu = torch.ops.npu
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_reductions_with_index(name, keepdim):
+    def formula(x, dim, keepdim):
+        values, indices = getattr(x, name)(dim, keepdim)
+        return values, indices.int()
+
+    check(getattr(npu, f"npu_{name}").dim, formula, draw(3, 5), 1, keepdim, differentiate=[0], meta=False)
+
+
+def test_gather_sparse_index():
+    index = torch.tensor([[0, 2], [2, 1]])
+    check(npu.npu_gather_sparse_index, lambda x, index: x[index], draw(4, 3), index, differentiate=[0], meta=False)
+
+
+def test_index_add():
+    index, source = torch.tensor([0, 2, 0]), draw(3, 4, seed=1, grad=False)
+
+    def formula(x, index, source, alpha):
+        out = x.clone()
+        for row, addend in zip(index.tolist(), source, strict=True):
+            out[row] += alpha * addend
+        return out
+
+    check(npu._npu_index_add, formula, draw(3, 4, grad=False), index, source, alpha=2)
+
+
+def test_scatter():
+    def formula(x, indices, updates, dim):
+        out = x.clone()
+        for row, (column, value) in enumerate(zip(indices.tolist(), updates, strict=True)):
+            out[row, column] = value
+        return out
+
+    indices = torch.tensor([1, 0, 3], dtype=torch.int32)
+    check(npu.npu_scatter, formula, draw(3, 4, grad=False), indices, draw(3, seed=1, grad=False), 1, meta=False)
+
+
+def test_scatter_nd_update():
+    indices, updates = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), draw(2, 5, seed=1, grad=False)
+
+    def formula(x, indices, updates):
+        out = x.clone()
+        out[0, 1], out[2, 0] = updates[0], updates[1]
+        return out
+
+    check(npu.npu_scatter_nd_update, formula, draw(3, 2, 5, grad=False), indices, updates)
+    x = draw(3, 2, 5, grad=False).npu()
+    expected = formula(x.cpu(), indices, updates)
+    assert npu.npu_scatter_nd_update_(x, indices.npu(), updates.npu()) is x
+    assert torch.equal(x.cpu(), expected)
+
+
+def test_one_hot():
+    found = npu.npu_one_hot(torch.tensor([2, 0], dtype=torch.int32).npu(), depth=3, on_value=5, off_value=1)
+    assert found.tolist() == [[1, 1, 5], [5, 1, 1]]
+
+
+def test_masked_fill_range():
+    start, end = (torch.tensor(values, dtype=torch.int32).npu() for values in ([0, 3], [2, 4]))
+    found = npu.npu_masked_fill_range(torch.zeros(2, 5).npu(), start, end, torch.tensor([7.0, 9.0]).npu(), 1)
+    assert found.tolist() == [[7, 7, 0, 9, 0]] * 2
+
+
+def test_sort_v2():
+    check(
+        npu.npu_sort_v2,
+        lambda x, dim, descending: x.sort(dim, descending).values,
+        draw(4, 5, grad=False),
+        0,
+        True,
+        meta=False,
+    )

@@ -1,0 +1,86 @@
+"""Products of matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.emulator.eager.operators.harness import check, draw
+
+npu = torch.ops.npu
+
+
+def test_linear():
+    def formula(x, weight, bias):
+        return x @ weight.T + bias
+
+    check(npu.npu_linear, formula, draw(3, 4), draw(5, 4), draw(5), differentiate=[0], meta=False)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((4,), (4, 5)), ((2, 1, 3, 4), (6, 4, 5))])
+def test_matmul_differentiated_twice(shapes):
+    def second(a, b):
+        first = torch.autograd.grad((a @ b).square().sum(), [a, b], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [a, b])
+
+    a, b = (draw(*shape) for shape in shapes)
+    expected = second(a.double(), b.double())
+    found = second(*(x.detach().npu().requires_grad_() for x in (a, b)))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-3)
+
+
+def test_bmm():
+    a, b = draw(2, 3, 4), draw(2, 4, 5)
+    check(npu.npu_bmmV2, lambda a, b, _: a @ b, a, b, [], differentiate=[0], meta=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        ("", lambda y, x3: y),
+        ("add", lambda y, x3: y + x3),
+        ("mul", lambda y, x3: y * x3),
+        ("relu", lambda y, x3: y.clamp(min=0)),
+        ("gelu_erf", lambda y, x3: 0.5 * y * (1 + torch.erf(y / 2**0.5))),
+    ],
+)
+def test_fused_matmul(kind, after):
+    def formula(x1, x2, bias, x3, fused_op_type):
+        return after(x1 @ x2 + bias, x3)
+
+    a, b, bias, x3 = (draw(*shape, grad=False) for shape in ((3, 4), (4, 5), (5,), (3, 5)))
+    check(npu.npu_fused_matmul, formula, a, b, bias=bias, x3=x3, fused_op_type=kind, meta=False)
+
+
+def test_products_with_a_wider_result():
+    a, b = (draw(*shape, dtype=torch.bfloat16, grad=False) for shape in ((3, 64), (64, 5)))
+    found = torch.mm(a.npu(), b.npu(), out_dtype=torch.float32)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.cpu().double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "swiglu"])
+def test_ffn_of_two_experts(activation):
+    def formula(x, w1, w2, activation, expert_tokens, bias1):
+        acts = {"relu": lambda h: h.clamp(min=0), "silu": torch.nn.functional.silu}
+        acts["swiglu"] = lambda h: torch.nn.functional.silu(h[..., :3]) * h[..., 3:]
+        parts = x.split(expert_tokens)
+        return torch.cat([acts[activation](p @ a + c) @ b for p, a, b, c in zip(parts, w1, w2, bias1, strict=True)])
+
+    hidden = 3 if activation == "swiglu" else 6
+    arguments = [draw(*shape, grad=False) for shape in ((5, 4), (2, 4, 6), (2, hidden, 4))]
+    check(npu.npu_ffn, formula, *arguments, activation, expert_tokens=[2, 3], bias1=draw(2, 6, grad=False))
+
+
+def test_unknown_activation_is_named():
+    x = torch.ones(2, 2).npu()
+    with pytest.raises(ValueError, match="activation='tanh'; one of relu"):
+        npu.npu_ffn(x, x, x, "tanh")
+
+
+def test_transpose_batchmatmul():
+    def formula(x, weight):
+        return torch.einsum("bmk,bkn->mbn", x, weight)
+
+    check(npu.npu_transpose_batchmatmul, formula, draw(2, 3, 4, grad=False), draw(2, 4, 5, grad=False), meta=False)
