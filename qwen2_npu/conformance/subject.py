@@ -82,7 +82,7 @@ class Subject:
             return model.eval()
 
         return cls(
-            name=str(path) if path is not None else "tiny checkpoint of the package",
+            name=str(path) if path is not None else "tiny checkpoint",
             dtype=parsed,
             baseline=baseline,
             reference=stock.exact_reference(baseline),
