@@ -38,8 +38,15 @@ _prototypes: dict[tuple[int, torch.dtype], Tensor] = {}
 """(card, dtype) -> an empty tensor there, whose ``new_empty_strided`` costs less than a call that names the device."""
 
 
-def cpu_view(tensor: Tensor) -> Tensor:
+Storages = dict[int, torch.UntypedStorage]
+"""Address -> CPU storage over it: tensors that share memory share it on the CPU, too, where operators check that."""
+
+
+def cpu_view(tensor: Tensor, storages: Storages | None = None) -> Tensor:
     """A CPU tensor over the memory of an npu tensor: same dtype, shape, strides. Valid while ``tensor`` lives.
+
+    Args:
+        storages: of the other arguments of the same call; the one used here is put there.
 
     Raises:
         RuntimeError: the tensor has elements and its storage has been emptied.
@@ -48,7 +55,12 @@ def cpu_view(tensor: Tensor) -> Tensor:
     size = storage.nbytes()
     dtype = tensor.dtype
     if size:
-        over = _storage_over(storage.data_ptr(), CPU, size)
+        pointer = storage.data_ptr()
+        over = storages.get(pointer) if storages else None
+        if over is None:
+            over = _storage_over(pointer, CPU, size)
+            if storages is not None:
+                storages[pointer] = over
         view = _blank(dtype).data.set_(over, tensor.storage_offset(), tensor.size(), tensor.stride())
     elif tensor.numel():
         raise RuntimeError(f"a tensor of shape {tuple(tensor.size())} has a storage of 0 bytes: it has been emptied")

@@ -64,6 +64,7 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views: Views = []
+        storages: memory.Storages = {}
         host = mixed = False
         card = UNKNOWN
         cpu_args = list(args)
@@ -76,7 +77,7 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
                 continue
             where = value.get_device()
             if where >= 0:
-                view = cpu_args[index] = cpu_view(value)
+                view = cpu_args[index] = cpu_view(value, storages)
                 views.append((view, value))
                 if card == UNKNOWN:
                     card = where
@@ -86,10 +87,12 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
                 host = True
         for index in lists:
             if index < count:
-                cpu_args[index] = _lower(args[index], views)
+                cpu_args[index] = _lower(args[index], views, storages)
         cpu_kwargs = kwargs
         if kwargs:
-            cpu_kwargs = {key: _lower(value, views) if key in keyed else value for key, value in kwargs.items()}
+            cpu_kwargs = {
+                key: _lower(value, views, storages) if key in keyed else value for key, value in kwargs.items()
+            }
         if lists or kwargs:
             host = host or _on_host(plan, args, kwargs)
             cards = {owner.get_device() for _, owner in views}
@@ -155,15 +158,15 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
     return kernel
 
 
-def _lower(value: Any, views: Views) -> Any:
+def _lower(value: Any, views: Views, storages: memory.Storages) -> Any:
     """An argument, or a list of them, with CPU views in place of npu tensors."""
     if isinstance(value, Tensor):
         if value.get_device() < 0:
             return value
-        view = cpu_view(value)
+        view = cpu_view(value, storages)
         views.append((view, value))
         return view
-    return [_lower(item, views) for item in value] if isinstance(value, list | tuple) else value
+    return [_lower(item, views, storages) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _get(index: int, args: Any, kwargs: dict[str, Any], key: str) -> Any:

@@ -1,0 +1,51 @@
+"""Every operator that torch_npu has for its device is computed, or refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu.emulator.eager import registration
+from qwen2_npu.emulator.eager.refused import REASONS
+
+
+def test_the_list_of_refused_operators_is_the_truth():
+    refused = {kernel.refuses for _, kernel in registration.kernels() if hasattr(kernel, "refuses")}
+    assert not refused - REASONS.keys(), "operators without a kernel and without a reason in refused.py"
+    assert not REASONS.keys() - refused, "operators that have a kernel now, or that torch_npu lacks"
+
+
+def test_a_refusal_names_the_operator_and_the_reason():
+    x = torch.ones(4, 4, device="npu")
+    with pytest.raises(NotImplementedError, match=r"npu\.npu_iou\.default is not supported.*object detection"):
+        torch.ops.npu.npu_iou(x, x)
+
+
+def test_every_kernel_of_torch_npu_is_replaced_or_left_on_purpose():
+    computed = {op.name() for op, _ in registration.kernels()}
+    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(registration.KEY):
+        namespace, _, name = qualified.partition("::")
+        if registration.overload(namespace, name) is None or namespace in registration.NAMESPACES_OF_COLLECTIVES:
+            continue
+        assert qualified in computed or name in registration.OWN, qualified
+
+
+def test_kernels_are_known_by_name():
+    assert registration.has_kernel("aten::add")
+    assert registration.has_kernel("aten::add.Tensor")
+    assert registration.has_kernel("npu::npu_rms_norm")
+    assert not registration.has_kernel("npu::npu_iou")
+    assert not registration.has_kernel("aten::no_such_operator")
+
+
+@pytest.mark.parametrize("name", ["one_hot", "lstm", "max", "nanmean"])
+def test_composite_operators_that_torch_npu_sends_to_cann(name):
+    """Those in ``extra.DECOMPOSED`` do not reach CANN, which would raise."""
+    x = torch.randn(3, 4, device="npu")
+    calls = {
+        "one_hot": lambda: torch.nn.functional.one_hot(torch.tensor([0, 2], device="npu"), 3),
+        "lstm": lambda: torch.nn.LSTM(4, 2).npu()(x.unsqueeze(1)),
+        "max": lambda: torch.max(x, x + 1, out=torch.empty_like(x)),
+        "nanmean": lambda: torch.nanmean(x, 0, out=torch.empty(4, device="npu")),
+    }
+    calls[name]()
