@@ -80,6 +80,7 @@ class Stage:
         command = " ".join(("qwen2-npu", *self.command[3:]) if self.command[:3] == CLI else self.command[2:])
         return {
             "name": self.name,
+            "makes": list(self.makes),
             "command": command,
             "status": self.status,
             "seconds": round(self.seconds, 1),

@@ -19,7 +19,7 @@ from qwen2_npu.conformance.batches import BATCH_SHAPES
 from qwen2_npu.conformance.compare import Comparison, Mismatch
 from qwen2_npu.conformance.environment import Environment
 from qwen2_npu.conformance.noise import RMS_FACTOR
-from qwen2_npu.conformance.subject import Sample, Subject
+from qwen2_npu.conformance.subject import Build, Sample, Subject
 from qwen2_npu.conformance.teacher import Trace
 from qwen2_npu.graph import compile_model
 from qwen2_npu.optimizations import LADDER, Optimizations
@@ -161,14 +161,14 @@ def verify(
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
     subject = Subject.of_checkpoint(model_path, dtype=dtype, device=device)
+    eager = subject.build
     if mode != "eager":
-        eager = subject.build
         subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
     baseline_rate = _rate([subject.traces(shape)[0] for shape in BATCH_SHAPES])
     rows: list[Row] = []
     for done, (step, optimizations) in enumerate(presets.items(), start=1):
         progress(step, done, total)
-        rows.append(_row(subject, step, optimizations, baseline_rate))
+        rows.append(_row(subject, step, optimizations, baseline_rate, eager))
     progress("perplexity and greedy text", total - 1, total)
     model = subject.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
@@ -186,14 +186,15 @@ def verify(
     return result
 
 
-def _row(subject: Subject, step: str, optimizations: Optimizations, baseline_rate: float) -> Row:
+def _row(subject: Subject, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> Row:
+    """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
     model = subject.build(optimizations)
     results = {shape: subject.compare(model, shape) for shape in BATCH_SHAPES}
     del model
     failed = next((shape for shape, (comparison, _) in results.items() if not comparison.passed), None)
     explanation = ""
     if failed is not None:
-        reason = subject.explain(optimizations, failed) or "; ".join(results[failed][0].failures())
+        reason = subject.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
     return Row(
         step=step,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qwen2_npu.conformance.perf.margin import MINIMUM_RUNS, NARROWEST, Interval, prediction_interval
+from qwen2_npu.conformance.report import stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, where
 from qwen2_npu.conformance.report.history import Entry, Run
 
@@ -75,7 +76,13 @@ def changes(claims: Sequence[Claim], this: Run, history: Sequence[Run]) -> list[
     comparable = [run for run in before if run.digest == this.digest]
     others = [run for run in before if run.digest != this.digest]
     found = [change for claim in claims for change in _changes_of(claim, this, comparable, others)]
-    return sorted(found, key=lambda change: (list(Kind).index(change.kind), -change.relative))
+    return sorted(found, key=_urgency)
+
+
+def _urgency(change: Change) -> tuple[int, bool, float]:
+    """Smaller comes first; what speaks for many tests at once comes after what names a step, a graph or a row."""
+    broad = change.claim.area in (suites.FILES, stages.AREA)
+    return list(Kind).index(change.kind), broad, -change.relative
 
 
 def _changes_of(claim: Claim, this: Run, comparable: Sequence[Run], others: Sequence[Run]) -> Iterator[Change]:

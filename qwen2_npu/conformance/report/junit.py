@@ -80,8 +80,9 @@ def _case(element: ElementTree.Element) -> Case:
             continue
         outcome = "failed" if "failed" in (outcome, _BAD[child.tag]) else "skipped"
         message, text = child.get("message", ""), child.text or ""
-        # A failure's text holds its message with the traceback; a skip's only its place.
-        messages.append(message if child.tag == "skipped" or not text else text)
+        # A failure's text is its source and traceback, mostly with the message in it; a skip's only its place.
+        whole = text if text.startswith(message) else f"{message}\n{text}"
+        messages.append(message if child.tag == "skipped" else whole)
     return Case(
         module=element.get("classname", ""),
         function=name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwen2_npu.conformance.hardware import Hardware
 from qwen2_npu.conformance.report.charts.canvas import Canvas, color
 
-WIDTH, HEIGHT = 570, 440
+WIDTH, HEIGHT = 480, 430
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def roofline(runs: Sequence[Run], card: Hardware) -> str:
     ridge = peak / bandwidth
     axes.plot([lowest, ridge, highest], [bandwidth * lowest, peak, peak], color=color("muted"), linewidth=2)
     axes.text(ridge * 1.1, peak * 1.12, f"{peak:.0f} TFLOP/s bf16", fontsize=11, color=color("muted"))
-    axes.text(25, bandwidth * 45, f"{bandwidth:.1f} TB/s", fontsize=11, color=color("muted"))
+    axes.text(11, bandwidth * 32, f"{bandwidth:.1f} TB/s", fontsize=11, color=color("muted"))
     markers = {"prefill": "^", "decode": "o"}
     for run in runs:
         phase = "prefill" if "prefill" in run.name else "decode"

@@ -32,7 +32,11 @@ def test_cases(tmp_path: Path) -> None:
         "7B-decode-b4-up_to_fused_qkv",
     )
     assert good.tokens == ("7B", "decode", "b4", "fused_qkv")
-    assert (bad.outcome, bad.message, bad.properties) == ("failed", "whole\ntext", {"ratio": "1.7"})
+    assert (bad.outcome, bad.message, bad.properties) == (
+        "failed",
+        "AssertionError: short\nwhole\ntext",
+        {"ratio": "1.7"},
+    )
     assert (skipped.outcome, skipped.message) == ("skipped", "needs an NPU")
     assert both.outcome == "failed"
 
