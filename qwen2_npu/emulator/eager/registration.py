@@ -29,6 +29,8 @@ NAMESPACES_OF_COLLECTIVES = ("c10d", "npu_custom_dist", "symm_mem")
 
 _libraries: list[torch.library.Library] = []
 _computed: set[str] = set()
+refused: set[str] = set()
+"""Qualified names of the operators that were given a kernel that only raises."""
 
 
 def register_all() -> None:
@@ -41,7 +43,9 @@ def register_all() -> None:
             if namespace not in libraries:
                 libraries[namespace] = torch.library.Library(namespace, "IMPL")
             libraries[namespace].impl(op, kernel, KEY, allow_override=True)
-            if not hasattr(kernel, "refuses"):
+            if hasattr(kernel, "refuses"):
+                refused.add(kernel.refuses)
+            else:
                 _computed.update((op._schema.name, op.name()))
         for qualified in extra.DECOMPOSED:
             namespace, _, name = qualified.partition("::")

@@ -10,24 +10,16 @@ from qwen2_npu.emulator.eager.refused import REASONS
 
 
 def test_the_list_of_refused_operators_is_the_truth():
-    refused = {kernel.refuses for _, kernel in registration.kernels() if hasattr(kernel, "refuses")}
-    assert not refused - REASONS.keys(), "operators without a kernel and without a reason in refused.py"
-    assert not REASONS.keys() - refused, "operators that have a kernel now, or that torch_npu lacks"
+    unlisted = sorted(registration.refused - REASONS.keys())
+    assert not unlisted, "operators without a kernel and without a reason in refused.py"
+    stale = sorted(REASONS.keys() - registration.refused)
+    assert not stale, "operators that have a kernel now, or that torch_npu lacks"
 
 
 def test_a_refusal_names_the_operator_and_the_reason():
     x = torch.ones(4, 4, device="npu")
     with pytest.raises(NotImplementedError, match=r"npu\.npu_iou\.default is not supported.*object detection"):
         torch.ops.npu.npu_iou(x, x)
-
-
-def test_every_kernel_of_torch_npu_is_replaced_or_left_on_purpose():
-    computed = {op.name() for op, _ in registration.kernels()}
-    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(registration.KEY):
-        namespace, _, name = qualified.partition("::")
-        if registration.overload(namespace, name) is None or namespace in registration.NAMESPACES_OF_COLLECTIVES:
-            continue
-        assert qualified in computed or name in registration.OWN, qualified
 
 
 def test_kernels_are_known_by_name():

@@ -1,0 +1,129 @@
+"""Starting programs on emulated cards: their arguments, exit statuses, signals and children are their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.emulator.settings import VARIABLE, Settings
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch_npu") is None or bool(os.environ.get("ASCEND_HOME_PATH")),
+    reason="there are no emulated cards here",
+)
+
+CLI = [sys.executable, "-m", "qwen2_npu.cli", "emulate"]
+MODULE = [sys.executable, "-m", "qwen2_npu.emulator"]
+
+TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('QWEN2_NPU_EMULATOR'), os.getpid()]))"
+
+
+def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("start", [[*CLI, "--", sys.executable], MODULE], ids=["cli", "module"])
+def test_arguments_with_dashes_arrive(start, tmp_path):
+    script = tmp_path / "a script.py"
+    script.write_text(TELL)
+    words = ["--device", "npu", "-x", "--", "--soc", "two words", "", "*"]
+    done = run([*start, str(script), *words])
+    assert done.returncode == 0, done.stderr
+    arguments, settings, _ = json.loads(done.stdout)
+    assert arguments == words
+    assert Settings.from_json(settings) == Settings()
+
+
+@pytest.mark.parametrize(("start", "program"), [(CLI, ["--", sys.executable]), (MODULE, [])], ids=["cli", "module"])
+def test_options_are_the_settings(start, program):
+    done = run([*start, "--device-count", "3", "--hbm-gib", "1.5", *program, "-c", TELL])
+    assert Settings.from_json(json.loads(done.stdout)[1]) == Settings(device_count=3, hbm_bytes=3 << 29), done.stderr
+
+
+def test_an_outer_launcher_s_settings_are_the_defaults():
+    outer = [*MODULE, "--soc", "Ascend910B1", "-c"]
+    inner = f"import subprocess, sys; sys.exit(subprocess.call({[*MODULE, '--device-count', '2', '-c', TELL]!r}))"
+    done = run([*outer, inner])
+    assert Settings.from_json(json.loads(done.stdout)[1]) == Settings(soc="Ascend910B1", device_count=2)
+
+
+@pytest.mark.parametrize("start", [[*CLI, "--", sys.executable], MODULE], ids=["cli", "module"])
+def test_exit_statuses_are_the_program_s(start):
+    assert run([*start, "-c", "import sys; sys.exit(7)"]).returncode == 7
+    assert run([*start, "-c", "import os; os.kill(os.getpid(), 9)"]).returncode == -signal.SIGKILL
+
+
+def test_signals_reach_the_program_itself(tmp_path):
+    code = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(42))\n"
+    code += f"open({str(tmp_path / 'ready')!r}, 'w').close()\ntime.sleep(60)"
+    process = subprocess.Popen([*CLI, "--", sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 42
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "message"),
+    [("no-such-program", 127, "no-such-program: no such program"), (str(Path(__file__)), 126, "cannot be run")],
+)
+def test_programs_that_cannot_be_started(program, status, message):
+    done = run([*CLI, "--", program])
+    assert (done.returncode, message in done.stderr) == (status, True), done.stderr
+
+
+def test_wrong_settings_are_one_line():
+    done = run([*CLI, "--cann", "newest", "--", "true"])
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: cann='newest' is not a version of CANN; one looks like 8.5.0"]
+
+
+def test_beside_a_real_cann_it_refuses(tmp_path):
+    for start in ([*CLI, "--", "true"], [*MODULE, "-c", "pass"]):
+        done = run(start, ASCEND_HOME_PATH=str(tmp_path))
+        assert done.returncode == 2
+        assert f"error: a real CANN or NPU is here ({tmp_path})" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-E", "-I", "-S"])
+def test_pythons_that_do_not_read_their_environment(flag):
+    done = run([sys.executable, flag, "-m", "qwen2_npu.emulator", "-c", "pass"])
+    assert done.returncode != 0
+
+
+def test_help_says_how():
+    done = run([*MODULE, "--help"])
+    assert done.returncode == 0
+    assert "--hbm-gib" in done.stdout
+    assert run(MODULE).returncode == 2
+
+
+@pytest.mark.slow
+def test_children_of_torchrun(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, torch, torch.distributed as dist\n"
+        "rank = int(os.environ['LOCAL_RANK'])\n"
+        "torch.npu.set_device(rank)\n"
+        "dist.init_process_group('hccl')\n"
+        "x = torch.full((4,), float(rank + 1), device='npu')\n"
+        "dist.all_reduce(x)\n"
+        "assert x.tolist() == [3.0] * 4 and x.device.index == rank, x\n"
+        "dist.destroy_process_group()\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(' '.join(sys.argv[1:]))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run([*CLI, "--device-count", "2", "--", *torchrun, str(script), "--flag"], OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--flag"] * 2

@@ -1,0 +1,131 @@
+"""The runtime behind torch.npu: cards, memory and its limits, events, streams, versions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from qwen2_npu import emulator
+from qwen2_npu.emulator import faults, runtime
+
+MIB = 1 << 20
+
+
+def test_cards():
+    settings = emulator.settings()
+    assert torch.npu.is_available()
+    assert torch.npu.device_count() == settings.device_count
+    assert torch.npu.get_device_name(1) == settings.soc
+    assert torch.npu.get_device_properties(0).total_memory == settings.hbm_bytes
+    assert torch.npu.can_device_access_peer(0, 1)
+    with pytest.raises(RuntimeError, match=r"Invalid device ID|invalid device|does not exist"):
+        torch.npu.set_device(settings.device_count)
+
+
+def test_the_version_of_cann():
+    from torch_npu.npu.utils import get_cann_version
+
+    assert get_cann_version("CANN") == emulator.settings().cann
+
+
+def test_memory_is_counted():
+    torch.npu.empty_cache()
+    allocated, used = torch.npu.memory_allocated(), runtime.used_bytes()
+    free = torch.npu.mem_get_info()[0]
+    x = torch.empty(64 * MIB, dtype=torch.uint8, device="npu")
+    assert torch.npu.memory_allocated() - allocated >= 64 * MIB
+    assert runtime.used_bytes() - used >= 64 * MIB
+    assert free - torch.npu.mem_get_info()[0] == runtime.used_bytes() - used
+    assert runtime.used_bytes(1) + 64 * MIB <= runtime.used_bytes(0)
+    del x
+    torch.npu.empty_cache()
+    assert torch.npu.memory_allocated() == allocated
+    assert runtime.peak_bytes() - used >= 64 * MIB
+
+
+def test_memory_ends_where_the_card_does():
+    with faults.memory_limit(runtime.used_bytes() + 64 * MIB):
+        kept = torch.ones(8 * MIB, device="npu")
+        with pytest.raises(torch.OutOfMemoryError, match=r"NPU out of memory. Tried to allocate"):
+            torch.empty(16 * MIB, device="npu")
+        assert kept.sum().item() == 8 * MIB
+        del kept
+        torch.empty(12 * MIB, device="npu")  # what was freed is found again
+    torch.empty(16 * MIB, device="npu")
+
+
+def test_a_new_limit_shows():
+    with faults.memory_limit(5 << 30):
+        assert torch.npu.mem_get_info()[1] == 5 << 30
+
+
+def test_events_tell_real_time():
+    start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    time.sleep(0.02)
+    end.record()
+    end.synchronize()
+    assert end.query()
+    assert 20 <= start.elapsed_time(end) < 2000
+
+
+def test_streams_are_apart_and_in_order():
+    first, second = torch.npu.Stream(), torch.npu.Stream()
+    assert first != second
+    with torch.npu.stream(first):
+        assert torch.npu.current_stream() == first
+        x = torch.ones(4, device="npu") * 3
+        event = first.record_event()
+    second.wait_event(event)
+    with torch.npu.stream(second):
+        assert (x + 1).tolist() == [4] * 4
+    second.synchronize()
+    torch.npu.synchronize()
+    assert second.query()
+
+
+def test_pinned_memory():
+    x = torch.arange(6.0).pin_memory()
+    assert x.is_pinned()
+    there = x.to("npu", non_blocking=True)
+    back = torch.empty(6).pin_memory().copy_(there, non_blocking=True)
+    torch.npu.synchronize()
+    assert torch.equal(back, x)
+    assert not there.is_pinned()
+
+
+def test_pinned_memory_is_not_the_card_s():
+    before = runtime.used_bytes()
+    kept = torch.empty(32 * MIB, dtype=torch.uint8).pin_memory()
+    assert runtime.used_bytes() == before
+    assert kept.is_pinned()
+
+
+EXPANDABLE = """
+import torch
+x = torch.randn(600, 600, device="npu")
+assert torch.equal((x + 1).cpu(), x.cpu() + 1)
+reserved = torch.npu.memory_reserved()
+blocks = [torch.ones(8 << 20, device="npu") for _ in range(4)]
+assert torch.npu.memory_reserved() - reserved >= 100 << 20
+del blocks
+torch.npu.empty_cache()
+assert torch.npu.memory_reserved() < 64 << 20, torch.npu.memory_reserved()
+try:
+    torch.empty(1 << 30, device="npu")
+except torch.OutOfMemoryError:
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_expandable_segments():
+    environment = {**os.environ, "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
+    command = [sys.executable, "-m", "qwen2_npu.emulator", "--hbm-gib", "1", "-c", EXPANDABLE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
