@@ -143,7 +143,8 @@ def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
         _compile(compiler, [*map(str, SOURCES), str(generated)], work / MAIN, ["-lpthread"])
         _check_complete(names, work / MAIN)
         empty = work / "empty.c"
-        empty.write_text("")
+        # One function, so that unwinders find frame tables.
+        empty.write_text("__attribute__((used)) static void emu_nothing_here(void) {}\n")
         for name in {*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN}:
             flags = ["-Wl,--no-as-needed", f"-L{work}", f"-l:{MAIN}", "-Wl,-rpath,$ORIGIN"]
             _compile(compiler, [str(empty)], work / name, flags)

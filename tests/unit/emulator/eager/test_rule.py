@@ -10,8 +10,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2_npu.emulator.eager import memory
-
 DEVICE = "npu"
 
 
@@ -234,11 +232,3 @@ def test_the_result_in_place_of_a_set_tensor():
     y = torch.empty(0, device=DEVICE).set_(x.untyped_storage(), 2, (2, 2), (2, 1))
     y.add_(1)
     assert x.tolist() == [0, 0, 1, 1, 1, 1]
-
-
-def test_cpu_views_have_the_shape_strides_and_memory_of_the_tensor():
-    x = torch.arange(12.0, device=DEVICE).reshape(3, 4)[1:, ::2]
-    view = memory.cpu_view(x)
-    assert (view.shape, view.stride(), view.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
-    view.fill_(9)
-    assert x.tolist() == [[9, 9], [9, 9]]
