@@ -10,6 +10,8 @@ import ctypes
 import os
 from functools import cache
 
+from typing import Any
+
 import torch
 from torch._prims_common import is_non_overlapping_and_dense_or_false as _dense
 
@@ -38,7 +40,7 @@ _prototypes: dict[tuple[int, torch.dtype], Tensor] = {}
 """(card, dtype) -> an empty tensor there, whose ``new_empty_strided`` costs less than a call that names the device."""
 
 
-Storages = dict[int, torch.UntypedStorage]
+Storages = dict[int, Any]
 """Address -> CPU storage over it: tensors that share memory share it on the CPU, too, where operators check that."""
 
 
@@ -56,7 +58,7 @@ def cpu_view(tensor: Tensor, storages: Storages | None = None) -> Tensor:
     dtype = tensor.dtype
     if size:
         pointer = storage.data_ptr()
-        over = storages.get(pointer) if storages else None
+        over: Any = storages.get(pointer) if storages else None
         if over is None:
             over = _storage_over(pointer, CPU, size)
             if storages is not None:
