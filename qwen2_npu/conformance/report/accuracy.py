@@ -81,18 +81,27 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             },
         )
     if content.get("perplexity"):
-        perplexity = content["perplexity"]
+        perplexity, error = content["perplexity"], content["perplexity"]["error"]
         failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
         yield (
             f"accuracy/{mode}/{PERPLEXITY}",
             {
                 **common,
                 "status": _status(not failure),
-                "value": Value(float(perplexity["optimised"]), ""),
-                "reference": f"stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens",
+                # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
+                "value": Value(_noises(error), "× noise"),
+                "reference": (
+                    f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
+                ),
                 "message": failure,
             },
         )
+
+
+def _noises(error: dict[str, Any]) -> float:
+    """``noise.ErrorRatio.ratio``, from its JSON."""
+    noise = max(float(error["baseline"]), float(error["floor"]))
+    return float(error["optimised"]) / noise if noise else 0.0
 
 
 def _status(passed: bool) -> Status:

@@ -113,7 +113,12 @@ class Night:
             "mode": "eager",
             "rows": rows,
             "samples": [{"prompt": "p", "baseline": "b", "optimised": "b", "divergence": "", "passed": True}],
-            "perplexity": {"tokens": 508, "baseline": 2.4, "optimised": 2.401},
+            "perplexity": {
+                "tokens": 508,
+                "baseline": 2.4,
+                "optimised": 2.401,
+                "error": {"optimised": 0.011, "baseline": 0.01, "floor": 0.002},
+            },
         }
 
     def _row(self, index: int, step: str) -> dict[str, Any]:

@@ -30,6 +30,9 @@ def test_of_a_verification() -> None:
     assert (bad.status, str(bad.value)) == (Status.FAIL, "3.4 × noise")
     assert bad.message.startswith("swiglu: batch ragged")
     assert found["accuracy/eager/greedy text"].status is Status.PASS
+    perplexity = found["accuracy/eager/perplexity"]
+    assert str(perplexity.value) == "1.1 × noise"
+    assert perplexity.reference == "2.4010, stock 2.4000, 508 tokens"
 
 
 def test_a_step_that_was_left_out_was_not_run() -> None:
