@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,8 +101,10 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _noises(error: dict[str, Any]) -> float:
     """``noise.ErrorRatio.ratio``, from its JSON."""
-    noise = max(float(error["baseline"]), float(error["floor"]))
-    return float(error["optimised"]) / noise if noise else 0.0
+    found, noise = float(error["optimised"]), max(float(error["baseline"]), float(error["floor"]))
+    if noise == 0:
+        return 0.0 if found == 0 else math.inf
+    return found / noise
 
 
 def _status(passed: bool) -> Status:
