@@ -16,6 +16,26 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from qwen2_npu.errors import UnsupportedError
 
+TOO_NEW = (5, 24)
+"""Renames ``past_key_values`` to ``cache`` in what ``generate`` passes to a model; not served yet."""
+
+
+def check_version(version: str) -> None:
+    """Refuse a transformers whose ``generate`` this model cannot answer.
+
+    Raises:
+        UnsupportedError: with the versions that are served.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) >= TOO_NEW:
+        raise UnsupportedError(
+            f"transformers {version} calls models in a way that this version does not serve yet; "
+            "pip install transformers==5.23.0"
+        )
+
+
+check_version(transformers.__version__)
+
 IS_V4: bool = int(transformers.__version__.split(".")[0]) < 5
 
 LOGITS_IN_FLOAT32: bool = IS_V4
@@ -68,13 +88,13 @@ def check_config(config: Qwen2Config) -> None:
             raise UnsupportedError(
                 f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every "
                 "layer, so there "
-                f"is no baseline to agree with; set use_sliding_window=False or install transformers>=5"
+                f"is no baseline to agree with; set use_sliding_window=False or install 'transformers>=5,<5.24'"
             )
         if getattr(config, "rope_scaling", None) is not None:
             raise UnsupportedError(
                 f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there "
                 "is no baseline "
-                f"to agree with; remove rope_scaling from config.json or install transformers>=5"
+                f"to agree with; remove rope_scaling from config.json or install 'transformers>=5,<5.24'"
             )
         return
     rope: dict[str, Any] = dict(config.rope_parameters or {})

@@ -125,7 +125,7 @@ def _packages() -> Iterator[Finding]:
     yield Finding("qwen2-npu", package_version("qwen2-npu") or "not installed", "")
     yield Finding("torch", torch or "missing", "" if torch else "pip install torch==2.13.0")
     transformers = package_version("transformers")
-    yield Finding("transformers", transformers or "missing", "" if transformers else "pip install 'transformers>=5'")
+    yield Finding("transformers", transformers or "missing", "" if transformers else "pip install transformers==5.23.0")
     torch_npu = package_version("torch_npu")
     advice = "for Ascend NPUs: pip install torch_npu==2.13.0 (the release of the same number as torch)"
     if torch_npu and torch and release(torch_npu) != release(torch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -37,3 +39,16 @@ def test_frequencies_that_change_with_the_sequence_are_refused():
     config = small_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(UnsupportedError, match=r"rope_type='dynamic'.*supported are default, linear, yarn"):
         Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "5.30.1", "6.0.0.dev0"])
+def test_a_transformers_that_is_too_new_is_refused_with_the_way_out(version):
+    with pytest.raises(
+        UnsupportedError, match=rf"transformers {re.escape(version)}.*pip install transformers==5\.23\.0"
+    ):
+        compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["4.37.0", "5.0.0", "5.23.0", "5.23.1"])
+def test_what_is_served_is_not_refused(version):
+    compat.check_version(version)
