@@ -1,4 +1,4 @@
-"""``qwen2-npu``: verify, generate, emulate, doctor. Starting it imports no torch; the commands do, when run."""
+"""``qwen2-npu`` and its commands. Starting it imports no torch; the commands do, when run."""
 
 from __future__ import annotations
 

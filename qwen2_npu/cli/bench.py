@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2_npu.cli import options
+from qwen2_npu.conformance.perf.rows import ORIGINAL
 from qwen2_npu.optimizations import LADDER
 
 if TYPE_CHECKING:
     from qwen2_npu.conformance.perf.bench import Result
-
-ORIGINAL = "original"
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -28,13 +27,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
 
 
 def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    steps = tuple(step.strip() for step in value.split(",") if step.strip())
-    unknown = [step for step in steps if step not in (ORIGINAL, *LADDER)]
-    if unknown or not steps:
-        raise click.BadParameter(
-            f"no step {', '.join(unknown) or repr(value)}; there are {ORIGINAL}, {', '.join(LADDER)}"
-        )
-    return steps
+    return options.names_of(value, (ORIGINAL, *LADDER))
 
 
 @click.command("bench")

@@ -13,21 +13,8 @@ from qwen2_npu.cli import options
 
 
 @click.command("nightly")
-@click.option(
-    "--results",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("report"),
-    show_default=True,
-    metavar="DIR",
-    help="Where everything goes; files of an earlier run there are removed, its history is not.",
-)
-@click.option(
-    "--history",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
-    metavar="DIR",
-    help="Folder of earlier runs.  [default: history, in --results]",
-)
+@options.results_option("Where everything goes; files of an earlier run there are removed, its history is not.")
+@options.history_option()
 @click.option("--quick", is_flag=True, help="The fast lane of every suite: minutes, for pull requests.")
 @click.option(
     "--append/--no-append",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,26 @@ from qwen2_npu.optimizations import LADDER, MODES
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def names_of(value: str, known: Sequence[str]) -> tuple[str, ...]:
+    """``a,b`` -> names, each one of ``known``.
+
+    Raises:
+        click.BadParameter: an unknown name, or none.
+    """
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise click.BadParameter(f"no step {', '.join(unknown) or repr(value)}; the steps are {', '.join(known)}")
+    return names
+
+
 def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """``a,b`` -> steps of the ladder.
 
     Raises:
         click.BadParameter: an unknown step.
     """
-    if value is None:
-        return None
-    steps = tuple(step.strip() for step in value.split(",") if step.strip())
-    unknown = [step for step in steps if step not in LADDER]
-    if unknown or not steps:
-        raise click.BadParameter(f"no step {', '.join(unknown) or repr(value)}; the steps are {', '.join(LADDER)}")
-    return steps
+    return None if value is None else names_of(value, LADDER)
 
 
 EMULATED = "emulated"
@@ -112,4 +120,27 @@ def mode_option() -> Any:
         default="eager",
         show_default=True,
         help="How the model is compiled: torchair and npugraph_ex for NPUs, inductor for CPU and CUDA.",
+    )
+
+
+def results_option(purpose: str) -> Any:
+    """``--results``: the folder of one run's files."""
+    return click.option(
+        "--results",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("report"),
+        show_default=True,
+        metavar="DIR",
+        help=purpose,
+    )
+
+
+def history_option() -> Any:
+    """``--history``: the folder of earlier runs."""
+    return click.option(
+        "--history",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=None,
+        metavar="DIR",
+        help="Folder of earlier runs.  [default: history, in --results]",
     )

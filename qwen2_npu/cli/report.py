@@ -7,23 +7,12 @@ from pathlib import Path
 
 import click
 
+from qwen2_npu.cli import options
+
 
 @click.command("report")
-@click.option(
-    "--results",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("report"),
-    show_default=True,
-    metavar="DIR",
-    help="Folder of verify*.json, JUnit files (*.xml), benchmark*.json and run.json.",
-)
-@click.option(
-    "--history",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
-    metavar="DIR",
-    help="Folder of earlier runs.  [default: history, in --results]",
-)
+@options.results_option("Folder of verify*.json, JUnit files (*.xml), benchmark*.json and run.json.")
+@options.history_option()
 @click.option("--append", is_flag=True, help="Add this run to the history once the page is made.")
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qwen2_npu.conformance.graphs import baselines
 from qwen2_npu.conformance.graphs.census import Census
-from qwen2_npu.conformance.graphs.cost import ATTENTION, PRODUCTS, Cost
+from qwen2_npu.conformance.graphs.cost import ATTENTION, PRODUCTS
 from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
 from qwen2_npu.conformance.perf.documented import BASELINES, Documented, read
 from qwen2_npu.conformance.perf.rows import Configuration, Row
@@ -161,12 +161,6 @@ def predictions(efficiencies: Efficiencies | None = None) -> list[Prediction]:
     """Every documented row, in the guide's order."""
     known = load() if efficiencies is None else efficiencies
     return [Prediction(number, predict(number.row, known) * 1e3, is_fitted(number.row)) for number in read()]
-
-
-def floor_share(cost: Cost, seconds: float, hardware: Hardware) -> tuple[float, float]:
-    """Fractions of the memory and of the compute roofline that ``seconds`` for ``cost`` stand for."""
-    memory = cost.nbytes / hardware.memory_bandwidth.value / seconds
-    return memory, cost.flops / hardware.bf16_peak.value / seconds
 
 
 def to_json(efficiencies: Efficiencies) -> dict[str, object]:

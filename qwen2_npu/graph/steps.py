@@ -23,6 +23,9 @@ DYNAMO = {
 
 _NO_CACHE = {"enable_autograd_cache": False}  # see qwen2_npu.graph.inductor
 
+MARK = "_dynamo_static_indices"
+"""What ``torch._dynamo.mark_static`` leaves on a tensor."""
+
 Step = Callable[..., torch.Tensor]
 
 
@@ -53,7 +56,8 @@ class CompiledStep:
 def mark_static(arguments: Any) -> None:
     """Tensors are static: a bucket is a graph. What is dynamic are the live lengths, integers on the host."""
     for leaf in _pytree.tree_leaves(arguments):
-        if isinstance(leaf, torch.Tensor):
+        # The caches come back every step: marking them again would cost more host time than all the rest.
+        if isinstance(leaf, torch.Tensor) and not hasattr(leaf, MARK):
             torch._dynamo.mark_static(leaf)
 
 

@@ -174,7 +174,7 @@ def problems_of(
         changed = list(arguments)
         step = change(model, changed) or step
         raw = lowering.lower_call(step, tuple(changed), dynamic=claimed.ifa_tiling)
-    lowered = lowering.describe(raw, config, phase, 2, 256, 128)
+    lowered = lowering.describe(raw, config, phase, 2, 128)
     return invariants.problems(lowered, claimed, SMALL.vocab)
 
 
@@ -252,7 +252,7 @@ def test_inputs_not_marked_static() -> None:
     with lowering.fake_model(config, optimizations, torch.bfloat16) as model:
         step, arguments = lowering.step_arguments(model, "decode", 2, 256, 128)
         raw = lowering.lower_call(step, arguments, dynamic=True, static=False)
-    expect(invariants.input_problems(lowering.describe(raw, config, "decode", 2, 256, 128)), "static_inputs")
+    expect(invariants.input_problems(lowering.describe(raw, config, "decode", 2, 128)), "static_inputs")
 
 
 def test_angles_read_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:

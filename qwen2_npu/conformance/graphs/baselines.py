@@ -18,6 +18,7 @@ from filelock import FileLock
 from qwen2_npu.conformance.environment import package_version
 from qwen2_npu.conformance.graphs.census import LayeredCensus, of_size
 from qwen2_npu.conformance.graphs.lowering import Phase
+from qwen2_npu.conformance.perf.rows import ORIGINAL
 from qwen2_npu.conformance.report import write_json
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER, Optimizations
@@ -29,9 +30,6 @@ PROMPT, CAPACITY = 1024, 2048
 
 PAST = (PROMPT + CAPACITY) // 2 - 1
 """Tokens before the decode step that is the mean of all."""
-
-ORIGINAL = "original"
-"""The stock model's own computation: this project's model with every switch off."""
 
 BATCH = 4
 """Of the ladder's tables."""
@@ -47,7 +45,7 @@ GRAPH_SIZES = ("0.5B", "1.5B", "7B", "72B-tp8")
 
 @dataclass(frozen=True)
 class Documented:
-    """One graph that has a baseline."""
+    """One graph that has a baseline. ``original``: every switch off, which is the stock computation."""
 
     size: str
     phase: Phase

@@ -17,7 +17,7 @@ import torch
 from qwen2_npu.conformance.graphs.cost import Cost, cost_of
 from qwen2_npu.conformance.graphs.lowering import Lowered, Phase, lower
 from qwen2_npu.conformance.graphs.memory import peak_activation_bytes
-from qwen2_npu.conformance.graphs.shapes import Operation, operations
+from qwen2_npu.conformance.graphs.shapes import operations
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.optimizations import Optimizations
 
@@ -145,12 +145,11 @@ class LayeredCensus:
         return cls(Census.from_json(data["outside"]), Census.from_json(data["layer"]), data["peak_activation_bytes"])
 
 
-def take(lowered: Lowered, ops: list[Operation] | None = None) -> Census:
+def take(lowered: Lowered) -> Census:
     """The census of one graph."""
-    ops = operations(lowered) if ops is None else ops
     costs: dict[str, Cost] = {}
     views: Counter[str] = Counter()
-    for op in ops:
+    for op in operations(lowered):
         if op.is_view:
             views[op.node.type] += 1
         else:

@@ -38,7 +38,6 @@ class Lowered:
     """One lowered step.
 
     Attributes:
-        tokens: new tokens per row.
         live: tokens a row attends to: the prompt's in prefill, the past and the new one in decode.
         nodes: the GE graph's nodes in its order.
         weights: index of every Data node that is a parameter.
@@ -47,9 +46,7 @@ class Lowered:
 
     phase: Phase
     batch: int
-    tokens: int
     live: int
-    capacity: int
     layers: int
     nodes: list[Node]
     weights: frozenset[int]
@@ -92,18 +89,16 @@ def lower(
         else:
             step, arguments = growing_arguments(model, phase, batch, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
-    return describe(raw, config, phase, batch, capacity, prompt)
+    return describe(raw, config, phase, batch, prompt)
 
 
-def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, capacity: int, prompt: int) -> Lowered:
+def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int) -> Lowered:
     """``raw`` as the lowered step it is."""
     places = raw.proto.attr["_input_placements"].list.i
     return Lowered(
         phase=phase,
         batch=batch,
-        tokens=prompt if phase == "prefill" else 1,
         live=prompt if phase == "prefill" else prompt + 1,
-        capacity=capacity,
         layers=config.num_hidden_layers,
         nodes=parse(raw.proto),
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),

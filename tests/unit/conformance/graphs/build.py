@@ -59,6 +59,6 @@ class Graph:
     def lowered(self, *outputs: Edge) -> Lowered:
         self._add("NetOutput", outputs)
         return Lowered(
-            phase="decode", tokens=1, capacity=0, nodes=self.nodes, weights=frozenset(self.weights),
+            phase="decode", nodes=self.nodes, weights=frozenset(self.weights),
             on_host=frozenset(self.on_host), **self.about,
         )  # fmt: skip
