@@ -29,6 +29,7 @@ from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
 from qwen2_npu.checkpoint import DTYPES
+from qwen2_npu.compat import CACHE_NAME, cache_of
 
 CANDIDATES = ("stock eager", "stock StaticCache+compile", "ours eager", "ours inductor")
 
@@ -92,13 +93,13 @@ class Runner:
             self.cache = StaticCache(config=self.stock.config, max_cache_len=tokens + steps)
         else:
             self.cache = None
-        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        out = self.model(ids, use_cache=True, **{CACHE_NAME: self.cache}, logits_to_keep=1)
+        self.cache = cache_of(out)
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         """Logits of one more token per row."""
         call = self.decode_call or self.model
-        return call(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+        return call(input_ids=token, use_cache=True, **{CACHE_NAME: self.cache}).logits
 
 
 def probe_bandwidth() -> float:

@@ -21,6 +21,7 @@ emulator.activate()
 import torch  # noqa: E402
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM  # noqa: E402
+from qwen2_npu.compat import CACHE_NAME, cache_of  # noqa: E402
 
 DEVICES = ("cpu", "npu")
 PREFIX = 64
@@ -80,11 +81,11 @@ def steps(layers: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Call
     def stock(device: str) -> Callable[[], object]:
         torch.manual_seed(0)
         model = Stock(config(layers)).to(dtype).to(device).eval()
-        cache = model(ids.to(device), use_cache=True).past_key_values
+        cache = {CACHE_NAME: cache_of(model(ids.to(device), use_cache=True))}
         token = ids[:, :1].to(device)
 
         def step() -> object:
-            logits = model(token, past_key_values=cache, use_cache=True).logits
+            logits = model(token, use_cache=True, **cache).logits
             cache.crop(-1)
             return logits.argmax(-1).item()
 

@@ -243,6 +243,11 @@ class FixedKVCache(Cache):
         return [False] * self.shape.layers
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: no linear attention."""
+        return [False] * self.shape.layers
+
+    @property
     def is_initialized(self) -> bool:
         """True: allocated on construction."""
         return True

@@ -16,27 +16,37 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from qwen2_npu.errors import UnsupportedError
 
-TOO_NEW = (5, 24)
-"""Renames ``past_key_values`` to ``cache`` in what ``generate`` passes to a model; not served yet."""
+
+def served(version: str) -> bool:
+    """Whether a transformers of this version has a ``generate`` that this model answers: 4.37, and 5.x.
+
+    What lies between has neither the one's interface nor the other's.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) == (4, 37) or major == 5
 
 
 def check_version(version: str) -> None:
-    """Refuse a transformers whose ``generate`` this model cannot answer.
+    """Refuse the others.
 
     Raises:
         UnsupportedError: with the versions that are served.
     """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) >= TOO_NEW:
+    if not served(version):
         raise UnsupportedError(
-            f"transformers {version} calls models in a way that this version does not serve yet; "
-            "pip install transformers==5.23.0"
+            f"transformers {version} is not served, 4.37.x and 5.x are: pip install transformers==5.24.0, or 4.37.0 "
+            "to reproduce the upstream guide's rows"
         )
 
 
 check_version(transformers.__version__)
 
-IS_V4: bool = int(transformers.__version__.split(".")[0]) < 5
+VERSION: tuple[int, int] = tuple(int(part) for part in transformers.__version__.split(".")[:2])  # type: ignore[assignment]
+
+IS_V4: bool = VERSION < (5, 0)
+
+CACHE_NAME: str = "cache" if VERSION >= (5, 24) else "past_key_values"
+"""What the installed version calls the KV cache: argument of ``forward`` and ``generate``, field of their outputs."""
 
 LOGITS_IN_FLOAT32: bool = IS_V4
 """4.37.0's model upcasts the logits before it returns them; 5.x leaves that to ``generate``."""
@@ -88,13 +98,13 @@ def check_config(config: Qwen2Config) -> None:
             raise UnsupportedError(
                 f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every "
                 "layer, so there "
-                f"is no baseline to agree with; set use_sliding_window=False or install 'transformers>=5,<5.24'"
+                f"is no baseline to agree with; set use_sliding_window=False or install 'transformers>=5,<6'"
             )
         if getattr(config, "rope_scaling", None) is not None:
             raise UnsupportedError(
                 f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there "
                 "is no baseline "
-                f"to agree with; remove rope_scaling from config.json or install 'transformers>=5,<5.24'"
+                f"to agree with; remove rope_scaling from config.json or install 'transformers>=5,<6'"
             )
         return
     rope: dict[str, Any] = dict(config.rope_parameters or {})
@@ -104,6 +114,22 @@ def check_config(config: Qwen2Config) -> None:
             f"rope_type={rope_type!r} changes its frequencies with the sequence; supported are "
             f"{', '.join(STATIC_ROPE_TYPES)}"
         )
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The KV cache of a call that may name it either way.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
+    return past_key_values if cache is None else cache
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in an output of ``forward`` or ``generate``, or None."""
+    return getattr(output, CACHE_NAME, None)
 
 
 def growing_cache() -> DynamicCache:

@@ -18,6 +18,7 @@ import click
 from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.environment import cann_version, package_version
+from qwen2_npu.errors import UnsupportedError
 
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
 """Release of torch_npu -> the CANN that its own version table names. Newer releases ask for the last one at least."""
@@ -108,7 +109,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     yield from _packages()
     yield _cann()
-    for probe in (_cpu, _npu, _emulator, _cuda):
+    for probe in (_transformers, _cpu, _npu, _emulator, _cuda):
         try:
             yield probe()
         except Exception as error:  # a broken installation is what this command is for
@@ -124,8 +125,6 @@ def _packages() -> Iterator[Finding]:
     torch = package_version("torch")
     yield Finding("qwen2-npu", package_version("qwen2-npu") or "not installed", "")
     yield Finding("torch", torch or "missing", "" if torch else "pip install torch==2.13.0")
-    transformers = package_version("transformers")
-    yield Finding("transformers", transformers or "missing", "" if transformers else "pip install transformers==5.23.0")
     torch_npu = package_version("torch_npu")
     advice = "for Ascend NPUs: pip install torch_npu==2.13.0 (the release of the same number as torch)"
     if torch_npu and torch and release(torch_npu) != release(torch):
@@ -148,6 +147,17 @@ def release(version: str) -> tuple[int, ...]:
     """``2.13.0+cpu`` -> (2, 13); empty for what is no version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else ()
+
+
+def _transformers() -> Finding:
+    version = package_version("transformers")
+    if version is None:
+        return Finding("transformers", "missing", "pip install transformers==5.24.0")
+    try:
+        importlib.import_module("qwen2_npu.compat")
+    except UnsupportedError as error:
+        return Finding("transformers", version, str(error))
+    return Finding("transformers", version)
 
 
 def _cann() -> Finding:

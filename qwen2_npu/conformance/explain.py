@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import teacher
 from qwen2_npu.conformance.batches import Batch
 from qwen2_npu.conformance.capture import Capture, Point, capturing
@@ -187,7 +188,7 @@ def _captures(model: Any, batch: Batch, forced: Array) -> list[Capture]:
             new = [1] * len(lengths)
         with capturing(model, new=new, total=[length + step for length in lengths]) as capture:
             out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
-        cache = {"past_key_values": out.past_key_values}
+        cache = {CACHE_NAME: cache_of(out)}
         captures.append(capture)
     return captures
 

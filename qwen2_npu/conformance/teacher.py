@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.batches import Batch
 from qwen2_npu.conformance.stock import exact
 
@@ -98,8 +99,8 @@ def run(
             input_ids=token,
             attention_mask=mask,
             position_ids=positions + step,
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **{CACHE_NAME: cache_of(out)},
         )
         _synchronize(device)
         if step >= UNTIMED_STEPS:
@@ -153,7 +154,7 @@ def preallocated(model: Any, rows: int, capacity: int) -> dict[str, Any]:
     optimizations = getattr(model, "optimizations", None)
     if optimizations is None or not optimizations.fixed_kv_cache:
         return {}
-    return {"past_key_values": model.allocate_cache(rows, capacity)}
+    return {CACHE_NAME: model.allocate_cache(rows, capacity)}
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from qwen2_npu.cache import CacheShape, FixedKVCache
-from qwen2_npu.compat import IS_V4, growing_cache
+from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of, growing_cache, one_cache
 from qwen2_npu.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,12 +59,15 @@ class GenerationHooks:
 
         Raises:
             ValueError: an empty prompt, token ids outside the vocabulary, right-padded prompts.
-            CacheOverflowError: a cache passed as ``past_key_values`` is too small.
+            CacheOverflowError: a cache passed as ``past_key_values`` (``cache``) is too small.
         """
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         already = len(self._generating)
         try:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
-            kept = getattr(result, "past_key_values", None)
+            kept = cache_of(result)
             for cache in self._generating[already:]:
                 if cache is not kept:
                     self._pool.give_back(cache)
@@ -88,7 +91,10 @@ class GenerationHooks:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise UnsupportedError(
@@ -97,7 +103,7 @@ class GenerationHooks:
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         # max_cache_length leaves out the last token, whose k and v are never read; a continuation may want it.
-        model_kwargs["past_key_values"] = self._cache_for_generation(rows, max_cache_length + 1)
+        model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, max_cache_length + 1)
 
     def _supports_logits_to_keep(self: Qwen2ForCausalLM) -> bool:  # type: ignore[misc]
         # generate() then asks for the last position only: exactly what the step is about.
@@ -120,9 +126,11 @@ class GenerationHooks:
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward pass; see transformers."""
+        past_key_values = one_cache(past_key_values, cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past == 0 and attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
@@ -133,9 +141,9 @@ class GenerationHooks:
         if not IS_V4:
             return super().prepare_inputs_for_generation(  # type: ignore[misc]
                 input_ids,  # type: ignore[arg-type]
-                past_key_values=past_key_values,
                 attention_mask=attention_mask,  # type: ignore[arg-type]
                 inputs_embeds=inputs_embeds,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
         use_cache = kwargs.get("use_cache")

@@ -26,10 +26,12 @@ import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does 
 from qwen2_npu import checkpoint
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.compat import (
+    CACHE_NAME,
     LOGITS_IN_FLOAT32,
     TIED_WEIGHTS,
     check_config,
     growing_cache,
+    one_cache,
     sliding_windows,
 )
 from qwen2_npu.errors import UnsupportedError
@@ -245,6 +247,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass.
 
@@ -253,7 +256,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             attention_mask: (B, past + S) of 0 and 1 (2-D); padding may stand anywhere. In a step of one token after a
                 prompt the new token always counts.
             position_ids: (B or 1, S); default: the number of live tokens before each.
-            past_key_values: a cache of :meth:`allocate_cache`, or the one of the previous output.
+            past_key_values: a cache of :meth:`allocate_cache`, or the one of the previous output. ``cache`` is the name
+                it has from transformers 5.24 on; both are taken on every version.
             labels: (B, S), -100 = ignored; the loss over all positions then comes with the logits of all.
             logits_to_keep: the last so many positions only; 0 for all. ``generate`` asks for 1 with last_token_logits.
 
@@ -265,8 +269,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
         given = self._check_tokens(input_ids, inputs_embeds)
+        cache = one_cache(past_key_values, cache)
         batch, tokens = given.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is not None and attention_mask.shape[-1] != past + tokens:
             raise ValueError(
                 f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past} are in the cache and "
@@ -285,7 +290,6 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if input_ids is not None and past == 0:
             self._check_vocabulary(input_ids)
         self.model.rotary.prepare(self.dtype, given.device)
-        cache = past_key_values
         if cache is None and use_cache:
             cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, self.config.max_position_embeddings))
         if position_ids is not None:
@@ -295,7 +299,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if self.optimizations.fixed_kv_cache:
             if cache is not None and not isinstance(cache, FixedKVCache):
                 raise UnsupportedError(
-                    f"past_key_values is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
+                    f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
                 )
             logits = self._forward_fixed(given, attention_mask, position_ids, cache, logits_to_keep, recording)
         else:
@@ -303,9 +307,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         output = CausalLMOutputWithPast(
             loss=None if labels is None else _shifted_loss(logits, labels),
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(record[0]) if output_hidden_states else None,
             attentions=tuple(w for w in record[1] if w is not None) if output_attentions else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -41,14 +41,31 @@ def test_frequencies_that_change_with_the_sequence_are_refused():
         Qwen2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("version", ["5.24.0", "5.30.1", "6.0.0.dev0"])
-def test_a_transformers_that_is_too_new_is_refused_with_the_way_out(version):
-    with pytest.raises(
-        UnsupportedError, match=rf"transformers {re.escape(version)}.*pip install transformers==5\.23\.0"
-    ):
+@pytest.mark.parametrize("version", ["4.36.2", "4.38.0", "4.57.6", "6.0.0.dev0"])
+def test_other_versions_are_refused_with_the_way_out(version):
+    message = rf"transformers {re.escape(version)} is not served.*pip install transformers==5\.24\.0"
+    with pytest.raises(UnsupportedError, match=message):
         compat.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["4.37.0", "5.0.0", "5.23.0", "5.23.1"])
+@pytest.mark.parametrize("version", ["4.37.0", "4.37.2", "5.0.0", "5.23.0", "5.24.0", "5.100.1"])
 def test_what_is_served_is_not_refused(version):
     compat.check_version(version)
+
+
+def test_the_cache_has_one_name_per_call():
+    cache = object()
+    assert compat.one_cache(cache, None) is compat.one_cache(None, cache) is cache
+    assert compat.one_cache(None, None) is None
+    with pytest.raises(ValueError, match="two names of one argument"):
+        compat.one_cache(cache, cache)
+
+
+def test_the_stock_model_takes_and_returns_the_cache_under_its_name():
+    stock = small_stock(small_config())
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    first = stock(ids, use_cache=True)
+    cache = compat.cache_of(first)
+    assert cache is not None
+    both = stock(torch.ones(1, 4, dtype=torch.int64)).logits[:, -1]
+    assert torch.allclose(stock(ids[:, :1], **{compat.CACHE_NAME: cache}).logits[:, -1], both, atol=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import cost_model
 from qwen2_npu.conformance.graphs import baselines
 from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
@@ -39,11 +40,11 @@ def profile(
     ids = ids.to(model.device)
     token = ids[:, :1].contiguous()
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = {CACHE_NAME: cache_of(model(ids, use_cache=True))}
         for _ in range(WARM_UP):
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, use_cache=True, **cache)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, use_cache=True, **cache)
     events: list[Any] = [event for event in recorded.key_averages() if event.self_cpu_time_total > 0]
     total = sum(event.self_cpu_time_total for event in events)
     events.sort(key=lambda event: -event.self_cpu_time_total)

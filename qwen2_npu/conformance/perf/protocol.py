@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.conformance.perf.host import Host
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.timers import StepTimer, timer_for
@@ -87,7 +88,7 @@ def _timed(model: Any, timer: StepTimer, contexts: list[int]) -> Iterator[None]:
     """``timer`` around every call of ``model``, and the length of the cache before it into ``contexts``."""
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        contexts.append(_cached_tokens(kwargs.get("past_key_values")))
+        contexts.append(_cached_tokens(kwargs.get(CACHE_NAME)))
         timer.start()
 
     def after(module: Any, args: Any, output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.perf.builds import GRAPH_COMPILER
 from qwen2_npu.conformance.perf.timers import timer_for
 from qwen2_npu.graph import compile_model
@@ -79,8 +80,8 @@ class Candidate:
 
     def _forward(self, call: Callable[..., Any], tokens: torch.Tensor) -> None:
         settings = {"logits_to_keep": 1} if HAS_STATIC_CACHE or self.name in OURS else {}
-        output = call(input_ids=tokens, past_key_values=self._past, use_cache=True, **settings)
-        self._past = output.past_key_values
+        output = call(input_ids=tokens, use_cache=True, **{CACHE_NAME: self._past}, **settings)
+        self._past = cache_of(output)
 
     def _empty_cache(self) -> Any:
         if self.name in OURS:

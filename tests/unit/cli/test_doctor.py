@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qwen2_npu import emulator
+from qwen2_npu import compat, emulator
 from qwen2_npu.cli import doctor, main
 from qwen2_npu.conformance.diagnosis import bundle
 
@@ -41,6 +41,18 @@ def test_torch_and_torch_npu_of_different_releases(monkeypatch: pytest.MonkeyPat
     assert advice["torch_npu"] == "does not match torch 2.13.0+cpu: install the same release of both"
     versions["torch_npu"] = "2.13.0.post2"
     assert not {finding.what: finding.advice for finding in doctor._packages()}["torch_npu"]
+
+
+def test_a_transformers_that_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_version", {"transformers": "4.57.6"}.get)
+
+    def refuse(name: str) -> None:
+        compat.check_version("4.57.6")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", refuse)
+    assert "pip install transformers==5.24.0" in doctor._transformers().advice
+    monkeypatch.setattr(doctor, "package_version", {}.get)
+    assert doctor._transformers() == ("transformers", "missing", "pip install transformers==5.24.0")
 
 
 def test_the_emulated_device_is_called_emulated() -> None:

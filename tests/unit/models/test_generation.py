@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
 from tests.unit.small import V4, small_stock, stock_weights
 
@@ -119,15 +120,19 @@ def test_without_a_mask(model, stock, prompt):
 
 
 @pytest.mark.skipif(V4, reason="4.37.0's generate does not continue from a Cache object")
-def test_second_turn_from_the_cache_of_the_first(model, stock, prompt):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_second_turn_from_the_cache_of_the_first(model, stock, prompt, name):
+    """Under either name of the cache, whatever the installed transformers calls it."""
     arguments = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 6}
     more = torch.randint(1, 199, (3, 5), generator=torch.Generator().manual_seed(4))
     answers = []
-    for candidate, extra in ((stock, {}), (model, {"past_key_values": model.allocate_cache(3, 64)})):
+    own = model.allocate_cache(3, 64)
+    for candidate, key, extra in ((stock, CACHE_NAME, {}), (model, name, {name: own})):
         first = candidate.generate(**prompt, **arguments, **extra)
+        assert candidate is stock or cache_of(first) is own
         ids = torch.cat([first.sequences, more], dim=1)
         mask = torch.cat([prompt["attention_mask"], torch.ones(3, 11, dtype=torch.int64)], dim=1)
-        second = candidate.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **arguments)
+        second = candidate.generate(ids, attention_mask=mask, **{key: cache_of(first)}, **arguments)
         answers.append(second.sequences)
     assert torch.equal(*answers)
 
@@ -155,18 +160,24 @@ def test_the_next_call_of_the_same_shape_gets_the_same_memory(full, prompt, monk
 
 def test_a_cache_the_caller_keeps_is_never_handed_out_again(full, prompt):
     arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    kept = full.generate(**prompt, **arguments).past_key_values
+    kept = cache_of(full.generate(**prompt, **arguments))
     contents = [tensor.clone() for tensor in kept.key_cache]
-    assert full.generate(**prompt, **arguments).past_key_values is not kept
+    assert cache_of(full.generate(**prompt, **arguments)) is not kept
     assert all(torch.equal(old, new) for old, new in zip(contents, kept.key_cache, strict=True))
 
 
 def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     arguments = {"do_sample": False, "return_dict_in_generate": True}
-    cache = full.generate(**prompt, max_new_tokens=4, **arguments).past_key_values
+    cache = cache_of(full.generate(**prompt, max_new_tokens=4, **arguments))
     assert cache.shape.capacity == 128
-    cache = full.generate(**prompt, max_new_tokens=120, **arguments).past_key_values
+    cache = cache_of(full.generate(**prompt, max_new_tokens=120, **arguments))
     assert cache.shape.capacity == 256
+
+
+def test_two_caches_in_one_call_are_refused(full, prompt):
+    cache = full.allocate_cache(3, 64)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        full.generate(**prompt, max_new_tokens=2, cache=cache, past_key_values=cache)
 
 
 # ---- bad input

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
-from qwen2_npu.compat import torch_dtype_of
+from qwen2_npu.compat import cache_of, torch_dtype_of
 from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import VARIANTS
 from tests.unit.small import V4, small_config, small_stock, stock_weights
@@ -98,7 +98,7 @@ def test_embeddings_instead_of_ids(model, stock, ids):
 @torch.no_grad()
 def test_without_a_cache(model, stock, ids, left_padding):
     ours = model(ids, attention_mask=left_padding, position_ids=positions(left_padding), use_cache=False)
-    assert ours.past_key_values is None
+    assert cache_of(ours) is None
     theirs = stock(ids, attention_mask=left_padding, position_ids=positions(left_padding), use_cache=False)
     assert_close(ours.logits, theirs.logits, left_padding)
 
@@ -109,9 +109,9 @@ def test_continuation_sees_the_past(model, stock, ids, new):
     """Several new tokens after a filled cache: causality counts from the bottom right."""
     theirs = stock(ids).logits
     first = model(ids[:, :-new], use_cache=True)
-    second = model(ids[:, -new:], past_key_values=first.past_key_values)
+    second = model(ids[:, -new:], past_key_values=cache_of(first))
     assert_close(second.logits, theirs[:, -new:])
-    assert second.past_key_values.get_seq_length() == 12
+    assert cache_of(second).get_seq_length() == 12
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_continuation_of_ragged_rows_by_ragged_rows(model, stock, ids):
     theirs = stock(ids, attention_mask=mask, position_ids=positions(mask)).logits
     first = model(ids[:, :8], attention_mask=mask[:, :8], position_ids=positions(mask)[:, :8], use_cache=True)
     second = model(
-        ids[:, 8:], attention_mask=mask, position_ids=positions(mask)[:, 8:], past_key_values=first.past_key_values
+        ids[:, 8:], attention_mask=mask, position_ids=positions(mask)[:, 8:], past_key_values=cache_of(first)
     )
     assert_close(second.logits, theirs[:, 8:], mask[:, 8:])
 
@@ -166,7 +166,7 @@ def test_sliding_windows_and_rope_scaling(changes, optimizations, ids, left_padd
     arguments = {"attention_mask": left_padding, "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
     first = model(ids[:, :7], use_cache=True)
-    assert_close(model(ids[:, 7:], past_key_values=first.past_key_values).logits, stock(ids).logits[:, 7:])
+    assert_close(model(ids[:, 7:], past_key_values=cache_of(first)).logits, stock(ids).logits[:, 7:])
 
 
 def test_attention_weights_without_flash_attention(stock, ids):
@@ -181,7 +181,7 @@ def test_decode_goes_through_o_proj_in_two_dimensions(full, ids):
     seen = []
     hook = full.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dim()))
     first = full(ids, use_cache=True)
-    full(ids[:, :1], past_key_values=first.past_key_values)
+    full(ids[:, :1], past_key_values=cache_of(first))
     hook.remove()
     assert seen == [3, 2]
 
@@ -191,7 +191,7 @@ def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, l
     other = torch.where(left_padding.bool(), ids, (ids + 7) % 199)
     first, second = (full(x, attention_mask=left_padding, use_cache=True) for x in (ids, other))
     assert torch.equal(first.logits[left_padding.bool()], second.logits[left_padding.bool()])
-    steps = [full(ids[:, :1], past_key_values=out.past_key_values).logits for out in (first, second)]
+    steps = [full(ids[:, :1], past_key_values=cache_of(out)).logits for out in (first, second)]
     assert torch.equal(*steps)
 
 
@@ -213,6 +213,16 @@ def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, l
 def test_bad_input_is_one_clear_error(full, arguments, error, message):
     with pytest.raises(error, match=message):
         full(**arguments)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_either_name_of_the_cache(full, ids, name):
+    cache = full.allocate_cache(3, 64)
+    assert cache_of(full(ids[:, :5], **{name: cache})) is cache
+    step = full(ids[:, 5:], **{name: cache}).logits
+    assert_close(step, full(ids).logits[:, 5:])
+    with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+        full(ids, cache=cache, past_key_values=cache)
 
 
 def test_overflow_raises_before_anything_is_written(full, ids):
