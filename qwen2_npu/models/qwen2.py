@@ -69,13 +69,20 @@ class DecoderLayer(nn.Module):
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: LayerCache,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(B, S, H): the MLP's result still to be added, the residual to add it to, and the attention weights if
-        any."""
+        attentions: list[torch.Tensor | None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, H): the MLP's result still to be added, and the residual to add it to.
+
+        Args:
+            attentions: a list to which the attention weights, if any, are appended.
+        """
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
+        if attentions is not None:
+            attentions.append(weights)
+        del weights  # (B, N, S, S): not to be held while the MLP runs
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual, weights
+        return self.mlp(hidden_states), residual
 
 
 class Qwen2Model(nn.Module):
@@ -110,12 +117,11 @@ class Qwen2Model(nn.Module):
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
         residual: torch.Tensor | None = None
+        attentions = None if record is None else record[1]
         for layer, cache in zip(self.layers, caches, strict=True):
             if record is not None:
                 record[0].append(hidden_states if residual is None else residual + hidden_states)
-            hidden_states, residual, weights = layer(hidden_states, residual, phase, inputs, cos_sin, cache)
-            if record is not None:
-                record[1].append(weights)
+            hidden_states, residual = layer(hidden_states, residual, phase, inputs, cos_sin, cache, attentions)
         hidden_states, _ = self.norm(hidden_states, residual)
         if record is not None:
             record[0].append(hidden_states)

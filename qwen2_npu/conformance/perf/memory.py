@@ -26,9 +26,9 @@ COMPRESSED_MASK = 2048 * 2048
 IN_PLACE_HEAD_DIM = 128
 """npu_apply_rotary_pos_emb writes in place; other head sizes take npu_rotary_mul, which does not."""
 
-SCORE_COPIES = 6
+SCORE_COPIES = 5
 """(B, N, S, S) tensors of small-operator attention at its softmax, in 2-byte units: the scores, their cast to float32,
-the result in float32, and the weights of the layer before."""
+and the result in float32."""
 
 TOLERANCE = 1.02
 SLACK = 256 << 20
@@ -107,8 +107,7 @@ def _elements_per_token(size: Size, on: Collection[str], batch: int, tokens: int
     around = 4 * hidden + 2 * size.head_dim  # and cos, sin
     norm = 2 * hidden + 2 if "add_rms_norm" in on else 5 * hidden + 2
     mlp = 3 * inner if "swiglu" in on else 4 * inner
-    # Small-operator attention hands its weights out, so those of two layers are alive beside everything else.
-    weights = 0 if "flash_attention" in on else 2 * size.heads * tokens
+    weights = 0 if on else size.heads * tokens  # the stock layer holds its attention's until it returns
     inside = max(_attention(size, on, tokens), weights + max(norm, mlp, inner + hidden))
     logits = 0 if "last_token_logits" in on else hidden + size.vocab * (3 if float32_logits else 1)
     ids = 3 * 4  # token ids, mask and positions, int64
