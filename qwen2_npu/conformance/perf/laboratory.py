@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen2_npu.conformance.perf import fingerprint
+from qwen2_npu.conformance.perf import fingerprint, tensor_parallel
 from qwen2_npu.conformance.perf.fingerprint import Fingerprint
-from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.conformance.perf.job import Job
+from qwen2_npu.conformance.perf.launcher import LaunchError, launch
+from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 
@@ -40,7 +42,11 @@ class Laboratory(Protocol):
         """The numbers of the configuration's model."""
 
     def measured(self, configuration: Configuration) -> Measurement:
-        """Its measurement, made on the first call."""
+        """Its measurement, made on the first call.
+
+        Raises:
+            LaunchError: it needs several cards, and its ranks came to none.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,19 @@ class Request:
 
 
 class DeviceLaboratory:
-    """Measures on ``request.device``. Holds one model at a time: two of 7B do not fit a card of 32 GB."""
+    """Measures on ``request.device``: in this process on one card, through ``launcher`` on several.
+
+    Holds one model at a time: two of 7B do not fit a card of 32 GB.
+
+    Args:
+        launch: measures what needs several cards.
+    """
 
     self_test = False
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._measured: dict[Configuration, Measurement] = {}
+    def __init__(self, request: Request, launch: Callable[[Job], Measurement] = launch) -> None:
+        self.request, self._launch = request, launch
+        self._measured: dict[Configuration, Measurement | LaunchError] = {}
         self._model: tuple[Configuration, Any] | None = None
 
     @cached_property
@@ -83,8 +95,9 @@ class DeviceLaboratory:
         return self.request.random_weights
 
     def why_not(self, configuration: Configuration) -> str | None:
-        if configuration.cards > 1:
-            return f"needs tensor parallel: {configuration.model} runs on {configuration.cards} cards"
+        missing = tensor_parallel.why_not(configuration)
+        if missing is not None:
+            return missing
         if self.model_name not in (None, configuration.model):
             return f"needs the {configuration.model} model: {self.model_name} was asked for"
         return None
@@ -96,18 +109,53 @@ class DeviceLaboratory:
 
     def measured(self, configuration: Configuration) -> Measurement:
         if configuration not in self._measured:
-            from qwen2_npu.conformance.perf import protocol
+            self._measured[configuration] = self._measure(configuration)
+        found = self._measured[configuration]
+        if isinstance(found, LaunchError):  # the other phase's test would wait for the same failure
+            raise found
+        return found
 
-            steps = self.request.decode_steps
-            settings: dict[str, Any] = {} if steps is None else {"decode_steps": steps}
-            weights = self._weights(configuration)
-            self._measured[configuration] = protocol.measure(
-                self._built(configuration, weights.build),
-                batch=configuration.batch,
-                weights=weights.description,
-                **settings,
-            )
-        return self._measured[configuration]
+    def _measure(self, configuration: Configuration) -> Measurement | LaunchError:
+        asked = self.request.decode_steps
+        steps = OUTPUT_TOKENS - 1 if asked is None else asked
+        if configuration.cards > 1:
+            return self._launched(configuration, steps)
+        from qwen2_npu.conformance.perf import protocol
+
+        weights = self._weights(configuration)
+        return protocol.measure(
+            self._built(configuration, weights.build),
+            batch=configuration.batch,
+            decode_steps=steps,
+            weights=weights.description,
+        )
+
+    def _launched(self, configuration: Configuration, steps: int) -> Measurement | LaunchError:
+        self._free_the_card()
+        path = self.request.model_path
+        job = Job(
+            configuration,
+            self.request.device.split(":")[0],
+            INPUT_TOKENS,
+            steps,
+            model_path=None if path is None else str(path.resolve()),
+        )
+        try:
+            return self._launch(job)
+        except LaunchError as error:
+            return error
+
+    def _free_the_card(self) -> None:
+        """A rank needs the memory that a model held by this process takes."""
+        if self._model is None:
+            return
+        import torch
+
+        self._model = None
+        gc.collect()
+        module: Any = getattr(torch, self.request.device.split(":")[0], None)
+        if hasattr(module, "empty_cache"):
+            module.empty_cache()
 
     def _weights(self, configuration: Configuration) -> Any:
         from qwen2_npu.conformance.perf.builds import Weights

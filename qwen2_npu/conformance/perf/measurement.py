@@ -10,6 +10,9 @@ from typing import Any
 
 from qwen2_npu.conformance.perf.rows import Phase
 
+INPUT_TOKENS, OUTPUT_TOKENS = 1024, 1024
+"""Per row, of every documented number."""
+
 WALL_BELOW_DEVICE = 0.9
 """A host clock that shows less than this part of the device's own time was read before the device had finished."""
 

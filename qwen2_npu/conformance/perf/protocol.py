@@ -15,10 +15,8 @@ from transformers import GenerationConfig
 
 from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.conformance.perf.host import Host
-from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement
 from qwen2_npu.conformance.perf.timers import StepTimer, timer_for
-
-INPUT_TOKENS, OUTPUT_TOKENS = 1024, 1024
 
 TimerFactory = Callable[[str], StepTimer]
 
