@@ -66,7 +66,7 @@ class GenerationHooks:
             kwargs[CACHE_NAME] = cache
         already = len(self._generating)
         try:
-            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            result = super().generate(*args, **kwargs)
             kept = cache_of(result)
             for cache in self._generating[already:]:
                 if cache is not kept:
@@ -139,9 +139,9 @@ class GenerationHooks:
                 "after the last position: tokenize with padding_side='left'"
             )
         if not IS_V4:
-            return super().prepare_inputs_for_generation(  # type: ignore[misc]
-                input_ids,  # type: ignore[arg-type]
-                attention_mask=attention_mask,  # type: ignore[arg-type]
+            return super().prepare_inputs_for_generation(
+                input_ids,
+                attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 **{CACHE_NAME: past_key_values},
                 **kwargs,

@@ -43,7 +43,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
         check_same_dtype("npu_rms_norm", input, gamma=gamma)
     x = input.float()
     rstd = _reciprocal_rms(x, dims, epsilon)
-    return (x * rstd * gamma.float()).to(input.dtype), rstd
+    return (x * rstd).mul_(gamma.float()).to(input.dtype), rstd
 
 
 def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,4 +68,4 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     rstd = _reciprocal_rms(wide, dims, epsilon)
     # A product of two bf16 (or two fp16) values is exact in fp32, so multiplying gamma in the dtype rounds as the
     # device does for both: once.
-    return (wide * rstd).to(x.dtype) * gamma, rstd, x
+    return (wide * rstd).to(x.dtype).mul_(gamma), rstd, x

@@ -100,4 +100,4 @@ def npu_rotary_mul(
             have not in (1, want) for have, want in zip(table.shape, input.shape, strict=True)
         ):
             raise invalid(op, name, table, f"a shape that broadcasts to the input's, {tuple(input.shape)}")
-    return input * r1 + rotation(input) * r2
+    return (input * r1).add_(rotation(input).mul_(r2))

@@ -26,6 +26,7 @@ def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
     if input.shape[dim] % 2:
         raise invalid("npu_swiglu", "input", input, f"an even size along dim {dim}")
     gate, up = input.chunk(2, dim)
+    # In place on what was just made: a large tensor less to allocate.
     if input.dtype == torch.float32:
-        return torch.nn.functional.silu(gate) * up
-    return (torch.nn.functional.silu(gate.float()) * up).to(input.dtype)
+        return torch.nn.functional.silu(gate).mul_(up)
+    return torch.nn.functional.silu(gate.float(), inplace=True).mul_(up).to(input.dtype)
