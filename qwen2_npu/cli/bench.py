@@ -14,6 +14,7 @@ from qwen2_npu.optimizations import LADDER
 
 if TYPE_CHECKING:
     from qwen2_npu.conformance.perf.bench import Result
+    from qwen2_npu.conformance.report.provenance import Provenance
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -81,15 +82,16 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     options.quiet_transformers()
-    from qwen2_npu.conformance.perf import bench, fingerprint
+    from qwen2_npu.conformance.perf import bench
     from qwen2_npu.conformance.perf.builds import Weights
     from qwen2_npu.conformance.perf.machine import card_of
+    from qwen2_npu.conformance.report.provenance import Provenance
 
     if threads is not None:
         torch.set_num_threads(threads)
     weights = Weights.of_checkpoint(model_path) if model_path is not None else Weights.random(str(random_weights))
-    machine = fingerprint.of_device(target)
-    card, _ = card_of(machine)
+    made_by = Provenance.of_device(target)
+    card, _ = card_of(made_by.fingerprint)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[Result] = []
@@ -108,7 +110,7 @@ def command(
         ):
             results.append(result)
             if json_path is not None:
-                _write(json_path, results, machine)
+                _write(json_path, results, made_by)
     show(results, console, target)
     if json_path is not None:
         console.print(f"Results: {json_path}", highlight=False)
@@ -122,12 +124,11 @@ def _is_emulated(device: str) -> bool:
     return device.startswith("npu") and emulator.is_active()
 
 
-def _write(path: Path, results: list[Result], machine: Any) -> None:
-    from dataclasses import asdict
-
+def _write(path: Path, results: list[Result], made_by: Provenance) -> None:
     from qwen2_npu.conformance.report import write_json
 
-    write_json(path, {"schema": 1, "fingerprint": asdict(machine), "results": [result.to_json() for result in results]})
+    results_json = [result.to_json() for result in results]
+    write_json(path, {"schema": 2, "provenance": made_by.to_json(), "results": results_json})
 
 
 NOTHING = "–"

@@ -11,7 +11,7 @@ from qwen2_npu.cli import options
 
 
 @click.command("report")
-@options.results_option("Folder of verify*.json, JUnit files (*.xml), benchmark*.json and run.json.")
+@options.results_option("Folder of verify*.json, JUnit files (*.xml), benchmark*.json, bench.json and run.json.")
 @options.history_option()
 @click.option("--append", is_flag=True, help="Add this run to the history once the page is made.")
 @click.option(
@@ -34,8 +34,9 @@ def command(
         pytest tests/accuracy --junitxml=report/accuracy.xml
         pytest tests/graph --junitxml=report/graph.xml
         pytest tests/perf --junitxml=report/perf.xml --benchmark-json=report/benchmark.json
-    or, all of them, from `qwen2-npu nightly`. What is missing is shown as "not run". Without --check the exit status
-    says only whether the page was made.
+        qwen2-npu bench --json report/bench.json
+    or, all but the last, from `qwen2-npu nightly`. What is missing is shown as "not run". Without --check the exit
+    status says only whether the page was made.
     """
     from qwen2_npu.conformance.report import write_text
     from qwen2_npu.conformance.report.changes import Kind, changes

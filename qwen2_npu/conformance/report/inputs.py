@@ -12,7 +12,7 @@ from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.provenance import Provenance
 
 RUN, PREDICTIONS, PAGE, SUMMARY = "run.json", "predictions.json", "index.html", "summary.md"
-VERIFY, JUNIT, BENCHMARK = "verify*.json", "*.xml", "benchmark*.json"
+VERIFY, JUNIT, BENCHMARK, BENCH = "verify*.json", "*.xml", "benchmark*.json", "bench[-.]*json"
 """Names of a run's files, in one folder."""
 
 Content = TypeVar("Content")
@@ -26,6 +26,7 @@ class Inputs:
         verifications: name -> what `qwen2-npu verify` wrote.
         sessions: what `pytest --junitxml` wrote.
         benchmarks: name -> what `pytest --benchmark-json` wrote.
+        benches: name -> what `qwen2-npu bench --json` wrote.
         run: what `qwen2-npu nightly` wrote of its stages; empty without one.
         predictions: row id -> predicted milliseconds; None without a file.
         problems: files that cannot be read.
@@ -35,6 +36,7 @@ class Inputs:
     verifications: dict[str, dict[str, Any]] = field(default_factory=dict)
     sessions: list[junit.Session] = field(default_factory=list)
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    benches: dict[str, dict[str, Any]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, float] | None = None
     problems: list[str] = field(default_factory=list)
@@ -49,6 +51,8 @@ class Inputs:
             found._add(path, junit.read, lambda path, content: found.sessions.append(content))
         for path in sorted(folder.glob(BENCHMARK)):
             found._add(path, _benchmark, lambda path, content: found.benchmarks.update({path.name: content}))
+        for path in sorted(folder.glob(BENCH)):
+            found._add(path, _bench, lambda path, content: found.benches.update({path.name: content}))
         if (folder / RUN).exists():
             found._add(folder / RUN, _object, lambda path, content: found.run.update(content))
         if (folder / PREDICTIONS).exists():
@@ -66,6 +70,7 @@ class Inputs:
         found = [(RUN, Provenance.from_json(self.run.get("provenance", {})))]
         found += [(session.path.name, Provenance.of_properties(session.properties)) for session in self.sessions]
         found += [(name, Provenance.of_benchmark(content)) for name, content in self.benchmarks.items()]
+        found += [(name, Provenance.from_json(content["provenance"])) for name, content in self.benches.items()]
         found += [
             (name, Provenance(created=content["created"], verified=content["environment"]["verified"]))
             for name, content in self.verifications.items()
@@ -99,6 +104,16 @@ def _verification(path: Path) -> dict[str, Any]:
 def _benchmark(path: Path) -> dict[str, Any]:
     content = _object(path)
     content["benchmarks"]
+    return content
+
+
+def _bench(path: Path) -> dict[str, Any]:
+    content = _object(path)
+    if content.get("schema") != 2:
+        raise ValueError(f"schema {content.get('schema')!r}; this version reads 2: run `qwen2-npu bench` again")
+    if not content["results"]:
+        raise ValueError("it holds no results")
+    content["provenance"]["verified"]
     return content
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.conformance.report import figures, graphs
+from qwen2_npu.conformance.report import bench, figures, graphs
 from qwen2_npu.conformance.report.changes import Change, Kind, changes
 from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
 from qwen2_npu.conformance.report.charts.kernels import ALL_KINDS
@@ -77,6 +77,7 @@ def _context(results: Results, history: Sequence[Run], problems: Sequence[str]) 
         "identity": json.dumps(dict(results.provenance.identity), indent=1, ensure_ascii=False),
         "ladders": figures.ladders(numbers),
         "sweeps": figures.sweeps(numbers),
+        "benches": bench.tables(results.inputs),
         "roofline": figures.rooflines(numbers),
         "accuracies": figures.accuracies(results.inputs),
         "census": figures.censuses(),

@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2_npu.conformance.report import accuracy, graphs, latency, stages, suites
+from qwen2_npu.conformance.report import accuracy, bench, graphs, latency, stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.provenance import Provenance, merged
 
-AREAS = (accuracy, suites, graphs, latency, stages)
+AREAS = (accuracy, suites, graphs, latency, bench, stages)
 
 
 @dataclass(frozen=True)

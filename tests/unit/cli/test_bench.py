@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.report.bench import tables
+from qwen2_npu.conformance.report.inputs import Inputs
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
 
@@ -27,6 +29,7 @@ def test_measures_every_step_and_batch(tmp_path: Path) -> None:
     assert [(r["step"], r["batch"]) for r in content["results"]] == [
         (step, batch) for step in ("original", "swiglu") for batch in (1, 2)
     ]
+    assert [len(table.rows) for table in tables(Inputs.of(tmp_path))] == [4]  # as `report` reads it
     for r in content["results"]:
         assert r["decode_steps"] == 4
         assert r["faults"] == []
