@@ -22,7 +22,7 @@ from qwen2_npu.cli import options
     "--summary", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
     help="Also write the verdict and what failed as Markdown.",
 )  # fmt: skip
-@click.option("--check", is_flag=True, help="Exit with 1 where anything failed, regressed, or is no longer run.")
+@click.option("--check", is_flag=True, help="Exit with 1 where anything failed, regressed, or is no longer run, and where nothing passed.")
 def command(
     results: Path, history: Path | None, append: bool, output: Path | None, summary: Path | None, check: bool
 ) -> None:
@@ -58,5 +58,5 @@ def command(
     click.echo(f"{said.text}\nPage: {target}")
     if append:
         click.echo(f"History: {remember(history or results / 'history', found)}")
-    if check and (said.style == "fail" or any(change.kind is Kind.LOST for change in changed)):
+    if check and (not found.passed or said.style == "fail" or any(change.kind is Kind.LOST for change in changed)):
         sys.exit(1)

@@ -159,14 +159,21 @@ def _with_graphs() -> Iterator[tuple[Documented, Graph]]:
 def accuracies(inputs: Inputs) -> list[Labelled]:
     """One pair of charts per verification of the run."""
     made = []
+    for title, found in steps(inputs):
+        svgs = (accuracy.errors(LADDER, found, HALF), accuracy.mismatches(LADDER, found, HALF))
+        made.append(Labelled(title, _labels(LADDER), svgs))
+    return made
+
+
+def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.Step]]]:
+    """Title of every verification, and its steps."""
+    made = []
     for content in inputs.verifications.values():
-        found = {row["step"]: _step(row) for row in content["rows"]}
         title = (
             f"{content['model']}, {content['dtype']}, {content.get('mode', 'eager')}: "
             f"verified with {content['environment']['verified']}"
         )
-        svgs = (accuracy.errors(LADDER, found, HALF), accuracy.mismatches(LADDER, found, HALF))
-        made.append(Labelled(title, _labels(LADDER), svgs))
+        made.append((title, {row["step"]: _step(row) for row in content["rows"]}))
     return made
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,20 @@ class Inputs:
             keep(path, read(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.problems.append(f"{path.name} cannot be read: {error}")
+
+    def one_by_one(self) -> Iterator[tuple[str, Inputs, Callable[[], object]]]:
+        """Every file's name, inputs that hold it alone, and how to leave it out. For asking each what it can say."""
+        if self.run:
+            yield RUN, Inputs(self.folder, run=self.run), self.run.clear
+        for session in list(self.sessions):
+            alone = Inputs(self.folder, sessions=[session])
+            yield session.path.name, alone, partial(self.sessions.remove, session)
+        for kind in ("verifications", "benchmarks", "benches"):
+            files: dict[str, dict[str, Any]] = getattr(self, kind)
+            for name, content in list(files.items()):
+                alone = Inputs(self.folder)
+                getattr(alone, kind)[name] = content
+                yield name, alone, partial(files.pop, name)
 
     def stated(self) -> list[tuple[str, Provenance]]:
         """Each input and the provenance it states; the run's own first, since it speaks for all of them."""

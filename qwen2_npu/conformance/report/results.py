@@ -6,12 +6,26 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2_npu.conformance.report import accuracy, bench, graphs, latency, stages, suites
+from qwen2_npu.conformance.report import accuracy, bench, figures, graphs, latency, stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.provenance import Provenance, merged
 
 AREAS = (accuracy, suites, graphs, latency, bench, stages)
+
+
+def _fault(alone: Inputs) -> str:
+    """Why one file, well-formed as it is, does not hold what its name says; empty where it does."""
+    try:
+        alone.stated()
+        for area in AREAS:
+            area.claims(alone)
+        figures.steps(alone)
+        bench.tables(alone)
+    except Exception as error:  # the page must be made whatever a file holds
+        what = f"it misses {error}" if isinstance(error, KeyError) else str(error)
+        return f"not what this version writes ({what})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,10 @@ class Results:
     def of(cls, folder: Path) -> Results:
         """Everything that the files in ``folder`` say, and everything they leave unsaid."""
         inputs = Inputs.of(folder)
+        for name, alone, leave_out in inputs.one_by_one():
+            if fault := _fault(alone):
+                leave_out()
+                inputs.problems.append(f"{name} cannot be read: {fault}")
         provenance, contradictions = merged(inputs.stated())
         claims = tuple(claim for area in AREAS for claim in area.claims(inputs))
         twice = [id for id, count in Counter(claim.id for claim in claims).items() if count > 1]

@@ -65,6 +65,7 @@ def test_what_must_not_be_remembered_still_gets_its_page(tmp_path: Path) -> None
 def test_nothing_at_all(tmp_path: Path) -> None:
     result = run("--results", tmp_path / "none", "--output", tmp_path / "page.html")
     assert (result.exit_code, result.output.splitlines()[0]) == (0, "Nothing was run")
+    assert run("--results", tmp_path / "none", "--output", tmp_path / "page.html", "--check").exit_code == 1
 
 
 @pytest.mark.slow
