@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tup
     count = tmp_path / "count"
     monkeypatch.setenv("LAUNCHED", json.dumps({"count": str(count), **settings}))
     result = run_pytest(tmp_path, "--gate", f"--gate-rows={TABLE}-*", plugins=("tests.perf.launched",))
-    return result, len(count.read_text(encoding="utf-8").splitlines())
+    return result, len(count.read_text(encoding="utf-8").splitlines()) if count.exists() else 0
 
 
 def test_one_launch_of_eight_ranks_serves_both_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,15 @@ def test_one_launch_of_eight_ranks_serves_both_rows(tmp_path: Path, monkeypatch:
     assert (result.status, result.failed, result.passed, launches) == (0, {}, 3, 1), result.output
     assert "SELF-TEST: latencies were injected" in result.output
     assert "compared with documented on Atlas 800I A2" in result.output
+
+
+def test_live_rows_need_tensor_parallel_and_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, launches = run(tmp_path, monkeypatch, live=True)
+    assert (result.status, launches) == (1, 0)
+    reason = "needs tensor parallel: 72B runs on 8 cards"
+    assert set(result.failed) == {PREFILL, DECODE, "every_row_was_judged"}
+    assert f"row {TABLE}-decode was not run: {reason}" in result.failed[DECODE]
+    assert f"2 rows not run: {reason}" in result.failed["every_row_was_judged"]
 
 
 @pytest.mark.slow
