@@ -44,14 +44,16 @@ def _show(numbers: tuple[documented.Documented, ...]) -> None:
         table = Table(title=f"{name}: {rows[0].title} ({versions})", title_justify="left")
         for heading in ("", "step", "batch", *columns):
             numeric = heading in (*columns, "batch")
-            table.add_column(heading, justify="right" if numeric else "left")
+            table.add_column(heading, justify="right" if numeric else "left", no_wrap=not numeric)
         for label in dict.fromkeys(row.label for row in rows):
             line = [row for row in rows if row.label == label]
             what = line[0].row.configuration
-            table.add_row(label, what.step, str(what.batch), *(f"{row.ms:.0f} {conditions.unit}" for row in line))
+            table.add_row(label, what.step, str(what.batch), *(f"{row.ms:.0f}" for row in line))
         console.print(table)
+        for note in dict.fromkeys(row.note for row in rows if row.note):
+            console.print(f"  {note}", highlight=False, markup=False)
     console.print(
-        f"{len(numbers)} numbers: {conditions.machine} (SKU {conditions.sku}), {conditions.host} host, "
+        f"{len(numbers)} numbers, {conditions.unit}: {conditions.machine} (SKU {conditions.sku}), {conditions.host} host, "
         f"{conditions.dtype}, {conditions.input_tokens} tokens in, {conditions.output_tokens} out, "
         f"± {conditions.rounding} {conditions.unit}",
         highlight=False,
