@@ -18,6 +18,7 @@ import click
 from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.environment import cann_version, package_version
+from qwen2_npu.conformance.report.files import check_writable
 from qwen2_npu.errors import UnsupportedError
 
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
@@ -50,6 +51,8 @@ def command(bundle: Path | None, device: str | None) -> None:
     """
     from rich.console import Console
 
+    if bundle is not None:
+        check_writable(bundle)
     found = list(findings())
     Console().print(_table(found), markup=False)
     if bundle is not None:

@@ -22,7 +22,11 @@ from qwen2_npu.cli import options
     "--summary", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
     help="Also write the verdict and what failed as Markdown.",
 )  # fmt: skip
-@click.option("--check", is_flag=True, help="Exit with 1 where anything failed, regressed, or is no longer run, and where nothing passed.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Exit with 1 where anything failed, regressed, or is no longer run, and where nothing passed.",
+)
 def command(
     results: Path, history: Path | None, append: bool, output: Path | None, summary: Path | None, check: bool
 ) -> None:

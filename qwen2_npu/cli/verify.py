@@ -54,9 +54,10 @@ def command(
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         options.quiet_transformers()
-        from qwen2_npu.conformance.report import write_json
+        from qwen2_npu.conformance.report import check_writable, write_json
         from qwen2_npu.conformance.verify import verify
 
+        check_writable(json_path)
         result = verify(
             model_path,
             device=options.check_device(device),
@@ -65,8 +66,8 @@ def command(
             mode=mode,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
-    write_json(json_path, result.to_dict())
     show(result, console)
+    write_json(json_path, result.to_dict())
     console.print(f"Report: {json_path}", highlight=False)
     sys.exit(0 if result.passed else 1)
 

@@ -10,6 +10,22 @@ from pathlib import Path
 from typing import Any
 
 
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that its result could not be written.
+
+    Raises:
+        OSError: naming ``path``.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written ({error.strerror or error}): name another place") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write beside ``path`` and move into place. Numbers that JSON has no name for become strings ("nan", "inf").
 

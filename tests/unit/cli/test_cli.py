@@ -92,6 +92,7 @@ def test_nan_weights_are_named(tmp_path: Path) -> None:
         (["verify", "--device", "abacus"], "--device abacus: not usable here"),
         (["verify", "--steps", "warp_drive"], "no step warp_drive"),
         (["verify", "--dtype", "int8"], "int8"),
+        (["verify", "--json", "/"], "/ is a folder: name a file in it"),
         (["generate", "--prompt", ""], "--prompt is empty"),
         (["generate", "--prompt", "x", "--top-k", "5"], "--top-k needs --sample"),
         (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_position_embeddings=2048"),

@@ -82,3 +82,12 @@ def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "operators on cpu (portable kernels): 3 passed, 1 failed, 0 skipped" in " ".join(result.output.split())
     with zipfile.ZipFile(path) as archive:
         assert archive.read("doctor.txt").decode().startswith("python: 3")
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "write", lambda *arguments, **named: pytest.fail("the operators ran"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = CliRunner().invoke(main, ["doctor", "--bundle", str(tmp_path / "file" / "bundle.zip")])
+    assert result.exit_code == 2
+    assert "error: " in result.output
+    assert "bundle.zip cannot be written" in result.output

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.report import write_json
+from qwen2_npu.conformance.report import check_writable, write_json
 
 
 def test_numbers_without_a_name_in_json_become_strings(tmp_path: Path) -> None:
@@ -25,3 +25,13 @@ def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monke
         write_json(path, {"new": 2})
     assert json.loads(path.read_text(encoding="utf-8")) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"is a folder: name a file in it"):
+        check_writable(tmp_path)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OSError, match=r"file/report\.json cannot be written \(.*\): name another place"):
+        check_writable(tmp_path / "file" / "report.json")
+    check_writable(tmp_path / "new" / "report.json")
+    assert list((tmp_path / "new").iterdir()) == []
