@@ -53,8 +53,8 @@ def _show(numbers: tuple[documented.Documented, ...]) -> None:
         for note in dict.fromkeys(row.note for row in rows if row.note):
             console.print(f"  {note}", highlight=False, markup=False)
     console.print(
-        f"{len(numbers)} numbers, {conditions.unit}: {conditions.machine} (SKU {conditions.sku}), {conditions.host} host, "
-        f"{conditions.dtype}, {conditions.input_tokens} tokens in, {conditions.output_tokens} out, "
+        f"{len(numbers)} numbers, {conditions.unit}: {conditions.machine} (SKU {conditions.sku}), "
+        f"{conditions.host} host, {conditions.dtype}, {conditions.input_tokens} tokens in, {conditions.output_tokens} out, "
         f"± {conditions.rounding} {conditions.unit}",
         highlight=False,
     )

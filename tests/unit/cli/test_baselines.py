@@ -19,7 +19,13 @@ def run(*arguments: object) -> Result:
 def test_it_shows_all_tables() -> None:
     result = run()
     assert result.exit_code == 0
-    for text in ("qkv融合", "72b-20240820", "4920", "单算子精度异常: the guide marks", "76 numbers, ms: Atlas 800I A2 (SKU unknown), arm64 host"):
+    for text in (
+        "qkv融合",
+        "72b-20240820",
+        "4920",
+        "单算子精度异常: the guide marks",
+        "76 numbers, ms: Atlas 800I A2 (SKU unknown), arm64 host",
+    ):
         assert text in result.output
 
 
