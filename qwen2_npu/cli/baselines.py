@@ -54,7 +54,7 @@ def _show(numbers: tuple[documented.Documented, ...]) -> None:
             console.print(f"  {note}", highlight=False, markup=False)
     console.print(
         f"{len(numbers)} numbers, {conditions.unit}: {conditions.machine} (SKU {conditions.sku}), "
-        f"{conditions.host} host, {conditions.dtype}, {conditions.input_tokens} tokens in, {conditions.output_tokens} out, "
-        f"± {conditions.rounding} {conditions.unit}",
+        f"{conditions.host} host, {conditions.dtype}, {conditions.input_tokens} tokens in, "
+        f"{conditions.output_tokens} out, ± {conditions.rounding} {conditions.unit}",
         highlight=False,
     )
