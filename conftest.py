@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from qwen2_npu import emulator
 from qwen2_npu.optimizations import LADDER
+
+# Collecting garbage while torch and the tests are imported finds none, and takes seconds; pytest_runtestloop goes on.
+gc.disable()
 
 # Downloads are no part of any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,11 +70,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.decode_steps = DECODE_STEPS
     if config.option.decode_steps < 0:
         raise pytest.UsageError(f"--decode-steps {config.option.decode_steps}: give 0 or more")
-    if config.option.model_path is None and config.option.random_weights is None:
+    if config.option.model_path is None and config.option.random_weights is None and not _hands_tests_out(config):
         import torch
 
         # The small models gain nothing from a second thread, and lose much where another process wants the core.
         torch.set_num_threads(1)
+
+
+def _hands_tests_out(config: pytest.Config) -> bool:
+    """Whether this is pytest-xdist's controller: it runs no test itself, and does without torch."""
+    return config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """What was imported and collected stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -45,7 +45,8 @@ def default_device() -> str:
     """``npu`` where torch_npu finds one, real or emulated, else ``cpu``."""
     if importlib.util.find_spec("torch_npu") is None:
         return "cpu"
-    emulator.activate_where_needed()
+    if emulator.activate_where_needed():
+        return "npu"  # emulated cards are always there: no need to import torch to ask
     import torch
 
     importlib.import_module("torch_npu")
