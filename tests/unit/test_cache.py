@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from unittest import TestCase
 
 import pytest
 import torch
@@ -37,12 +37,12 @@ def test_prompts_of_one_bucket_share_a_length():
     assert len({round_prompt(n, 1 << 20) for n in range(1, 4097)}) < 40
 
 
-def test_memory_is_estimated_exactly_and_reported_before_allocation(caplog):
-    with caplog.at_level(logging.INFO, logger="qwen2_npu.cache"):
+def test_memory_is_estimated_exactly_and_reported_before_allocation():
+    with TestCase().assertLogs("qwen2_npu.cache", "INFO") as logs:
         cache = FixedKVCache(shape(dtype=torch.bfloat16))
     tensors = cache.key_cache + cache.value_cache
     assert sum(t.numel() * t.element_size() for t in tensors) == cache.shape.nbytes
-    assert human_bytes(cache.shape.nbytes) in caplog.text
+    assert human_bytes(cache.shape.nbytes) in "".join(logs.output)
 
 
 @pytest.mark.parametrize(("layout", "expected"), [("BSND", (3, 128, 2, 4)), ("BNSD", (3, 2, 128, 4))])
