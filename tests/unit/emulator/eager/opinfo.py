@@ -34,7 +34,11 @@ UNINITIALISED = frozenset(("empty", "empty_like", "empty_permuted", "empty_strid
 
 @functools.cache
 def database() -> dict[str, Any]:
-    """Name -> OpInfo. Their module imports ``expecttest`` for a base class that nothing here uses."""
+    """Name -> OpInfo.
+
+    Their module imports ``expecttest`` for a base class that nothing here uses. And for every list of samples they look
+    for a unittest's method on the stack, through the source of every frame: there is none.
+    """
     if "expecttest" not in sys.modules:
         stand_in = types.ModuleType("expecttest")
         stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
@@ -42,6 +46,10 @@ def database() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_methods_invocations as invocations
+        from torch.testing._internal import common_utils
+        from torch.testing._internal.opinfo import core
+    for module in (common_utils, core):
+        module.extract_test_fn = lambda: None  # type: ignore[attr-defined]
     families = [getattr(invocations, f"foreach_{family}_op_db") for family in FOREACH]
     every = [*invocations.op_db, *(info for family in families for info in family)]
     return {f"{info.name}.{info.variant_test_name}".rstrip("."): info for info in every}
