@@ -112,10 +112,12 @@ def fake_model(config: Qwen2Config, optimizations: Optimizations, dtype: torch.d
     import torch_npu  # noqa: F401 - the device
 
     before = torch.get_default_dtype()
-    with FakeTensorMode(), torch.device(DEVICE):
+    with FakeTensorMode():
         torch.set_default_dtype(dtype)
         try:
-            model = Qwen2ForCausalLM(config, optimizations).eval()
+            # Around the construction alone: dynamo would trace the Python of the default device at every operator.
+            with torch.device(DEVICE):
+                model = Qwen2ForCausalLM(config, optimizations).eval()
         finally:
             torch.set_default_dtype(before)
         model.model.rotary.prepare(dtype, torch.device(DEVICE))
