@@ -5,10 +5,10 @@ The counts of ``graphs/cost.py`` over what the card can do (``hardware.py``), ti
     t(operators of one type) = max(FLOPs / (peak · e_compute), bytes / (bandwidth · e_memory)) + launches · t_launch
     t(graph mode)            = Σ t(types) + collectives
     t(single-op mode)        = max(that, launches · t_host): the host issues every operator by itself
-    t(all-reduce of n bytes) = t_collective + 2·(cards − 1)/cards · n / collective bandwidth     (ring)
+    t(all-reduce of n bytes) = t_collective + 2·(cards − 1)/cards · n / (link bandwidth · e_link)     (ring)
 
-The efficiencies are fitted on the guide's 7B tables, those of the collective on one row of the 72B; every other number
-of the 72B is held out. ``scripts/fit_cost_model.py`` does it and writes ``baselines/cost_model.json``.
+The efficiencies are fitted on the guide's 7B tables, those of the collective on one configuration of the 72B; every
+other number of the 72B is held out. ``scripts/fit_cost_model.py`` does it and writes ``baselines/cost_model.json``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PARAMETERS = BASELINES / "cost_model.json"
 COLLECTIVES_PER_LAYER = 2
 """All-reduces of a tensor-parallel layer: after o_proj and after down_proj."""
 
-COLLECTIVE_ROW = ("72b-ladder", "fused_qkv")
-"""The one 72B row, in graph mode, that the collective's two numbers are fitted on."""
+COLLECTIVE_CONFIGURATION = Configuration("72B", cards=8, batch=4, mode="graph", step="fused_qkv")
+"""What the collective's two numbers are fitted on. The guide prints it twice, in the ladder and in the batch sweep."""
 
 BF16 = 2
 
@@ -46,7 +46,9 @@ class Efficiencies:
         launch_us: between two kernels of a graph.
         host_us: the host's work per operator in single-op mode.
         collective_us: start of an all-reduce.
-        collective_gbs: bandwidth of an all-reduce per card, 1e9 bytes per second.
+        link: fraction of a card's link bandwidth that an all-reduce reaches.
+
+    The three times are those of the documented card; ``hardware.py`` states them with their source.
     """
 
     product: float
@@ -56,7 +58,7 @@ class Efficiencies:
     launch_us: float
     host_us: float
     collective_us: float
-    collective_gbs: float
+    link: float
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,18 @@ def _rates(name: str, efficiencies: Efficiencies, hardware: Hardware) -> tuple[f
     return float("inf"), bandwidth * efficiencies.memory
 
 
-def collective_seconds(size: Size, rows: int, efficiencies: Efficiencies) -> float:
-    """All-reduces of one step over ``rows`` tokens; none on one card."""
+def collective_seconds(size: Size, rows: int, efficiencies: Efficiencies, hardware: Hardware) -> float:
+    """All-reduces of one step over ``rows`` tokens; none on one card.
+
+    Raises:
+        ValueError: nothing is known of the card's links.
+    """
     if size.shards == 1:
         return 0.0
+    if hardware.link_bandwidth is None:
+        raise ValueError(f"nothing is known of the links of {hardware.soc}: add them to conformance/hardware.py")
     nbytes = rows * size.hidden * BF16
-    ring = 2 * (size.shards - 1) / size.shards * nbytes / (efficiencies.collective_gbs * 1e9)
+    ring = 2 * (size.shards - 1) / size.shards * nbytes / (hardware.link_bandwidth.value * efficiencies.link)
     return size.layers * COLLECTIVES_PER_LAYER * (efficiencies.collective_us * 1e-6 + ring)
 
 
@@ -143,7 +151,7 @@ def predict(row: Row, efficiencies: Efficiencies, hardware: Hardware = HARDWARE[
     census, size, what = census_of(row), shard_of(row.configuration), row.configuration
     tokens = what.batch * (baselines.PROMPT if row.phase == "prefill" else 1)
     device = sum(part.seconds for part in parts(census, efficiencies, hardware))
-    device += collective_seconds(size, tokens, efficiencies)
+    device += collective_seconds(size, tokens, efficiencies, hardware)
     if what.mode == "graph":
         return device
     issued = census.cost.launches + (0 if size.shards == 1 else size.layers * COLLECTIVES_PER_LAYER)
@@ -151,10 +159,8 @@ def predict(row: Row, efficiencies: Efficiencies, hardware: Hardware = HARDWARE[
 
 
 def is_fitted(row: Row) -> bool:
-    """Whether the fit may see the row."""
-    if row.configuration.model == "7B":
-        return True
-    return (row.table, row.configuration.step) == COLLECTIVE_ROW and row.configuration.mode == "graph"
+    """Whether the fit may see the row: decided by what was measured, since tables repeat each other's numbers."""
+    return row.configuration.model == "7B" or row.configuration == COLLECTIVE_CONFIGURATION
 
 
 def predictions(efficiencies: Efficiencies | None = None) -> list[Prediction]:
@@ -171,7 +177,7 @@ def to_json(efficiencies: Efficiencies) -> dict[str, object]:
     return {
         "what": "efficiencies of the cost model; predictions, not measurements",
         "soc": DOCUMENTED_SOC,
-        "fitted_on": f"the guide's 7B tables; collectives: {COLLECTIVE_ROW[0]} {COLLECTIVE_ROW[1]}, graph mode",
+        "fitted_on": f"the guide's 7B tables; collectives: {COLLECTIVE_CONFIGURATION}",
         "mean_error_fitted": sum(fitted) / len(fitted),
         "mean_error_held_out": sum(held_out) / len(held_out),
         "efficiencies": asdict(efficiencies),

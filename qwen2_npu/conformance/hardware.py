@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Certainty = Literal["datasheet", "reported", "inferred"]
-"""The maker's own figure; somebody else's; or what fits the documented latencies."""
+Certainty = Literal["datasheet", "reported", "inferred", "fitted"]
+"""The maker's own figure; somebody else's; what fits the documented latencies; or the cost model's fit to them."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,22 @@ class Hardware:
         memory_bandwidth: of device memory, bytes per second.
         bf16_peak: dense bf16 operations (a multiply and an add are two) per second.
         server: the product the card is known to sit in.
+        link_bandwidth: of all its links to the server's other cards together, bytes per second, as published.
+        launch_overhead: seconds between two kernels of a graph.
+        host_overhead: seconds of the host's work per operator in single-op mode.
+        collective_overhead: seconds to start an all-reduce.
+
+    The last four are None where nothing is known; floors need none of them.
     """
 
     soc: str
     memory_bandwidth: Figure
     bf16_peak: Figure
     server: str
+    link_bandwidth: Figure | None = None
+    launch_overhead: Figure | None = None
+    host_overhead: Figure | None = None
+    collective_overhead: Figure | None = None
 
 
 _FITS = (
@@ -52,13 +62,42 @@ _ASCEND_910B4_PEAK = Figure(
     "rate; the guide's 7B prefill at batch 4 reaches 56 % of it",
     "reported",
 )
+_ASCEND_910B_LINKS = Figure(
+    392e9,
+    "B/s",
+    "seven HCCS links per card, one to each of the others: Huawei's Atlas 800T A2 user guide (support.huawei.com, "
+    "EDOC1100317202) as others quote it, the page itself was not read; arthurchiao.art/blog/gpu-data-sheets says 56 "
+    "GB/s per pair of cards, both ways together. The 800I A2 is also sold without HCCS; the guide does not say which "
+    "it had, but its 72B rows need more (89 GB/s in the fit) than PCIe 5.0 x16 carries one way (64)",
+    "reported",
+)
+
+_FIT = "baselines/cost_model.json, fitted by scripts/fit_cost_model.py on "
+_LAUNCH = Figure(0.0, "s", f"{_FIT}the guide's 7B tables: they leave no time for a launch of its own", "fitted")
+_HOST = Figure(29.42e-6, "s", f"{_FIT}the guide's 7B tables", "fitted")
+_COLLECTIVE = Figure(36.58e-6, "s", f"{_FIT}one configuration of the guide's 72B tables", "fitted")
 
 HARDWARE: dict[str, Hardware] = {
     card.soc: card
     for card in (
-        Hardware("Ascend910B4", _ASCEND_910B4_BANDWIDTH, _ASCEND_910B4_PEAK, server="Atlas 800I A2"),
-        # The same card with 64 GB of memory.
-        Hardware("Ascend910B4-1", _ASCEND_910B4_BANDWIDTH, _ASCEND_910B4_PEAK, server="Atlas 800I A2"),
+        Hardware(
+            "Ascend910B4",
+            _ASCEND_910B4_BANDWIDTH,
+            _ASCEND_910B4_PEAK,
+            server="Atlas 800I A2",
+            link_bandwidth=_ASCEND_910B_LINKS,
+            launch_overhead=_LAUNCH,
+            host_overhead=_HOST,
+            collective_overhead=_COLLECTIVE,
+        ),
+        # The same card with 64 GB of memory. The overheads are fitted for the one that the documented tables assume.
+        Hardware(
+            "Ascend910B4-1",
+            _ASCEND_910B4_BANDWIDTH,
+            _ASCEND_910B4_PEAK,
+            server="Atlas 800I A2",
+            link_bandwidth=_ASCEND_910B_LINKS,
+        ),
     )
 }
 """SoC name -> card."""

@@ -18,4 +18,4 @@ def predictions(inputs: Inputs) -> tuple[dict[str, float], str]:
         made = {made.documented.row.id: made.ms for made in cost_model.predictions()}
     except Exception as error:  # whatever keeps torch from loading must not keep the page from being made
         return {}, f"none: the cost model cannot be loaded here ({(str(error) or repr(error)).splitlines()[0]})"
-    return made, "the committed cost model (baselines/cost_model.json), fitted on the 7B tables"
+    return made, "the cost model of baselines/cost_model.json, fitted on the 7B tables and one 72B configuration"
