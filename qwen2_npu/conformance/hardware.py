@@ -58,8 +58,8 @@ _ASCEND_910B4_BANDWIDTH = Figure(0.8e12, "B/s", _FITS, "inferred")
 _ASCEND_910B4_1_BANDWIDTH = Figure(
     1.6e12,
     "B/s",
-    "as others list the 64 GB versions of the 800I A2 and 300I A2 (those with 32 GB: 0.8 TB/s); the maker's page was not "
-    "read. Were it less, the floor would only be lower than it could be",
+    "as others list the 64 GB versions of the 800I A2 and 300I A2 (those with 32 GB: 0.8 TB/s); the maker's page was "
+    "not read. Were it less, the floor would only be lower than it could be",
     "reported",
 )
 _ASCEND_910B4_PEAK = Figure(
