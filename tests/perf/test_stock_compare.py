@@ -13,7 +13,7 @@ import pytest
 
 from qwen2_npu.conformance.perf import benchmark_json
 from qwen2_npu.conformance.perf.documented import BASELINES
-from tests.perf.subprocesses import REPOSITORY, run_pytest
+from tests.perf.subprocesses import REPOSITORY, Result, run_pytest
 
 TWO_ROWS = "--gate-rows=7b-batch-b1-*"
 ROW = "7b-batch-b1-graph-fused_qkv-decode"
@@ -56,6 +56,26 @@ def test_on_another_machine_nothing_is_compared(tmp_path: Path) -> None:
         refused = run_pytest(tmp_path, "--benchmark-compare", extra, standin=here)
         assert refused.status != 0
         assert "documented tables: not comparable: needs an Atlas 800I A2" in refused.output
+
+
+def test_the_stock_model_of_another_transformers_is_compared_with_nothing(tmp_path: Path) -> None:
+    """``original`` is half again as slow as documented, which only 4.37's may not be."""
+    original, ours = (f"7b-ladder-b4-eager-{step}-decode" for step in ("original", "fused_qkv"))
+    arguments = (f"--gate-rows={original},{ours}", "--benchmark-compare", "--benchmark-compare-fail=mean:10%")
+
+    def compared(factor: float, transformers: str) -> Result:
+        standin = {"rows": {original: 1.5, ours: factor}, "identity": {"transformers": transformers}}
+        return run_pytest(tmp_path, *arguments, "--benchmark-verbose", standin=standin)
+
+    assert f"{original}] (0001_documen) - Field 'mean' has failed" in compared(1.0, "4.37.0").output
+    newer = compared(1.0, "5.24.0")
+    assert (newer.status, newer.passed) == (0, 2), newer.output
+    said = f"compared with nothing documented: {original}: the documented 52 ms are of the model of transformers 4.37.0"
+    assert said in newer.output
+    # What is this project's own stays compared.
+    regressed = compared(1.105, "5.24.0").output
+    assert f"{ours}] (0001_documen) - Field 'mean' has failed" in regressed
+    assert f"{original}] (0001_documen)" not in regressed
 
 
 def test_another_machines_file_is_refused(tmp_path: Path) -> None:

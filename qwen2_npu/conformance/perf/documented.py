@@ -67,6 +67,93 @@ class Documented:
     conditions: Conditions
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, in all that decides whether a documented number may stand beside it, the machine aside.
+
+    Attributes:
+        decode_steps: after the first.
+        transformers: the installed version.
+    """
+
+    configuration: Configuration
+    phase: Phase
+    dtype: str
+    input_tokens: int
+    decode_steps: int
+    transformers: str
+
+
+def stock_name(transformers: str) -> str:
+    """What the stock model of another version than the documented one is called: ``stock-5.x``."""
+    major = transformers.partition(".")[0]
+    return f"stock-{major if major.isdigit() else '?'}.x"
+
+
+def other_stock(number: Documented, transformers: str) -> str:
+    """Why the stock model that is installed is not the one of ``number``; empty for all other steps."""
+    wanted = number.versions["transformers"]
+    # 4.37.2 changed nothing in the model of 4.37.0.
+    if number.row.configuration.step != ORIGINAL or transformers.split(".")[:2] == wanted.split(".")[:2]:
+        return ""
+    return (
+        f"the documented {number.ms:.0f} ms are of the model of transformers {wanted}, and {transformers} is installed"
+    )
+
+
+def why_not(number: Documented, measured: Measured) -> str:
+    """Why ``measured`` may not be held against ``number``; empty where it may. ``machine.not_comparable`` asks for the
+    machine.
+
+    More decode steps than documented are more work, so what passes with them passes; fewer are less.
+    """
+    conditions = number.conditions
+    if (number.row.configuration, number.row.phase) != (measured.configuration, measured.phase):
+        return f"row {number.row.id} is of {number.row.configuration}, {number.row.phase}"
+    if reason := other_stock(number, measured.transformers):
+        return reason
+    if measured.dtype != conditions.dtype:
+        return f"documented in {conditions.dtype}, measured in {measured.dtype}"
+    if measured.input_tokens != conditions.input_tokens:
+        return f"documented for {conditions.input_tokens} tokens, measured with {measured.input_tokens}"
+    if measured.phase == "decode" and measured.decode_steps < conditions.decode_steps:
+        return f"documented for {conditions.decode_steps} decode steps, measured in {measured.decode_steps}"
+    return ""
+
+
+def why_not_row(number: Documented, facts: Mapping[str, Any], transformers: str) -> str:
+    """:func:`why_not` of the latency suite's own measurement of the row, which it makes in the documented dtype.
+
+    Args:
+        facts: ``LatencyGate``'s, as pytest-benchmark keeps them.
+    """
+    row, dtype = number.row, number.conditions.dtype
+    lengths = facts["input_tokens"], facts["decode_steps"]
+    return why_not(number, Measured(row.configuration, row.phase, dtype, *lengths, transformers))
+
+
+def find(measured: Measured) -> tuple[Documented | None, str]:
+    """The number that ``measured`` may be held against, or why it may not: empty where no row is of its configuration,
+    or where the tables are not installed.
+
+    Raises:
+        BaselineError: the source is damaged.
+    """
+    reasons = []
+    for number in read() if is_here() else ():
+        if (number.row.configuration, number.row.phase) == (measured.configuration, measured.phase):
+            reason = why_not(number, measured)
+            if not reason:
+                return number, ""
+            reasons.append(reason)
+    return None, reasons[0] if reasons else ""
+
+
+def is_here() -> bool:
+    """Whether there are tables: an installed wheel has none."""
+    return (BASELINES / SOURCE).exists()
+
+
 def read(path: Path | None = None) -> tuple[Documented, ...]:
     """Every documented number, in the guide's order.
 

@@ -20,7 +20,7 @@ from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.memory import Memory, memory_of
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.replay import Replay
-from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration, Row
+from qwen2_npu.conformance.perf.rows import Configuration, Row
 
 EVERY_ROW = "*"
 PARALLEL = "xdist is active, and times of parallel tests mean nothing: drop -n"
@@ -125,7 +125,7 @@ class LatencyGate:
     def _judge(self, row: Row) -> Verdict:
         measurement = self.laboratory.measured(row.configuration)
         number = self.documented.get(row.id)
-        stock = self._stock_of_another_version(row, number)
+        stock = self._stock_of_another_version(number)
         card, why_no_card = machine.card_of(self.laboratory.fingerprint)
         store = Recorded(self.baselines, self.laboratory.fingerprint)
         updating = self.options.reason is not None
@@ -163,17 +163,13 @@ class LatencyGate:
             float32_logits=str(identity.get("transformers")).startswith("4."),
         )
 
-    def _stock_of_another_version(self, row: Row, number: Documented | None) -> str | None:
+    def _stock_of_another_version(self, number: Documented | None) -> str | None:
         """Said of the stock model's row on a transformers that is not the documented one."""
-        if number is None or row.configuration.step != ORIGINAL:
+        if number is None:
             return None
-        wanted, installed = number.versions["transformers"], str(self.laboratory.fingerprint.identity["transformers"])
-        if installed == wanted:
-            return None
-        return (
-            f"shown as stock-{installed.split('.')[0]}.x: the documented {number.ms:.0f} ms are of the model of "
-            f"transformers {wanted}, and {installed} is installed"
-        )
+        installed = str(self.laboratory.fingerprint.identity["transformers"])
+        reason = documented.other_stock(number, installed)
+        return f"shown as {documented.stock_name(installed)}: {reason}" if reason else None
 
     def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:
         """For pytest-benchmark's JSON and what is drawn from it."""

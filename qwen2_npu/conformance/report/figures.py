@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
@@ -18,6 +18,7 @@ from qwen2_npu.conformance.report.charts.sweep import sweep
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import STEPS, labels
+from qwen2_npu.conformance.report.latency import is_held
 from qwen2_npu.optimizations import LADDER
 
 HALF = 500
@@ -57,10 +58,22 @@ class Numbers:
         return cls(rows, predicted)
 
     def point(self, number: Documented) -> Point:
+        """The row, with what was measured only where it may stand beside the documented number."""
         claim = self.claims.get(number.row.id)
-        value = None if claim is None or claim.value is None else claim.value.number
-        bad = claim is not None and claim.status is Status.FAIL
-        return Point(number.ms, value, self.predicted.get(number.row.id), bad)
+        point = Point(number.ms, predicted=self.predicted.get(number.row.id))
+        return point if claim is None or not is_held(claim) else _measured(claim, point)
+
+    def other_stock(self, number: Documented) -> tuple[str, Point] | None:
+        """What was measured of the stock model of another transformers in place of the row's, under its own name."""
+        claim = self.claims.get(number.row.id)
+        if claim is None or claim.step == number.row.configuration.step:
+            return None
+        return claim.step, _measured(claim, Point())
+
+
+def _measured(claim: Claim, point: Point) -> Point:
+    value = None if claim.value is None else claim.value.number
+    return replace(point, measured=value, bad=claim.status is Status.FAIL)
 
 
 def _labels(steps: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -75,13 +88,17 @@ def ladders(numbers: Numbers) -> list[Labelled]:
             n for n in documented.read() if n.row.configuration.model == model and not n.row.table.endswith("-batch")
         ]
         steps = [step for step in STEPS if any(n.row.configuration.step == step for n in rows)]
+        others = dict.fromkeys(other[0] for n in rows if (other := numbers.other_stock(n)))
+        steps = [*steps[:1], *others, *steps[1:]]  # below the documented one, with no bar of its own
         svgs = []
         for phase in PHASES:
-            points: dict[tuple[str, str], Point] = {
-                (n.row.configuration.step, n.row.configuration.mode): numbers.point(n)
-                for n in rows
-                if n.row.phase == phase
-            }
+            points: dict[tuple[str, str], Point] = {}
+            for n in rows:
+                if n.row.phase != phase:
+                    continue
+                points[n.row.configuration.step, n.row.configuration.mode] = numbers.point(n)
+                if other := numbers.other_stock(n):
+                    points[other[0], n.row.configuration.mode] = other[1]
             svgs.append(ladder(steps, points, f"{phase}, ms", HALF))
         cards = rows[0].row.configuration.cards
         title = f"{model}, batch 4" + (f", {cards} cards" if cards > 1 else "")
@@ -128,10 +145,8 @@ def rooflines(numbers: Numbers) -> Roofline:
     runs: list[roofline.Run] = []
     rows: dict[str, dict[str, Share]] = {}
     for number, graph in _with_graphs():
-        claim = numbers.claims.get(number.row.id)
-        sources = {"documented": number.ms}
-        if claim is not None and claim.value is not None:
-            sources["measured"] = claim.value.number
+        measured = numbers.point(number).measured
+        sources = {"documented": number.ms} | ({} if measured is None else {"measured": measured})
         own = {
             source: roofline.Run(number.row.id, graph.flops, graph.nbytes, ms, source) for source, ms in sources.items()
         }

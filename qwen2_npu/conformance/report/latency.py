@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from qwen2_npu.conformance.perf import documented
@@ -20,6 +21,9 @@ AREA = "Latency"
 SELF_TEST = "a self-test: its latencies were injected, nothing was measured"
 NOT_COMPARABLE = "not comparable"
 """How the gate's reason begins where nothing measured here could be held against the tables."""
+
+NOT_HELD = "compared with nothing documented"
+"""How a claim says that its value may not stand beside its row's documented number."""
 
 
 def claims(inputs: Inputs) -> list[Claim]:
@@ -89,27 +93,46 @@ def _from_tests(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _from_benchmarks(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
     for content in inputs.benchmarks.values():
-        verified = Provenance.of_benchmark(content).verified
+        made_by = Provenance.of_benchmark(content)
+        transformers = str(made_by.identity.get("transformers") or "an unknown version")
         for benchmark in content["benchmarks"]:
             info = benchmark.get("extra_info") or {}
             if "row" in info and "mean_ms" in info:
-                yield f"latency/{info['row']}", {**_facts(info), "verified": verified}
+                yield f"latency/{info['row']}", {**_facts(info, transformers), "verified": made_by.verified}
 
 
-def _facts(info: dict[str, Any]) -> dict[str, Any]:
+def is_held(claim: Claim) -> bool:
+    """Whether the claim's value may stand beside its row's documented number."""
+    return NOT_HELD not in claim.reference
+
+
+def _facts(info: dict[str, Any], transformers: str) -> dict[str, Any]:
     if info.get("self_test"):
         return {"status": Status.NOT_RUN, "message": SELF_TEST}
-    compared = info.get("compared") or []
+    number = documented.by_id().get(info["row"])
+    reason = "" if number is None else documented.why_not_row(number, info, transformers)
+    compared = [
+        entry for entry in info.get("compared") or [] if not (reason and entry["against"].startswith("documented"))
+    ]
     against = "; ".join(
         f"{entry['statistic']} against {entry['baseline_ms']:.4g} ms {entry['against']}, limit {entry['high']:.4g} ms"
         for entry in compared
     )
     # A row that was held against nothing has not passed anything.
     status = Status.FAIL if not info["passed"] else Status.PASS if compared else Status.NOT_COMPARABLE
-    facts = {
+    facts: dict[str, Any] = {
         "status": status,
         "subject": f"{info['weights']} weights, {info['input_tokens']} tokens + {info['decode_steps']} steps",
         "value": Value(info["mean_ms"], "ms"),
         "message": "\n".join([*info["failures"], *info["notes"]]),
     }
-    return facts | ({"reference": against} if against else {})
+    if number is None or not reason:
+        return facts | ({"reference": against} if against else {})
+    reasoned = f"{NOT_HELD}: {reason}"
+    facts["reference"] = f"{against}; {reasoned}" if against else reasoned
+    if documented.other_stock(number, transformers):
+        name = documented.stock_name(transformers)
+        what = replace(number.row.configuration, step=name)
+        facts |= {"step": name, "label": "", "title": title(replace(number.row, configuration=what))}
+        facts["subject"] += f", {name}"
+    return facts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen2_npu.conformance.perf import documented
-from qwen2_npu.conformance.perf.documented import BASELINES, SOURCE, BaselineError, by_id, read
+from qwen2_npu.conformance.perf.documented import BASELINES, SOURCE, BaselineError, Measured, by_id, read
 
 # 优化项 | 单算子 全量 | 单算子 增量 | 图 全量 | 图 增量
 LADDER_7B = """
@@ -136,3 +138,62 @@ def test_a_damaged_source_is_refused(old: str, new: str, message: str, tmp_path:
 def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(BaselineError, match="run from a checkout"):
         documented.read(tmp_path / SOURCE)
+
+
+# ---- what may be held against them ---------------------------------------------------------------------------------
+PREFILL, DECODE = "7b-ladder-b4-eager-original-prefill", "7b-ladder-b4-graph-fused_qkv-decode"
+
+
+def as_documented(id: str, **changes: Any) -> Measured:
+    row = by_id()[id].row
+    return replace(Measured(row.configuration, row.phase, "bfloat16", 1024, 1023, "4.37.0"), **changes)
+
+
+def test_what_was_measured_as_documented_may_be_held_against_it() -> None:
+    for number in read():
+        assert documented.why_not(number, as_documented(number.row.id)) == ""
+
+
+def test_our_own_steps_are_the_same_model_on_every_transformers() -> None:
+    assert documented.find(as_documented(DECODE, transformers="5.24.0")) == (by_id()[DECODE], "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"transformers": "5.24.0"}, "575 ms are of the model of transformers 4.37.0, and 5.24.0 is installed"),
+        ({"dtype": "float32"}, "documented in bfloat16, measured in float32"),
+        ({"input_tokens": 16}, "documented for 1024 tokens, measured with 16"),
+    ],
+)
+def test_what_was_measured_otherwise_may_not(changes: dict[str, Any], reason: str) -> None:
+    found, said = documented.find(as_documented(PREFILL, **changes))
+    assert found is None
+    assert reason in said
+
+
+def test_fewer_decode_steps_are_less_work_and_more_are_not() -> None:
+    for steps, held in ((1022, False), (1023, True), (4096, True)):
+        assert (documented.find(as_documented(DECODE, decode_steps=steps))[0] is not None) is held
+    assert documented.find(as_documented(PREFILL, decode_steps=1))[0] is not None
+
+
+@pytest.mark.parametrize("changes", [{"batch": 3}, {"model": "0.5B"}, {"cards": 8}, {"step": "swiglu"}])
+def test_a_configuration_without_a_row_has_no_number_and_no_reason(changes: dict[str, Any]) -> None:
+    measured = as_documented(DECODE)
+    measured = replace(measured, configuration=replace(measured.configuration, **changes))
+    assert documented.find(measured) == (None, "")
+    assert documented.why_not(by_id()[DECODE], measured).startswith(f"row {DECODE} is of 7B, batch 4")
+
+
+def test_a_patch_release_has_the_same_stock_model() -> None:
+    number = by_id()[PREFILL]
+    assert documented.other_stock(number, "4.37.2") == ""
+    assert documented.other_stock(number, "4.38.0") != ""
+    assert documented.stock_name("5.24.0") == "stock-5.x"
+
+
+def test_an_installed_wheel_has_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = as_documented(DECODE)
+    monkeypatch.setattr(documented, "BASELINES", tmp_path)
+    assert documented.find(measured) == (None, "")

@@ -28,6 +28,7 @@ IDENTITY: dict[str, Any] = {
     "soc": "Ascend910B4",
     "machine": "aarch64",
     "torch_npu": "2.13.0",
+    "transformers": "4.37.0",
     "cann": "8.2.RC1",
 }
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import figures
 from qwen2_npu.conformance.report.inputs import Inputs
-from tests.unit.conformance.report.synthetic import SLOW, WRONG_STEP, Night
+from qwen2_npu.conformance.report.results import Results
+from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, WRONG_STEP, Night
 
 
 def numbers(night) -> figures.Numbers:  # type: ignore[no-untyped-def]
@@ -12,8 +19,6 @@ def numbers(night) -> figures.Numbers:  # type: ignore[no-untyped-def]
 
 
 def test_a_point_holds_documented_measured_and_predicted(night) -> None:  # type: ignore[no-untyped-def]
-    from qwen2_npu.conformance.perf import documented
-
     found = numbers(night)
     slow = found.point(documented.by_id()[SLOW])
     assert (slow.documented, slow.bad) == (24.0, True)
@@ -57,3 +62,39 @@ def test_unexcused_mismatches_are_counted() -> None:
     inputs = Inputs.__new__(Inputs)
     inputs.verifications = {}
     assert figures.accuracies(inputs) == []
+
+
+def of_5_x(tmp_path: Path, **changes: Any) -> figures.Numbers:
+    night = Night(0, identity={**IDENTITY, "transformers": "5.24.0"}, **changes)
+    results = Results.of(night.write(tmp_path))
+    return figures.Numbers.of(results.claims, {})
+
+
+def test_the_stock_model_of_5_x_stands_in_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = of_5_x(tmp_path)
+    original = documented.by_id()["7b-ladder-b4-eager-original-prefill"]
+    assert numbers.point(original).documented == 575
+    assert numbers.point(original).measured is None
+    drawn = []
+    monkeypatch.setattr(figures, "ladder", lambda steps, points, *rest: drawn.append((steps, points)) or "")
+    small, large = figures.ladders(numbers)
+    steps, points = drawn[0]
+    assert steps[:3] == ["original", "stock-5.x", "fixed_kv_cache"]
+    own = points["stock-5.x", "eager"]
+    assert own.documented is None
+    assert 560 < own.measured < 570
+    assert small.labels[1] == ("stock-5.x", "")
+    assert len(large.labels) == 7  # nothing of the 72B was measured
+
+
+def test_the_stock_model_of_4_37_stands_on_its_bar(tmp_path: Path) -> None:
+    numbers = figures.Numbers.of(Results.of(Night(0).write(tmp_path)).claims, {})
+    point = numbers.point(documented.by_id()["7b-ladder-b4-eager-original-prefill"])
+    assert point.measured is not None
+    assert [step for step, _ in figures.ladders(numbers)[0].labels][:2] == ["original", "fixed_kv_cache"]
+
+
+def test_the_roofline_has_no_share_of_another_stock(tmp_path: Path) -> None:
+    shares = dict(figures.rooflines(of_5_x(tmp_path)).rows)
+    assert {share.measured for share in shares["7B, batch 4, original"].values()} == {""}
+    assert "" not in {share.measured for share in shares["7B, batch 4, fused_qkv"].values()}

@@ -74,6 +74,57 @@ def test_held_against_nothing_is_no_pass(tmp_path: Path) -> None:
     assert (claim.status, claim.message) == (Status.NOT_COMPARABLE, "shown as stock-5.x")
 
 
+STOCK = "7b-ladder-b4-eager-original-prefill"
+
+
+def of_another_stock(tmp_path: Path, **changes: Any) -> Claim:
+    Night(0, identity={**IDENTITY, "transformers": "5.24.0"}, **changes).write(tmp_path)
+    return claims(tmp_path)[f"latency/{STOCK}"]
+
+
+def test_the_stock_model_of_5_x_is_compared_with_nothing(tmp_path: Path) -> None:
+    """Even where what wrote the file did compare it."""
+    claim = of_another_stock(tmp_path)
+    assert claim.status is Status.NOT_COMPARABLE
+    assert (claim.step, claim.label) == ("stock-5.x", "")
+    assert claim.title == "7B, batch 4, eager, stock-5.x: prefill"
+    assert claim.subject.endswith(", stock-5.x")  # the history keeps it apart from 4.37's
+    assert claim.reference == (
+        "compared with nothing documented: the documented 575 ms are of the model of transformers 4.37.0, and 5.24.0 "
+        "is installed"
+    )
+    assert claim.value is not None
+    assert not latency.is_held(claim)
+    ours = claims(tmp_path)[ID]
+    assert (ours.status, ours.step, latency.is_held(ours)) == (Status.PASS, "fused_qkv", True)
+
+
+def test_the_stock_model_of_4_37_is_compared(tmp_path: Path) -> None:
+    claim = claims(Night(0).write(tmp_path))[f"latency/{STOCK}"]
+    assert (claim.status, claim.step, claim.label, latency.is_held(claim)) == (
+        Status.PASS,
+        "original",
+        "原始脚本",
+        True,
+    )
+
+
+def test_fewer_decode_steps_are_compared_with_nothing(tmp_path: Path) -> None:
+    claim = with_extra(tmp_path, decode_steps=20)
+    assert (claim.status, claim.step) == (Status.NOT_COMPARABLE, "fused_qkv")
+    assert claim.reference.endswith("documented for 1023 decode steps, measured in 20")
+
+
+def test_what_was_recorded_on_the_machine_still_judges_it(tmp_path: Path) -> None:
+    recorded = {"against": "recorded in 5 runs for 'x'", "statistic": "mean", "baseline_ms": 24.0, "high": 25.0}
+    claim = with_extra(tmp_path, decode_steps=20, compared=[recorded])
+    assert claim.status is Status.PASS
+    assert claim.reference.startswith(
+        "mean against 24 ms recorded in 5 runs for 'x', limit 25 ms; compared with nothing"
+    )
+    assert not latency.is_held(claim)
+
+
 def test_injected_latencies_are_no_measurement(tmp_path: Path) -> None:
     assert with_extra(tmp_path, self_test=True).status is Status.NOT_RUN
 
