@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+import psutil
 import torch
 
+from qwen2_npu.conformance.environment import package_version
 from qwen2_npu.conformance.hardware import Hardware
 from qwen2_npu.conformance.perf import documented, protocol
-from qwen2_npu.conformance.perf.builds import Weights, compile_stock
-from qwen2_npu.conformance.perf.floor import Work, work
+from qwen2_npu.conformance.perf.builds import Weights, check_mode, compile_stock
+from qwen2_npu.conformance.perf.documented import Documented, Measured
+from qwen2_npu.conformance.perf.floor import Work, kv_per_token, work
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
-from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration, Phase
+from qwen2_npu.conformance.perf.memory import steps_on
+from qwen2_npu.conformance.perf.rows import ORIGINAL, PHASES, Configuration, Mode, Phase
 from qwen2_npu.graph import compile_model
 
 Progress = Callable[[str, int, int], None]
@@ -39,8 +43,9 @@ class Result:
     Attributes:
         tokens_per_second: decoded, all rows together.
         documented_prefill_ms, documented_decode_ms: what the guide prints for this model, step, batch and kind of mode
-            on an Atlas 800I A2, whatever device this is; None where it has no such row.
-        predicted: False: these are measurements of ``device``.
+            on an Atlas 800I A2, whatever device this is; None where it has no such row, or this may not be held against
+            it.
+        not_documented: why it may not, where there is such a row.
     """
 
     model: str
@@ -61,6 +66,7 @@ class Result:
     peak_bytes: int | None
     documented_prefill_ms: float | None
     documented_decode_ms: float | None
+    not_documented: tuple[str, ...]
     warnings: tuple[str, ...]
     faults: tuple[str, ...]
 
@@ -72,6 +78,59 @@ class Result:
 def cases(steps: Sequence[str], batches: Sequence[int]) -> list[Case]:
     """Every step with every batch, a step's batches together so that its model is built once."""
     return [Case(step, batch) for step, batch in product(steps, batches)]
+
+
+def check(
+    weights: Weights,
+    todo: Sequence[Case],
+    *,
+    mode: str,
+    device: str,
+    dtype: torch.dtype,
+    input_tokens: int,
+    output_tokens: int,
+) -> None:
+    """Refuse, before a model is built, whatever can be known not to work.
+
+    Raises:
+        UnsupportedError: a mode that this device or a step lacks.
+        ValueError: the model has too few positions.
+        MemoryError: what must be in memory together does not fit.
+        BaselineError: the documented numbers are damaged.
+    """
+    for case in todo:
+        check_mode(mode, torch.device(device), case.step)
+    protocol.check_positions(weights.config(), input_tokens, output_tokens - 1)
+    free = free_bytes(device)
+    for case in todo:
+        needed = least_bytes(weights, case, dtype, input_tokens, output_tokens)
+        if free is not None and needed > free:
+            raise MemoryError(
+                f"{case.step}, batch {case.batch}, needs {needed / 2**30:.3g} GiB at the least, and {free / 2**30:.3g} "
+                f"GiB are free on {device}: take a smaller batch, a shorter prompt, or a smaller model"
+            )
+    if documented.is_here():
+        documented.read()
+
+
+def least_bytes(weights: Weights, case: Case, dtype: torch.dtype, input_tokens: int, output_tokens: int) -> int:
+    """What a case cannot do without: weights, the KV cache, and the scores of small-operator attention together with
+    their softmax, which is in float32."""
+    size = weights.size
+    cached = case.batch * (input_tokens + output_tokens - 1) * kv_per_token(size)
+    small_operators = "flash_attention" not in steps_on(case.step)
+    scores = case.batch * size.heads * input_tokens**2 if small_operators else 0
+    # The cache is still empty of new tokens while the prompt's scores are there: the larger of the two counts.
+    return size.parameters * dtype.itemsize + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that is free on ``device``; None where it does not say."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return int(psutil.virtual_memory().available)
+    module: Any = getattr(torch, kind, None)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
 
 
 def run(
@@ -117,7 +176,7 @@ def build(weights: Weights, step: str, mode: str, device: str, dtype: torch.dtyp
     configuration = Configuration(weights.size.name, 1, 1, "eager", step)
     model = weights.build(configuration, device, dtype)
     if step == ORIGINAL:
-        return model if mode == "eager" else compile_stock(model)
+        return model if mode == "eager" else compile_stock(model, mode)
     return compile_model(model, mode)
 
 
@@ -131,6 +190,7 @@ def _result(
     card: Hardware | None,
 ) -> Result:
     decode = Summary.of(measured.decode_ms)
+    numbers = {phase: documented.find(_measured(weights, case, mode, dtype, measured, phase)) for phase in PHASES}
     prefill_work = work(weights.size, "prefill", case.batch, measured.input_tokens)
     decode_work = work(weights.size, "decode", case.batch, measured.mean_context)
     return Result(
@@ -139,7 +199,7 @@ def _result(
         step=case.step,
         mode=mode,
         batch=case.batch,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         device=device,
         input_tokens=measured.input_tokens,
         decode_steps=len(measured.decode_ms),
@@ -150,8 +210,9 @@ def _result(
         decode_memory_share=_memory_share(decode_work, decode.mean, card, dtype),
         decode_compute_share=_compute_share(decode_work, decode.mean, card),
         peak_bytes=measured.peak_bytes,
-        documented_prefill_ms=documented_ms(weights.size.name, case, mode, "prefill"),
-        documented_decode_ms=documented_ms(weights.size.name, case, mode, "decode"),
+        documented_prefill_ms=_ms(numbers["prefill"][0]),
+        documented_decode_ms=_ms(numbers["decode"][0]),
+        not_documented=tuple(dict.fromkeys(reason for _, reason in numbers.values() if reason)),
         warnings=measured.warnings,
         faults=tuple(measured.faults()),
     )
@@ -166,13 +227,24 @@ def _compute_share(need: Work, ms: float, card: Hardware | None) -> float | None
     return None if card is None else need.operations / card.bf16_peak.value / (ms / 1e3)
 
 
-def documented_ms(model: str, case: Case, mode: str, phase: Phase) -> float | None:
-    """The guide's number for this model, batch, step and phase; its 图模式 for any compiled mode."""
-    kind = "eager" if mode == "eager" else "graph"
-    for number in documented.read():
-        what = number.row.configuration
-        if (what.model, what.cards, what.batch, what.mode, what.step) == (model, 1, case.batch, kind, case.step) and (
-            number.row.phase == phase
-        ):
-            return number.ms
-    return None
+def _measured(
+    weights: Weights, case: Case, mode: str, dtype: torch.dtype, measured: Measurement, phase: Phase
+) -> Measured:
+    """The guide's 图模式 stands for any compiled mode."""
+    kind: Mode = "eager" if mode == "eager" else "graph"
+    return Measured(
+        configuration=Configuration(weights.size.name, 1, case.batch, kind, case.step),
+        phase=phase,
+        dtype=_name(dtype),
+        input_tokens=measured.input_tokens,
+        decode_steps=measured.asked_steps,
+        transformers=str(package_version("transformers")),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ms(number: Documented | None) -> float | None:
+    return None if number is None else number.ms

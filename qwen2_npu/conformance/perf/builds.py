@@ -14,15 +14,42 @@ from qwen2_npu import checkpoint
 from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.conformance.stock import stock_from_pretrained
-from qwen2_npu.graph import GraphOptions, compile_model
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
 
+NPU_MODES = ("torchair", "npugraph_ex")
+
 GRAPH_COMPILER = {"npu": "torchair"}
 """Type of device -> compile_model's mode for graph rows; any other device has inductor."""
+
+
+def graph_compiler(device: torch.device) -> str:
+    """The mode that graph rows are compiled with on ``device``."""
+    return GRAPH_COMPILER.get(device.type, "inductor")
+
+
+def check_mode(mode: str, device: torch.device, step: str) -> None:
+    """Refuse a mode before a model is built for it.
+
+    Raises:
+        UnsupportedError: ``step``, ``device`` or this machine lacks it.
+    """
+    if mode == "npugraph_ex" and step == ORIGINAL:
+        raise UnsupportedError(
+            f"mode={mode!r} captures a graph per shape, and the cache of {ORIGINAL} has another one at every step: use "
+            "torchair for it, or leave it out"
+        )
+    if mode in NPU_MODES:
+        npu.check_available(mode, device)
+    elif mode == "inductor" and device.type == "npu":
+        raise UnsupportedError(
+            f"mode={mode!r} compiles for CPU and CUDA, and the device is {device}: use {' or '.join(NPU_MODES)}"
+        )
 
 
 class RandomWeights:
@@ -90,7 +117,7 @@ class Weights:
         target = torch.device(device)
         if configuration.step == ORIGINAL:
             model = self._stock(target, dtype)
-            return model if configuration.mode == "eager" else compile_stock(model)
+            return model if configuration.mode == "eager" else compile_stock(model, graph_compiler(target))
         optimizations = Optimizations.up_to(configuration.step)
         if self.path is not None:
             ours = Qwen2ForCausalLM.from_pretrained(self.path, dtype=dtype, device=target, optimizations=optimizations)
@@ -102,8 +129,7 @@ class Weights:
                 dtype=dtype,
                 device=target,
             )
-        mode = "eager" if configuration.mode == "eager" else GRAPH_COMPILER.get(target.type, "inductor")
-        return compile_model(ours, mode)
+        return compile_model(ours, "eager" if configuration.mode == "eager" else graph_compiler(target))
 
     def _stock(self, device: torch.device, dtype: torch.dtype) -> Any:
         if self.path is not None:
@@ -131,18 +157,23 @@ def random_stock(config: Qwen2Config, dtype: torch.dtype, device: torch.device, 
     return model.eval().requires_grad_(False)
 
 
-def compile_stock(model: Any) -> Any:
-    """The stock model's forward pass, compiled as the guide compiles it: whole, with a growing cache, so dynamic."""
-    if model.device.type == "npu":
+def compile_stock(model: Any, mode: str) -> Any:
+    """The stock model's forward pass, compiled as the guide compiles it: whole, with a growing cache, so dynamic.
+
+    Args:
+        mode: what compiles it; one of compile_model's, "eager" aside.
+
+    Raises:
+        UnsupportedError: a mode that the stock model, or its device, lacks.
+    """
+    check_mode(mode, model.device, ORIGINAL)
+    backend: Any = mode
+    if mode == "torchair":
         import torch_npu  # noqa: F401 - puts torchair on the path
         import torchair
 
-        from qwen2_npu.graph.npu import compiler_config
-
         options = GraphOptions(dynamic=True, frozen_parameter=True, tiling_schedule_optimize=False, cache_dir=None)
-        backend: Any = torchair.get_npu_backend(compiler_config=compiler_config(options))
-    else:
-        backend = "inductor"
+        backend = torchair.get_npu_backend(compiler_config=npu.compiler_config(options))
     model.forward = torch.compile(model.forward, backend=backend, dynamic=True, fullgraph=True)
     return model
 

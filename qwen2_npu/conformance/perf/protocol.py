@@ -43,6 +43,7 @@ def measure(
     """
     if decode_steps < 1:
         raise ValueError(f"decode_steps={decode_steps}: a decode latency is the mean of at least one step")
+    check_positions(model.config, input_tokens, decode_steps)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, model.config.vocab_size, (batch, input_tokens), generator=generator)
     tokens = tokens.to(model.device)
@@ -66,6 +67,20 @@ def measure(
         warnings=warnings,
         weights=weights,
     )
+
+
+def check_positions(config: Any, input_tokens: int, decode_steps: int) -> None:
+    """Refuse what is longer than the model; the stock model would compute on, with positions it was never made for.
+
+    Raises:
+        ValueError: the model has too few positions.
+    """
+    needed, positions = input_tokens + decode_steps + 1, config.max_position_embeddings
+    if needed > positions:
+        raise ValueError(
+            f"{input_tokens} tokens and {decode_steps + 1} new ones need {needed} positions, the model has "
+            f"max_position_embeddings={positions}: ask for fewer"
+        )
 
 
 def _generate(model: Any, tokens: torch.Tensor, decode_steps: int) -> None:

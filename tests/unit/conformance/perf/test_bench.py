@@ -1,9 +1,34 @@
-"""The documented number beside a measured one, and the order of the work."""
+"""The documented number beside a measured one, what is refused before any work, and the order of the work."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import torch
+
+from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import bench
-from qwen2_npu.conformance.perf.bench import Case
+from qwen2_npu.conformance.perf.bench import Case, Result
+from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.errors import UnsupportedError
+
+GUIDE = {"input_tokens": 1024, "steps": 1023, "dtype": torch.bfloat16, "transformers": "4.37.0"}
+
+
+def result(monkeypatch: pytest.MonkeyPatch, model: str, case: Case, mode: str, **changes: Any) -> Result:
+    """Of a measurement that took 100 ms + 50 ms per step."""
+    how = GUIDE | changes
+    monkeypatch.setattr(bench, "package_version", lambda name: how[name])
+    contexts = (0, *range(how["input_tokens"], how["input_tokens"] + how["steps"]))
+    measured = Measurement(100.0, (50.0,) * how["steps"], (), contexts, how["input_tokens"], how["steps"])
+    return bench._result(Weights.random(model), case, mode, "cpu", how["dtype"], measured, None)
+
+
+def numbers(*arguments: Any, **changes: Any) -> tuple[float | None, float | None]:
+    found = result(*arguments, **changes)
+    return found.documented_prefill_ms, found.documented_decode_ms
 
 
 def test_a_steps_batches_come_together_so_that_its_model_is_built_once():
@@ -12,13 +37,85 @@ def test_a_steps_batches_come_together_so_that_its_model_is_built_once():
     ]  # fmt: skip
 
 
-def test_the_guides_number_is_that_of_the_same_row():
-    assert bench.documented_ms("7B", Case("fused_qkv", 4), "eager", "prefill") == 366
-    assert bench.documented_ms("7B", Case("fused_qkv", 4), "torchair", "decode") == 24
-    assert bench.documented_ms("7B", Case("fused_qkv", 48), "torchair", "prefill") == 3692
+def test_the_guides_number_is_that_of_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbers(monkeypatch, "7B", Case("fused_qkv", 4), "eager") == (366, 25)
+    assert numbers(monkeypatch, "7B", Case("fused_qkv", 4), "torchair") == (345, 24)
+    assert numbers(monkeypatch, "7B", Case("fused_qkv", 48), "torchair") == (3692, 45)
+    assert numbers(monkeypatch, "7B", Case("original", 4), "eager") == (575, 52)
 
 
-def test_where_the_guide_has_no_row_there_is_no_number():
-    assert bench.documented_ms("7B", Case("swiglu", 4), "eager", "prefill") is None
-    assert bench.documented_ms("7B", Case("fused_qkv", 48), "eager", "prefill") is None
-    assert bench.documented_ms("72B", Case("fused_qkv", 4), "eager", "prefill") is None  # eight cards there
+def test_where_the_guide_has_no_row_there_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbers(monkeypatch, "7B", Case("swiglu", 4), "eager") == (None, None)
+    assert numbers(monkeypatch, "7B", Case("fused_qkv", 48), "eager") == (None, None)
+    assert numbers(monkeypatch, "72B", Case("fused_qkv", 4), "eager") == (None, None)  # eight cards there
+
+
+def test_what_was_measured_otherwise_has_no_number_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = result(monkeypatch, "7B", Case("original", 4), "eager", transformers="5.24.0")
+    assert (stock.documented_prefill_ms, stock.documented_decode_ms) == (None, None)
+    assert stock.not_documented[0] == (
+        "the documented 575 ms are of the model of transformers 4.37.0, and 5.24.0 is installed"
+    )
+    ours = Case("fused_qkv", 4)
+    assert numbers(monkeypatch, "7B", ours, "eager", transformers="5.24.0") == (366, 25)
+    assert numbers(monkeypatch, "7B", ours, "eager", steps=20) == (366, None)
+    assert numbers(monkeypatch, "7B", ours, "eager", input_tokens=512) == (None, None)
+    assert numbers(monkeypatch, "7B", ours, "eager", dtype=torch.float32) == (None, None)
+
+
+# ---- refused before a model is built ---------------------------------------------------------------------------------
+def check(weights: Weights, *todo: Case, mode: str = "eager", device: str = "cpu", length: int = 16) -> None:
+    bench.check(
+        weights, todo, mode=mode, device=device, dtype=torch.bfloat16, input_tokens=length, output_tokens=16
+    )  # fmt: skip
+
+
+TINY = Weights.of_checkpoint(tiny.path())
+
+
+def test_what_fits_is_accepted() -> None:
+    for mode in ("eager", "inductor"):
+        check(TINY, Case("original", 1), Case("swiglu", 4), mode=mode)
+    check(TINY, Case("swiglu", 1), length=2032)
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="2033 tokens and 16 new ones need 2049 positions, the model has max_position"):
+        check(TINY, Case("original", 1), length=2033)
+
+
+@pytest.mark.parametrize("mode", ["torchair", "npugraph_ex"])
+def test_a_mode_that_the_device_lacks_is_refused(mode: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"mode='(torchair|npugraph_ex)' (needs torch_npu|compiles for NPUs)"):
+        check(TINY, Case("swiglu", 1), mode=mode)
+
+
+def test_inductor_is_refused_on_an_npu() -> None:
+    with pytest.raises(UnsupportedError, match="mode='inductor' compiles for CPU and CUDA, and the device is npu"):
+        bench.check_mode("inductor", torch.device("npu") if hasattr(torch, "npu") else NpuDevice(), "swiglu")
+
+
+class NpuDevice:
+    """What torch calls the device where torch_npu is installed."""
+
+    type = "npu"
+
+    def __str__(self) -> str:
+        return "npu"
+
+
+def test_what_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 2 << 30)
+    small = Weights.random("0.5B")
+    check(small, Case("original", 1), Case("swiglu", 4))
+    with pytest.raises(MemoryError, match=r"swiglu, batch 1, needs 2.88 GiB at the least, and 2 GiB are free on cpu"):
+        check(Weights.random("1.5B"), Case("swiglu", 1))
+    # Scores of small operators: 14 heads · 8192² · (2 + 4) bytes. With fused attention there are none.
+    check(small, Case("swiglu", 1), length=8192)
+    with pytest.raises(MemoryError, match=r"original, batch 1, needs 6.17 GiB"):
+        check(small, Case("swiglu", 1), Case("original", 1), length=8192)
+
+
+def test_a_device_says_what_is_free() -> None:
+    assert 1 << 20 < bench.free_bytes("cpu") < 1 << 50  # type: ignore[operator]
+    assert bench.free_bytes("meta") is None

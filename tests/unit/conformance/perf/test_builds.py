@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, random_stock, size_of
+from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, compile_stock, random_stock, size_of
 from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.errors import UnsupportedError
 from tests.unit.small import small_config
 
 SMALL = Size("small", 256, 96, 2, 4, 2, 64, 199, tied=True)
@@ -47,6 +48,27 @@ def test_graph_rows_are_compiled() -> None:
     assert set(Weights(SMALL).build(configuration("swiglu", "graph"), "cpu").compiled_steps) == {"prefill", "decode"}
     stock = Weights(SMALL).build(configuration("original", "graph"), "cpu")
     assert hasattr(stock.forward, "_torchdynamo_orig_callable")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("torchair", "needs torch_npu|compiles for NPUs, and the model is on cpu"),
+        ("npugraph_ex", "the cache of original has another one at every step"),
+    ],
+)
+def test_the_stock_model_is_compiled_by_what_was_asked_for_or_not_at_all(mode: str, reason: str) -> None:
+    model = random_stock(small_config(), torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=reason):
+        compile_stock(model, mode)
+    assert "forward" not in vars(model)
+
+
+def test_inductor_compiles_the_stock_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: asked.append(how["backend"]) or forward)
+    compile_stock(random_stock(small_config(), torch.bfloat16, torch.device("cpu")), "inductor")
+    assert asked == ["inductor"]
 
 
 @pytest.mark.slow

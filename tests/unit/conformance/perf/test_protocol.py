@@ -62,6 +62,14 @@ def test_a_decode_latency_needs_a_step() -> None:
         measure(ours(), batch=1, input_tokens=4, decode_steps=0)
 
 
+@pytest.mark.parametrize("build", [small_stock, ours])
+def test_more_tokens_than_positions_are_refused(build: Any) -> None:
+    model = build()  # of 512 positions
+    model.register_forward_pre_hook(lambda module, args: pytest.fail("it was run"))
+    with pytest.raises(ValueError, match="509 tokens and 4 new ones need 513 positions, the model has max_position"):
+        measure(model, batch=1, input_tokens=509, decode_steps=3)
+
+
 # ---- faults -------------------------------------------------------------------------------------------------------
 def test_a_cache_that_does_not_grow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that forgets what it wrote: every decode step is timed at the prompt's length."""
