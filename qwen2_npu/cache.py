@@ -134,6 +134,13 @@ class FixedKVCache(Cache):
     def __init__(self, shape: CacheShape) -> None:
         logger.info("allocating %s on %s", shape.describe(), shape.device)
         self.shape = shape
+        # It outlives the call that allocates it, and may be written outside of inference mode then.
+        with torch.inference_mode(False):
+            self._allocate(shape)
+        self.lengths: list[int] = [0] * shape.batch_size
+        self.seen_tokens = 0
+
+    def _allocate(self, shape: CacheShape) -> None:
         try:
             tensors = [
                 torch.zeros(shape.tensor_shape, dtype=shape.dtype, device=shape.device) for _ in range(2 * shape.layers)
@@ -147,8 +154,6 @@ class FixedKVCache(Cache):
         self.write_index = torch.zeros(shape.batch_size, dtype=torch.int64, device=shape.device)
         self.drop_mask = torch.ones(shape.batch_size, shape.capacity, dtype=torch.bool, device=shape.device)
         self.sliding_drop_mask = self.drop_mask.clone() if shape.sliding_window is not None else None
-        self.lengths: list[int] = [0] * shape.batch_size
-        self.seen_tokens = 0
 
     # ---- what the model does with it -----------------------------------------------------------------------------
     def check_room(self, batch_size: int, new_tokens: int) -> None:

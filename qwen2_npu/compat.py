@@ -57,6 +57,10 @@ STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the sequence at hand, so that one table serves all."""
 
 
+ACTIVATIONS: tuple[str, ...] = ("silu", "swish")
+"""Names of one function."""
+
+
 def rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has
     them."""
@@ -92,6 +96,11 @@ def check_config(config: Qwen2Config) -> None:
     Raises:
         UnsupportedError: rope scaling or sliding windows on 4.37.0, or a rope type without fixed frequencies.
     """
+    if config.hidden_act not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"hidden_act={config.hidden_act!r}: this model computes silu, which all Qwen2 and Qwen1.5 checkpoints use; "
+            "use the stock model for others"
+        )
     version = transformers.__version__
     if IS_V4:
         if getattr(config, "use_sliding_window", False):

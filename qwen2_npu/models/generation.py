@@ -6,6 +6,9 @@ pass from the length ``generate`` has settled on, and kept for the next call of 
 
 from __future__ import annotations
 
+from collections import deque
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +25,25 @@ if TYPE_CHECKING:
 class CachePool:
     """At most one idle fixed cache, handed out again to the next call of the same shape.
 
-    A cache that is in use, or that a caller keeps, is not in the pool: nobody's tokens are ever overwritten.
+    A cache that is in use, or that a caller keeps, is not in the pool: nobody's tokens are ever overwritten. Threads
+    may share a pool: taking and giving back are single operations of the deque.
     """
 
     def __init__(self) -> None:
-        self._idle: FixedKVCache | None = None
+        self._idle: deque[FixedKVCache] = deque(maxlen=1)
+
+    @property
+    def idle(self) -> FixedKVCache | None:
+        """The cache the next call may get."""
+        return next(iter(self._idle), None)
 
     def take(self, shape: CacheShape) -> FixedKVCache:
         """An empty cache of ``shape``; the idle one at its addresses if it fits, else a new one."""
-        cache, self._idle = self._idle, None
-        if cache is None or cache.shape != shape:
+        try:
+            cache = self._idle.pop()
+        except IndexError:
+            return FixedKVCache(shape)
+        if cache.shape != shape:
             del cache  # free it before its successor is allocated
             return FixedKVCache(shape)
         cache.reset()
@@ -39,20 +51,33 @@ class CachePool:
 
     def give_back(self, cache: FixedKVCache) -> None:
         """Keep ``cache`` for the next call."""
-        self._idle = cache
+        self._idle.append(cache)
+
+
+@dataclass
+class Call:
+    """One running ``generate``. ``caches``: those it took from the pool."""
+
+    model: Any
+    caches: list[FixedKVCache] = field(default_factory=list)
+    max_length: int | None = None
+
+
+_CALL: ContextVar[Call | None] = ContextVar("generate", default=None)
+"""The innermost ``generate`` of this thread: other threads may be using the same model."""
 
 
 class GenerationHooks:
     """The methods of ``generate`` that this model answers differently. Mixed into Qwen2ForCausalLM."""
 
     _pool: CachePool
-    _generating: list[FixedKVCache]
-    _max_length: int | None
 
     def _start_generation(self) -> None:
         self._pool = CachePool()
-        self._generating = []
-        self._max_length = None
+
+    def _call(self) -> Call | None:
+        call = _CALL.get()
+        return call if call is not None and call.model is self else None
 
     def generate(self: Qwen2ForCausalLM, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
         """transformers' ``generate`` with all its options; see there.
@@ -64,22 +89,26 @@ class GenerationHooks:
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        already = len(self._generating)
+        call = Call(self)
+        token = _CALL.set(call)
         try:
             result = super().generate(*args, **kwargs)
             kept = cache_of(result)
-            for cache in self._generating[already:]:
+            for cache in call.caches:
                 if cache is not kept:
                     self._pool.give_back(cache)
             return result
         finally:
-            del self._generating[already:]
+            _CALL.reset(token)
 
     def _cache_for_generation(self: Qwen2ForCausalLM, rows: int, max_length: int) -> Cache:  # type: ignore[misc]
         if not self.optimizations.fixed_kv_cache:
             return growing_cache()
-        cache = self._pool.take(self.cache_shape(rows, max_length))
-        self._generating.append(cache)
+        shape, call = self.cache_shape(rows, max_length), self._call()
+        if call is None:  # nobody would give it back
+            return FixedKVCache(shape)
+        cache = self._pool.take(shape)
+        call.caches.append(cache)
         return cache
 
     # ---- 5.x ----------------------------------------------------------------------------------------------------
@@ -101,6 +130,12 @@ class GenerationHooks:
                 f"cache_implementation={generation_config.cache_implementation!r}: this model brings its own cache "
                 f"(fixed_kv_cache={self.optimizations.fixed_kv_cache}); leave cache_implementation unset"
             )
+        mask = model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size is not None and mask is not None and not bool((mask != 0).all()):
+            raise UnsupportedError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} with padded rows: a chunk may hold nothing "
+                "but a row's padding; leave prefill_chunk_size unset, or pass rows of one length"
+            )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         # max_cache_length leaves out the last token, whose k and v are never read; a continuation may want it.
         model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, max_cache_length + 1)
@@ -112,7 +147,8 @@ class GenerationHooks:
     # ---- 4.37 ---------------------------------------------------------------------------------------------------
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
         # Both versions call it once the final length is known.
-        self._max_length = generation_config.max_length
+        if (call := self._call()) is not None:
+            call.max_length = generation_config.max_length
         super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
@@ -152,7 +188,9 @@ class GenerationHooks:
             rows, given = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
             # With inputs_embeds, max_length does not count the prompt.
             extra = given if first_of_embeds else 0
-            past_key_values = self._cache_for_generation(rows, (self._max_length or given) + extra)
+            call = self._call()
+            longest = given if call is None or call.max_length is None else call.max_length
+            past_key_values = self._cache_for_generation(rows, longest + extra)
         if past > 0:
             total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
             input_ids = input_ids[:, -(total - past) :]

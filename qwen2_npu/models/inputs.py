@@ -38,16 +38,10 @@ class Rows:
         """Read the last ``tokens`` columns of ``mask`` (B, T), 1 = live. Synchronises once where there is a mask.
 
         Raises:
-            ValueError: a row without a live token, or a mask that is not 2-D or of another batch.
+            ValueError: a row without a live token.
         """
         if mask is None:
             return cls(None, [tokens] * batch)
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
-            raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)} does not cover a batch of {batch} rows × {tokens} "
-                "new tokens: "
-                f"pass a 2-D mask (batch, past + new tokens) of 0 and 1"
-            )
         live = mask[:, -tokens:] != 0
         lengths = [int(length) for length in live.sum(dim=1).tolist()]
         if min(lengths) == 0:
@@ -68,12 +62,11 @@ class Rows:
         """Compact rows (B, S, …) -> as given; what stands at padding is unspecified."""
         return values if self.order is None else _take(values, torch.argsort(self.order, dim=1))
 
-    def last(self, count: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """(B, count) compact positions of the last ``count`` positions as given."""
-        batch = len(self.lengths)
+    def find(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, K) compact positions of the ``positions`` (K,) as given."""
         if self.order is None:
-            return torch.arange(tokens - count, tokens, device=device).repeat(batch, 1)
-        return torch.argsort(self.order, dim=1)[:, tokens - count :]
+            return positions.repeat(len(self.lengths), 1)
+        return torch.argsort(self.order, dim=1)[:, positions]
 
 
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -103,8 +96,9 @@ class MaskFactory:
         """Masks of a prompt: compressed where the operator derives causality from it, else (S, S)."""
         if self.optimizations.flash_attention and self.optimizations.last_token_logits:
             if self._compressed is None or self._compressed.device != device:
-                square = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
-                self._compressed = square.triu(1)
+                with torch.inference_mode(False):  # it outlives the call
+                    square = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
+                    self._compressed = square.triu(1)
             return self._compressed, None if self.window is None else self._compressed
         positions = torch.arange(tokens, device=device)
         distance = positions[:, None] - positions

@@ -5,6 +5,8 @@ Shapes: B batch, S tokens, H hidden, I intermediate, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -93,15 +95,22 @@ class RotaryTable(nn.Module):
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
+        """Where the model changes its dtype or device the table goes: rounded once, it cannot be widened again."""
+        super()._apply(fn, recurse)
+        self.cos = self.sin = None
+        return self
+
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """Build the table for ``dtype`` and ``device`` unless it is there. Outside of any graph."""
         if self.cos is not None and self.cos.dtype == dtype and self.cos.device == device:
             return
-        inv_freq, scaling = rope_frequencies(self.config)
-        angles = torch.outer(torch.arange(self.positions, dtype=torch.float32, device="cpu"), inv_freq)
-        angles = torch.cat((angles, angles), dim=-1)
-        self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
-        self.sin = (angles.sin() * scaling).to(device=device, dtype=dtype)
+        with torch.inference_mode(False):  # it outlives the call
+            inv_freq, scaling = rope_frequencies(self.config)
+            angles = torch.outer(torch.arange(self.positions, dtype=torch.float32, device="cpu"), inv_freq)
+            angles = torch.cat((angles, angles), dim=-1)
+            self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
+            self.sin = (angles.sin() * scaling).to(device=device, dtype=dtype)
 
     def forward(self, position_ids: torch.Tensor, head_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at ``position_ids`` (B, S), with an axis for the heads at ``head_axis``."""

@@ -35,6 +35,7 @@ from qwen2_npu.compat import (
     sliding_windows,
 )
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
@@ -44,6 +45,8 @@ from qwen2_npu.optimizations import Optimizations
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
+
+IGNORED_LABEL = -100
 
 LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
 
@@ -252,8 +255,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass.
 
@@ -264,42 +268,48 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             position_ids: (B or 1, S); default: the number of live tokens before each.
             past_key_values: a cache of :meth:`allocate_cache`, or the one of the previous output. ``cache`` is the name
                 it has from transformers 5.24 on; both are taken on every version.
-            labels: (B, S), -100 = ignored; the loss over all positions then comes with the logits of all.
-            logits_to_keep: the last so many positions only; 0 for all. ``generate`` asks for 1 with last_token_logits.
+            labels: -100 = ignored, for the mean loss over those that a live position predicts: (B, S), which brings the
+                logits of all positions, or (B, kept) for the kept ones.
+            logits_to_keep: the last so many positions only, 0 for all, or a tensor of positions. ``generate`` asks for
+                1 with last_token_logits.
+            others: refused, but for what ``generate`` hands to every model.
 
         Returns:
             ``CausalLMOutputWithPast``; logits at positions whose mask is 0 are unspecified.
 
         Raises:
             ValueError: inputs that do not fit; see the message.
+            TypeError: an argument that this model would have to ignore.
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
-        given = self._check_tokens(input_ids, inputs_embeds)
+        arguments.check_names(others)
+        given = arguments.tokens_of(input_ids, inputs_embeds)
         cache = one_cache(past_key_values, cache)
         batch, tokens = given.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        if attention_mask is not None and attention_mask.shape[-1] != past + tokens:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past} are in the cache and "
-                f"{tokens} are new: "
-                f"pass one of (batch, {past + tokens})"
-            )
+        arguments.check_mask(attention_mask, batch, past, tokens)
+        arguments.check_positions(self.model.rotary.positions, past + tokens, position_ids if past == 0 else None)
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         if output_attentions and self.optimizations.fixed_kv_cache:
             raise UnsupportedError(
                 f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention "
                 "weights are not "
                 f"kept; use optimizations with fixed_kv_cache and flash_attention off"
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if labels is not None:
-            logits_to_keep = 0
+        use_cache = config.use_cache if use_cache is None else use_cache
         if input_ids is not None and past == 0:
-            self._check_vocabulary(input_ids)
+            arguments.check_vocabulary(input_ids, self.vocab_size)
         self.model.rotary.prepare(self.dtype, given.device)
         if cache is None and use_cache:
-            cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, self.config.max_position_embeddings))
+            cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, config.max_position_embeddings))
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1).contiguous()
+        over_all = labels is not None and labels.shape[1] == tokens
+        kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens, given.device)
+        wanted = None if kept is None else kept.reshape(-1)
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
         recording = record if output_attentions or output_hidden_states else None
         if self.optimizations.fixed_kv_cache:
@@ -307,39 +317,23 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 raise UnsupportedError(
                     f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
                 )
-            logits = self._forward_fixed(given, attention_mask, position_ids, cache, logits_to_keep, recording)
+            logits = self._forward_fixed(given, attention_mask, position_ids, cache, wanted, recording)
         else:
-            logits = self._forward_growing(given, attention_mask, position_ids, cache, logits_to_keep, recording)
+            logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
+        if kept is not None and kept.dim() == 0:
+            logits = logits[:, 0]
+        live = None if attention_mask is None else attention_mask[:, -tokens:]
+        if live is not None and wanted is not None:
+            live = live[:, wanted]
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else _shifted_loss(logits, labels),
+            loss=None if labels is None else _shifted_loss(logits, labels, live),
             logits=logits,
             hidden_states=tuple(record[0]) if output_hidden_states else None,
             attentions=tuple(w for w in record[1] if w is not None) if output_attentions else None,
             **{CACHE_NAME: cache if use_cache else None},
         )
-        return output.to_tuple() if return_dict is False else output
-
-    def _check_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        wanted = "input_ids (batch, tokens)" if input_ids is not None else "inputs_embeds (batch, tokens, hidden)"
-        if given.dim() != (2 if input_ids is not None else 3):
-            raise ValueError(f"{wanted} expected, got shape {tuple(given.shape)}")
-        if given.shape[0] == 0 or given.shape[1] == 0:
-            raise ValueError(
-                f"empty prompt: {wanted} has shape {tuple(given.shape)}; give every row at least one token"
-            )
-        return given
-
-    def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
-        low, high = (int(value) for value in torch.stack(torch.aminmax(input_ids)).tolist())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: does the "
-                "tokenizer belong to this model?"
-            )
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def _forward_fixed(
         self,
@@ -347,7 +341,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: FixedKVCache | None,
-        logits_to_keep: int,
+        wanted: torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
     ) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
@@ -369,7 +363,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        index = rows.last(logits_to_keep, tokens, given.device) if logits_to_keep and phase != "decode" else None
+        index = None if wanted is None or phase == "decode" else rows.find(wanted)
         if phase in compiled:
             arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
             logits = compiled[phase](*arguments)
@@ -387,7 +381,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        logits_to_keep: int,
+        wanted: torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
     ) -> torch.Tensor:
         """Padded rows and the stock growing cache, masked as the stock model does."""
@@ -400,10 +394,22 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         hidden_states = self.model(
             given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
         )
-        return self._logits(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states, None)
+        return self._logits(hidden_states if wanted is None else hidden_states[:, wanted], None)
 
 
-def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of token i+1 given logits i, float32, -100 ignored: the stock model's loss."""
-    shifted = labels[:, 1:].reshape(-1).to(logits.device)
-    return F.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), shifted, ignore_index=-100)
+def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Mean cross-entropy of token i+1 given logits i, float32, -100 ignored: the stock model's loss, without the labels
+    that stand after padding, since logits at padding are unspecified.
+
+    Args:
+        live: (B, S) 1 where a position is no padding; None where none is.
+
+    Raises:
+        ValueError: labels of another shape than the logits'.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape[:2])}: pass as many")
+    shifted = labels[:, 1:].to(logits.device)
+    if live is not None:
+        shifted = shifted.masked_fill(live[:, :-1] == 0, IGNORED_LABEL)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED_LABEL)

@@ -53,9 +53,9 @@ def test_the_caches_are_updated_where_they_are(device: str) -> None:
     call = prompt(device, 2, 9)
     with GraphCounter():
         generate(model, call, 4)
-        cache = model._pool._idle
+        cache = model._pool.idle
         assert cache is not None
         addresses = [tensor.data_ptr() for tensor in cache.key_cache + cache.value_cache]
         generate(model, call, 4)
-        assert model._pool._idle is cache
+        assert model._pool.idle is cache
         assert [tensor.data_ptr() for tensor in cache.key_cache + cache.value_cache] == addresses

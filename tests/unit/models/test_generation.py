@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
 from tests.unit.small import V4, small_stock, stock_weights
 
@@ -172,6 +175,53 @@ def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     assert cache.shape.capacity == 128
     cache = cache_of(full.generate(**prompt, max_new_tokens=120, **arguments))
     assert cache.shape.capacity == 256
+
+
+def test_threads_do_not_share_a_cache(full, prompt):
+    """One model, several requests at once: no call gets memory that another still writes."""
+    rows = [{name: values[row : row + 1] for name, values in prompt.items()} for row in range(3)]
+    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    alone = [full.generate(**row, **arguments) for row in rows]
+
+    def repeat(row: int) -> list[torch.Tensor]:
+        return [full.generate(**rows[row], **arguments) for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(repeat, range(3)))
+    assert all(torch.equal(answer, alone[row]) for row, own in enumerate(answers) for answer in own)
+
+
+def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prompt):
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock))
+    arguments = {**prompt, "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        kept = model.generate(**arguments)
+        pooled = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**arguments).sequences, pooled)
+    with torch.no_grad():
+        model(pooled[:, -1:], **{CACHE_NAME: cache_of(kept)})
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+def test_stop_strings(model, stock):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
+    ids = torch.randint(1, 199, (1, 6), generator=torch.Generator().manual_seed(5))
+    plain = stock.generate(ids, max_new_tokens=20, do_sample=False)
+    texts = [tokenizer.decode([token]) for token in plain[0, 8:-4].tolist()]
+    stop = next(text for text in texts if text.isascii() and text.strip())
+    arguments = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    answers = [candidate.generate(ids, **arguments) for candidate in (stock, model)]
+    assert torch.equal(*answers)
+    assert answers[0].shape[1] < plain.shape[1]
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+def test_prefill_in_chunks(model, stock, prompt):
+    ids = prompt["input_ids"]
+    arguments = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size=4 with padded rows"):
+        model.generate(**prompt, **arguments)
 
 
 def test_two_caches_in_one_call_are_refused(full, prompt):

@@ -206,6 +206,11 @@ def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, l
         ({"input_ids": torch.tensor([[3, -1]])}, ValueError, r"token id -1 is outside the vocabulary"),
         ({"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.tensor([[0, 0]])}, ValueError, "no live token"),
         ({"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 5)}, ValueError, r"covers 5 tokens"),
+        ({"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 1, 2, 2)}, ValueError, "a 2-D mask"),
+        ({"input_ids": torch.tensor([[3, 4]]), "foo": 1}, TypeError, r"forward\(\) takes no argument foo"),
+        ({"input_ids": torch.tensor([[3, 4]]), "position_ids": torch.tensor([[0, 512]])}, ValueError,
+         "position_ids holds 512, the model has max_position_embeddings=512"),
+        ({"input_ids": torch.ones(1, 513, dtype=torch.int64), "use_cache": False}, ValueError, "513 tokens need"),
         ({"input_ids": torch.tensor([[3, 4]]), "output_attentions": True}, UnsupportedError,
          "optimizations with fixed_kv_cache and flash_attention off"),
     ],
@@ -213,6 +218,53 @@ def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, l
 def test_bad_input_is_one_clear_error(full, arguments, error, message):
     with pytest.raises(error, match=message):
         full(**arguments)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(V4, reason="4.37.0 has no logits_to_keep")
+@pytest.mark.parametrize("keep", [1, 3, 40, torch.tensor([-1]), torch.tensor([2, 0, 7]), torch.tensor(5)], ids=repr)
+def test_kept_logits_are_the_stock_ones(model, stock, ids, left_padding, keep):
+    arguments = {"attention_mask": left_padding, "position_ids": positions(left_padding), "logits_to_keep": keep}
+    ours, theirs = model(ids, **arguments).logits, stock(ids, **arguments).logits
+    assert ours.shape == theirs.shape
+    index = slice(-keep, None) if isinstance(keep, int) else keep
+    assert_close(ours, theirs, left_padding[:, index])
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 has no logits_to_keep")
+def test_loss_over_kept_logits(full, stock, ids):
+    assert_close(*(m(ids, labels=ids[:, -4:], logits_to_keep=4).loss for m in (full, stock)))
+    with pytest.raises(ValueError, match=r"labels of shape \(3, 2\) for logits of \(3, 4\)"):
+        full(ids, labels=ids[:, -2:], logits_to_keep=4)
+
+
+def test_loss_leaves_out_what_follows_padding(full, ids, left_padding):
+    """Logits at padding are unspecified: no loss may depend on them."""
+    labels = ids.masked_fill(left_padding == 0, -100)
+    other = torch.where(left_padding.bool(), ids, (ids + 7) % 199)
+    losses = [full(tokens, attention_mask=left_padding, labels=labels).loss for tokens in (ids, other)]
+    assert torch.equal(*losses)
+    logits, mask = full(ids, attention_mask=left_padding).logits, left_padding.bool()
+    counted = mask[:, :-1] & mask[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, 1:][counted])
+    assert_close(losses[0], expected)
+
+
+def test_a_model_widened_after_use_is_as_exact_as_one_never_narrowed(stock, ids):
+    weights = {name: tensor.bfloat16() for name, tensor in stock_weights(stock).items()}
+    used = Qwen2ForCausalLM.from_state_dict(stock.config, weights)
+    used(ids)
+    fresh = Qwen2ForCausalLM.from_state_dict(stock.config, weights)
+    assert torch.equal(used.float()(ids).logits, fresh.float()(ids).logits)
+
+
+@torch.no_grad()
+def test_outputs_that_the_config_asks_for(stock, ids):
+    config = small_config(output_hidden_states=True, return_dict=False)
+    asked = Qwen2ForCausalLM.from_state_dict(config, stock_weights(stock))
+    assert isinstance(asked(ids), tuple)
+    assert len(asked(ids, return_dict=True).hidden_states) == 4
+    assert asked(ids, return_dict=True, output_hidden_states=False).hidden_states is None
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
@@ -247,6 +299,11 @@ def test_another_kind_of_cache(full, ids):
 
     with pytest.raises(UnsupportedError, match=r"DynamicCache; with fixed_kv_cache on pass one of allocate_cache"):
         full(ids, past_key_values=DynamicCache())
+
+
+def test_another_activation():
+    with pytest.raises(UnsupportedError, match=r"hidden_act='gelu': this model computes silu"):
+        Qwen2ForCausalLM(small_config(hidden_act="gelu"))
 
 
 def test_heads_that_do_not_divide():
