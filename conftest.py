@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--steps", type=_steps, metavar="STEP,…", help="only these steps of the ladder (default: all)")
     group.addoption(
         "--decode-steps",
-        type=int,
+        type=_decode_steps,
         metavar="N",
         help=f"decode steps compared (default: {DECODE_STEPS}), or timed (default: 1023, as documented)",
     )
@@ -58,6 +58,12 @@ def _steps(value: str) -> tuple[str, ...]:
     return steps
 
 
+def _decode_steps(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise pytest.UsageError(f"--decode-steps {value}: give 1 or more")
+    return int(value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     from qwen2_npu.cli.options import check_device
 
@@ -68,8 +74,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.decode_steps_given = config.option.decode_steps
     if config.option.decode_steps is None:
         config.option.decode_steps = DECODE_STEPS
-    if config.option.decode_steps < 0:
-        raise pytest.UsageError(f"--decode-steps {config.option.decode_steps}: give 0 or more")
     if config.option.model_path is None and config.option.random_weights is None and not _hands_tests_out(config):
         import torch
 

@@ -46,8 +46,8 @@ def census_of(graph: Documented) -> LayeredCensus:
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_census_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
     found = census_of(graph)
-    if pytestconfig.option.update_baselines:
-        baselines.update(graph, found, pytestconfig.option.update_baselines)
+    if pytestconfig.option.update_graphs:
+        baselines.update(graph, found, pytestconfig.option.update_graphs)
     problem = baselines.verdict(graph, found)
     assert not problem, problem
 

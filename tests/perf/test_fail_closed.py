@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from qwen2_npu.conformance.perf import benchmark_json, documented
 from qwen2_npu.conformance.perf.documented import BASELINES
-from tests.perf.subprocesses import LATENCY, run_pytest
+from tests.perf.subprocesses import LATENCY, REPOSITORY, run_pytest
 
 EVERY_ROW = {f"test_latency[{number.row.id}]" for number in documented.read()}
 FEW = "--gate-rows=7b-batch-*"
@@ -147,10 +149,25 @@ def test_a_gate_that_runs_nothing_is_refused(flag: str, tmp_path: Path) -> None:
     assert "runs no test" in result.output
 
 
-def test_a_scope_of_nothing_is_refused(tmp_path: Path) -> None:
-    result = run_pytest(tmp_path, "--gate", "--gate-rows=8b-*")
-    assert result.status != 0
-    assert "--gate-rows=8b-* matches none of 76 rows" in result.output
+@pytest.mark.parametrize(
+    ("scope", "wrong"),
+    [("8b-*", "8b-*"), ("7b-batch-*,7b-lader-*", "7b-lader-*"), ("7b-*, ", "")],
+    ids=["nothing", "one_of_two_mistyped", "trailing_comma"],
+)
+@pytest.mark.parametrize("gate", [["--gate"], []], ids=["gate", "lenient"])
+def test_a_pattern_that_matches_no_row_is_refused(scope: str, wrong: str, gate: list[str], tmp_path: Path) -> None:
+    result = run_pytest(tmp_path, *gate, f"--gate-rows={scope}")
+    assert result.status == 4
+    assert f"--gate-rows={wrong} matches none of 76 rows" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_fewer_than_one_decode_step_is_refused() -> None:
+    """By the root conftest.py, which run_pytest goes without."""
+    for steps in ("0", "-1", "few"):
+        command = [sys.executable, "-m", "pytest", LATENCY, f"--decode-steps={steps}"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.strip()) == (4, f"ERROR: --decode-steps {steps}: give 1 or more")
 
 
 def test_a_declared_scope_is_said(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from operator import eq, gt, le, lt
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -77,10 +79,25 @@ def cost_of(size: str, phase: Phase, step: str, batch: int = BATCH) -> Cost:
 @pytest.mark.parametrize("graph", SWEEP, ids=str)
 def test_cost_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
     found = graph.lower()
-    if pytestconfig.option.update_baselines:
-        baselines.update(graph, found, pytestconfig.option.update_baselines)
+    if pytestconfig.option.update_graphs:
+        baselines.update(graph, found, pytestconfig.option.update_graphs)
     problem = baselines.verdict(graph, found)
     assert not problem, problem
+
+
+@pytest.mark.parametrize(
+    ("option", "recorded"), [("update_baselines", []), ("update_graphs", ["a reason"])], ids=["latencies", "graphs"]
+)
+def test_recording_latencies_records_no_graph(
+    option: str, recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(baselines, "update", lambda graph, census, reason: found.append(reason))
+    monkeypatch.setattr(Documented, "lower", baselines.load)
+    options: Any = {"update_baselines": None, "update_graphs": None, option: "a reason"}
+    config: Any = SimpleNamespace(option=SimpleNamespace(**options))
+    test_cost_is_the_baseline(SWEEP[0], config)
+    assert found == recorded
 
 
 @pytest.mark.parametrize("size", GRAPH_SIZES)

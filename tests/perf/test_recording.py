@@ -28,6 +28,7 @@ class Machine:
         self.tmp_path = tmp_path
         self.folder = copied_baselines(tmp_path)
         self.identity: dict[str, Any] = {}
+        self.changes: dict[str, Any] = {}
 
     def run(self, *arguments: str, factor: float = 1.0) -> Result:
         standin = {
@@ -36,6 +37,7 @@ class Machine:
             "baselines": str(self.folder),
             "factor": factor,
             "identity": self.identity,
+            "changes": self.changes,
         }
         return run_pytest(self.tmp_path, SCOPE, *arguments, standin=standin)
 
@@ -104,6 +106,35 @@ def test_a_copied_baseline_is_caught(machine: Machine) -> None:
     assert "copied from another machine" in copied.failed[f"test_latency[{ROW}]"]
 
 
+def test_a_refused_recording_is_a_failed_row(machine: Machine) -> None:
+    machine.changes = {"warnings": ["the process may run on 4 NUMA nodes"]}
+    result = machine.run("--update-baselines=first")
+    message = f"{ROW} is not recorded: the process may run on 4 NUMA nodes"
+    assert message in result.failed[f"test_latency[{ROW}]"]
+    assert f"FAILED {ROW}: {message}" in result.output
+    assert "not recorded: 1 rows, which failed as said above" in result.output
+    assert "1 passed" not in result.output
+    assert "During handling" not in result.output
+    assert not machine.path.exists()
+
+
+def test_a_row_that_fails_is_not_recorded(machine: Machine) -> None:
+    machine.changes = {"asked_steps": 2000}
+    result = machine.run("--update-baselines=first")
+    assert "1023 decode steps of 2000 asked for" in result.failed[f"test_latency[{ROW}]"]
+    assert "not recorded: 1 rows" in result.output
+    assert not machine.path.exists()
+
+
+def test_a_damaged_baseline_is_a_failed_row(machine: Machine) -> None:
+    machine.record("first", RUNS[:1])
+    machine.path.write_text("{", encoding="utf-8")
+    result = machine.run()
+    assert "is damaged" in result.failed[f"test_latency[{ROW}]"]
+    assert f"FAILED {ROW}: {machine.path} is damaged" in result.output
+    assert "During handling" not in result.output
+
+
 def test_an_emulated_npu_records_nothing(machine: Machine) -> None:
     machine.identity = {"verified": "emulated (torch_npu 2.13.0, torchair)"}
     result = machine.run("--update-baselines=first")
@@ -124,7 +155,9 @@ def test_a_self_test_records_nothing(tmp_path: Path) -> None:
 def test_judging_and_recording_at_once_is_refused(machine: Machine) -> None:
     for arguments, message in (
         (["--gate", "--update-baselines=x"], "--gate judges and --update-baselines records"),
+        (["--gate", "--update-graphs=x"], "--gate judges and --update-graphs records"),
         (["--update-baselines= "], "--update-baselines needs a reason"),
+        (["--update-graphs="], "--update-graphs needs a reason"),
     ):
         result = machine.run(*arguments)
         assert result.status == 4

@@ -100,7 +100,10 @@ def load(graph: Documented, folder: Path = FOLDER) -> LayeredCensus | None:
 
 
 def update(graph: Documented, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:
-    """Replace the baseline; atomic, and safe beside other processes."""
+    """Replace the baseline; atomic, and safe beside other processes.
+
+    The file's own reason and versions are those of its first record; each graph changed since then has its own.
+    """
     path = path_of(graph.size, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -108,10 +111,24 @@ def update(graph: Documented, census: LayeredCensus, reason: str, folder: Path =
         if content["graphs"].get(graph.key) == census.to_json():
             return
         content["graphs"][graph.key] = census.to_json()
-        content["graphs"] = dict(sorted(content["graphs"].items()))
-        content["reason"] = reason
-        content["versions"] = {name: package_version(name) for name in ("torch", "torch_npu", "transformers")}
-        write_json(path, content)
+        why = {
+            "reason": reason,
+            "versions": {name: package_version(name) for name in ("torch", "torch_npu", "transformers")},
+        }
+        first = {key: content[key] for key in why} if path.exists() else why
+        changed = {**content.get("changed", {}), graph.key: why}
+        if why == first:
+            del changed[graph.key]
+        graphs = dict(sorted(content["graphs"].items()))
+        write_json(path, {**first, "changed": dict(sorted(changed.items())), "graphs": graphs})
+
+
+def provenance(graph: Documented, folder: Path = FOLDER) -> str:
+    """Why its baseline is what it is, and what lowered it, in words."""
+    content = _read(path_of(graph.size, folder))
+    why = content.get("changed", {}).get(graph.key, content)
+    versions = ", ".join(f"{name} {version}" for name, version in why["versions"].items())
+    return f"recorded for {why['reason']!r} with {versions}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,11 +148,12 @@ def verdict(graph: Documented, found: LayeredCensus, folder: Path = FOLDER) -> s
     """Empty if the graph is as its baseline says; else what differs and the way out."""
     expected = load(graph, folder)
     if expected is None:
-        return f"{graph} has no baseline in {path_of(graph.size, folder)}: record one with --update-baselines=REASON"
+        return f"{graph} has no baseline in {path_of(graph.size, folder)}: record one with --update-graphs=REASON"
     changed = difference(expected, found)
     if not changed:
         return ""
     return (
-        f"the graph of {graph} is not what its baseline says ({path_of(graph.size, folder)}); "
-        f"if it should change, update it with --update-baselines=REASON\n{changed}"
+        f"the graph of {graph} is not what its baseline says ({path_of(graph.size, folder)}, "
+        f"{provenance(graph, folder)}); "
+        f"if it should change, update it with --update-graphs=REASON\n{changed}"
     )

@@ -18,11 +18,13 @@ class Ledger:
         verdicts: row id -> verdict of what was measured.
         not_run: row id -> reason.
         recorded: row id -> runs its baseline now has.
+        unrecorded: ids of rows that were to be recorded and failed.
     """
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
     recorded: dict[str, int] = field(default_factory=dict)
+    unrecorded: list[str] = field(default_factory=list)
 
     def unjudged(self, rows: Sequence[Row]) -> list[str]:
         """What a gate has to say of rows without a verdict: nobody asked, or they could not run."""
@@ -62,6 +64,8 @@ class Ledger:
         if self.recorded:
             for runs, count in sorted(Counter(self.recorded.values()).items()):
                 yield f"recorded: {count} rows, whose baselines now have {runs} runs"
+        if self.unrecorded:
+            yield f"not recorded: {len(self.unrecorded)} rows, which failed as said above"
         if not strict:
             yield "without --gate a row that is not compared passes"
 

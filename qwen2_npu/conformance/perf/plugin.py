@@ -54,7 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--update-baselines",
         metavar="REASON",
-        help="record what is measured as this machine's baseline; the reason is kept with it",
+        help="record the latencies measured as this machine's baseline; the reason is kept with it",
+    )
+    group.addoption(
+        "--update-graphs",
+        metavar="REASON",
+        help="record the lowered graphs as they are now in baselines/graphs; the reason is kept with each",
     )
     sizes = [name for name, size in SIZES.items() if size.shards == 1]
     group.addoption(
@@ -69,8 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.gate:
         _refuse_with_gate(option)
-    if option.update_baselines is not None and not option.update_baselines.strip():
-        raise pytest.UsageError("--update-baselines needs a reason: it is kept with the numbers")
+    for flag, reason in _updates(option).items():
+        if reason is not None and not reason.strip():
+            raise pytest.UsageError(f"{flag} needs a reason: it is kept with the numbers")
     if option.random_weights and getattr(option, "model_path", None):
         raise pytest.UsageError("--random-weights and --model-path both name the weights: give one")
     if _is_parallel(config) and not option.gate and hasattr(option, "benchmark_disable"):
@@ -82,8 +88,29 @@ def _refuse_with_gate(option: Any) -> None:
     for name, flag in RUNS_NO_TEST.items():
         if getattr(option, name, False):
             raise pytest.UsageError(f"--gate with {flag} runs no test")
-    if option.update_baselines is not None:
-        raise pytest.UsageError("--gate judges and --update-baselines records: give one of them")
+    for flag, reason in _updates(option).items():
+        if reason is not None:
+            raise pytest.UsageError(f"--gate judges and {flag} records: give one of them")
+
+
+def _updates(option: Any) -> dict[str, str | None]:
+    """What records, each alone: nobody who records latencies means to bless changed graphs as well."""
+    return {"--update-baselines": option.update_baselines, "--update-graphs": option.update_graphs}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What names nothing is refused before tests are collected, in a line.
+
+    After every conftest.py's pytest_configure: the device is known.
+    """
+    option = session.config.option
+    try:
+        if getattr(option, "model_path", None) is not None:
+            laboratory_of(session.config).model_name  # noqa: B018  # reads the checkpoint's configuration
+        if option.gate_rows != EVERY_ROW:
+            gate_of(session.config)
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def _keep_documented_tables(config: pytest.Config) -> None:

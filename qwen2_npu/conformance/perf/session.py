@@ -59,10 +59,8 @@ class LatencyGate:
         self.ledger = Ledger()
         self.documented: dict[str, Documented] = documented.by_id(baselines / documented.SOURCE)
         every = [*(number.row for number in self.documented.values()), *user_rows]
-        self.rows = {row.id: row for row in every if _in_scope(row.id, options.scope)}
+        self.rows = _in_scope(every, options.scope)
         self.outside = len(every) - len(self.rows)
-        if not self.rows:
-            raise pytest.UsageError(f"--gate-rows={options.scope} matches none of {len(every)} rows, as {every[0].id}")
 
     # ---- one row ------------------------------------------------------------------------------------------------
     def check(self, node: pytest.Item, row_id: str, benchmark: Any) -> None:
@@ -73,20 +71,23 @@ class LatencyGate:
         measurable = self._why_not(row)
         if measurable is not None:
             self.not_run(row, measurable)
+        failed: LaunchError | None = None
         try:
             measurement = self.laboratory.measured(row.configuration)
         except LaunchError as error:
-            self.ledger.not_run[row.id] = error.reason
-            pytest.fail(f"row {row.id}: {error}", pytrace=False)
+            failed = error  # pytest would print it a second time, with the stack of what handled it
+        if failed is not None:
+            self.ledger.not_run[row.id] = failed.reason
+            pytest.fail(f"row {row.id}: {failed}", pytrace=False)
         if measurement.samples(row.phase):
             _replay(node, benchmark, measurement.samples(row.phase))
         verdict = self._judge(row)
         self.ledger.verdicts[row.id] = verdict
+        if self.options.reason is not None:
+            self._record(row, verdict, self.options.reason)
         benchmark.extra_info.update(self._facts(row, verdict))
         if verdict.failures:
             pytest.fail(str(verdict), pytrace=False)
-        if self.options.reason is not None:
-            self._record(row)
 
     def not_run(self, row: Row, reason: str) -> NoReturn:
         """Skip the test of ``row``; under --gate, fail it."""
@@ -128,11 +129,12 @@ class LatencyGate:
         stock = self._stock_of_another_version(number)
         card, why_no_card = machine.card_of(self.laboratory.fingerprint)
         store = Recorded(self.baselines, self.laboratory.fingerprint)
-        updating = self.options.reason is not None
-        try:
-            recorded = None if updating else store.baseline(row)
-        except BaselineError as error:
-            pytest.fail(f"row {row.id}: {error}", pytrace=False)
+        recorded, unusable = None, ""
+        if self.options.reason is None:
+            try:
+                recorded = store.baseline(row)
+            except BaselineError as error:
+                unusable = str(error)
         against = Against(
             documented=None if stock else number,
             recorded=recorded,
@@ -146,6 +148,8 @@ class LatencyGate:
         verdict = judge(row, size, measurement, against, strict=self.options.strict, label=label)
         if stock:
             verdict.notes.append(stock)
+        if unusable:
+            verdict.failures.append(unusable)
         return verdict
 
     def _memory(self, row: Row, measurement: Measurement) -> Memory | None:
@@ -200,15 +204,19 @@ class LatencyGate:
             "compared": [comparison.__dict__ for comparison in verdict.comparisons],
         }
 
-    def _record(self, row: Row) -> None:
-        assert self.options.reason is not None
-        store = Recorded(self.baselines, self.laboratory.fingerprint)
-        measurement = self.laboratory.measured(row.configuration)
-        try:
-            baseline = store.record(row, measurement, self.options.reason, fingerprint.commit())
-        except BaselineError as error:
-            pytest.fail(str(error), pytrace=False)
-        self.ledger.recorded[row.id] = len(baseline.runs)
+    def _record(self, row: Row, verdict: Verdict, reason: str) -> None:
+        """Record the row; what is refused fails it, and what failed is not recorded."""
+        if verdict.passed:
+            store = Recorded(self.baselines, self.laboratory.fingerprint)
+            measurement = self.laboratory.measured(row.configuration)
+            try:
+                baseline = store.record(row, measurement, reason, fingerprint.commit())
+            except BaselineError as error:
+                verdict.failures.append(str(error))
+            else:
+                self.ledger.recorded[row.id] = len(baseline.runs)
+                return
+        self.ledger.unrecorded.append(row.id)
 
     # ---- the whole session --------------------------------------------------------------------------------------
     def reproaches(self) -> list[str]:
@@ -250,8 +258,17 @@ class EveryRowWasJudged(pytest.Item):
         return self.path, None, "every row was judged"
 
 
-def _in_scope(row_id: str, scope: str) -> bool:
-    return any(fnmatch.fnmatchcase(row_id, pattern.strip()) for pattern in scope.split(","))
+def _in_scope(rows: Sequence[Row], scope: str) -> dict[str, Row]:
+    """The rows that the patterns of ``scope`` name, by id.
+
+    Raises:
+        pytest.UsageError: a pattern that names none: mistyped, it would leave its rows out unseen.
+    """
+    patterns = [pattern.strip() for pattern in scope.split(",")]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row.id, pattern) for row in rows):
+            raise pytest.UsageError(f"--gate-rows={pattern} matches none of {len(rows)} rows, as {rows[0].id}")
+    return {row.id: row for row in rows if any(fnmatch.fnmatchcase(row.id, pattern) for pattern in patterns)}
 
 
 def _replay(node: pytest.Item, benchmark: Any, samples: Sequence[float]) -> None:

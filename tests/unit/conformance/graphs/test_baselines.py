@@ -33,7 +33,7 @@ def test_what_was_recorded_is_found_and_passes(tmp_path):
 def test_a_change_in_either_direction_fails_with_a_diff(tmp_path, launches):
     baselines.update(GRAPH, layered(), "first record", tmp_path)
     problem = baselines.verdict(GRAPH, layered(launches), tmp_path)
-    assert "--update-baselines=REASON" in problem
+    assert "--update-graphs=REASON" in problem
     changed = [line.split() for line in problem.splitlines() if line[:1] in "+-" and "launches" in line]
     assert ["-", '"launches":', "14"] in changed
     assert ["+", '"launches":', str(launches)] in changed
@@ -47,6 +47,28 @@ def test_the_reason_changes_only_with_the_numbers(tmp_path):
     baselines.update(GRAPH, layered(), "first record", tmp_path)
     baselines.update(GRAPH, layered(), "nothing new", tmp_path)
     assert json.loads((tmp_path / "7B.json").read_text())["reason"] == "first record"
+
+
+def test_each_graph_keeps_its_own_reason_and_versions(tmp_path, monkeypatch):
+    other, third = replace(GRAPH, batch=1), replace(GRAPH, batch=8)
+    for graph in (GRAPH, other, third):
+        baselines.update(graph, layered(), "first record", tmp_path)
+    assert json.loads((tmp_path / "7B.json").read_text())["changed"] == {}  # all of one kind: said once
+    before = {graph: baselines.provenance(graph, tmp_path) for graph in (GRAPH, third)}
+    monkeypatch.setattr(baselines, "package_version", lambda name: "3.0.0")
+    baselines.update(other, layered(13), "torch 3 fuses a cast", tmp_path)
+    assert {graph: baselines.provenance(graph, tmp_path) for graph in before} == before
+    mine = "recorded for 'torch 3 fuses a cast' with torch 3.0.0, torch_npu 3.0.0, transformers 3.0.0"
+    assert baselines.provenance(other, tmp_path) == mine
+    assert mine in baselines.verdict(other, layered(15), tmp_path)
+    assert "'first record'" in baselines.verdict(GRAPH, layered(15), tmp_path)
+
+
+def test_a_graph_that_is_as_it_was_has_the_first_reason_again(tmp_path):
+    baselines.update(GRAPH, layered(), "first record", tmp_path)
+    baselines.update(GRAPH, layered(13), "a fault", tmp_path)
+    baselines.update(GRAPH, layered(), "first record", tmp_path)
+    assert json.loads((tmp_path / "7B.json").read_text())["changed"] == {}
 
 
 def test_every_graph_is_documented_once():

@@ -1,0 +1,45 @@
+"""What pytest refuses before it collects a test; the rest of the plugin is seen at work in tests/perf."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwen2_npu.conformance.perf import plugin
+from qwen2_npu.conformance.perf.session import EVERY_ROW
+
+
+def start(path: Path) -> None:
+    """The start of a session with ``--model-path``."""
+    option = SimpleNamespace(model_path=path, random_weights=None, gate_rows=EVERY_ROW, device="cpu")
+    hook = SimpleNamespace(pytest_qwen2_npu_laboratory=plugin.pytest_qwen2_npu_laboratory)
+    config: Any = SimpleNamespace(option=option, stash=pytest.Stash(), hook=hook)
+    session: Any = SimpleNamespace(config=config)
+    plugin.pytest_sessionstart(session)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ("{", "is no valid JSON"),
+        (json.dumps({"model_type": "llama"}), "model_type='llama'"),
+    ],
+    ids=["empty_folder", "damaged", "another_model"],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(pytest.UsageError, match=message):
+        start(tmp_path)
+    with pytest.raises(pytest.UsageError, match="is no folder"):
+        start(tmp_path / "absent")
+
+
+def test_a_checkpoint_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
+    start(tmp_path)
