@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from typing import Any
 
@@ -50,8 +51,27 @@ class _LazyGroup(click.Group):
             if ctx.params.get("traceback"):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
-            click.echo(f"error: {message}", err=True)
-            sys.exit(BAD_INPUT)
+        except RuntimeError as error:
+            if ctx.params.get("traceback") or not _is_out_of_memory(error):
+                raise
+            message = _out_of_memory(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device, or of the host: for the latter torch has no exception of its own."""
+    torch = sys.modules.get("torch")
+    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    what = f"{asked[1]} more could not be had" if asked else " ".join(str(error).split())
+    return (
+        f"out of memory: {what}; take a smaller batch, fewer tokens, a 16-bit dtype, or a machine with more "
+        "(--traceback before the command shows where)"
+    )
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -83,37 +83,60 @@ def command(
 
     options.quiet_transformers()
     from qwen2_npu.conformance.perf import bench
+    from qwen2_npu.conformance.perf.breakdown import WARM_UP
     from qwen2_npu.conformance.perf.builds import Weights
     from qwen2_npu.conformance.perf.machine import card_of
+    from qwen2_npu.conformance.report import check_writable
     from qwen2_npu.conformance.report.provenance import Provenance
 
     if threads is not None:
         torch.set_num_threads(threads)
     weights = Weights.of_checkpoint(model_path) if model_path is not None else Weights.random(str(random_weights))
+    if json_path is not None:
+        check_writable(json_path)
+    todo = bench.cases(steps, batches)
+    bench.check(
+        weights,
+        todo,
+        mode=mode,
+        device=target,
+        dtype=getattr(torch, dtype),
+        input_tokens=input_len,
+        output_tokens=max(output_len, WARM_UP + 2) if breakdown else output_len,
+    )
     made_by = Provenance.of_device(target)
     card, _ = card_of(made_by.fingerprint)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[Result] = []
-    with Progress(*columns, console=console, transient=True) as bar, torch.no_grad():
-        task = bar.add_task("building the model", total=None)
-        for result in bench.run(
-            weights,
-            bench.cases(steps, batches),
-            mode=mode,
-            device=target,
-            dtype=getattr(torch, dtype),
-            input_tokens=input_len,
-            output_tokens=output_len,
-            card=None if _is_emulated(target) else card,
-            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
-        ):
-            results.append(result)
+    try:
+        with Progress(*columns, console=console, transient=True) as bar, torch.no_grad():
+            task = bar.add_task("building the model", total=None)
+            for result in bench.run(
+                weights,
+                todo,
+                mode=mode,
+                device=target,
+                dtype=getattr(torch, dtype),
+                input_tokens=input_len,
+                output_tokens=output_len,
+                card=None if _is_emulated(target) else card,
+                progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            ):
+                results.append(result)
+                if json_path is not None:
+                    _write(json_path, results, made_by)
+    finally:  # what was measured before a failure stays
+        if results:
+            show(results, console, target)
             if json_path is not None:
-                _write(json_path, results, made_by)
-    show(results, console, target)
-    if json_path is not None:
-        console.print(f"Results: {json_path}", highlight=False)
+                console.print(f"Results: {json_path}", highlight=False)
+        if len(results) < len(todo):
+            case = todo[len(results)]
+            console.print(
+                f"! Stopped at {case.step}, batch {case.batch}: {len(results)} of {len(todo)} cases were measured.",
+                style="yellow", highlight=False,
+            )  # fmt: skip
     if breakdown:
         _show_breakdown(weights, results[-1], mode, target, getattr(torch, dtype), console)
 
@@ -165,6 +188,7 @@ def show(results: list[Result], console: Any, device: str) -> None:
     from rich.table import Table
 
     from qwen2_npu.conformance.environment import how_verified
+    from qwen2_npu.conformance.perf import documented
 
     first = results[0]
     table = Table(
@@ -184,8 +208,12 @@ def show(results: list[Result], console: Any, device: str) -> None:
     console.print(f"Measured on {device}: {how_verified(device)}.", highlight=False)
     if _is_emulated(device):
         console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
-    if any(r.documented_decode_ms is not None for r in results):
+    if any(r.documented_prefill_ms is not None or r.documented_decode_ms is not None for r in results):
         console.print("Documented: the guide's, on an Atlas 800I A2. Only there do they compare.", highlight=False)
+    for step, reason in dict.fromkeys((r.step, reason) for r in results for reason in r.not_documented):
+        console.print(f"{step} beside no documented number: {reason}.", highlight=False)
+    if not documented.is_here():
+        console.print("Documented numbers are in a checkout alone, not in an installed wheel.", highlight=False)
     for problem in dict.fromkeys(text for r in results for text in (*r.faults, *r.warnings)):
         console.print(f"! {problem}", style="yellow", markup=False, highlight=False)
 
@@ -196,17 +224,23 @@ def _show_breakdown(weights: Any, result: Result, mode: str, device: str, dtype:
     from qwen2_npu.conformance.perf import breakdown
 
     measured = breakdown.profile(weights, result.step, mode, device, dtype, result.batch, result.input_tokens)
-    table = Table(title=f"Measured: a decode step of {result.step}, batch {result.batch}, on {device}")
+    table = Table(
+        title=f"Measured on {device}, {measured.time}: a decode step of {result.step}, batch {result.batch}, "
+        f"after {result.input_tokens + breakdown.WARM_UP} tokens"
+    )
     for heading in ("operator", "calls", "ms", "share"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
-    for line in measured:
+    for line in measured.lines:
         table.add_row(line.operator, str(line.calls), f"{line.ms:.2f}", f"{line.share:.0%}")
     console.print(table)
     predicted = breakdown.predicted(weights.size, result.step, result.batch)
     if not predicted:
         console.print("No committed graph of this size, step and batch: no prediction.", highlight=False)
         return
-    table = Table(title="Predicted by the cost model for an Ascend910B4, not measured: a decode step in graph mode")
+    table = Table(
+        title="Predicted by the cost model for an Ascend910B4, not measured: a decode step in graph mode of "
+        f"{result.step}, batch {result.batch}, after {breakdown.PREDICTED_CONTEXT} tokens"
+    )
     for heading in ("GE operator", "launches", "ms", "bound by"):
         table.add_column(heading, justify="left" if heading in ("GE operator", "bound by") else "right")
     for part in predicted:

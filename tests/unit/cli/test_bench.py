@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import CliRunner
+import torch
+from click.testing import CliRunner, Result
 
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.perf import bench, breakdown, documented, protocol
+from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.report.bench import tables
 from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.sizes import SIZES
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
 
 
-def run(*arguments: str):
+def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["bench", *arguments])
 
 
@@ -39,12 +46,145 @@ def test_measures_every_step_and_batch(tmp_path: Path) -> None:
         assert r["documented_decode_ms"] is None  # no table has the tiny model
 
 
-def test_the_breakdown_shows_the_profile(tmp_path: Path) -> None:
+def words(result: Result) -> str:
+    """The output without line breaks and frames."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_breakdown_shows_the_profile_and_whose_time_it_is() -> None:
     result = run(*TINY, "--batch", "1", "--steps", "swiglu", "--breakdown")
     assert result.exit_code == 0, result.output
-    assert "a decode step of swiglu" in result.output
-    assert "npu" in result.output or "aten::" in result.output
+    assert "Measured on cpu, host time: a decode step of swiglu, batch 1, after 18 tokens" in words(result)
+    assert "aten::" in result.output
     assert "no prediction" in result.output
+
+
+def _of_7b(right: Callable[..., Any], *_: Any) -> Any:
+    return right(SIZES["7B"], "fused_qkv", 4)
+
+
+def test_a_prediction_says_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model has none; it borrows the 7B's."""
+    monkeypatch.setattr(breakdown, "predicted", partial(_of_7b, breakdown.predicted))
+    result = run(*TINY, "--batch", "1", "--steps", "fused_qkv", "--breakdown")
+    said = "not measured: a decode step in graph mode of fused_qkv, batch 1, after 1535 tokens"
+    assert said in words(result)
+
+
+# ---- what was measured stays ----------------------------------------------------------------------------------------
+def failing_at_batch_2(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    right = protocol.measure
+
+    def measure(model: Any, *, batch: int, **named: Any) -> Any:
+        if batch == 2:
+            raise error
+        return right(model, batch=batch, **named)
+
+    monkeypatch.setattr(protocol, "measure", measure)
+
+
+OUT_OF_MEMORY = (
+    "NPU out of memory. Tried to allocate 64.00 GiB (NPU 0; 32.00 GiB total capacity; 0 bytes already allocated).\n"
+    "If reserved memory is >> allocated memory try setting max_split_size_mb"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError(OUT_OF_MEMORY),
+            "error: out of memory: 64.00 GiB more could not be had; take a smaller",
+        ),
+        (torch.OutOfMemoryError("no numbers"), "error: out of memory: no numbers; take a smaller batch, fewer tokens"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+            "error: out of memory: 99 bytes more could not be had",
+        ),
+    ],
+)
+def test_out_of_memory_is_one_line_after_what_was_measured(
+    error: RuntimeError, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_at_batch_2(monkeypatch, error)
+    path = tmp_path / "bench.json"
+    result = run(*TINY, "--batch", "1,2,4", "--steps", "swiglu", "--json", str(path))
+    assert result.exit_code == 2
+    assert "Measured on cpu" in result.output
+    assert "Stopped at swiglu, batch 2: 1 of 3 cases were measured." in words(result)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert [r["batch"] for r in json.loads(path.read_text(encoding="utf-8"))["results"]] == [1]
+
+
+def test_any_other_failure_shows_what_was_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_at_batch_2(monkeypatch, RuntimeError("a bug"))
+    result = run(*TINY, "--batch", "1,2", "--steps", "swiglu")
+    assert isinstance(result.exception, RuntimeError)  # with its traceback
+    assert "Measured on cpu" in result.output
+
+
+def test_with_traceback_out_of_memory_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_at_batch_2(monkeypatch, torch.OutOfMemoryError(OUT_OF_MEMORY))
+    result = CliRunner().invoke(main, ["--traceback", "bench", *TINY, "--batch", "2", "--steps", "swiglu"])
+    assert isinstance(result.exception, torch.OutOfMemoryError)
+    assert "Stopped at swiglu, batch 2: 0 of 1 cases" in words(result)
+
+
+# ---- what is refused before any work --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "torchair"], "error: mode='torchair' "),
+        (["--mode", "npugraph_ex", "--steps", "original"], "error: mode='npugraph_ex' captures a graph per shape"),
+        (["--input-len", "3000"], "3000 tokens and 5 new ones need 3005 positions, the model has max_position"),
+        (["--input-len", "100000", "--batch", "48"], "100000 tokens and 5 new ones need"),
+        (["--breakdown", "--input-len", "2046", "--output-len", "2"], "need 2050 positions"),
+        (["--json", "/"], "error: / is a folder: name a file in it"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_built(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Weights, "build", lambda *rest: pytest.fail("a model was built"))
+    result = run(*TINY, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Weights, "build", lambda *rest: pytest.fail("a model was built"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = run(*TINY, "--json", str(tmp_path / "file" / "bench.json"))
+    assert result.exit_code == 2
+    assert "bench.json cannot be written" in result.output
+
+
+def test_too_little_memory_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(Weights, "build", lambda *rest: pytest.fail("a model was built"))
+    result = run(*TINY, "--steps", "swiglu")
+    assert result.exit_code == 2
+    assert "error: swiglu, batch 1, needs" in result.output
+
+
+def test_an_installed_wheel_measures_without_the_documented_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documented, "BASELINES", tmp_path)
+    result = run(*TINY, "--batch", "1", "--steps", "swiglu")
+    assert result.exit_code == 0, result.output
+    assert "Documented numbers are in a checkout alone, not in an installed wheel." in words(result)
+
+
+def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / documented.SOURCE).write_text("numbers = ", encoding="utf-8")
+    monkeypatch.setattr(documented, "BASELINES", tmp_path)
+    monkeypatch.setattr(Weights, "build", lambda *rest: pytest.fail("a model was built"))
+    result = run(*TINY)
+    assert result.exit_code == 2
+    assert "documented.toml is no valid TOML" in result.output
 
 
 @pytest.mark.parametrize(
