@@ -103,17 +103,15 @@ def check_positions(positions: int, total: int, position_ids: torch.Tensor | Non
             raise ValueError(f"position_ids holds {low if low < 0 else high}, {way_out}")
 
 
-def kept_positions(logits_to_keep: int | torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor | None:
-    """The positions (K,) or () whose logits are wanted, in the order they are wanted in; None for all as they stand.
+def kept_positions(logits_to_keep: int | torch.Tensor, tokens: int) -> slice | torch.Tensor | None:
+    """What indexes the positions whose logits are wanted; None for all as they stand.
 
     Args:
         logits_to_keep: the last so many, 0 for all; or whatever may index the tokens' axis, as for the stock model.
     """
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep == 0:
-            return None
-        return torch.arange(tokens, device=device)[-logits_to_keep:]
-    return torch.arange(tokens, device=device)[logits_to_keep.to(device)]
+    if not isinstance(logits_to_keep, int):
+        return logits_to_keep
+    return None if logits_to_keep == 0 or logits_to_keep >= tokens else slice(-logits_to_keep, None)
 
 
 def _extremes(values: torch.Tensor) -> tuple[int, int]:

@@ -62,11 +62,11 @@ class Rows:
         """Compact rows (B, S, …) -> as given; what stands at padding is unspecified."""
         return values if self.order is None else _take(values, torch.argsort(self.order, dim=1))
 
-    def find(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B, K) compact positions of the ``positions`` (K,) as given."""
+    def find(self, wanted: slice | torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
+        """(B, K) compact positions of the K positions as given that ``wanted`` takes out of the ``tokens``."""
         if self.order is None:
-            return positions.repeat(len(self.lengths), 1)
-        return torch.argsort(self.order, dim=1)[:, positions]
+            return torch.arange(tokens, device=device)[wanted].repeat(len(self.lengths), 1)
+        return torch.argsort(self.order, dim=1)[:, wanted]
 
 
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

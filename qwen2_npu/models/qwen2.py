@@ -23,7 +23,6 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
-from qwen2_npu import checkpoint
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.compat import (
     CACHE_NAME,
@@ -42,6 +41,7 @@ from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_t
 from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.sources import check_heads
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
@@ -154,7 +154,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     _supports_cache_class = True
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
-        checkpoint.check_heads(config)
+        check_heads(config)
         check_config(config)
         config = copy.deepcopy(config)
         config._attn_implementation = (
@@ -308,8 +308,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1).contiguous()
         over_all = labels is not None and labels.shape[1] == tokens
-        kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens, given.device)
-        wanted = None if kept is None else kept.reshape(-1)
+        kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens)
+        one = isinstance(kept, torch.Tensor) and kept.dim() == 0
+        wanted = kept.reshape(1) if isinstance(kept, torch.Tensor) and one else kept
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
         recording = record if output_attentions or output_hidden_states else None
         if self.optimizations.fixed_kv_cache:
@@ -320,7 +321,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             logits = self._forward_fixed(given, attention_mask, position_ids, cache, wanted, recording)
         else:
             logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
-        if kept is not None and kept.dim() == 0:
+        if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]
         if live is not None and wanted is not None:
@@ -341,7 +342,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: FixedKVCache | None,
-        wanted: torch.Tensor | None,
+        wanted: slice | torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
     ) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
@@ -363,7 +364,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        index = None if wanted is None or phase == "decode" else rows.find(wanted)
+        index = None if wanted is None or phase == "decode" else rows.find(wanted, tokens, given.device)
         if phase in compiled:
             arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
             logits = compiled[phase](*arguments)
@@ -381,7 +382,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        wanted: torch.Tensor | None,
+        wanted: slice | torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
     ) -> torch.Tensor:
         """Padded rows and the stock growing cache, masked as the stock model does."""

@@ -140,7 +140,7 @@ def step_arguments(
     caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
     if phase == "decode":
         return model.decode_step, (ids, inputs, caches)
-    index = rows.last(1, tokens, device) if model.optimizations.last_token_logits else None
+    index = rows.find(slice(-1, None), tokens, device) if model.optimizations.last_token_logits else None
     return model.prefill_step, (ids, inputs, caches, index)
 
 
@@ -155,7 +155,7 @@ def growing_arguments(
             past = torch.zeros(shape, dtype=model.dtype, device=model.device)
             cache.update(past, past.clone(), layer)
     ids = torch.zeros(batch, prompt if phase == "prefill" else 1, dtype=torch.int64, device=model.device)
-    return model._forward_growing, (ids, None, None, cache, 0, None)
+    return model._forward_growing, (ids, None, None, cache, None, None)
 
 
 def lower_call(

@@ -7,8 +7,6 @@ import torch
 
 from qwen2_npu.models import arguments
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -66,7 +64,7 @@ def test_positions_without_a_row_in_the_table(total, positions, message):
 @pytest.mark.parametrize(
     ("keep", "positions"),
     [
-        (0, None),
+        (0, [0, 1, 2, 3, 4]),
         (2, [3, 4]),
         (9, [0, 1, 2, 3, 4]),
         (torch.tensor([-1, 0]), [4, 0]),
@@ -75,5 +73,9 @@ def test_positions_without_a_row_in_the_table(total, positions, message):
     ],
 )
 def test_kept_positions_are_those_that_the_stock_model_takes(keep, positions):
-    kept = arguments.kept_positions(keep, 5, CPU)
-    assert (None if kept is None else kept.tolist()) == positions
+    kept = arguments.kept_positions(keep, 5)
+    assert torch.arange(5)[slice(None) if kept is None else kept].tolist() == positions
+
+
+def test_a_decode_step_keeps_its_one_position_without_an_index():
+    assert arguments.kept_positions(1, 1) is None
