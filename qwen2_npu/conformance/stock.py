@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,19 @@ _MAJOR = int(transformers.__version__.split(".")[0])
 HEAD_DIM_IS_FREE = _MAJOR >= 5
 """Whether the stock Qwen2 reads ``config.head_dim`` (4.37 takes hidden_size / num_attention_heads)."""
 
+_INITIALISATION = "transformers.initialization" if _MAJOR >= 5 else "transformers.modeling_utils"
+"""Where ``no_init_weights`` is."""
+
+
+def uninitialised(config: Qwen2Config) -> PreTrainedModel:
+    """The stock model on the CPU, in the default dtype, with parameters that hold anything: the caller fills them."""
+    from transformers import Qwen2ForCausalLM as StockQwen2
+
+    with torch.device("cpu"), import_module(_INITIALISATION).no_init_weights():
+        model = StockQwen2(config)
+    model.tie_weights()
+    return model
+
 
 def stock_from_state_dict(
     config: Qwen2Config,
@@ -35,21 +49,17 @@ def stock_from_state_dict(
 
     (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
     """
-    from transformers import Qwen2ForCausalLM as StockQwen2
-
     config = _with_eager_attention(config)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("cpu"):
-            model = StockQwen2(config)
+        model = uninitialised(config)
     finally:
         torch.set_default_dtype(previous)
     missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
     absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     if absent or unexpected:
         raise ValueError(f"state dict does not fit the stock Qwen2: missing {absent}, unexpected {list(unexpected)}")
-    model.tie_weights()
     return model.eval().to(device)
 
 

@@ -9,6 +9,8 @@ import transformers
 from transformers import Qwen2Config
 from transformers import Qwen2ForCausalLM as StockQwen2
 
+from qwen2_npu.conformance.stock import uninitialised
+
 V4 = transformers.__version__.startswith("4.")
 
 
@@ -25,8 +27,8 @@ def small_config(**changes: Any) -> Qwen2Config:
 
 def small_stock(config: Qwen2Config | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> StockQwen2:
     """A stock model with weights large enough that logits differ clearly."""
+    model = uninitialised(config if config is not None else small_config()).eval()
     torch.manual_seed(seed)
-    model = StockQwen2(config if config is not None else small_config()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.08 if parameter.dim() > 1 else 0.3)
