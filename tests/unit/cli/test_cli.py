@@ -60,11 +60,13 @@ def test_verify_without_a_tokenizer(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-def test_verify_fails_on_a_fault_and_says_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiny_checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_verify_fails_on_a_fault_and_says_where(tiny_checkpoint: bool, tmp_path: Path) -> None:
     fault = next(fault for fault in FAULTS if fault.name == "rope_halves_swapped")
     path = tmp_path / "verify.json"
+    model = () if tiny_checkpoint else ("--model-path", small_folder(tmp_path / "model"))
     with fault.active():
-        result = run("verify", "--json", path, "--steps", "flash_attention")
+        result = run("verify", "--json", path, "--steps", "flash_attention", *model)
     assert result.exit_code == 1
     report = json.loads(path.read_text(encoding="utf-8"))
     assert not report["passed"]

@@ -26,8 +26,8 @@ FAST = [name for name in CHECKS if name not in SLOW]
 
 def launch(count: int, folder: Path, *names: str, **environment: str) -> list[dict[str, str]]:
     """What each of ``count`` ranks found: check -> "" or what went wrong."""
-    command = [sys.executable, "-m", "qwen2_npu.emulator", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), "-m", ranks.__name__, str(folder), *names]
+    command = [sys.executable, "-m", "qwen2_npu.cli", "emulate", "--", sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc-per-node", str(count), "-m", ranks.__name__, str(folder), *names]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -30,14 +31,27 @@ def start(script: str, device: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def on_both(script: str, folder: Path, *arguments: str) -> tuple[dict, dict]:
-    """What the script wrote on the NPU, in a process under ``emulate``, and on the CPU, in this one."""
-    running = start(script, "npu", *arguments, str(folder / "npu.json"))
+def run_here(script: str, device: str, *arguments: str) -> None:
+    gc.collect()  # scripts read memory statistics: what other tests have left must not be freed meanwhile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, "cpu", *arguments, str(folder / "cpu.json")])
+        patch.setattr(sys, "argv", [script, device, *arguments])
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-    said, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, said[-4000:]
+
+
+def on_both(script: str, folder: Path, *arguments: str, here: bool = False) -> tuple[dict, dict]:
+    """What the script wrote on the NPU, in a process under ``emulate``, and on the CPU, in this one.
+
+    Args:
+        here: on the NPU in this process, too, which is emulated as well.
+    """
+    if here:
+        run_here(script, "npu", *arguments, str(folder / "npu.json"))
+        run_here(script, "cpu", *arguments, str(folder / "cpu.json"))
+    else:
+        running = start(script, "npu", *arguments, str(folder / "npu.json"))
+        run_here(script, "cpu", *arguments, str(folder / "cpu.json"))
+        said, _ = running.communicate(timeout=300)
+        assert running.returncode == 0, said[-4000:]
     npu, cpu = (json.loads((folder / f"{device}.json").read_text()) for device in ("npu", "cpu"))
     return npu, cpu
 
@@ -47,8 +61,10 @@ def test_scripts_import_nothing_of_this_project():
         assert "qwen2_npu" not in path.read_text(), path
 
 
-def test_the_tour_of_torch_npu(tmp_path):
-    npu, cpu = on_both("torch_npu_tour.py", tmp_path)
+# A process of its own takes seconds to start. In the fast lane test_collectives starts some under emulate.
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_tour_of_torch_npu(here, tmp_path):
+    npu, cpu = on_both("torch_npu_tour.py", tmp_path, here=here)
     assert npu.keys() == cpu.keys()
     for part, expected in cpu.items():
         assert npu[part] == (expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-5)), part
