@@ -75,17 +75,9 @@ def check_device(device: str | None) -> str:
                 )
             )
         device = "npu"
-    import torch
+    from qwen2_npu.devices import usable
 
-    if device.startswith("npu") and importlib.util.find_spec("torch_npu") is not None:
-        importlib.import_module("torch_npu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
-        raise ValueError(
-            f"--device {device}: not usable here ({str(error).splitlines()[0]}); use cpu, or see `qwen2-npu doctor`"
-        ) from error
-    return device
+    return str(usable(device, given_as=f"--device {device}"))
 
 
 def quiet_transformers() -> None:

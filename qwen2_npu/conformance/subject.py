@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2_npu import checkpoint
+from qwen2_npu.checkpoint import skeleton
 from qwen2_npu.conformance import explain, stock, teacher, text, tiny
-from qwen2_npu.conformance.batches import Batch, random_batch, text_batch
+from qwen2_npu.conformance.batches import BATCH_SHAPES, Batch, random_batch, text_batch
 from qwen2_npu.conformance.compare import Comparison, compare_traces
 from qwen2_npu.conformance.configs import random_state_dict, small_config
 from qwen2_npu.conformance.explain import Build, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.sources import open_checkpoint, parse_dtype, read_generation_config
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
@@ -69,11 +70,17 @@ class Subject:
         """A checkpoint folder; None for the tiny one of the package.
 
         Raises:
-            CheckpointError: the folder is unusable, or a weight is NaN or infinite, naming it.
+            CheckpointError: the folder is unusable, its tokenizer does not fit it, or a weight is NaN or infinite,
+                naming it.
         """
         folder = Path(path) if path is not None else tiny.path()
-        source = checkpoint.open_checkpoint(folder)
-        parsed = checkpoint.parse_dtype(dtype) or source.stored_dtype()
+        source = open_checkpoint(folder)
+        # What does not fit is found here, and named, before the stock model meets it in its own way.
+        skeleton(lambda: Qwen2ForCausalLM(source.config), source)
+        read_generation_config(folder)
+        tokenizer = load_tokenizer(folder)
+        check_texts(source.config, tokenizer, decode_steps, str(folder))
+        parsed = parse_dtype(dtype) or source.stored_dtype()
         baseline = stock.stock_from_pretrained(folder, dtype=parsed, device=device)
         check_finite(baseline.state_dict(), str(folder))
 
@@ -87,7 +94,7 @@ class Subject:
             baseline=baseline,
             reference=stock.exact_reference(baseline),
             build=build,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=tokenizer,
             decode_steps=decode_steps,
         )
 
@@ -230,7 +237,7 @@ class Subject:
 
     def encode(self, content: str) -> list[int]:
         """Token ids as the checkpoint's own tokenizer makes them."""
-        return list(self.tokenizer(content)["input_ids"])
+        return encode(self.tokenizer, content)
 
     def _decode_token(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
@@ -244,9 +251,10 @@ class Subject:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's, or else what ends a text, or else 0: it is masked either way."""
+        """The tokenizer's, or else what ends a text, or else 0, where the model knows it: it is masked either way."""
         candidates = (getattr(self.tokenizer, "pad_token_id", None), *self.eos_token_ids)
-        return next((token for token in candidates if token is not None), 0)
+        vocabulary = self.baseline.config.vocab_size
+        return next((token for token in candidates if token is not None and token < vocabulary), 0)
 
 
 def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -262,6 +270,37 @@ def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
         raise CheckpointError(
             f"{where}: tensor {name} has {nans} NaN and {infinities} infinite of {tensor.numel()} values in "
             f"{tensor.dtype}; fetch the checkpoint again, or use a wider dtype if only the cast overflows"
+        )
+
+
+def encode(tokenizer: Any, content: str) -> list[int]:
+    """Token ids of a text."""
+    return list(tokenizer(content)["input_ids"])
+
+
+def check_texts(config: Any, tokenizer: Any, decode_steps: int, where: str) -> None:
+    """Refuse a model that the texts and batches which it is compared on do not fit.
+
+    Args:
+        tokenizer: None where the batches are random tokens.
+
+    Raises:
+        CheckpointError: a token outside the vocabulary, or too few positions.
+    """
+    needed = max(max(lengths) for lengths in BATCH_SHAPES.values()) + decode_steps
+    if tokenizer is not None:
+        heldout, *prompts = (encode(tokenizer, content) for content in (tiny.heldout_text(), *tiny.prompts()))
+        largest = max(token for ids in (heldout, *prompts) for token in ids)
+        if largest >= config.vocab_size:
+            raise CheckpointError(
+                f"{where}: its tokenizer makes token id {largest}, and the model has vocab_size={config.vocab_size}: "
+                "fetch the tokenizer that belongs to it"
+            )
+        needed = max(needed, PERPLEXITY_WINDOW, *(len(ids) + SAMPLE_TOKENS for ids in prompts))
+    if needed > config.max_position_embeddings:
+        raise CheckpointError(
+            f"{where}: max_position_embeddings={config.max_position_embeddings}, and the texts it is compared on need "
+            f"{needed}: raise it in a copy of config.json; the comparison holds at any position"
         )
 
 

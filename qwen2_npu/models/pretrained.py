@@ -2,20 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import Qwen2Config
+from transformers import GenerationConfig, Qwen2Config
 
-from qwen2_npu import checkpoint
+from qwen2_npu import checkpoint, sources
 from qwen2_npu.compat import set_torch_dtype
+from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import Optimizations
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+
+ACCELERATOR_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""transformers' ways to spread a model over its accelerators. Here it goes to one: the current, or else the CPU."""
+
+
+class Refused(NamedTuple):
+    """A keyword of transformers that has no effect here: the way out, and the values that ask for none."""
+
+    way_out: str
+    harmless: tuple[Any, ...] = (None, False, "")
+
+
+LOADING_HARMLESS = (
+    *("cache_dir", "force_download", "local_files_only", "mirror", "proxies", "resume_download", "revision", "token"),
+    *("tqdm_class", "trust_remote_code", "use_auth_token", "_commit_hash", "_from_auto", "_from_pipeline"),
+    *("disable_mmap", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict", "weights_only"),
+    *("adapter_kwargs", "adapter_name", "allow_all_kernels", "use_flash_attention_2", "_fast_init"),
+)
+"""About downloads, remote code, and how the stock class reads and computes: there is nothing of it here."""
+
+SAVING_HARMLESS = ("save_peft_format", "save_original_format", "token", "use_auth_token")
+
+_NO_QUANTISATION = Refused("load the checkpoint in bf16, fp16 or fp32")
+_ONE_DEVICE = Refused("the model goes to one device whole; choose it with device='npu:0'")
+_NO_OTHER_FORMAT = Refused("only PyTorch weights are read; convert them with transformers")
+_NO_KERNELS = Refused("which operators compute is chosen by optimizations=Optimizations(...)")
+
+LOADING_REFUSED: dict[str, Refused] = {
+    "attn_implementation": Refused(
+        _NO_KERNELS.way_out, harmless=(None, "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+    ),
+    "experts_implementation": _NO_KERNELS,
+    "use_kernels": _NO_KERNELS,
+    "kernel_config": _NO_KERNELS,
+    "fusion_config": _NO_KERNELS,
+    "quantization_config": _NO_QUANTISATION,
+    "load_in_8bit": _NO_QUANTISATION,
+    "load_in_4bit": _NO_QUANTISATION,
+    "max_memory": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "tp_size": _ONE_DEVICE,
+    "device_mesh": _ONE_DEVICE,
+    "distributed_config": _ONE_DEVICE,
+    "from_tf": _NO_OTHER_FORMAT,
+    "from_flax": _NO_OTHER_FORMAT,
+    "gguf_file": _NO_OTHER_FORMAT,
+    "use_safetensors": Refused("name the pickled file: weights_file='pytorch_model.bin'", harmless=(None, True)),
+    "variant": Refused("name the file: weights_file='model.VARIANT.safetensors'"),
+    "key_mapping": Refused("rename the tensors and pass them to from_state_dict"),
+    "state_dict": Refused("pass it to from_state_dict"),
+    "ignore_mismatched_sizes": Refused("a tensor that does not fit is an error here; correct the checkpoint"),
+    "output_loading_info": Refused("tensors that are missing or do not fit are errors here, so there is none to give"),
+}
+
+SAVING_REFUSED: dict[str, Refused] = {
+    "safe_serialization": Refused("that would write pickle; checkpoints are written as safetensors only", (None, True)),
+    "push_to_hub": Refused("nothing is uploaded; save to a folder and upload it with `hf upload`"),
+    "state_dict": Refused("the model's own weights are saved; make a model of others with from_state_dict"),
+    "save_function": Refused("leave it out; checkpoints are written as safetensors only"),
+    "variant": Refused("leave it out and choose another folder"),
+    "distributed_checkpoint": Refused("leave it out; each process holds the whole model"),
+}
 
 
 class CheckpointIO:
@@ -28,42 +92,46 @@ class CheckpointIO:
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        device_map: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         optimizations: Optimizations | None = None,
         weights_file: str | None = None,
-        config: Qwen2Config | None = None,
-        low_cpu_mem_usage: bool = True,
-        trust_remote_code: bool = False,
+        config: Qwen2Config | str | Path | None = None,
+        generation_config: GenerationConfig | None = None,
+        subfolder: str = "",
+        **others: Any,
     ) -> Qwen2ForCausalLM:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
 
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
             dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
-            device: where to; ``device_map`` is accepted with one device. Default cpu.
-            weights_file: a file of the folder in another format than safetensors (pytorch_model.bin), by name only.
-            config: instead of the folder's config.json.
-            low_cpu_mem_usage: accepted; loading always is.
-            trust_remote_code: accepted; no remote code is ever run.
+            device: where to, one device. Default cpu. ``device_map`` names it, too; "auto" is the accelerator, if any.
+            weights_file: weights in another file than the usual safetensors ones, or the index of several; pickled
+                weights (pytorch_model.bin) are read by name only.
+            config: instead of the folder's config.json; or the folder of another one.
+            generation_config: instead of the folder's generation_config.json.
+            subfolder: of the folder, where the checkpoint lies.
+            others: fields of the configuration that take another value, ``use_cache=False``; and the remaining keywords
+                of transformers, as far as they ask for nothing that there is not: see the tables of this module.
 
         Raises:
             CheckpointError: what is wrong with the folder, naming file and tensor.
+            UnsupportedError: a keyword, with its value, that would have to be ignored.
+            TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
-        if device_map == "auto":
-            device_map = None
-        if isinstance(device_map, dict):
-            raise UnsupportedError(
-                f"device_map={device_map!r}: pass one device, device='npu:0'; see tensor parallelism for more"
-            )
-        source = checkpoint.open_checkpoint(pretrained_model_name_or_path, config=config, weights_file=weights_file)
+        changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
+        folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
+        configuration = _configuration(folder if config is None else config, changes)
+        target = one_device(device, device_map)
+        source = sources.open_checkpoint(folder, config=configuration, weights_file=weights_file)
+        generation_config = generation_config or sources.read_generation_config(folder)
         model: Any = checkpoint.build(
-            lambda: cls(source.config, optimizations),
+            lambda: cls(configuration, optimizations),
             source,
-            dtype=checkpoint.parse_dtype(dtype if dtype is not None else torch_dtype),
-            device=torch.device(device or device_map or "cpu"),
+            dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
+            device=target,
         )
-        generation_config = source.generation_config()
         if generation_config is not None:
             model.generation_config = generation_config
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
@@ -83,33 +151,97 @@ class CheckpointIO:
         """The model with the weights of a stock state dict (names of the stock class).
 
         Raises:
-            CheckpointError: missing, unexpected or mis-shaped tensors.
+            CheckpointError: missing, unexpected or mis-shaped tensors, or quantised ones.
         """
         model: Qwen2ForCausalLM = checkpoint.build(
             lambda: cls(config, optimizations),
-            checkpoint.StateDictSource(config, state_dict),
+            sources.StateDictSource(config, state_dict),
             dtype=dtype,
-            device=torch.device(device or "cpu"),
+            device=one_device(device, None),
         )
         return model
 
     def save_pretrained(
-        self: Any, save_directory: str | Path, *, max_shard_size: int | str = "5GB", safe_serialization: bool = True
+        self: Any,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        **others: Any,
     ) -> None:
         """Write the ordinary Hugging Face layout, tensors bit-identical to what was loaded (in the dtype held).
 
         Every file is written beside its place and moved there when complete: a failure leaves what was there before.
 
+        Args:
+            is_main_process: False where another process writes the same model: nothing is written then.
+            others: the remaining keywords of transformers, as far as they ask for nothing that there is not.
+
         Raises:
             CheckpointError: the folder cannot be written (disk full, no permission).
+            UnsupportedError: a keyword, with its value, that would have to be ignored.
+            TypeError: a keyword that is not transformers'.
         """
-        if not safe_serialization:
-            raise UnsupportedError(
-                "safe_serialization=False would write pickle; checkpoints are written as safetensors only"
-            )
+        unknown = effective("save_pretrained", others, SAVING_HARMLESS, SAVING_REFUSED)
+        if unknown:
+            raise TypeError(f"save_pretrained() takes no argument {', '.join(unknown)}")
+        if not is_main_process:
+            return
         set_torch_dtype(self.config, self.dtype)
         checkpoint.save(self, Path(save_directory), max_shard_size=max_shard_size)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
         """The weights under the stock class's names: fused ones as views of their parts, tied ones once."""
         return checkpoint.stock_state_dict(self)
+
+
+def effective(
+    function: str, given: Mapping[str, Any], harmless: Collection[str], refused: Mapping[str, Refused]
+) -> dict[str, Any]:
+    """The keywords in ``given`` that neither table knows.
+
+    Raises:
+        UnsupportedError: one is refused with the value it has.
+    """
+    for name, value in given.items():
+        if name in refused and value not in refused[name].harmless:
+            shown = " ".join(reprlib.repr(value).split())
+            raise UnsupportedError(f"{function}({name}={shown}): {refused[name].way_out}")
+    return {name: value for name, value in given.items() if name not in harmless and name not in refused}
+
+
+def one_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
+    """The one device that ``device`` and ``device_map`` stand for; cpu where neither is given.
+
+    Raises:
+        UnsupportedError: there are several, or it is not usable here.
+    """
+    if isinstance(device_map, str) and device_map in ACCELERATOR_MAPS:
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    mapped = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    named = {str(each): each for each in (device, *mapped) if each is not None}
+    if len(named) > 1:
+        raise UnsupportedError(f"device={device!r}, device_map={device_map!r}: {_ONE_DEVICE.way_out}")
+    return usable(next(iter(named.values()), "cpu"))
+
+
+def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) -> Qwen2Config:
+    """A configuration, or that of a folder with ``changes``, as transformers takes them.
+
+    Raises:
+        CheckpointError: the folder has none that is served.
+        UnsupportedError: ``given`` is a configuration of another class.
+        TypeError: a change of a field that there is not, or of a configuration that the caller has in hand.
+    """
+    if isinstance(given, (str, Path)):
+        config = sources.read_config(Path(given).expanduser(), **changes)
+        unknown = [name for name in changes if not hasattr(config, name)]
+        reason = "it is neither a keyword of transformers nor a field of config.json"
+    elif isinstance(given, Qwen2Config):
+        config, unknown = given, list(changes)
+        reason = "with config= a Qwen2Config, set its fields in that"
+    else:
+        raise UnsupportedError(f"config={type(given).__name__}: pass a Qwen2Config, or a folder with a config.json")
+    if unknown:
+        raise TypeError(f"from_pretrained() takes no argument {', '.join(unknown)}: {reason}")
+    return config

@@ -14,10 +14,10 @@ import qwen2_npu
 PACKAGE = Path(qwen2_npu.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "optimizations"),
+    ("errors", "optimizations", "devices"),
     ("ops",),
     ("emulator",),
-    ("compat", "cache", "checkpoint"),
+    ("compat", "cache", "sources", "checkpoint"),
     ("models",),
     ("graph",),
     ("conformance",),

@@ -18,6 +18,7 @@ from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.sources import read_config
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -98,7 +99,7 @@ class Weights:
         """Raises:
         CheckpointError: what is wrong with the folder.
         """
-        return cls(size_of(checkpoint.read_config(path), path.name), path)
+        return cls(size_of(read_config(path), path.name), path)
 
     @property
     def description(self) -> str:
@@ -106,7 +107,7 @@ class Weights:
         return "random" if self.path is None else self.path.name
 
     def config(self) -> Qwen2Config:
-        return self.size.config() if self.path is None else checkpoint.read_config(self.path)
+        return self.size.config() if self.path is None else read_config(self.path)
 
     def build(self, configuration: Configuration, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         """The model of ``configuration``, on ``device``, compiled for graph rows.

@@ -1,0 +1,197 @@
+"""transformers' keywords of ``from_pretrained`` and ``save_pretrained``: taken, honoured, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
+
+from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.models import pretrained
+from tests.unit.small import small_config, small_stock
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stock")
+    small_stock().save_pretrained(path, safe_serialization=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return Qwen2ForCausalLM.from_pretrained(folder)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+def test_keywords_that_ask_for_nothing(folder):
+    """Every harmless keyword with a value, every refused one with the values that mean its default."""
+    given = dict.fromkeys(pretrained.LOADING_HARMLESS, "x")
+    for name, refused in pretrained.LOADING_REFUSED.items():
+        for value in refused.harmless:
+            pretrained.effective("from_pretrained", {name: value}, (), pretrained.LOADING_REFUSED)
+        given[name] = refused.harmless[-1]
+    assert isinstance(Qwen2ForCausalLM.from_pretrained(folder, **given), Qwen2ForCausalLM)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash_attention_2"])
+def test_a_usual_call(folder, implementation):
+    Qwen2ForCausalLM.from_pretrained(
+        folder, attn_implementation=implementation, local_files_only=True, use_safetensors=True, revision="main",
+        cache_dir="/nowhere", token=None, low_cpu_mem_usage=True, quantization_config=None, max_memory=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", pretrained.LOADING_REFUSED)
+def test_what_would_be_ignored_is_refused_by_name_and_value(folder, name):
+    with pytest.raises(UnsupportedError, match=rf"^from_pretrained\({name}='x\.y'\): \w.{{20,}}") as caught:
+        Qwen2ForCausalLM.from_pretrained(folder, **{name: "x.y"})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_value_is_cut(folder):
+    with pytest.raises(UnsupportedError, match=r"state_dict=.*from_state_dict") as caught:
+        Qwen2ForCausalLM.from_pretrained(folder, state_dict={str(i): torch.ones(30, 30) for i in range(99)})
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_of_the_configuration_are_changed(folder):
+    model = Qwen2ForCausalLM.from_pretrained(folder, use_cache=False, rms_norm_eps=1e-3)
+    assert (model.config.use_cache, model.config.rms_norm_eps) == (False, 1e-3)
+    with torch.no_grad():
+        stock = type(small_stock()).from_pretrained(folder, rms_norm_eps=1e-3)
+        ids = torch.arange(1, 9)[None]
+        assert (model(ids).logits - stock(ids).logits).abs().max() < 2e-4
+
+
+def test_a_changed_size_does_not_fit_the_weights(folder):
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \(199, 256\), expected \(200, 256\)"):
+        Qwen2ForCausalLM.from_pretrained(folder, vocab_size=200)
+    with pytest.raises(CheckpointError, match=r"num_key_value_heads=3 does not divide"):
+        Qwen2ForCausalLM.from_pretrained(folder, num_key_value_heads=3)
+
+
+def test_a_keyword_that_nobody_knows(folder):
+    with pytest.raises(TypeError, match=r"takes no argument warp_drive: it is neither a keyword of transformers nor"):
+        Qwen2ForCausalLM.from_pretrained(folder, warp_drive=9)
+    with pytest.raises(TypeError, match=r"takes no argument use_cache: with config= a Qwen2Config, set its fields"):
+        Qwen2ForCausalLM.from_pretrained(folder, config=small_config(), use_cache=False)
+
+
+def test_config_is_one_or_the_folder_of_one(folder, tmp_path):
+    small_config(rms_norm_eps=1e-3).save_pretrained(tmp_path)
+    for config in (tmp_path, str(tmp_path), small_config(rms_norm_eps=1e-3)):
+        assert Qwen2ForCausalLM.from_pretrained(folder, config=config).config.rms_norm_eps == 1e-3
+    assert Qwen2ForCausalLM.from_pretrained(folder, config=str(tmp_path), use_cache=False).config.use_cache is False
+    with pytest.raises(CheckpointError, match=r"model path '.*nowhere' is no folder"):
+        Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path / "nowhere")
+    with pytest.raises(UnsupportedError, match=r"config=LlamaConfig: pass a Qwen2Config, or a folder"):
+        Qwen2ForCausalLM.from_pretrained(folder, config=LlamaConfig())
+
+
+def test_subfolder_and_generation_config(folder):
+    given = GenerationConfig(max_new_tokens=7, pad_token_id=0)
+    model = Qwen2ForCausalLM.from_pretrained(folder.parent, subfolder=folder.name, generation_config=given)
+    assert model.generation_config is given
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"device": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": {"model": "cpu", "lm_head": torch.device("cpu")}},
+        {"device_map": "cpu", "device": torch.device("cpu")},
+    ],
+    ids=str,
+)
+def test_one_device(folder, given):
+    assert Qwen2ForCausalLM.from_pretrained(folder, **given).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("spread", pretrained.ACCELERATOR_MAPS)
+def test_spread_over_accelerators_is_the_current_one(folder, spread):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    expected = "cpu" if accelerator is None else accelerator.type
+    assert Qwen2ForCausalLM.from_pretrained(folder, device_map=spread).device.type == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, r"device_map=\{.*'disk'\}: the model goes to one device"),
+        ({"device": "cpu", "device_map": "cuda:1"}, r"device='cpu', device_map='cuda:1': the model goes to one device"),
+        ({"device": "nope"}, r"device='nope': not usable here"),
+        ({"device_map": "nope"}, r"device='nope': not usable here"),
+        ({"device": "meta"}, r"device='meta': not usable here"),
+    ],
+    ids=str,
+)
+def test_other_devices_are_refused_in_one_line(folder, given, message):
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        Qwen2ForCausalLM.from_pretrained(folder, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_from_state_dict_refuses_the_same(model):
+    with pytest.raises(UnsupportedError, match="device='nope': not usable here"):
+        Qwen2ForCausalLM.from_state_dict(model.config, model.stock_state_dict(), device="nope")
+    quantised = {name: tensor.to(torch.int8) for name, tensor in model.stock_state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"^the state dict: .* is stored as torch\.int8"):
+        Qwen2ForCausalLM.from_state_dict(model.config, quantised)
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+def test_save_keywords_that_ask_for_nothing(model, tmp_path):
+    model.save_pretrained(
+        tmp_path / "ours", push_to_hub=False, state_dict=None, is_main_process=True, variant=None, token="x",
+        save_peft_format=True, safe_serialization=True,
+    )  # fmt: skip
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", pretrained.SAVING_REFUSED)
+def test_save_keywords_that_would_be_ignored(model, tmp_path, name):
+    with pytest.raises(UnsupportedError, match=rf"^save_pretrained\({name}='x\.y'\): \w.{{20,}}"):
+        model.save_pretrained(tmp_path / "x", **{name: "x.y"})
+    assert not (tmp_path / "x").exists()
+
+
+def test_pickle_is_never_written(model, tmp_path):
+    with pytest.raises(UnsupportedError, match=r"safe_serialization=False.*safetensors only"):
+        model.save_pretrained(tmp_path / "x", safe_serialization=False)
+
+
+def test_only_the_main_process_writes(model, tmp_path):
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_save_keyword_that_nobody_knows(model, tmp_path):
+    with pytest.raises(TypeError, match=r"save_pretrained\(\) takes no argument warp_drive"):
+        model.save_pretrained(tmp_path / "x", warp_drive=9)
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("function", "known"),
+    [
+        ("from_pretrained", {*pretrained.LOADING_HARMLESS, *pretrained.LOADING_REFUSED}),
+        ("save_pretrained", {*pretrained.SAVING_HARMLESS, *pretrained.SAVING_REFUSED}),
+    ],
+)
+def test_every_keyword_of_transformers_is_decided_on(function, known):
+    """What the installed version lists in its signature, so that a new one is met here first."""
+    ours = inspect.signature(getattr(Qwen2ForCausalLM, function)).parameters
+    theirs = {
+        name
+        for name, parameter in inspect.signature(getattr(PreTrainedModel, function)).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self"
+    }
+    assert theirs <= known | set(ours)

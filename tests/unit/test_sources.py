@@ -1,0 +1,245 @@
+"""Hugging Face folders as they come: every kind of broken one, and weights in other files than the usual."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen2_npu import Qwen2ForCausalLM, sources
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from tests.unit.small import small_stock, stock_weights
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A stock checkpoint of several shards."""
+    path = tmp_path / "stock"
+    small_stock().save_pretrained(path, max_shard_size="300KB", safe_serialization=True)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- broken folders -------------------------------------------------------------------------------------------------
+def break_missing_folder(folder):
+    return folder / "nowhere"
+
+
+def break_no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def break_config_json(folder):
+    (folder / "config.json").write_text('{"model_type": "qwen2"')
+
+
+def break_model_type(folder):
+    edit_config(folder, model_type="llama")
+
+
+def break_quantised(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+
+
+def break_kv_heads(folder):
+    edit_config(folder, num_key_value_heads=3)
+
+
+def break_truncated_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def break_missing_shard(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def break_missing_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.pop(next(iter(tensors))))
+
+
+def break_extra_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}))
+
+
+def break_shape(folder):
+    rewrite(folder, lambda tensors: tensors.update({next(iter(tensors)): torch.ones(2, 2)}))
+
+
+def break_no_weights(folder):
+    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+        path.unlink()
+
+
+def break_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def break_config_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def break_quantised_by_name(folder):
+    edit_config(folder, quantization_config="gptq")
+
+
+def break_no_heads(folder):
+    edit_config(folder, num_attention_heads=0)
+
+
+def break_hidden_size(folder):
+    edit_config(folder, hidden_size="abc")
+
+
+def break_index_list(folder):
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def break_index_numbers(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+
+
+def break_int8(folder):
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()}))
+
+
+def break_generation_config(folder):
+    (folder / "generation_config.json").write_text('{"max_length": ')
+
+
+def break_generation_config_list(folder):
+    (folder / "generation_config.json").write_text("[]")
+
+
+def break_only_pickled(folder):
+    break_no_weights(folder)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def rewrite(folder, change):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (break_missing_folder, r"nowhere' is no folder: .*nothing is downloaded"),
+        (break_no_config, r"has no config\.json"),
+        (break_config_json, r"config\.json is no valid JSON"),
+        (break_model_type, r"model_type='llama'.*'qwen2'"),
+        (break_quantised, r"quantised with 'gptq'"),
+        (break_kv_heads, r"num_key_value_heads=3 does not divide num_attention_heads=4"),
+        (break_truncated_shard, r"model-00002-of-.* is truncated or damaged .*fetch this file again"),
+        (break_missing_shard, r"1 of \d+ shards .* missing, first model-00002-of-"),
+        (break_missing_tensor, r"1 tensors missing, first "),
+        (break_extra_tensor, r"1 tensors unexpected, first model\.layers\.9\.mlp\.up_proj\.weight"),
+        (break_shape, r"1 tensors mis-shaped, first .* has shape \(2, 2\), expected"),
+        (break_no_weights, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+        (break_index, r"index\.json is no valid index: weight_map=None"),
+        (break_index_list, r"index\.json holds a list in place of a JSON object; fetch it again"),
+        (break_index_numbers, r"index\.json is no valid index: weight_map=\{'a': 1\}.*fetch it again"),
+        (break_config_list, r"config\.json holds a list in place of a JSON object; fetch it again"),
+        (break_quantised_by_name, r"quantised with 'gptq'; use the checkpoint in bf16"),
+        (break_no_heads, r"num_attention_heads=0|num_attention_heads.* 0"),
+        (
+            break_hidden_size,
+            r"json is refused by transformers: .*hidden_size|hidden_size='abc' is no whole number",
+        ),
+        (break_int8, r"model-00001-of-.*: .* is stored as I8, which is quantised.*; use the checkpoint in bf16"),
+        (break_generation_config, r"generation_config\.json is no valid JSON .*; fetch it again"),
+        (break_generation_config_list, r"generation_config\.json holds a list .*; fetch it again"),
+        (
+            break_only_pickled,
+            r"it has pytorch_model\.bin\.index\.json.*weights_file='pytorch_model\.bin\.index\.json'",
+        ),
+    ],
+    ids=lambda value: value.__name__.removeprefix("break_") if callable(value) else "",
+)
+def test_broken_folders_are_one_clear_error(folder, breakage, message):
+    path = breakage(folder) or folder
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Qwen2ForCausalLM.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_dtype_names_the_supported_ones(folder):
+    with pytest.raises(UnsupportedError, match=r"dtype='int8'; supported are float32, bfloat16"):
+        Qwen2ForCausalLM.from_pretrained(folder, dtype="int8")
+
+
+# ---- pickled weights, and others by name ----------------------------------------------------------------------------
+@pytest.fixture
+def pickled(folder):
+    """The same checkpoint as one pickled file."""
+    break_no_weights(folder)
+    torch.save(stock_weights(small_stock()), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_pickled_weights_only_by_name(pickled):
+    with pytest.raises(CheckpointError, match=r"pass weights_file='pytorch_model.bin'"):
+        Qwen2ForCausalLM.from_pretrained(pickled)
+    model = Qwen2ForCausalLM.from_pretrained(pickled, weights_file="pytorch_model.bin")
+    assert torch.equal(model.model.norm.weight, small_stock().model.norm.weight)
+
+
+def test_the_command_that_converts_pickled_weights_does(pickled):
+    """The commands have no option for pickled files: they say how to convert them."""
+    with pytest.raises(CheckpointError, match=r"`python -c") as caught:
+        sources.open_checkpoint(pickled)
+    command = f"M.from_pretrained('{pickled}', weights_file='pytorch_model.bin').save_pretrained('{pickled}')\"`"
+    assert command in str(caught.value)
+    Qwen2ForCausalLM.from_pretrained(pickled, weights_file="pytorch_model.bin").save_pretrained(pickled)
+    assert (
+        sources.open_checkpoint(pickled).shapes()
+        == sources.open_checkpoint(pickled, weights_file="pytorch_model.bin").shapes()
+    )
+
+
+def test_pickled_shards_by_their_index(pickled):
+    weights = stock_weights(small_stock())
+    names = sorted(weights)
+    shards = {"a.bin": names[: len(names) // 2], "b.bin": names[len(names) // 2 :]}
+    for file, part in shards.items():
+        torch.save({name: weights[name] for name in part}, pickled / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = pickled / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    model = Qwen2ForCausalLM.from_pretrained(pickled, weights_file=index.name)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.stock_state_dict().items())
+
+
+def test_a_named_safetensors_file_is_the_one_that_is_read(folder):
+    other = {name: tensor + 1 for name, tensor in stock_weights(small_stock()).items()}
+    save_file(other, folder / "model.fp16.safetensors")
+    model = Qwen2ForCausalLM.from_pretrained(folder, weights_file="model.fp16.safetensors")
+    assert torch.equal(model.model.norm.weight, other["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], r"pytorch_model\.bin holds a list in place of a state dict"),
+        ({"epoch": 3}, r": epoch is stored as int, which is quantised or no weight"),
+        ({"w": torch.ones(2, dtype=torch.int8)}, r": w is stored as torch\.int8, .*use the checkpoint in bf16"),
+    ],
+)
+def test_a_pickled_file_of_something_else(pickled, content, message):
+    torch.save(content, pickled / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message):
+        Qwen2ForCausalLM.from_pretrained(pickled, weights_file="pytorch_model.bin")
+
+
+def test_a_weights_file_that_is_not_there(folder):
+    with pytest.raises(CheckpointError, match=r"weights_file='x\.bin': .*x\.bin does not exist"):
+        Qwen2ForCausalLM.from_pretrained(folder, weights_file="x.bin")
