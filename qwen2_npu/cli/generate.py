@@ -26,7 +26,7 @@ from qwen2_npu.optimizations import Optimizations
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --sample.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="With --sample.")
 @click.option("--top-k", type=click.IntRange(min=1), help="With --sample.")
-@click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**64 - 1), default=0, show_default=True, help="With --sample.")
 def command(
     model_path: Path | None,
     prompts: tuple[str, ...],
@@ -53,7 +53,6 @@ def command(
         raise click.UsageError("--prompt is empty: give it at least one character")
 
     import torch
-    from transformers import TextStreamer
 
     from qwen2_npu import Qwen2ForCausalLM, compile_model
     from qwen2_npu.conformance import tiny
@@ -73,7 +72,7 @@ def command(
     texts = [_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
     compile_model(model, mode)
-    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if len(texts) == 1 else None
+    streamer = _streamer(tokenizer, skip_prompt=chat) if len(texts) == 1 else None
     torch.manual_seed(seed)
     out = model.generate(
         input_ids=inputs["input_ids"],
@@ -88,6 +87,26 @@ def command(
         for prompt, row in zip(prompts, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answer = tokenizer.decode(row, skip_special_tokens=True)
             click.echo(f"{prompt}\n→ {answer}\n" if chat else f"{prompt}{answer}\n")
+
+
+def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
+    """Prints the prompt together with the first new token: an error that the prompt meets then has its own line."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        prompt: Any = None
+        printing = False
+
+        def put(self, value: Any) -> None:
+            if self.prompt is None:
+                self.prompt = value
+                return
+            if not self.printing:
+                super().put(self.prompt)
+                self.printing = True
+            super().put(value)
+
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
 def _chat(tokenizer: Any, prompt: str) -> str:

@@ -1,0 +1,85 @@
+"""``qwen2-npu generate``: what it prints, and when it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from qwen2_npu.cli import main
+from qwen2_npu.conformance import tiny
+
+
+def generate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["generate", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.path(), tmp_path / "model"))
+
+
+def small_vocabulary(folder: Path) -> None:
+    """A model of 300 tokens with the tokenizer of a larger one."""
+    from qwen2_npu import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    weights = {name: t[:300].clone() if "embed" in name else t for name, t in model.stock_state_dict().items()}
+    model.config.vocab_size = 300
+    Qwen2ForCausalLM.from_state_dict(model.config, weights).save_pretrained(folder)
+
+
+def quantise(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+
+
+def spoil_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+
+
+@pytest.mark.parametrize("option", [["--chat"], []])
+def test_the_prompt_is_printed_once_unless_it_is_a_chat(option: list[str]) -> None:
+    result = generate("--prompt", "Let us count: two, three,", "--max-new-tokens", 4, *option)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("count: two") == (not option)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (small_vocabulary, "is outside the vocabulary of 300"),
+        (quantise, "is stored as I8, which is quantised or no weight; use the checkpoint in bf16"),
+        (spoil_generation_config, "generation_config.json is no valid JSON"),
+    ],
+)
+def test_a_checkpoint_that_does_not_serve(folder: Path, spoil, message: str) -> None:
+    spoil(folder)
+    result = generate("--model-path", folder, "--prompt", "Once upon")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.startswith("error: "), "the prompt stands before the error, on its line"
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "99999999999999999999999"], "'--seed': 99999999999999999999999 is not in the range"),
+        (["--device", "meta"], "error: --device meta: not usable here"),
+        (["--max-new-tokens", 100000], "max_position_embeddings=2048"),
+    ],
+)
+def test_bad_options(arguments: list[object], message: str) -> None:
+    result = generate("--prompt", "Once upon", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Once upon" not in result.output
+
+
+def test_the_largest_seed() -> None:
+    assert generate("--prompt", "x", "--max-new-tokens", 1, "--sample", "--seed", 2**64 - 1).exit_code == 0
