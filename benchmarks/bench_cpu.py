@@ -28,7 +28,7 @@ from transformers import Qwen2Config, StaticCache
 from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
-from qwen2_npu.checkpoint import DTYPES
+from qwen2_npu.sources import DTYPES
 from qwen2_npu.compat import CACHE_NAME, cache_of
 
 CANDIDATES = ("stock eager", "stock StaticCache+compile", "ours eager", "ours inductor")
