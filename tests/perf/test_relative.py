@@ -8,6 +8,7 @@ What is required of each pair is in baselines/relative.toml, with where it comes
 
 from __future__ import annotations
 
+import importlib.util
 import time
 import tomllib
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from qwen2_npu import emulator
 from qwen2_npu.conformance.perf.builds import random_stock
 from qwen2_npu.conformance.perf.documented import BASELINES
 from qwen2_npu.conformance.perf.ratio import failure, measure_ratio, take_turns
-from qwen2_npu.conformance.perf.relative import Candidate, why_not
+from qwen2_npu.conformance.perf.relative import HAS_STATIC_CACHE, Candidate, why_not
 from qwen2_npu.conformance.sizes import SIZES, Size
 
 pytestmark = pytest.mark.perf
@@ -28,9 +30,13 @@ pytestmark = pytest.mark.perf
 SMALL = Size("small", 896, 4864, 2, 14, 2, 64, 4096, tied=True)
 SOURCE = BASELINES / "relative.toml"
 REQUIREMENTS: dict[str, Any] = tomllib.loads(SOURCE.read_text(encoding="utf-8"))
-PAIRS = {
-    name: [(r["phase"], r["candidate"], r["against"]) for r in t["requirements"]] for name, t in REQUIREMENTS.items()
-}
+
+
+def pairs(device: str) -> list[tuple[str, str, str]]:
+    """Phase, candidate and against of all that is required on ``device``."""
+    kind = device.split(":")[0]
+    requirements = REQUIREMENTS[table_of(device)]["requirements"]
+    return [(r["phase"], r["candidate"], r["against"]) for r in requirements if kind not in r.get("not_on", {})]
 
 
 def device_of(config: pytest.Config) -> str:
@@ -51,9 +57,7 @@ def required(device: str, phase: str, candidate: str, against: str) -> float:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "against" in metafunc.fixturenames:
-        device = device_of(metafunc.config)
-        pairs = [pair for pair in PAIRS[table_of(device)] if why_not(pair[2], device.split(":")[0]) is None]
-        metafunc.parametrize(("phase", "candidate", "against"), pairs)
+        metafunc.parametrize(("phase", "candidate", "against"), pairs(device_of(metafunc.config)))
 
 
 class Bench:
@@ -88,6 +92,9 @@ def bench(pytestconfig: pytest.Config) -> Iterator[Bench]:
 
 @pytest.mark.slow
 def test_ratio_to_the_stock_model(phase: str, candidate: str, against: str, bench: Bench, record_property: Any) -> None:
+    missing = why_not(against)
+    if missing is not None:
+        pytest.skip(missing)
     ours, stock = bench.candidate(candidate), bench.candidate(against)
     least = required(bench.device, phase, candidate, against)
     ratio = measure_ratio(getattr(stock, phase), getattr(ours, phase), least)
@@ -100,7 +107,7 @@ def test_ratio_to_the_stock_model(phase: str, candidate: str, against: str, benc
 
 @pytest.mark.slow
 def test_a_slow_operator_fails_the_ratio(bench: Bench) -> None:
-    """Both norms of every layer taken apart and computed four times over: the gate that passes above must see it."""
+    """Every residual add and norm computed 201 times: the gate that passes above must see it."""
     ours, stock = bench.candidate("ours eager"), bench.candidate("stock eager")
     model = ours.model
     right = torch.ops.npu.npu_add_rms_norm
@@ -140,8 +147,38 @@ def test_a_cache_attended_at_its_full_length_fails_the_ratio() -> None:
     assert failure(same, 0.5, "attention") is None
 
 
+def test_a_pair_that_cannot_run_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected all the same: --gate fails what is skipped, and cannot see what is not there."""
+    monkeypatch.setitem(globals(), "why_not", lambda name: f"no {name} here")
+    unused: Any = None
+    with pytest.raises(pytest.skip.Exception, match="no stock compiled here"):
+        test_ratio_to_the_stock_model("decode", "ours compiled", "stock compiled", unused, unused)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="torchair comes with torch_npu")
+def test_the_pair_left_out_on_an_npu_cannot_run_there() -> None:
+    """The day it can, this fails: take not_on out of relative.toml."""
+    (reason,) = (r["not_on"]["npu"] for r in REQUIREMENTS["other"]["requirements"] if "not_on" in r)
+    assert reason.startswith("torchair has no converter for index_copy")
+    if not HAS_STATIC_CACHE:
+        assert not hasattr(transformers, "StaticCache")
+        return
+    import torchair
+
+    size = Size("tiny", 64, 128, 2, 4, 2, 16, 256, tied=True)
+    stock = random_stock(size.config(), torch.bfloat16, torch.device("npu"), attention=None)
+    torch._dynamo.reset()
+    compiled = torch.compile(stock.forward, fullgraph=True, backend=torchair.get_npu_backend())
+    cache = transformers.StaticCache(config=stock.config, max_cache_len=16)
+    tokens = torch.ones(2, 1, dtype=torch.long, device="npu")
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"index_copy\.default ge_converter is not impl"):
+        compiled(input_ids=tokens, use_cache=True, past_key_values=cache)
+
+
 def test_requirements_are_complete_and_say_where_they_come_from() -> None:
-    assert PAIRS["cpu"] == PAIRS["other"]
+    assert len(pairs("cpu")) == 5
+    assert pairs("cpu") == pairs("cuda")
+    assert set(pairs("cuda")) - set(pairs("npu:0")) == {("decode", "ours compiled", "stock compiled")}
     for table in REQUIREMENTS.values():
         for requirement in table["requirements"]:
             assert 0.5 < requirement["ratio"] < 3

@@ -20,16 +20,10 @@ STOCK = ("stock eager", "stock compiled")
 OURS = ("ours eager", "ours compiled")
 
 
-def why_not(name: str, kind: str) -> str | None:
-    """Why there is no such candidate on a type of device; None where there is.
-
-    Args:
-        kind: type of a torch device.
-    """
+def why_not(name: str) -> str | None:
+    """Why there is no such candidate with the installed transformers; None where there is."""
     if name == "stock compiled" and not HAS_STATIC_CACHE:
         return f"transformers {transformers.__version__} has no static cache to compile with"
-    if name == "stock compiled" and kind == "npu":
-        return "torchair has no converter for index_copy, by which the static cache is written"
     return None
 
 
@@ -37,7 +31,7 @@ class Candidate:
     """One way to run one set of weights.
 
     Args:
-        name: one of ``STOCK`` or ``OURS``, see :func:`why_not`.
+        name: one of ``STOCK`` or ``OURS``, which must exist (:func:`why_not`).
         stock: the stock model, whose weights ``OURS`` copies.
         batch, prompt: shape of the prompt.
         steps: decode steps of one turn; the turn's duration is their median.

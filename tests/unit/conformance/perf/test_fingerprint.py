@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,23 @@ def test_driver_and_firmware_are_read_from_their_version_files(tmp_path: Path) -
     assert fingerprint._version_of(tmp_path / "absent") is None
 
 
-def test_a_run_knows_its_commit() -> None:
-    commit = fingerprint.commit()
-    assert set(commit) == {"commit", "dirty"}
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_run_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    root = tmp_path / "checkout"
+    module = root / "qwen2_npu" / "conformance" / "perf" / "fingerprint.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("one\n", encoding="utf-8")
+    monkeypatch.setattr(fingerprint, "__file__", str(module))
+    assert fingerprint.commit() == {"commit": None, "dirty": None}  # an archive, not a checkout
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert fingerprint.commit() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    module.write_text("two\n", encoding="utf-8")
+    assert fingerprint.commit() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
