@@ -134,6 +134,9 @@ def _packages() -> Iterator[Finding]:
         yield Finding("torch_npu", torch_npu, f"does not match torch {torch}: install the same release of both")
     else:
         yield Finding("torch_npu", torch_npu or "not installed", "" if torch_npu else advice)
+    protobuf = package_version("protobuf")
+    if torch_npu:  # whose wheel holds torchair, and does not ask for what torchair imports
+        yield Finding("protobuf", protobuf or "missing", "" if protobuf else "torchair needs it: pip install protobuf")
     deepspeed = package_version("deepspeed")
     yield Finding(
         "deepspeed",

@@ -43,6 +43,17 @@ def test_torch_and_torch_npu_of_different_releases(monkeypatch: pytest.MonkeyPat
     assert not {finding.what: finding.advice for finding in doctor._packages()}["torch_npu"]
 
 
+def test_protobuf_is_asked_for_where_torchair_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0", "torch_npu": "2.13.0"}
+    monkeypatch.setattr(doctor, "package_version", versions.get)
+    missing = {finding.what: finding for finding in doctor._packages()}["protobuf"]
+    assert missing == ("protobuf", "missing", "torchair needs it: pip install protobuf")
+    versions["protobuf"] = "7.36.2"
+    assert {finding.what: finding for finding in doctor._packages()}["protobuf"] == ("protobuf", "7.36.2", "")
+    del versions["torch_npu"]
+    assert "protobuf" not in {finding.what for finding in doctor._packages()}
+
+
 def test_a_transformers_that_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "package_version", {"transformers": "4.57.6"}.get)
 
