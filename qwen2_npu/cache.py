@@ -315,11 +315,14 @@ class FixedKVCache(Cache):
         """Forget the last tokens of every row (assisted decoding).
 
         Args:
-            tokens_to_remove: their number, as transformers passes it: zero or negative.
+            tokens_to_remove: minus their number; early releases of transformers 5 pass how many tokens per row, padding
+                included, are to stay.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > min(self.lengths):
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
+        if -tokens_to_remove > min(self.lengths):
             raise CacheOverflowError(
-                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: pass minus the number of tokens to remove"
+                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer to forget"
             )
         if tokens_to_remove == 0:
             return

@@ -122,9 +122,20 @@ def test_crop_forgets_the_last_tokens():
     cache.crop(-3)
     assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
     assert live_slots(cache.drop_mask) == [[0], [0, 1, 2], [0, 1]]
-    for wrong in (-2, 1):
-        with pytest.raises(CacheOverflowError, match=rf"crop\({wrong}\) of rows of \[1, 3, 2\] tokens"):
-            cache.crop(wrong)
+    with pytest.raises(CacheOverflowError, match=r"crop\(-2\) of rows of \[1, 3, 2\] tokens: a row has fewer"):
+        cache.crop(-2)
+
+
+def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
+    cache = FixedKVCache(shape())
+    cache.begin([4, 6, 5])
+    cache.end(6, [4, 6, 5])
+    cache.crop(7)
+    assert cache.lengths == [4, 6, 5]
+    cache.crop(3)
+    assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
+    with pytest.raises(CacheOverflowError, match="a row has fewer to forget"):
+        cache.crop(1)
 
 
 def test_no_room_on_the_device_is_one_clear_error():
