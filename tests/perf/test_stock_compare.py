@@ -91,6 +91,19 @@ def test_another_machines_file_is_refused(tmp_path: Path) -> None:
     assert "--benchmark-compare: saved on another machine (soc: Ascend910B4 → Ascend910B3)" in refused.output
 
 
+def test_a_saved_run_is_a_limit_of_its_own(tmp_path: Path) -> None:
+    """How docs/nightly.md bisects what got worse within its documented limit."""
+    saved = tmp_path / "good.json"
+    run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}")
+    compare = (TWO_ROWS, f"--benchmark-compare={saved}", "--benchmark-compare-fail=mean:2%")
+    good = run_pytest(tmp_path, *compare, standin={"factor": 1.01})
+    assert good.status == 0, good.output
+    bad = run_pytest(tmp_path, *compare, standin={"factor": 1.03})
+    assert bad.status == 1
+    assert "Performance has regressed" in bad.output
+    assert bad.failed == {}  # the gate's own limits are further away
+
+
 @pytest.mark.parametrize("arguments", [["--benchmark-save=mine"], ["--benchmark-autosave"]], ids=["save", "autosave"])
 def test_saving_never_reaches_the_documented_tables(arguments: list[str], tmp_path: Path) -> None:
     before = sorted(path.name for path in BASELINES.iterdir())
