@@ -317,4 +317,5 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise types of their own
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {reason}; fetch its files again") from error

@@ -53,6 +53,10 @@ def spoil_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("[]")
 
 
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -66,6 +70,7 @@ def spoil_generation_config(folder: Path) -> None:
             shrink_positions,
             rf"max_position_embeddings=64, and the texts it is compared on need {PERPLEXITY_WINDOW}: raise it",
         ),
+        (spoil_tokenizer, r"its tokenizer cannot be read: .*; fetch its files again"),
         (spoil_generation_config, r"generation_config\.json holds a list in place of a JSON object"),
     ],
 )
