@@ -18,7 +18,7 @@ from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import read_config
+from qwen2_npu.sources import open_checkpoint, read_config
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -97,9 +97,11 @@ class Weights:
     @classmethod
     def of_checkpoint(cls, path: Path) -> Weights:
         """Raises:
-        CheckpointError: what is wrong with the folder.
+        CheckpointError: what is wrong with the folder, found before any model meets it.
         """
-        return cls(size_of(read_config(path), path.name), path)
+        source = open_checkpoint(path)
+        checkpoint.skeleton(lambda: Qwen2ForCausalLM(source.config), source)
+        return cls(size_of(source.config, path.name), path)
 
     @property
     def description(self) -> str:

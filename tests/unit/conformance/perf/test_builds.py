@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, compile_stock, random_stock, size_of
 from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
-from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import small_config
 
 SMALL = Size("small", 256, 96, 2, 4, 2, 64, 199, tied=True)
@@ -93,6 +95,16 @@ def test_a_checkpoint_keeps_its_weights_and_its_published_name() -> None:
     model = weights.build(configuration("swiglu"), "cpu")
     assert model.dtype == torch.bfloat16
     assert Weights.random("7B").description == "random"
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_before_any_model_meets_it(tmp_path: Path) -> None:
+    shutil.copytree(tiny.path(), tmp_path / "bad")
+    (file,) = (tmp_path / "bad").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        Weights.of_checkpoint(tmp_path / "bad")
 
 
 @pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.shards == 1])
