@@ -206,7 +206,7 @@ def side_effects(
     problems = [
         f"argument {name!r} was overwritten"
         for name, value in before.items()
-        if name not in operator.writes and not bool((after[name] == value).all())
+        if name not in operator.writes and not np.array_equal(_bits(after[name]), _bits(value))
     ]
     for i, output in enumerate(outputs):
         if output.numel() == 0:
@@ -216,6 +216,13 @@ def side_effects(
         if aliased != wanted:
             problems.append(f"output {i} shares memory with {sorted(aliased)}, expected {sorted(wanted)}")
     return problems
+
+
+def _bits(tensor: torch.Tensor) -> Array:
+    """Its bytes: numpy compares them ten times as fast as torch a mask of four million bools."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def is_tensor(value: Any) -> bool:
