@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -130,14 +132,22 @@ def test_nothing_but_views_touches_more_than_the_live_window(
     assert len(recorder.named("scaled_dot_product")) == 1
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_one_graph_serves_every_length(padded: bool, shared: bool, context: Any) -> None:
+def every_length() -> Iterator[Any]:
+    """Every case once by default, two that have every value between them by inductor, which takes longer; the night
+    runs all by inductor."""
+    for padded, shared, context in product([False, True], [False, True], [torch.no_grad, torch.inference_mode]):
+        fully = padded != shared and padded == (context is torch.inference_mode)
+        yield pytest.param(padded, shared, context, "inductor", marks=() if fully else pytest.mark.slow)
+        if not fully:
+            yield padded, shared, context, "aot_eager"
+
+
+@pytest.mark.parametrize(("padded", "shared", "context", "backend"), list(every_length()))
+def test_one_graph_serves_every_length(padded: bool, shared: bool, context: Any, backend: str) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], padding: Tensor | None) -> Tensor:
         return ifa(q, k, v, actual_seq_lengths=lengths, kv_padding_size=padding)
 
-    fast, counter = compiled(function)
+    fast, counter = compiled(function, backend)
     with context():
         for step in range(10):
             q, k, v = random_qkv(3, 1, CACHE)
