@@ -34,6 +34,13 @@ ACCELERATOR = next((k for k in ("npu", "cuda") if hasattr(torch, k) and getattr(
 needs_device = pytest.mark.skipif(ACCELERATOR is None, reason="no device here counts its memory")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> None:
+    """Models are collected between tests; what was there before need not be looked through every time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _small_constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No slack, which would hide everything that small."""

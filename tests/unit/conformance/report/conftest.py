@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from qwen2_npu.conformance.perf import documented
-from qwen2_npu.conformance.report import history
+from qwen2_npu.conformance.report import figures, history
 from qwen2_npu.conformance.report.changes import Change, changes
 from qwen2_npu.conformance.report.history import Run
 from qwen2_npu.conformance.report.page import render
 from qwen2_npu.conformance.report.results import Results
 from tests.unit.conformance.report.synthetic import eventful
+
+
+def drawn_once(chart: Callable[..., str]) -> Callable[..., str]:
+    drawn: dict[str, str] = {}
+
+    def draw(*arguments: object) -> str:
+        key = repr(arguments)
+        if key not in drawn:
+            drawn[key] = chart(*arguments)
+        return drawn[key]
+
+    return draw
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _charts_drawn_once() -> Iterator[None]:
+    """Most pages show the same documented numbers, whose charts take most of the time of a page."""
+    charts = ((figures, "ladder"), (figures, "sweep"), (figures.kernels, "kernels"), (figures.roofline, "roofline"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in charts:
+            patch.setattr(module, name, drawn_once(getattr(module, name)))
+        yield
 
 
 class Made(NamedTuple):
