@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import plugin
 from qwen2_npu.conformance.perf.session import EVERY_ROW
 
@@ -40,6 +41,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused(content: str | None, message:
         start(tmp_path / "absent")
 
 
-def test_a_checkpoint_is_accepted(tmp_path: Path) -> None:
+def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
-    start(tmp_path)
+    with pytest.raises(pytest.UsageError, match=r"has neither model\.safetensors nor"):
+        start(tmp_path)
+
+
+def test_a_checkpoint_is_accepted() -> None:
+    start(tiny.path())
