@@ -64,6 +64,13 @@ def _decode_steps(value: str) -> int:
     return int(value)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """pytest-xdist's workers take runs of neighbours, which share models and imports, unless --dist asks for others."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     from qwen2_npu.cli.options import check_device
 
@@ -90,6 +97,7 @@ def _hands_tests_out(config: pytest.Config) -> bool:
 def pytest_runtestloop() -> None:
     """What was imported and collected stays: the garbage collector need not look at it again and again."""
     gc.freeze()
+    gc.set_threshold(10_000)  # tracing makes many objects that live for as long as the trace
     gc.enable()
 
 

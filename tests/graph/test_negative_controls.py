@@ -19,7 +19,8 @@ from qwen2_npu.models.attention import Attention
 from qwen2_npu.models.layers import MLP
 from tests.graph.support import build, generate, prompt
 
-STEPS = 3
+STEPS = 2
+"""Of decode: sound is one graph for all, a fault makes one for each."""
 
 Model = Qwen2ForCausalLM
 
@@ -71,10 +72,10 @@ def test_a_growing_cache(device: str) -> None:
         call = prompt(device, 2, 9)
         cache = DynamicCache()
         with torch.no_grad(), torch._dynamo.config.patch(steps.DYNAMO):
-            for count in range(STEPS):
+            for count in range(1 + STEPS):
                 tokens = call["input_ids"] if count == 0 else call["input_ids"][:, :1].contiguous()
                 step(tokens, None, None, cache, slice(-1, None), None)
-    assert counter.compiled == STEPS, counter.describe()
+    assert counter.compiled == 1 + STEPS, counter.describe()
 
 
 def test_a_position_that_is_a_python_int(device: str) -> None:
