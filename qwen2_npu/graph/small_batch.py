@@ -1,9 +1,12 @@
-"""Compiled decode on a CPU: products of a few rows with a weight, as loops that read the weight once.
+"""Compiled on a CPU: products of a few rows with a weight, as loops that read the weight once.
 
 A decode step multiplies one row per sequence with every weight. BLAS libraries handle one row at memory speed at best
 and fall far behind at two or four, or in bf16 without hardware for it. Written as ``y[m, n] = Σ_k w[n, k]·x[m, k]``
 with the rows unrolled, inductor fuses the sums of all rows into one vectorised loop over the weight: each element is
 read, and converted to float32, once. Nothing is repacked, so no second copy of a weight exists.
+
+More rows, as in a short prompt, stay with BLAS, but where the eager model cuts the weight into one part per thread
+(:mod:`qwen2_npu.ops.linear`) the graph does too.
 
 :class:`SmallBatchProducts` is an inductor post-grad pass: it changes the compiled graph, not the model.
 """
@@ -18,6 +21,8 @@ from torch import fx
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from qwen2_npu.ops import linear
+
 MAX_ROWS = 8
 """Rows up to which the loop is bound by reading the weight rather than by arithmetic on 16 vector registers."""
 
@@ -31,19 +36,24 @@ class SmallBatchProducts(CustomGraphPass):
         rewrite(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, linear.__file__), extra=str(torch.get_num_threads()))
 
 
 def rewrite(graph: fx.Graph) -> None:
-    """Replace ``mm(x, wᵀ)`` and ``addmm(b, x, wᵀ)`` of at most :data:`MAX_ROWS` rows on the CPU, in place."""
+    """Replace ``mm(x, wᵀ)`` and ``addmm(b, x, wᵀ)`` of few rows on the CPU, in place: by loops up to
+    :data:`MAX_ROWS`, by one product per thread where :func:`qwen2_npu.ops.linear.parts` says so.
+    """
     for target in (aten.mm.default, aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
             *bias, x, transposed = node.args
             weight = _weight_of(transposed)
-            if weight is None or not _worthwhile(x.meta["val"], weight.meta["val"], node.kwargs):
+            if weight is None or node.kwargs:
+                continue
+            build = _replacement(x.meta["val"], weight.meta["val"])
+            if build is None:
                 continue
             with graph.inserting_before(node):
-                replacement = _unrolled(graph, x, weight, bias[0] if bias else None)
+                replacement = build(_Calls(graph), x, weight, bias[0] if bias else None)
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -56,19 +66,32 @@ def _weight_of(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.meta["val"].is_contiguous() else None
 
 
-def _worthwhile(x: torch.Tensor, weight: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    rows = x.shape[0]
-    return (
-        isinstance(rows, int) and rows <= MAX_ROWS and x.device.type == "cpu" and x.is_floating_point() and not kwargs
-    )
+class _Calls:
+    """Adds calls to a graph, each with the fake value of its result."""
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
 
-def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
+    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = self.graph.call_function(target, args)
         node.meta["val"] = target(*fx.node.map_arg(args, lambda argument: argument.meta["val"]))
         return node
 
+
+Builder = Callable[[_Calls, fx.Node, fx.Node, fx.Node | None], fx.Node]
+
+
+def _replacement(x: torch.Tensor, weight: torch.Tensor) -> Builder | None:
+    """What to put in place of x (M, K) times the transpose of weight (N, K), if anything."""
+    rows = x.shape[0]
+    if not isinstance(rows, int) or x.device.type != "cpu" or not x.is_floating_point():
+        return None
+    if rows <= MAX_ROWS:
+        return _unrolled
+    return _cut if linear.parts(rows, weight) > 1 else None
+
+
+def _unrolled(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     dtype = x.meta["val"].dtype
     widen = torch.ops.prims.convert_element_type.default
     wide_weight, wide_x = call(widen, weight, torch.float32), call(widen, x, torch.float32)
@@ -82,3 +105,14 @@ def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None
     if bias is not None:
         total = call(aten.add.Tensor, total, call(widen, bias, torch.float32))
     return call(widen, total, dtype)
+
+
+def _cut(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    rows, inputs = x.meta["val"].shape
+    outputs = weight.meta["val"].shape[0]
+    count = linear.parts(rows, weight.meta["val"])
+    cut = call(aten.view.default, weight, [count, outputs // count, inputs])
+    repeated = call(aten.expand.default, call(aten.unsqueeze.default, x, 0), [count, rows, inputs])
+    products = call(aten.bmm.default, repeated, call(aten.permute.default, cut, [0, 2, 1]))
+    total = call(aten.reshape.default, call(aten.permute.default, products, [1, 0, 2]), [rows, outputs])
+    return total if bias is None else call(aten.add.Tensor, total, bias)

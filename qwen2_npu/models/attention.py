@@ -13,7 +13,7 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import head_dim, kv_head_count
-from qwen2_npu.models.layers import RotaryTable
+from qwen2_npu.models.layers import Linear, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 
 Phase = Literal["prefill", "decode", "extend"]
@@ -68,12 +68,12 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if optimizations.fused_qkv:
-            self.qkv_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=True)
+            self.qkv_proj = Linear(config.hidden_size, sum(self.widths), bias=True)
         else:
-            self.q_proj = nn.Linear(config.hidden_size, self.widths[0], bias=True)
-            self.k_proj = nn.Linear(config.hidden_size, self.widths[1], bias=True)
-            self.v_proj = nn.Linear(config.hidden_size, self.widths[2], bias=True)
-        self.o_proj = nn.Linear(self.widths[0], config.hidden_size, bias=False)
+            self.q_proj = Linear(config.hidden_size, self.widths[0], bias=True)
+            self.k_proj = Linear(config.hidden_size, self.widths[1], bias=True)
+            self.v_proj = Linear(config.hidden_size, self.widths[2], bias=True)
+        self.o_proj = Linear(self.widths[0], config.hidden_size, bias=False)
 
     def forward(
         self,

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 from transformers import Qwen2Config
 
 from qwen2_npu.compat import head_dim, rope_frequencies
+from qwen2_npu.ops.linear import linear
 from qwen2_npu.optimizations import Optimizations
+
+
+class Linear(nn.Linear):
+    """nn.Linear by :func:`qwen2_npu.ops.linear.linear`: the same product, faster for a few rows on a CPU."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -62,11 +71,11 @@ class MLP(nn.Module):
         self.fused = optimizations.fused_gate_up
         hidden, intermediate = config.hidden_size, config.intermediate_size
         if self.fused:
-            self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+            self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
         else:
-            self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-            self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+            self.gate_proj = Linear(hidden, intermediate, bias=False)
+            self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, H) -> (B, S, H)."""

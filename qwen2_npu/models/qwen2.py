@@ -38,7 +38,7 @@ from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
-from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.sources import check_heads
@@ -164,7 +164,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         self.optimizations = Optimizations.all() if optimizations is None else optimizations
         self.model = Qwen2Model(config, self.optimizations)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         windows = {window for window in sliding_windows(config) if window is not None}
         self._window: int | None = min(windows, default=None)
         self._masks = MaskFactory(self.optimizations, self._window)

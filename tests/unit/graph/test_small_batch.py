@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
-from qwen2_npu.graph.small_batch import MAX_ROWS, rewrite
+from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts, rewrite
+from qwen2_npu.ops.linear import MAX_ROWS as MAX_CUT_ROWS
 
 aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def graph_of(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.fx.GraphModule:
@@ -55,3 +64,29 @@ def test_a_product_with_a_computed_matrix_is_left_alone():
     traced = graph_of(lambda x: x @ (x + 1).t().contiguous(), torch.randn(4, 96))
     rewrite(traced.graph)
     assert products(traced.graph) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [MAX_ROWS + 1, 64, MAX_CUT_ROWS])
+def test_short_prompts_take_one_part_of_a_large_weight_per_thread(rows, bias):
+    torch.manual_seed(0)
+    arguments = [torch.randn(rows, 768), torch.randn(1024, 768), *([torch.randn(1024)] if bias else [])]
+    traced = graph_of(linear, *arguments)
+    rewrite(traced.graph)
+    traced.recompile()
+    assert products(traced.graph) == 0
+    (cut,) = traced.graph.find_nodes(op="call_function", target=aten.bmm.default)
+    assert cut.meta["val"].shape == (2, rows, 512)
+    torch.testing.assert_close(traced(*arguments), linear(*arguments), rtol=1e-4, atol=1e-3)
+
+
+def test_longer_prompts_take_the_whole_weight():
+    traced = graph_of(linear, torch.randn(MAX_CUT_ROWS + 1, 768), torch.randn(1024, 768))
+    rewrite(traced.graph)
+    assert products(traced.graph) == 1
+
+
+def test_a_graph_for_other_threads_is_another_graph():
+    two = SmallBatchProducts().uuid()
+    torch.set_num_threads(1)
+    assert SmallBatchProducts().uuid() != two

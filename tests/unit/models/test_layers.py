@@ -1,12 +1,26 @@
-"""The rotary table outlives conversions of the model without losing digits."""
+"""Every weight goes through ops.linear; the rotary table outlives conversions of the model without losing digits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.models import layers
 from qwen2_npu.models.layers import RotaryTable
 from tests.unit.small import small_config
+
+
+@pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
+def test_every_weight_is_multiplied_by_the_project_s_linear(optimizations, monkeypatch):
+    model = Qwen2ForCausalLM(small_config(), optimizations=optimizations).eval()
+    multiplied = []
+    product = layers.linear
+    monkeypatch.setattr(layers, "linear", lambda x, w, b: multiplied.append(w.data_ptr()) or product(x, w, b))
+    model(torch.ones(1, 3, dtype=torch.int64))
+    weights = [module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Linear)]
+    assert sorted(multiplied) == sorted(weights)
 
 
 @pytest.mark.parametrize("through", [torch.bfloat16, torch.float16])
