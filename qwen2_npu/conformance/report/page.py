@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.conformance.report import bench, figures, graphs
+from qwen2_npu.conformance.report import again, bench, figures, graphs
 from qwen2_npu.conformance.report.changes import Change, Kind, changes
 from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
 from qwen2_npu.conformance.report.charts.kernels import ALL_KINDS
@@ -67,7 +67,8 @@ def _context(results: Results, history: Sequence[Run], problems: Sequence[str]) 
         "verdict": verdict(results, found, problems),
         "problems": [*results.problems, *problems],
         "changes": [(change, _trend(change, this, history)) for change in found],
-        "bisections": Counter(text for change in found if (text := bisection(change, this))).most_common(),
+        "bisections": bisections(found, this),
+        "again": lambda claim: again.command(claim, results.provenance.identity),
         "comparable": [run for run in history if _comparable(run, this)],
         "overviews": overviews(results.claims, found),
         "counts": results.counts(),
@@ -146,6 +147,22 @@ def bisection(change: Change, this: Run) -> str:
             return "the same commit, with uncommitted changes"
         return "the same commit: not the code; see what else changed on the machine"
     return f"git bisect start {bad.commit[:12]} {good.commit[:12]}"
+
+
+def bisections(found: Sequence[Change], this: Run) -> list[tuple[str, str, int]]:
+    """The different things to do about the changes: what to begin with, what to go on with, how many changes.
+
+    To go on with is the test of the worst regression among them; empty where none of them fails a test.
+    """
+    counts: Counter[str] = Counter()
+    runs: dict[str, str] = {}
+    for change in found:
+        if start := bisection(change, this):
+            counts[start] += 1
+            test = again.command(change.claim, this.provenance.identity) if change.kind is Kind.REGRESSED else ""
+            if test and start.startswith("git "):
+                runs.setdefault(start, f"git bisect run {test}")
+    return [(start, runs.get(start, ""), count) for start, count in counts.most_common()]
 
 
 def _trend(change: Change, this: Run, history: Sequence[Run]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from qwen2_npu.conformance.report.changes import Change, changes
 from qwen2_npu.conformance.report.claims import Status
 from qwen2_npu.conformance.report.history import Run
-from qwen2_npu.conformance.report.page import bisection, verdict
+from qwen2_npu.conformance.report.page import bisections, verdict
 from qwen2_npu.conformance.report.results import Results
 
 LONGEST = 300
@@ -40,8 +40,9 @@ def _lines(results: Results, this: Run, found: Sequence[Change], problems: Seque
             f"| {f'`{good.commit}` {good.date}' if good else 'none'} | {f'`{bad.commit}` {bad.date}' if good else '–'} "
             f"| {change.claim.where} |"
         )
-    commands = dict.fromkeys(bisection(change, this) for change in found)
-    yield from (f"\n`{command}`" for command in commands if command.startswith("git "))
+    for start, run, _ in bisections(found, this):
+        if start.startswith("git "):
+            yield f"\n`{start}`" + (f" and `{run}`" if run else "")
     failed = [claim for claim in results.claims if claim.status is Status.FAIL]
     if failed:
         yield ""

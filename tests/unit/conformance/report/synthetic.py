@@ -30,6 +30,7 @@ IDENTITY: dict[str, Any] = {
     "torch_npu": "2.13.0",
     "transformers": "4.37.0",
     "cann": "8.2.RC1",
+    "affinity": "0-23",
 }
 
 NEEDS_TENSOR_PARALLEL = "needs tensor parallel: 72B runs on 8 cards"

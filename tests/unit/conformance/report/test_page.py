@@ -16,7 +16,7 @@ from qwen2_npu.conformance.report.history import Run
 from qwen2_npu.conformance.report.overview import anchor
 from qwen2_npu.conformance.report.page import bisection, render, verdict
 from qwen2_npu.conformance.report.results import Results
-from tests.unit.conformance.report.synthetic import SLOW, CaseText, Night, commit_of, write_junit
+from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, CaseText, Night, commit_of, write_junit
 
 VOID = {"meta", "link", "br", "col", "img", "input", "hr"}
 
@@ -80,7 +80,10 @@ def test_the_first_screen_says_what_regressed_by_how_much_since_which_commit(pag
     assert "23.4 → 27.1 ms (+16 %)" in first
     assert commit_of(9)[:10] in first
     assert commit_of(10)[:10] in first
-    assert f"git bisect start {commit_of(10)[:12]} {commit_of(9)[:12]}" in first
+    pinned = f"taskset -c {IDENTITY['affinity']} "
+    pinned += f"pytest -q tests/perf/test_latency.py --device npu --gate --gate-rows={SLOW}"
+    assert f"Again: {pinned}" in first
+    assert f"git bisect start {commit_of(10)[:12]} {commit_of(9)[:12]} and git bisect run {pinned}" in first
     assert "compared with 11 earlier runs of this fingerprint" in first
 
 

@@ -15,7 +15,7 @@ def test_names_the_rows_the_amounts_and_the_commits(night) -> None:  # type: ign
     row = next(line for line in text.splitlines() if f"`latency/{SLOW}`" in line)
     for part in ("23.4 → 27.1 ms (+16 %)", commit_of(9)[:10], commit_of(10)[:10], "real NPU"):
         assert part in row
-    assert f"`git bisect start {commit_of(10)[:12]} {commit_of(9)[:12]}`" in text
+    assert f"`git bisect start {commit_of(10)[:12]} {commit_of(9)[:12]}` and `git bisect run " in text
     assert text.count(f"(`latency/{SLOW}`): slower") == 1
 
 

@@ -1,0 +1,80 @@
+"""The command that tests one claim alone: every kind of claim has one, and pytest takes it."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.conformance.perf import documented
+from qwen2_npu.conformance.report import again
+from qwen2_npu.conformance.report.claims import Claim
+from qwen2_npu.conformance.report.results import Results
+
+ROOT = Path(__file__).parents[4]
+NPU = "npu (Ascend910B4)"
+ROW = "7b-ladder-b4-graph-fused_qkv-decode"
+
+
+@pytest.mark.parametrize(
+    ("id", "verified", "expected"),
+    [
+        (
+            f"latency/{ROW}",
+            NPU,
+            f"taskset -c 0-23 pytest -q tests/perf/test_latency.py --device npu --gate --gate-rows={ROW}",
+        ),
+        ("accuracy/torchair/swiglu", NPU, "qwen2-npu verify --device npu --mode torchair --steps swiglu"),
+        ("accuracy/eager/greedy text", "cpu (portable kernels)", "qwen2-npu verify --device cpu --mode eager"),
+        ("suite/accuracy/swiglu", "", "pytest -q tests/accuracy -k swiglu"),
+        (
+            "operators/npu_rms_norm",
+            "emulated (torch_npu)",
+            "pytest -q tests/accuracy/test_operators.py --device emulated -k npu_rms_norm",
+        ),
+        ("files/tests.graph.test_modes", NPU, "pytest -q tests/graph/test_modes.py --device npu"),
+        (
+            "graphs/7B-decode-b4-fused_qkv",
+            NPU,
+            "pytest -q tests/graph/test_census.py tests/perf/test_graph_cost.py -k 7B-decode-b4-fused_qkv",
+        ),
+        ("stages/doctor", NPU, ""),
+    ],
+)
+def test_commands(id: str, verified: str, expected: str) -> None:
+    assert again.command(Claim(id, "", "", verified=verified), {"affinity": "0-23"}) == expected
+
+
+def test_a_latency_of_unknown_cores_is_not_pinned() -> None:
+    assert again.command(Claim(f"latency/{ROW}", "", "", verified=NPU), {}).startswith("pytest ")
+
+
+def test_every_claim_has_a_command() -> None:
+    claims = Results.of(Path("/no/such/folder")).claims
+    assert len(claims) > len(documented.read())
+    assert [claim.id for claim in claims if not again.command(claim, {})] == []
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "operators/scatter_update_",
+        "suite/accuracy/ifa_tiling",
+        "graphs/7B-decode-b4-fused_qkv",
+        "graphs/72B-tp8-decode-b4-add_rms_norm",
+        f"latency/{ROW}",
+        "files/tests.perf.test_counts",
+    ],
+)
+def test_pytest_finds_what_the_command_names(id: str) -> None:
+    words = shlex.split(again.command(Claim(id, "", "", verified="cpu (portable kernels)"), {}))
+    words = [word for word in words if word != "--gate"]  # which refuses to run without its device
+    run = subprocess.run(
+        [sys.executable, "-m", *words, "--collect-only", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert id.rpartition("/")[2].rpartition(".")[2] in run.stdout
