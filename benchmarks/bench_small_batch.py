@@ -1,4 +1,4 @@
-"""Weight-read rate of products of a few rows on a CPU: BLAS against the fused loop of ``graph/small_batch.py``.
+"""Products of a few rows with a weight on a CPU: BLAS against what this project does instead.
 
 python benchmarks/bench_small_batch.py
 """
@@ -9,44 +9,97 @@ import statistics
 import time
 from collections.abc import Callable
 
+import click
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
+from torch.nn import functional as F
 
-from qwen2_npu.graph.small_batch import SmallBatchProducts
+from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts
+from qwen2_npu.ops.linear import linear
 
-OUT, IN, PRODUCTS = 9728, 896, 8  # the fused gate/up weight of Qwen2-0.5B, often enough to leave the caches
+# Weights (N, K) of Qwen2-0.5B, each with copies that leave the caches.
+WEIGHTS = {"gate/up": (9728, 896, 8), "down": (896, 4864, 16), "qkv": (1152, 896, 24), "head": (151936, 896, 1)}
+ROWS = (1, 2, 4, 8, 16, 32, 128, 256, 512, 1024)
+HEAD_ROWS = 128
+"""The head multiplies one row per sequence."""
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Products(nn.Module):
-    """The sum of eight products, half of them with a bias."""
+    """The sum of the products of one input with several weights, half of them with a bias."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, outputs: int, inputs: int, count: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.products = nn.ModuleList(nn.Linear(IN, OUT, bias=i % 2 == 0, dtype=dtype) for i in range(PRODUCTS))
+        self.products = nn.ModuleList(nn.Linear(inputs, outputs, bias=i % 2 == 0, dtype=dtype) for i in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([product(x) for product in self.products]).sum(0)
 
 
-def rate(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
-    """GB of weights per second: the median of ten calls after two."""
-    seconds = []
-    for _ in range(12):
-        start = time.perf_counter()
-        call(x)
-        seconds.append(time.perf_counter() - start)
-    return OUT * IN * PRODUCTS * x.element_size() / statistics.median(seconds[2:]) / 1e9
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each call, interleaved, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-@torch.no_grad()
-def main() -> None:
-    torch.set_num_threads(2)
+def cut_products(rounds: int) -> Table:
+    """`ops.linear` in float32, as eager models compute it: times as fast as one product."""
+    table = Table(title="eager, float32: one product per thread, × one product")
+    for heading in ("weight", *map(str, ROWS)):
+        table.add_column(heading, justify="right")
+    for name, (outputs, inputs, count) in WEIGHTS.items():
+        weights = [torch.randn(outputs, inputs) for _ in range(count)]
+        cells = []
+        for rows in ROWS:
+            if name == "head" and rows > HEAD_ROWS:
+                cells.append("")
+                continue
+            x = torch.randn(rows, inputs)
+
+            def every(product: Product, x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    product(x, weight)
+
+            found = medians({"whole": lambda e=every: e(F.linear), "cut": lambda e=every: e(linear)}, rounds)
+            cells.append(f"{found['whole'] / found['cut']:.2f}")
+        table.add_row(f"{name} {outputs} × {inputs}", *cells)
+    return table
+
+
+def fused_loops(rounds: int) -> Table:
+    """The compiled graph's loop: rate of reading weights."""
+    table = Table(title="compiled: GB/s of weights read, BLAS and the fused loop")
+    for heading in ("dtype", "rows", "BLAS", "fused loop"):
+        table.add_column(heading, justify="right")
+    outputs, inputs, count = WEIGHTS["gate/up"]
     for dtype in (torch.float32, torch.bfloat16):
-        for rows in (1, 2, 4, 8):
+        for rows in (1, 2, 4, MAX_ROWS):
             torch._dynamo.reset()
-            module, x = Products(dtype), torch.randn(rows, IN, dtype=dtype)
+            module, x = Products(outputs, inputs, count, dtype), torch.randn(rows, inputs, dtype=dtype)
             fused = torch.compile(module, options={"post_grad_custom_pre_pass": SmallBatchProducts()})
-            print(f"{dtype} {rows} rows: BLAS {rate(module, x):.1f} GB/s, fused loop {rate(fused, x):.1f} GB/s")
+            found = medians({"blas": lambda m=module, x=x: m(x), "fused": lambda f=fused, x=x: f(x)}, rounds)
+            size = outputs * inputs * count * x.element_size() / 1e9
+            table.add_row(str(dtype).removeprefix("torch."), str(rows), *(f"{size / s:.1f}" for s in found.values()))
+    return table
+
+
+@click.command()
+@click.option("--rounds", default=9, help="Rounds of every pair; medians are shown.")
+@click.option("--threads", default=2)
+@torch.no_grad()
+def main(rounds: int, threads: int) -> None:
+    """Measure products of a few rows, side by side."""
+    torch.set_num_threads(threads)
+    Console().print(cut_products(rounds))
+    Console().print(fused_loops(rounds))
 
 
 if __name__ == "__main__":

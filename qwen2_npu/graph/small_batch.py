@@ -25,6 +25,12 @@ from qwen2_npu.ops import linear
 
 MAX_ROWS = 8
 """Rows up to which the loop is bound by reading the weight rather than by arithmetic on 16 vector registers."""
+MAX_ROWS_FAST_BF16 = 4
+"""The same in bf16 where the processor multiplies bf16 itself, and BLAS with it."""
+L1_BYTES = 32 * 1024
+"""The rows are read again for every output: in float32 they should stay in the first-level cache."""
+MAX_ROWS_BEYOND_L1 = 3
+"""Rows up to which the loop is faster than BLAS in float32 all the same."""
 
 aten = torch.ops.aten
 
@@ -86,9 +92,23 @@ def _replacement(x: torch.Tensor, weight: torch.Tensor) -> Builder | None:
     rows = x.shape[0]
     if not isinstance(rows, int) or x.device.type != "cpu" or not x.is_floating_point():
         return None
-    if rows <= MAX_ROWS:
+    if rows <= _loop_rows(weight):
         return _unrolled
     return _cut if linear.parts(rows, weight) > 1 else None
+
+
+def _loop_rows(weight: torch.Tensor) -> int:
+    """Up to how many rows the loop over weight (N, K) is faster than BLAS; measured in docs/performance.md."""
+    in_cache = L1_BYTES // (4 * weight.shape[1])
+    if weight.dtype == torch.bfloat16 and _multiplies_bf16():
+        return min(MAX_ROWS_FAST_BF16, in_cache)
+    if weight.dtype == torch.float32:
+        return min(MAX_ROWS, max(MAX_ROWS_BEYOND_L1, in_cache))
+    return MAX_ROWS
+
+
+def _multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _unrolled(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:

@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
+from qwen2_npu.graph import small_batch
 from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts, rewrite
 from qwen2_npu.ops.linear import MAX_ROWS as MAX_CUT_ROWS
 
@@ -16,7 +17,8 @@ aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+def two_threads_without_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -64,6 +66,29 @@ def test_a_product_with_a_computed_matrix_is_left_alone():
     traced = graph_of(lambda x: x @ (x + 1).t().contiguous(), torch.randn(4, 96))
     rewrite(traced.graph)
     assert products(traced.graph) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies_bf16", "inputs", "rows"),
+    [
+        (torch.float32, True, 896, 8),
+        (torch.float32, True, 4864, 3),
+        (torch.float32, True, 18944, 3),
+        (torch.bfloat16, True, 896, 4),
+        (torch.bfloat16, True, 4864, 1),
+        (torch.bfloat16, True, 18944, 0),
+        (torch.bfloat16, False, 4864, 8),
+        (torch.float16, True, 4864, 8),
+    ],
+)
+def test_rows_up_to_which_the_loop_is_taken(dtype, multiplies_bf16, inputs, rows, monkeypatch):
+    monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: multiplies_bf16)
+    left = []
+    for count in (max(rows, 1), rows + 1):
+        traced = graph_of(linear, torch.randn(count, inputs, dtype=dtype), torch.randn(16, inputs, dtype=dtype))
+        rewrite(traced.graph)
+        left.append(products(traced.graph))
+    assert left == ([0, 1] if rows else [1, 1])
 
 
 @pytest.mark.parametrize("bias", [False, True])
