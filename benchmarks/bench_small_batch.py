@@ -16,7 +16,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts
+from qwen2_npu.graph import small_batch
+from qwen2_npu.models.layers import Linear
+from qwen2_npu.ops import linear as linear_module
 from qwen2_npu.ops.linear import linear
 
 # Weights (N, K) of Qwen2-0.5B, each with copies that leave the caches.
@@ -33,7 +35,7 @@ class Products(nn.Module):
 
     def __init__(self, outputs: int, inputs: int, count: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.products = nn.ModuleList(nn.Linear(inputs, outputs, bias=i % 2 == 0, dtype=dtype) for i in range(count))
+        self.products = nn.ModuleList(Linear(inputs, outputs, bias=i % 2 == 0, dtype=dtype) for i in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([product(x) for product in self.products]).sum(0)
@@ -51,7 +53,8 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def cut_products(rounds: int) -> Table:
-    """`ops.linear` in float32, as eager models compute it: times as fast as one product."""
+    """`ops.linear` in float32, also for rows that it leaves whole: times as fast as one product."""
+    linear_module.MAX_ROWS = max(ROWS)
     table = Table(title="eager, float32: one product per thread, × one product")
     for heading in ("weight", *map(str, ROWS)):
         table.add_column(heading, justify="right")
@@ -75,19 +78,22 @@ def cut_products(rounds: int) -> Table:
 
 
 def fused_loops(rounds: int) -> Table:
-    """The compiled graph's loop: rate of reading weights."""
-    table = Table(title="compiled: GB/s of weights read, BLAS and the fused loop")
-    for heading in ("dtype", "rows", "BLAS", "fused loop"):
+    """The compiled graph's loop, also where the pass would leave the product to BLAS: rate of reading weights."""
+    small_batch._loop_rows = lambda weight: small_batch.MAX_ROWS
+    table = Table(title="compiled: GB/s of weights read, eager (BLAS, cut in float32) and the fused loop")
+    for heading in ("dtype", "weight", "rows", "eager", "fused loop"):
         table.add_column(heading, justify="right")
-    outputs, inputs, count = WEIGHTS["gate/up"]
     for dtype in (torch.float32, torch.bfloat16):
-        for rows in (1, 2, 4, MAX_ROWS):
-            torch._dynamo.reset()
-            module, x = Products(outputs, inputs, count, dtype), torch.randn(rows, inputs, dtype=dtype)
-            fused = torch.compile(module, options={"post_grad_custom_pre_pass": SmallBatchProducts()})
-            found = medians({"blas": lambda m=module, x=x: m(x), "fused": lambda f=fused, x=x: f(x)}, rounds)
-            size = outputs * inputs * count * x.element_size() / 1e9
-            table.add_row(str(dtype).removeprefix("torch."), str(rows), *(f"{size / s:.1f}" for s in found.values()))
+        for name in ("gate/up", "down", "qkv"):
+            outputs, inputs, count = WEIGHTS[name]
+            for rows in (1, 2, 4, small_batch.MAX_ROWS):
+                torch._dynamo.reset()
+                module, x = Products(outputs, inputs, count, dtype), torch.randn(rows, inputs, dtype=dtype)
+                options = {"post_grad_custom_pre_pass": small_batch.SmallBatchProducts()}
+                loop = torch.compile(module, options=options)
+                found = medians({"eager": lambda m=module, x=x: m(x), "loop": lambda f=loop, x=x: f(x)}, rounds)
+                rates = [outputs * inputs * count * x.element_size() / 1e9 / seconds for seconds in found.values()]
+                table.add_row(str(dtype).removeprefix("torch."), name, str(rows), *(f"{rate:.1f}" for rate in rates))
     return table
 
 

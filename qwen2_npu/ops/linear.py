@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qwen2_npu.ops.checks import is_readable
 
-MAX_ROWS = 512
+MAX_ROWS = 256
 """Rows up to which the parts are faster than one product; above, one product keeps every thread busy."""
 MIN_WEIGHT = 1 << 19
 """Elements of the smallest weight worth cutting: below, starting the products costs what they save."""
