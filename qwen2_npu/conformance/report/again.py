@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from qwen2_npu.conformance.report import accuracy, suites
 from qwen2_npu.conformance.report.claims import Claim, Where
 
-_DEVICES = {Where.NPU: "npu", Where.EMULATED: "emulated", Where.CPU: "cpu", Where.CUDA: "cuda"}
-
 _ALONE = {
-    "latency": "pytest -q tests/perf/test_latency.py{device} --gate --gate-rows={name}",
-    "accuracy": "qwen2-npu verify{device}{mode} --steps {name}",
+    "latency": f"pytest -q {suites.path(suites.LATENCY)}{{device}} --gate --gate-rows={{name}}",
+    "accuracy": "qwen2-npu verify{device} --mode {name}",
     "suite": "pytest -q tests/accuracy{device} -k {name}",
     "operators": "pytest -q tests/accuracy/test_operators.py{device} -k {name}",
     "graphs": "pytest -q tests/graph/test_census.py tests/perf/test_graph_cost.py -k {name}",
-    "relative": "pytest -q tests/perf/test_relative.py{device} -k {name}",
+    "relative": "pytest -q {name}{device}",
     "files": "pytest -q {name}{device}",
 }
 """By the first word of a claim's id."""
-
-WHOLE_RUNS = ("greedy text", "perplexity")
-"""Claims of `verify` that no option singles out."""
 
 
 def command(claim: Claim, identity: Mapping[str, Any]) -> str:
@@ -31,15 +28,21 @@ def command(claim: Claim, identity: Mapping[str, Any]) -> str:
         identity: the fingerprint's, of the run that made the claim: a latency counts on the same cores only.
     """
     kind, _, rest = claim.id.partition("/")
-    form = _ALONE.get(kind)
-    if form is None:
+    if kind not in _ALONE:
         return ""
-    name, mode = rest.rpartition("/")[2], rest.partition("/")[0]
-    if kind == "files":
-        name = rest.replace(".", "/") + ".py"
-    if kind == "accuracy" and name in WHOLE_RUNS:
-        form = form.partition(" --steps")[0]
-    device = _DEVICES.get(claim.where)
-    text = form.format(device=f" --device {device}" if device else "", mode=f" --mode {mode}", name=name)
+    device = "" if claim.where is Where.NOT_SAID else f" --device {claim.verified.partition(' ')[0]}"
+    text = _ALONE[kind].format(device=device, name=_name(kind, rest))
     cores = identity.get("affinity")
     return f"taskset -c {cores} {text}" if kind == "latency" and cores else text
+
+
+def _name(kind: str, rest: str) -> str:
+    """What the command calls the claim whose id goes on with ``rest``."""
+    if kind == "accuracy":
+        mode, _, what = rest.partition("/")
+        # No option singles out the text or the perplexity.
+        return mode if what in (accuracy.TEXT, accuracy.PERPLEXITY) else f"{mode} --steps {what}"
+    if kind == "relative":
+        module, function = suites.RATIO
+        return shlex.quote(f"{suites.path(module)}::{function}[{rest}]")
+    return suites.path(rest) if kind == "files" else rest.rpartition("/")[2]

@@ -128,10 +128,15 @@ def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         rest = [(case, text) for case, text in about if not is_claimed(case)]
         if about and not rest:
             continue
-        title = f"{module.replace('.', '/')}.py" if module in known else module
+        title = path(module) if module in known else module
         yield Tally.of(rest).say(
             Claim(f"files/{module}", FILES, f"{title}{': its other tests' if len(rest) < len(about) else ''}")
         )
+
+
+def path(module: str) -> str:
+    """The file of a test module, as pytest is given it."""
+    return f"{module.replace('.', '/')}.py"
 
 
 def is_claimed(case: junit.Case) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_npu.cli.verify import command as verify
 from qwen2_npu.conformance.perf import documented
-from qwen2_npu.conformance.report import again
+from qwen2_npu.conformance.report import accuracy, again
 from qwen2_npu.conformance.report.claims import Claim
 from qwen2_npu.conformance.report.results import Results
+from qwen2_npu.optimizations import LADDER
 
 ROOT = Path(__file__).parents[4]
 NPU = "npu (Ascend910B4)"
@@ -34,6 +37,12 @@ ROW = "7b-ladder-b4-graph-fused_qkv-decode"
             "operators/npu_rms_norm",
             "emulated (torch_npu)",
             "pytest -q tests/accuracy/test_operators.py --device emulated -k npu_rms_norm",
+        ),
+        (
+            "relative/decode-ours eager-stock eager",
+            "cpu (portable kernels)",
+            "pytest -q 'tests/perf/test_relative.py::test_ratio_to_the_stock_model[decode-ours eager-stock eager]' "
+            "--device cpu",
         ),
         ("files/tests.graph.test_modes", NPU, "pytest -q tests/graph/test_modes.py --device npu"),
         (
@@ -58,23 +67,47 @@ def test_every_claim_has_a_command() -> None:
     assert [claim.id for claim in claims if not again.command(claim, {})] == []
 
 
-@pytest.mark.parametrize(
-    "id",
-    [
-        "operators/scatter_update_",
-        "suite/accuracy/ifa_tiling",
-        "graphs/7B-decode-b4-fused_qkv",
-        "graphs/72B-tp8-decode-b4-add_rms_norm",
-        f"latency/{ROW}",
-        "files/tests.perf.test_counts",
-    ],
+FOUND = (
+    "operators/scatter_update_",
+    "suite/accuracy/ifa_tiling",
+    "graphs/7B-decode-b4-fused_qkv",
+    "graphs/72B-tp8-decode-b4-add_rms_norm",
+    f"latency/{ROW}",
+    "relative/decode-ours eager-stock eager",
+    "files/tests.perf.test_counts",
 )
-def test_pytest_finds_what_the_command_names(id: str) -> None:
-    words = shlex.split(again.command(Claim(id, "", "", verified="cpu (portable kernels)"), {}))
-    words = [word for word in words if word != "--gate"]  # which refuses to run without its device
+
+COLLECT = """
+import json, sys
+import pytest
+for arguments in json.load(sys.stdin):
+    status = pytest.main([*arguments, "--collect-only", "-p", "no:cacheprovider"])
+    print("status", int(status))
+    print("----")
+"""
+
+
+def test_pytest_finds_what_the_commands_name() -> None:
+    """In one process: collecting imports nearly everything, which takes seconds."""
+    commands = [shlex.split(again.command(Claim(id, "", "", verified="cpu (portable kernels)"), {})) for id in FOUND]
+    assert all(words[0] == "pytest" for words in commands)
+    # --gate refuses to run without its device.
+    arguments = [[word for word in words[1:] if word != "--gate"] for words in commands]
     run = subprocess.run(
-        [sys.executable, "-m", *words, "--collect-only", "-p", "no:cacheprovider"],
+        [sys.executable, "-c", COLLECT], input=json.dumps(arguments),
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert id.rpartition("/")[2].rpartition(".")[2] in run.stdout
+    answers = run.stdout.split("----\n")[: len(FOUND)]
+    assert len(answers) == len(FOUND), run.stdout + run.stderr
+    for id, answer in zip(FOUND, answers, strict=True):
+        assert "status 0\n" in answer, f"{id}: {answer}{run.stderr}"
+        assert id.rpartition("/")[2].rpartition(".")[2] in answer, id
+
+
+def test_verify_takes_what_the_commands_say() -> None:
+    claims = [claim for claim in accuracy.expected() if claim.id.startswith("accuracy/")]
+    assert len(claims) == len(LADDER) + 2
+    for claim in claims:
+        program, subcommand, *words = shlex.split(again.command(claim, {}))
+        assert (program, subcommand) == ("qwen2-npu", "verify")
+        verify.make_context(subcommand, words).close()
