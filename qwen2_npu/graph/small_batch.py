@@ -14,6 +14,7 @@ More rows, as in a short prompt, stay with BLAS, but where the eager model cuts 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def rewrite(graph: fx.Graph) -> None:
             if build is None:
                 continue
             with graph.inserting_before(node):
-                replacement = build(_Calls(graph), x, weight, bias[0] if bias else None)
+                replacement = build(graph, x, weight, bias[0] if bias else None)
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -72,19 +73,7 @@ def _weight_of(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.meta["val"].is_contiguous() else None
 
 
-class _Calls:
-    """Adds calls to a graph, each with the fake value of its result."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-
-    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda argument: argument.meta["val"]))
-        return node
-
-
-Builder = Callable[[_Calls, fx.Node, fx.Node, fx.Node | None], fx.Node]
+Builder = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node | None], fx.Node]
 
 
 def _replacement(x: torch.Tensor, weight: torch.Tensor) -> Builder | None:
@@ -111,7 +100,15 @@ def _multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _unrolled(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Add a call to ``graph``, with the fake value of its result."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    call = partial(_call, graph)
     dtype = x.meta["val"].dtype
     widen = torch.ops.prims.convert_element_type.default
     wide_weight, wide_x = call(widen, weight, torch.float32), call(widen, x, torch.float32)
@@ -127,7 +124,8 @@ def _unrolled(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -
     return call(widen, total, dtype)
 
 
-def _cut(call: _Calls, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _cut(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    call = partial(_call, graph)
     rows, inputs = x.meta["val"].shape
     outputs = weight.meta["val"].shape[0]
     count = linear.parts(rows, weight.meta["val"])
