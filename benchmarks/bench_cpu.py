@@ -14,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from transformers import Qwen2Config, StaticCache
 from transformers import Qwen2ForCausalLM as StockQwen2
 
@@ -105,14 +105,8 @@ class Runner:
 def probe_bandwidth() -> float:
     """Read bandwidth in bytes per second: the best of ten sums over 1 GiB."""
     data = torch.ones(1 << 28, dtype=torch.float32)
-    best = min(_timed(data.sum) for _ in range(10))
+    best = min(seconds(data.sum) for _ in range(10))
     return data.nbytes / best
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def stock_model(dtype: str) -> StockQwen2:
@@ -141,9 +135,9 @@ def measure(cells: list[Cell], runners: dict[str, Runner], rounds: int, steps: i
     for _ in range(rounds):
         for cell in cells:
             runner = runners[cell.candidate]
-            cell.prefill_ms.append(_timed(lambda runner=runner: runner.prefill(ids, total)) * 1e3)
+            cell.prefill_ms.append(seconds(lambda runner=runner: runner.prefill(ids, total)) * 1e3)
             runner.decode(token)
-            cell.decode_ms.extend(_timed(lambda runner=runner: runner.decode(token)) * 1e3 for _ in range(steps))
+            cell.decode_ms.extend(seconds(lambda runner=runner: runner.decode(token)) * 1e3 for _ in range(steps))
 
 
 def peak_memory(candidate: str, dtype: str, batch: int, prompt: int) -> int:

@@ -9,9 +9,7 @@ small vocabulary: the stock model and this project's, one token after 64, altern
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 from qwen2_npu import emulator
@@ -19,6 +17,7 @@ from qwen2_npu import emulator
 emulator.activate()
 
 import torch  # noqa: E402
+from timing import medians, seconds  # noqa: E402
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM  # noqa: E402
 from qwen2_npu.compat import CACHE_NAME, cache_of  # noqa: E402
@@ -32,13 +31,7 @@ LIMIT = 2.0
 
 def per_call(call: Callable[[], object], calls: int = 200, rounds: int = 40) -> float:
     """Microseconds: the fastest round's mean."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, time.perf_counter() - start)
-    return best / calls * 1e6
+    return min(seconds(call, calls) for _ in range(rounds)) * 1e6
 
 
 def operators() -> Iterator[tuple[str, list[float]]]:
@@ -81,11 +74,11 @@ def steps(layers: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Call
     def stock(device: str) -> Callable[[], object]:
         torch.manual_seed(0)
         model = Stock(config(layers)).to(dtype).to(device).eval()
-        cache = {CACHE_NAME: cache_of(model(ids.to(device), use_cache=True))}
+        cache = cache_of(model(ids.to(device), use_cache=True))
         token = ids[:, :1].to(device)
 
         def step() -> object:
-            logits = model(token, use_cache=True, **cache).logits
+            logits = model(token, use_cache=True, **{CACHE_NAME: cache}).logits
             cache.crop(-1)
             return logits.argmax(-1).item()
 
@@ -105,17 +98,6 @@ def steps(layers: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Call
     yield "qwen2_npu, prefill and eight decode steps", {device: ours(device) for device in DEVICES}
 
 
-def alternating(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds per device: medians of runs that take turns, so that other load meets both."""
-    seconds: dict[str, list[float]] = {device: [] for device in calls}
-    for _ in range(ROUNDS + 3):
-        for device, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[device].append(time.perf_counter() - start)
-    return {device: statistics.median(found[3:]) * 1e3 for device, found in seconds.items()}
-
-
 @torch.no_grad()
 def main() -> int:
     """Print the numbers; the exit status says whether every decode step is within the limit."""
@@ -129,7 +111,7 @@ def main() -> int:
     within = True
     for dtype in (torch.float32, torch.bfloat16):
         for name, calls in steps(arguments.layers, dtype):
-            found = alternating(calls)
+            found = {device: s * 1e3 for device, s in medians(calls, ROUNDS, warm_up=3).items()}
             ratio = found["npu"] / found["cpu"]
             within &= ratio <= LIMIT
             print(f"{name}, {dtype}: cpu {found['cpu']:.2f} ms   npu {found['npu']:.2f} ms   ratio {ratio:.2f}")

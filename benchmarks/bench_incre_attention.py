@@ -5,18 +5,19 @@ python benchmarks/bench_incre_attention.py
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 64  # of Qwen2-0.5B
-LIVE, SHORT, LONG = 128, 256, 4096
+LIVE = 128
+CACHES = SHORT, LONG = 256, 4096
 CALLS = 50
 
 
@@ -26,6 +27,12 @@ def attend(query: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], length
         query, *cache, num_heads=HEADS, num_key_value_heads=KV_HEADS, scale_value=HEAD_DIM**-0.5,
         input_layout="BSND", actual_seq_lengths=lengths,
     )  # fmt: skip
+
+
+def new_cache(batch: int, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values."""
+    key, value = (torch.randn(batch, slots, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(2))
+    return key, value
 
 
 @click.command()
@@ -43,18 +50,10 @@ def main(rounds: int, threads: int) -> None:
             for name in ("equal", "ragged")[: 1 if batch == 1 else 2]:
                 lengths = [LIVE - (7 * row if name == "ragged" else 0) for row in range(batch)]
                 query = torch.randn(batch, 1, HEADS, HEAD_DIM, dtype=dtype)
-                caches = {
-                    slots: tuple(torch.randn(batch, slots, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(2))
-                    for slots in (SHORT, LONG)
-                }
-                seconds: dict[int, list[float]] = {slots: [] for slots in caches}
-                for _ in range(rounds + 1):
-                    for slots, cache in caches.items():
-                        start = time.perf_counter()
-                        for _ in range(CALLS):
-                            attend(query, cache, lengths)  # type: ignore[arg-type]
-                        seconds[slots].append((time.perf_counter() - start) / CALLS)
-                short, long = (statistics.median(seconds[slots][1:]) for slots in (SHORT, LONG))
+                short, long = medians(
+                    {str(slots): partial(attend, query, new_cache(batch, slots, dtype), lengths) for slots in CACHES},
+                    rounds, calls=CALLS,
+                ).values()  # fmt: skip
                 cells = (str(dtype).removeprefix("torch."), str(batch), name, f"{short * 1e6:.0f}", f"{long * 1e6:.0f}")
                 table.add_row(*cells, f"{long / short:.2f}")
     Console().print(table)

@@ -5,14 +5,13 @@ python benchmarks/bench_small_batch.py
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,17 +38,6 @@ class Products(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([product(x) for product in self.products]).sum(0)
-
-
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call, interleaved, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def cut_products(rounds: int) -> Table:
