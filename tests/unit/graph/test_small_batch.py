@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,17 +12,17 @@ from torch.nn.functional import linear
 from qwen2_npu.graph import small_batch
 from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts, rewrite
 from qwen2_npu.ops.linear import MAX_ROWS as MAX_CUT_ROWS
+from tests.unit.products import assert_exact
 
 aten = torch.ops.aten
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(autouse=True)
-def two_threads_without_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def graph_of(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.fx.GraphModule:
@@ -102,7 +102,7 @@ def test_short_prompts_take_one_part_of_a_large_weight_per_thread(rows, bias):
     assert products(traced.graph) == 0
     (cut,) = traced.graph.find_nodes(op="call_function", target=aten.bmm.default)
     assert cut.meta["val"].shape == (2, rows, 512)
-    torch.testing.assert_close(traced(*arguments), linear(*arguments), rtol=1e-4, atol=1e-3)
+    assert_exact(traced(*arguments), *arguments)
 
 
 def test_longer_prompts_take_the_whole_weight():

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from qwen2_npu.ops.linear import MAX_ROWS, MIN_WEIGHT, linear, parts
+from tests.unit.products import assert_exact
 
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.fixture
@@ -36,15 +29,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def assert_exact(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """`got` is the float64 product within what float32 sums may lose, in whatever order they are taken."""
-    wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias)]
-    exact = F.linear(*wide)  # type: ignore[arg-type]
-    magnitude = F.linear(*(None if tensor is None else tensor.abs() for tensor in wide))  # type: ignore[arg-type]
-    additions = weight.shape[1] + (bias is not None)
-    assert ((got.double() - exact).abs() <= additions * torch.finfo(torch.float32).eps * magnitude).all()
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 5), (MAX_ROWS,), (2, 2, 3)], ids=str)
