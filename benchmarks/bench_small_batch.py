@@ -40,27 +40,27 @@ class Products(nn.Module):
         return torch.stack([product(x) for product in self.products]).sum(0)
 
 
-def cut_products(rounds: int) -> Table:
-    """`ops.linear` in float32, also for rows that it leaves whole: times as fast as one product."""
+def eager_products(dtype: torch.dtype, numbers_of_rows: tuple[int, ...], rounds: int) -> Table:
+    """`ops.linear`, in float32 also for rows that it leaves whole: times as fast as F.linear."""
     linear_module.MAX_ROWS = max(ROWS)
-    table = Table(title="eager, float32: one product per thread, × one product")
-    for heading in ("weight", *map(str, ROWS)):
+    table = Table(title=f"eager, {dtype}: ops.linear, × F.linear")
+    for heading in ("weight", *map(str, numbers_of_rows)):
         table.add_column(heading, justify="right")
     for name, (outputs, inputs, count) in WEIGHTS.items():
-        weights = [torch.randn(outputs, inputs) for _ in range(count)]
+        weights = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(count)]
         cells = []
-        for rows in ROWS:
+        for rows in numbers_of_rows:
             if name == "head" and rows > HEAD_ROWS:
                 cells.append("")
                 continue
-            x = torch.randn(rows, inputs)
+            x = torch.randn(rows, inputs, dtype=dtype)
 
             def every(product: Product, x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
                 for weight in weights:
                     product(x, weight)
 
-            found = medians({"whole": lambda e=every: e(F.linear), "cut": lambda e=every: e(linear)}, rounds)
-            cells.append(f"{found['whole'] / found['cut']:.2f}")
+            found = medians({"pytorch": lambda e=every: e(F.linear), "ours": lambda e=every: e(linear)}, rounds)
+            cells.append(f"{found['pytorch'] / found['ours']:.2f}")
         table.add_row(f"{name} {outputs} × {inputs}", *cells)
     return table
 
@@ -68,7 +68,7 @@ def cut_products(rounds: int) -> Table:
 def fused_loops(rounds: int) -> Table:
     """The compiled graph's loop, also where the pass would leave the product to BLAS: rate of reading weights."""
     small_batch._loop_rows = lambda weight: small_batch.MAX_ROWS
-    table = Table(title="compiled: GB/s of weights read, eager (BLAS, cut in float32) and the fused loop")
+    table = Table(title="compiled: GB/s of weights read, eager (ops.linear) and the fused loop")
     for heading in ("dtype", "weight", "rows", "eager", "fused loop"):
         table.add_column(heading, justify="right")
     for dtype in (torch.float32, torch.bfloat16):
@@ -92,7 +92,8 @@ def fused_loops(rounds: int) -> Table:
 def main(rounds: int, threads: int) -> None:
     """Measure products of a few rows, side by side."""
     torch.set_num_threads(threads)
-    Console().print(cut_products(rounds))
+    Console().print(eager_products(torch.float32, ROWS, rounds))
+    Console().print(eager_products(torch.bfloat16, (1,), rounds))
     Console().print(fused_loops(rounds))
 
 

@@ -11,7 +11,9 @@ from torch.nn.functional import linear
 
 from qwen2_npu.graph import small_batch
 from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts, rewrite
+from qwen2_npu.ops.linear import IN_GRAPHS
 from qwen2_npu.ops.linear import MAX_ROWS as MAX_CUT_ROWS
+from qwen2_npu.ops.linear import linear as eager_product
 from tests.unit.products import assert_exact
 
 aten = torch.ops.aten
@@ -46,13 +48,9 @@ def test_sums_in_float32_and_rounds_once(dtype, rows, bias):
     rewrite(traced.graph)
     traced.recompile()
     assert products(traced.graph) == 0
-    exact = linear(*(tensor.double() for tensor in arguments))
     got = traced(*arguments)
     assert got.dtype == dtype
-    # 97 additions in float32, then one rounding to the dtype.
-    magnitude = linear(*(tensor.double().abs() for tensor in arguments))
-    bound = exact.abs() * torch.finfo(dtype).eps + 98 * torch.finfo(torch.float32).eps * magnitude
-    assert ((got.double() - exact).abs() <= bound).all()
+    assert_exact(got, *arguments)
 
 
 @pytest.mark.parametrize("rows", [MAX_ROWS + 1, 64])
@@ -75,14 +73,16 @@ def test_a_product_with_a_computed_matrix_is_left_alone():
         (torch.float32, True, 4864, 3),
         (torch.float32, True, 18944, 3),
         (torch.bfloat16, True, 896, 4),
-        (torch.bfloat16, True, 4864, 1),
-        (torch.bfloat16, True, 18944, 0),
+        (torch.bfloat16, True, 1536, 2),
+        (torch.bfloat16, True, 3584, 1),
+        (torch.bfloat16, True, 4864, 0),
         (torch.bfloat16, False, 4864, 8),
         (torch.float16, True, 4864, 8),
     ],
 )
 def test_rows_up_to_which_the_loop_is_taken(dtype, multiplies_bf16, inputs, rows, monkeypatch):
     monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: multiplies_bf16)
+    monkeypatch.setattr(small_batch.linear, "faster_product", lambda rows, weight: None)
     left = []
     for count in (max(rows, 1), rows + 1):
         traced = graph_of(linear, torch.randn(count, inputs, dtype=dtype), torch.randn(16, inputs, dtype=dtype))
@@ -92,17 +92,33 @@ def test_rows_up_to_which_the_loop_is_taken(dtype, multiplies_bf16, inputs, rows
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [MAX_ROWS + 1, 64, MAX_CUT_ROWS])
-def test_short_prompts_take_one_part_of_a_large_weight_per_thread(rows, bias):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "dtype"),
+    [
+        (MAX_ROWS + 1, 768, torch.float32),
+        (64, 768, torch.float32),
+        (MAX_CUT_ROWS, 768, torch.float32),
+        (1, 4864, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_elsewhere_the_product_of_the_eager_model(rows, inputs, dtype, bias, monkeypatch):
+    monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: True)
     torch.manual_seed(0)
-    arguments = [torch.randn(rows, 768), torch.randn(1024, 768), *([torch.randn(1024)] if bias else [])]
-    traced = graph_of(linear, *arguments)
-    rewrite(traced.graph)
-    traced.recompile()
-    assert products(traced.graph) == 0
-    (cut,) = traced.graph.find_nodes(op="call_function", target=aten.bmm.default)
-    assert cut.meta["val"].shape == (2, rows, 512)
-    assert_exact(traced(*arguments), *arguments)
+    arguments = [torch.randn(rows, inputs), torch.randn(1024, inputs), *([torch.randn(1024)] if bias else [])]
+    arguments = [tensor.to(dtype) for tensor in arguments]
+    rewritten = []
+
+    class Recording(SmallBatchProducts):
+        def __call__(self, graph):
+            super().__call__(graph)
+            rewritten.extend(graph.find_nodes(op="call_function", target=IN_GRAPHS))
+
+    options = {"post_grad_custom_pre_pass": Recording(), "fx_graph_cache": False}
+    torch._dynamo.reset()
+    got = torch.compile(linear, options=options)(*arguments)
+    assert len(rewritten) == 1
+    assert torch.equal(got, eager_product(*arguments))
 
 
 def test_longer_prompts_take_the_whole_weight():

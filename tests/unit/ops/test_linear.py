@@ -1,13 +1,17 @@
-"""The linear product: right in every shape, cut only where that is faster, differentiable, F.linear elsewhere."""
+"""The linear product: right in every shape, another way than F.linear only where that is faster, differentiable."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qwen2_npu.ops.linear import MAX_ROWS, MIN_WEIGHT, linear, parts
+from qwen2_npu.ops import linear as module
+from qwen2_npu.ops.linear import IN_GRAPHS, MAX_ROWS, MIN_WEIGHT, faster_product, in_parts, linear, without_onednn
 from tests.unit.products import assert_exact
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -62,17 +66,101 @@ def test_strided_inputs() -> None:
         (4, torch.empty(1024, MIN_WEIGHT // 1024 - 1)),
         (4, torch.empty(1025, 768)),
         (4, torch.empty(768, 1024).t()),
-        (4, torch.empty(1024, 768, dtype=torch.bfloat16)),
+        (2, torch.empty(1024, 768, dtype=torch.bfloat16)),
+        (1, torch.empty(768, 1024, dtype=torch.bfloat16).t()),
+        (1, torch.empty(1024, 768, dtype=torch.float16)),
+        (1, torch.empty(1024, 768, dtype=torch.float64)),
     ],
-    ids=["many rows", "small weight", "odd outputs", "transposed weight", "bf16"],
+    ids=["many rows", "small weight", "odd outputs", "transposed", "bf16 rows", "bf16 transposed", "fp16", "float64"],
 )
-def test_elsewhere_one_product(rows: int, weight: torch.Tensor) -> None:
-    assert parts(rows, weight) == 1
+def test_elsewhere_pytorch_s_product(rows: int, weight: torch.Tensor) -> None:
+    assert faster_product(rows, weight) is None
 
 
 def test_one_thread_takes_one_product() -> None:
     torch.set_num_threads(1)
-    assert parts(4, torch.empty(1024, 768)) == 1
+    assert faster_product(4, torch.empty(1024, 768)) is None
+
+
+@pytest.mark.parametrize(("capability", "measured"), [("AVX512", True), ("AVX2", True), ("DEFAULT", False)])
+def test_only_on_the_processors_it_was_measured_on(
+    capability: str, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    module._measured_here.cache_clear()
+    assert faster_product(4, torch.empty(1024, 768)) is (in_parts if measured else None)
+    assert faster_product(1, torch.empty(1024, 768).bfloat16()) is (without_onednn if measured else None)
+    module._measured_here.cache_clear()
+
+
+@pytest.fixture
+def onednn_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether oneDNN was on in each F.linear."""
+    used: list[bool] = []
+    product = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: used.append(torch._C._get_mkldnn_enabled()) or product(*a))
+    yield used
+    assert torch._C._get_mkldnn_enabled()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_in_bf16_is_multiplied_without_onednn(
+    shape: tuple[int, ...], bias: bool, onednn_used: list[bool]
+) -> None:
+    x, weight = numbers(*shape, 768).bfloat16(), numbers(1024, 768).bfloat16()
+    b = numbers(1024).bfloat16() if bias else None
+    got = linear(x, weight, b)
+    assert onednn_used == [False]
+    assert got.shape == (*shape, 1024)
+    assert_exact(got, x, weight, b)
+
+
+def test_onednn_is_on_again_after_an_error(onednn_used: list[bool]) -> None:
+    with pytest.raises(RuntimeError):
+        linear(numbers(1, 768).bfloat16(), numbers(1024, 768).bfloat16(), numbers(1023).bfloat16())
+    assert onednn_used == [False]
+
+
+def test_onednn_stays_off_where_the_user_switched_it_off() -> None:
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        linear(numbers(1, 768).bfloat16(), numbers(1024, 768).bfloat16())
+        assert not torch._C._get_mkldnn_enabled()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+def test_the_last_of_several_threads_switches_onednn_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first leaves while the second is still inside."""
+    both, first_left, found = threading.Barrier(2), threading.Event(), {}
+    product = F.linear
+
+    def waits(*arguments: torch.Tensor) -> torch.Tensor:
+        both.wait(10)
+        if threading.current_thread().name == "second":
+            first_left.wait(10)
+            found["inside"] = torch._C._get_mkldnn_enabled()
+        return product(*arguments)
+
+    monkeypatch.setattr(F, "linear", waits)
+    arguments = numbers(1, 768).bfloat16(), numbers(1024, 768).bfloat16()
+    first, second = (threading.Thread(target=linear, args=arguments, name=name) for name in ("first", "second"))
+    first.start()
+    second.start()
+    first.join(10)
+    first_left.set()
+    second.join(10)
+    assert found == {"inside": False}
+    assert torch._C._get_mkldnn_enabled()
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (4, torch.float32)])
+def test_the_operator_of_graphs_is_the_same_product(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias = numbers(rows, 768).to(dtype), numbers(1024, 768).to(dtype), numbers(1024).to(dtype)
+    assert torch.equal(IN_GRAPHS(x, weight, bias), linear(x, weight, bias))
+    fake = IN_GRAPHS(x.to("meta"), weight.to("meta"), bias.to("meta"))
+    assert (fake.shape, fake.dtype, fake.stride()) == ((rows, 1024), dtype, (1024, 1))
 
 
 def test_fake_tensors_are_not_cut(products: list[torch.Size]) -> None:
