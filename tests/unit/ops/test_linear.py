@@ -16,6 +16,14 @@ from tests.unit.products import assert_exact
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
+IS_MEASURED_HERE = module._measured_here.__wrapped__
+
+
+@pytest.fixture(autouse=True)
+def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on x86, whatever runs the tests."""
+    monkeypatch.setattr(module, "_measured_here", lambda: True)
+
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
@@ -87,10 +95,9 @@ def test_only_on_the_processors_it_was_measured_on(
     capability: str, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    module._measured_here.cache_clear()
+    monkeypatch.setattr(module, "_measured_here", IS_MEASURED_HERE)
     assert faster_product(4, torch.empty(1024, 768)) is (in_parts if measured else None)
     assert faster_product(1, torch.empty(1024, 768).bfloat16()) is (without_onednn if measured else None)
-    module._measured_here.cache_clear()
 
 
 @pytest.fixture
