@@ -1,4 +1,4 @@
-"""Products of a few rows with a weight on a CPU: BLAS against what this project does instead.
+"""Products of a few rows with a weight on a CPU: PyTorch's own against what this project does instead.
 
 python benchmarks/bench_small_batch.py
 """
@@ -66,7 +66,7 @@ def eager_products(dtype: torch.dtype, numbers_of_rows: tuple[int, ...], rounds:
 
 
 def fused_loops(rounds: int) -> Table:
-    """The compiled graph's loop, also where the pass would leave the product to BLAS: rate of reading weights."""
+    """The compiled graph's loop, also where the pass would take the eager product: rate of reading weights."""
     small_batch._loop_rows = lambda weight: small_batch.MAX_ROWS
     table = Table(title="compiled: GB/s of weights read, eager (ops.linear) and the fused loop")
     for heading in ("dtype", "weight", "rows", "eager", "fused loop"):

@@ -31,7 +31,7 @@ MAX_ROWS_FAST_BF16 = 4
 L1_BYTES = 32 * 1024
 """The rows are read again for every output: in float32 they should stay in the first-level cache."""
 MAX_ROWS_BEYOND_L1 = 3
-"""Rows up to which the loop is faster than BLAS in float32 all the same."""
+"""Rows up to which the loop is faster than the eager model in float32 all the same."""
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def _replacement(x: torch.Tensor, weight: torch.Tensor) -> Builder | None:
 
 
 def _loop_rows(weight: torch.Tensor) -> int:
-    """Up to how many rows the loop over weight (N, K) is faster than BLAS; measured in docs/performance.md."""
+    """Up to how many rows the loop over weight (N, K) is faster than the eager model: see docs/performance.md."""
     in_cache = L1_BYTES // (4 * weight.shape[1])
     if weight.dtype == torch.bfloat16 and _multiplies_bf16():
         return min(MAX_ROWS_FAST_BF16, in_cache // 2)  # measured; the weight streams through that cache too
