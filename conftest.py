@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ gc.disable()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Before anything imports torch: other conftest files do.
-emulator.activate_where_needed()
+try:
+    emulator.activate_where_needed()
+except emulator.EmulatorError as error:  # one line; pytest itself would print a traceback
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(pytest.ExitCode.USAGE_ERROR) from None
 
 # --gate, --gate-rows, --update-baselines, --random-weights, and the rows of tests/perf; and what JUnit files say they
 # were verified on.

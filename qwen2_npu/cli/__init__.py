@@ -23,7 +23,7 @@ COMMANDS = {
 }
 """Command -> its line in the overview. Each lives in the module of its name."""
 
-WITHOUT_TORCH = ("emulate", "report", "nightly")
+WITHOUT_TORCH = ("emulate", "report", "nightly", "doctor")
 """Commands that work where torch_npu cannot be loaded: that may be just what they have to say."""
 
 BAD_INPUT = 2

@@ -19,6 +19,7 @@ from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.environment import cann_version, package_version
 from qwen2_npu.conformance.report.files import check_writable
+from qwen2_npu.emulator import cuda_build
 from qwen2_npu.errors import UnsupportedError
 
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
@@ -112,6 +113,11 @@ def findings() -> Iterator[Finding]:
     yield Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     yield from _packages()
     yield _cann()
+    try:
+        emulator.activate_where_needed()
+    except emulator.EmulatorError as error:  # importing torch would fail, or end the process
+        yield Finding("torch with torch_npu", "cannot be imported", str(error))
+        return
     for probe in (_transformers, _cpu, _npu, _emulator, _cuda):
         try:
             yield probe()
@@ -127,7 +133,7 @@ def findings() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     torch = package_version("torch")
     yield Finding("qwen2-npu", package_version("qwen2-npu") or "not installed", "")
-    yield Finding("torch", torch or "missing", "" if torch else "pip install torch==2.13.0")
+    yield Finding("torch", *_torch(torch, beside_torch_npu=package_version("torch_npu") is not None))
     torch_npu = package_version("torch_npu")
     advice = "for Ascend NPUs: pip install torch_npu==2.13.0 (the release of the same number as torch)"
     if torch_npu and torch and release(torch_npu) != release(torch):
@@ -146,6 +152,20 @@ def _packages() -> Iterator[Finding]:
     matplotlib = package_version("matplotlib")
     yield Finding(
         "matplotlib", matplotlib or "not installed", "" if matplotlib else "only for the report: pip install matplotlib"
+    )
+
+
+def _torch(version: str | None, *, beside_torch_npu: bool) -> tuple[str, str]:
+    """State and advice: which build it is matters beside torch_npu."""
+    if version is None:
+        return "missing", cuda_build.INSTALL_TORCH
+    if not cuda_build.installed():
+        return version, ""
+    if not beside_torch_npu:
+        return f"{version}, a GPU build", f"before you install torch_npu: {cuda_build.REPLACE_TORCH}"
+    return (
+        f"{version}, a GPU build beside torch_npu",
+        f"works with the emulated NPU alone, and takes gigabytes; for a real NPU: {cuda_build.REPLACE_TORCH}",
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_npu import emulator
+from qwen2_npu.emulator import cuda_build
 
 PACKAGES = ("torch", "torch_npu", "transformers", "numpy", "safetensors", "tokenizers", "deepspeed")
 
@@ -37,7 +38,9 @@ class Environment:
 
 
 def package_version(name: str) -> str | None:
-    """Installed version, from metadata alone: nothing is imported."""
+    """Installed version, from metadata and files alone: nothing is imported. A GPU build of torch is named as such."""
+    if name == "torch" and cuda_build.installed():
+        return cuda_build.installed()
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -76,12 +76,15 @@ def activate_where_needed() -> bool:
         Whether the emulator is active now.
 
     Raises:
-        EmulatorError: it is needed and cannot be provided.
+        EmulatorError: it is needed and cannot be provided, or torch cannot be imported beside the real NPU's torch_npu.
     """
-    from qwen2_npu.emulator import environment
+    from qwen2_npu.emulator import cuda_build, environment
 
-    if _active is None and importlib.util.find_spec("torch_npu") is not None and not environment.signs_of_npu():
-        activate()
+    if _active is None and importlib.util.find_spec("torch_npu") is not None:
+        if environment.signs_of_npu():
+            cuda_build.refuse_beside_npu()
+        else:
+            activate()
     return is_active()
 
 

@@ -9,16 +9,23 @@ import threading
 from collections.abc import Iterator
 from types import ModuleType
 
-from qwen2_npu.emulator import environment, hooks, libraries, notices, runtime
+from qwen2_npu.emulator import cuda_build, environment, hooks, libraries, notices, runtime
 from qwen2_npu.emulator.settings import Settings
 
 
 def install(settings: Settings) -> None:
     """Load CANN's libraries and arm the hooks. Imports no torch."""
+    cuda_build.refuse_untried()
     runtime.start(libraries.load(), settings)
     os.environ.update(environment.RUNTIME)
-    hooks.after_import("torch_npu", _after_torch_npu, around=notices.without_toolkit_warning)
+    hooks.after_import("torch_npu", _after_torch_npu, around=_around_torch_npu)
     hooks.after_import("torchair.core._backend", _after_torchair, around=_own_signal_handlers)
+
+
+@contextlib.contextmanager
+def _around_torch_npu() -> Iterator[None]:
+    with notices.without_toolkit_warning(), cuda_build.without_clash():
+        yield
 
 
 def _after_torch_npu(module: ModuleType) -> None:

@@ -59,9 +59,10 @@ def run(command: Sequence[str], settings: Settings) -> NoReturn:
         EmulatorError: the emulated device cannot be provided here.
         OSError: the command cannot be started.
     """
-    from qwen2_npu.emulator import libraries
+    from qwen2_npu.emulator import cuda_build, libraries
 
     environment.refuse_beside_cann()
+    cuda_build.refuse_untried()
     libraries.build()
     child = dict(os.environ)
     environment.announce(settings, child)
