@@ -171,6 +171,7 @@ print((torch.ones(3, device="npu") * 2).sum().item())
 
 
 @pytest.mark.skipif(not emulator.is_active(), reason="there are no emulated cards here")
+@pytest.mark.skipif(bool(cuda_build.installed()), reason="torch is a CUDA build itself")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_torch_npu_is_imported_beside_what_a_cuda_build_registers(tmp_path: Path) -> None:
     import torch
