@@ -4,8 +4,7 @@
     pytest tests/perf --gate --gate-rows='7b-*'              # fail closed, the 7B's rows alone
     pytest tests/perf --random-weights 0.5B --update-baselines="first runs"     # five times: this machine's own
 
-Rows on eight cards are measured in processes of their own, one per card (qwen2_npu/conformance/perf/launcher.py). Their
-model comes with tensor parallel; until then they report "needs tensor parallel", which under --gate is a failure.
+Rows on eight cards report "needs tensor parallel", which under --gate is a failure.
 
 Renaming this file or its test cuts every row off from its baselines; the gate says so.
 """

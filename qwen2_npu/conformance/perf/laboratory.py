@@ -9,11 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen2_npu.conformance.perf import fingerprint, tensor_parallel
+from qwen2_npu.conformance.perf import fingerprint
 from qwen2_npu.conformance.perf.fingerprint import Fingerprint
-from qwen2_npu.conformance.perf.job import Job
-from qwen2_npu.conformance.perf.launcher import LaunchError, launch
-from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement
+from qwen2_npu.conformance.perf.measurement import OUTPUT_TOKENS, Measurement
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 
@@ -42,11 +40,7 @@ class Laboratory(Protocol):
         """The numbers of the configuration's model."""
 
     def measured(self, configuration: Configuration) -> Measurement:
-        """Its measurement, made on the first call.
-
-        Raises:
-            LaunchError: it needs several cards, and its ranks came to none.
-        """
+        """Its measurement, made on the first call."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +60,16 @@ class Request:
 
 
 class DeviceLaboratory:
-    """Measures on ``request.device``: in this process on one card, through ``launcher`` on several.
+    """Measures on ``request.device``, one card, in this process.
 
     Holds one model at a time: two of 7B do not fit a card of 32 GB.
-
-    Args:
-        launch: measures what needs several cards.
     """
 
     self_test = False
 
-    def __init__(self, request: Request, launch: Callable[[Job], Measurement] = launch) -> None:
-        self.request, self._launch = request, launch
-        self._measured: dict[Configuration, Measurement | LaunchError] = {}
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._measured: dict[Configuration, Measurement] = {}
         self._model: tuple[Configuration, Any] | None = None
 
     @cached_property
@@ -95,9 +86,8 @@ class DeviceLaboratory:
         return self.request.random_weights
 
     def why_not(self, configuration: Configuration) -> str | None:
-        missing = tensor_parallel.why_not(configuration)
-        if missing is not None:
-            return missing
+        if configuration.cards > 1:
+            return f"needs tensor parallel: {configuration.model} runs on {configuration.cards} cards"
         if self.model_name not in (None, configuration.model):
             return f"needs the {configuration.model} model: {self.model_name} was asked for"
         return None
@@ -110,18 +100,13 @@ class DeviceLaboratory:
     def measured(self, configuration: Configuration) -> Measurement:
         if configuration not in self._measured:
             self._measured[configuration] = self._measure(configuration)
-        found = self._measured[configuration]
-        if isinstance(found, LaunchError):  # the other phase's test would wait for the same failure
-            raise found
-        return found
+        return self._measured[configuration]
 
-    def _measure(self, configuration: Configuration) -> Measurement | LaunchError:
-        asked = self.request.decode_steps
-        steps = OUTPUT_TOKENS - 1 if asked is None else asked
-        if configuration.cards > 1:
-            return self._launched(configuration, steps)
+    def _measure(self, configuration: Configuration) -> Measurement:
         from qwen2_npu.conformance.perf import protocol
 
+        asked = self.request.decode_steps
+        steps = OUTPUT_TOKENS - 1 if asked is None else asked
         weights = self._weights(configuration)
         return protocol.measure(
             self._built(configuration, weights.build),
@@ -129,33 +114,6 @@ class DeviceLaboratory:
             decode_steps=steps,
             weights=weights.description,
         )
-
-    def _launched(self, configuration: Configuration, steps: int) -> Measurement | LaunchError:
-        self._free_the_card()
-        path = self.request.model_path
-        job = Job(
-            configuration,
-            self.request.device.split(":")[0],
-            INPUT_TOKENS,
-            steps,
-            model_path=None if path is None else str(path.resolve()),
-        )
-        try:
-            return self._launch(job)
-        except LaunchError as error:
-            return error
-
-    def _free_the_card(self) -> None:
-        """A rank needs the memory that a model held by this process takes."""
-        if self._model is None:
-            return
-        import torch
-
-        self._model = None
-        gc.collect()
-        module: Any = getattr(torch, self.request.device.split(":")[0], None)
-        if hasattr(module, "empty_cache"):
-            module.empty_cache()
 
     def _weights(self, configuration: Configuration) -> Any:
         from qwen2_npu.conformance.perf.builds import Weights

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from qwen2_npu.conformance.perf.rows import Phase
 
@@ -82,18 +81,6 @@ class Measurement:
                 )
                 break
         return found
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; see :meth:`from_json`. What rank 0 of a launched run hands back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Measurement:
-        """The inverse of :meth:`to_json`."""
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**plain)
 
 
 def _first_difference(found: Sequence[int], wanted: Sequence[int]) -> tuple[int, int | None, int | None]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.perf import laboratory, protocol
-from qwen2_npu.conformance.perf.job import Job
+from qwen2_npu.conformance.perf import documented, laboratory, protocol
 from qwen2_npu.conformance.perf.laboratory import DeviceLaboratory, Request
-from qwen2_npu.conformance.perf.launcher import LaunchError
-from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES
 
@@ -57,28 +52,11 @@ def test_what_cannot_be_measured() -> None:
     assert everything.size(SEVEN) is SIZES["7B"]
 
 
-def test_what_needs_several_cards_is_launched_once_for_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    eight, failing = Configuration("72B", 8, 4, "graph", "fused_qkv"), Configuration("72B", 8, 1, "graph", "fused_qkv")
-    jobs = []
-
-    def launch(job: Job) -> Measurement:
-        jobs.append(job)
-        if job.configuration == failing:
-            raise LaunchError("rank 3 of 8 is gone", "its log")
-        return Measurement(1.0, (1.0,), (), (0, 1024), 1024, 1)
-
-    bench = DeviceLaboratory(Request("npu:0", decode_steps=1), launch)
-    bench._model = (SEVEN, object())
-    monkeypatch.setattr(torch, "npu", None, raising=False)
-    one = bench.measured(eight)
-    assert bench.measured(eight) is one
-    assert bench._model is None  # a rank needs the memory of this process's card
-    for _ in range(2):
-        with pytest.raises(LaunchError, match="rank 3 of 8 is gone: its log"):
-            bench.measured(failing)
-    assert jobs == [Job(eight, "npu", 1024, 1), Job(failing, "npu", 1024, 1)]
-    DeviceLaboratory(Request("cpu", model_path=Path("models/72B")), launch).measured(eight)
-    assert jobs[2] == Job(eight, "cpu", 1024, 1023, model_path=str(Path("models/72B").resolve()))
+def test_every_row_on_several_cards_needs_tensor_parallel_and_no_other() -> None:
+    bench = DeviceLaboratory(Request("cpu"))
+    for what in {number.row.configuration for number in documented.read()}:
+        several = "needs tensor parallel: 72B runs on 8 cards" if what.cards > 1 else None
+        assert bench.why_not(what) == several
 
 
 def test_a_checkpoint_is_measured_for_real() -> None:
