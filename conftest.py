@@ -107,7 +107,7 @@ def pytest_runtestloop() -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    from qwen2_npu.conformance.environment import how_verified
+    from qwen2_npu.conformance.machine.verified import how_verified
 
     return f"qwen2-npu: device {config.option.device}, verified with {how_verified(config.option.device)}"
 

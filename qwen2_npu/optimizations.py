@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+ORIGINAL = "original"
+"""The row that is no switch: transformers' own model."""
+
 LADDER: tuple[str, ...] = (
     "fixed_kv_cache",
     "flash_attention",

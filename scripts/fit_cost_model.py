@@ -3,7 +3,7 @@
     pip install scipy && python scripts/fit_cost_model.py
 
 Writes baselines/cost_model.json, and docs/predictions.md: every documented row beside its prediction. Where the fit
-changes a time (``*_us``), copy it to qwen2_npu/conformance/hardware.py: a test holds the two together.
+changes a time (``*_us``), copy it to qwen2_npu/conformance/machine/hardware.py: a test holds the two together.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from qwen2_npu.conformance import cost_model
-from qwen2_npu.conformance.cost_model import Efficiencies
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC
+from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC
+from qwen2_npu.conformance.perf import cost_model
+from qwen2_npu.conformance.perf.cost_model import Efficiencies
 from qwen2_npu.conformance.perf.documented import read
-from qwen2_npu.conformance.report import write_json
 
 PAGE = Path(__file__).parents[1] / "docs" / "predictions.md"
 
@@ -74,10 +74,12 @@ def _rounded(value: float) -> float:
 HEAD = """\
 # Predicted against documented
 
-Written by `python scripts/fit_cost_model.py`. **Predictions** of the cost model (`qwen2_npu/conformance/cost_model.py`)
-from the lowered graphs in `baselines/graphs/`, for an {soc}; the documented numbers are the guide's, on an Atlas
-800I A2. Nothing here was measured by this project. Fitted: the 7B tables, and for the collective one configuration of
-the 72B ({collective}), which stands in two tables; all other 72B rows are held out.
+Written by `python scripts/fit_cost_model.py`. **Predictions** of the cost model
+(`qwen2_npu/conformance/perf/cost_model.py`) from the lowered graphs in `baselines/graphs/`, for an {soc}; the
+documented numbers are the guide's, on an Atlas 800I A2. Nothing here was measured by this project. Fitted: the 7B
+tables, and for the collective one configuration of the 72B
+({collective}), which stands in two tables; all other 72B rows
+are held out.
 
 - {fitted}
 - {held_out}

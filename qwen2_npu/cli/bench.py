@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2_npu.cli import options
-from qwen2_npu.conformance.perf.rows import ORIGINAL
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
+    from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf.bench import Result
-    from qwen2_npu.conformance.report.provenance import Provenance
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -82,12 +81,12 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     options.quiet_transformers()
+    from qwen2_npu.conformance.files import check_writable
+    from qwen2_npu.conformance.machine.comparable import card_of
+    from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf import bench
     from qwen2_npu.conformance.perf.breakdown import WARM_UP
     from qwen2_npu.conformance.perf.builds import Weights
-    from qwen2_npu.conformance.perf.machine import card_of
-    from qwen2_npu.conformance.report import check_writable
-    from qwen2_npu.conformance.report.provenance import Provenance
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -148,7 +147,7 @@ def _is_emulated(device: str) -> bool:
 
 
 def _write(path: Path, results: list[Result], made_by: Provenance) -> None:
-    from qwen2_npu.conformance.report import write_json
+    from qwen2_npu.conformance.files import write_json
 
     results_json = [result.to_json() for result in results]
     write_json(path, {"schema": 2, "provenance": made_by.to_json(), "results": results_json})
@@ -187,7 +186,7 @@ def show(results: list[Result], console: Any, device: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from qwen2_npu.conformance.environment import how_verified
+    from qwen2_npu.conformance.machine.verified import how_verified
     from qwen2_npu.conformance.perf import documented
 
     first = results[0]

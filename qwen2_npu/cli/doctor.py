@@ -17,8 +17,8 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import options
-from qwen2_npu.conformance.environment import cann_version, package_version
-from qwen2_npu.conformance.report.files import check_writable
+from qwen2_npu.conformance.files import check_writable
+from qwen2_npu.conformance.machine.packages import cann_version, package_version
 from qwen2_npu.emulator import cuda_build
 from qwen2_npu.errors import UnsupportedError
 
@@ -78,7 +78,7 @@ def _write_bundle(path: Path, device: str | None, found: list[Finding]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from qwen2_npu.conformance.diagnosis import bundle
+    from qwen2_npu.conformance.machine.bug_report import bundle
 
     console = Console(highlight=False)
     text = "\n".join(": ".join(part for part in finding if part) for finding in found) + "\n"

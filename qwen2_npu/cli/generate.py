@@ -56,7 +56,7 @@ def command(
 
     from qwen2_npu import Qwen2ForCausalLM, compile_model
     from qwen2_npu.conformance import tiny
-    from qwen2_npu.conformance.subject import load_tokenizer
+    from qwen2_npu.conformance.accuracy.model_pair import load_tokenizer
 
     options.quiet_transformers()
     folder = model_path or tiny.path()

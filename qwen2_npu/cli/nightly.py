@@ -50,7 +50,7 @@ def command(
     if machine is not None:
         _describe(machine, device)
         return
-    from qwen2_npu.conformance import nightly
+    from qwen2_npu.conformance.report import nightly
     from qwen2_npu.conformance.report.inputs import PAGE, SUMMARY
 
     _check(nightly.ROOT)
@@ -88,8 +88,8 @@ def _check(root: Path) -> None:
 
 def _describe(path: Path, device: str | None) -> None:
     """Commit, device and fingerprint, as JSON: a stage of its own process, so that no NPU stays held."""
-    from qwen2_npu.conformance.report import write_json
-    from qwen2_npu.conformance.report.provenance import Provenance
+    from qwen2_npu.conformance.files import write_json
+    from qwen2_npu.conformance.machine.provenance import Provenance
 
     provenance = Provenance.of_device(options.check_device(device))
     write_json(path, provenance.to_json())

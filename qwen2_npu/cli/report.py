@@ -42,7 +42,7 @@ def command(
     or, all but the last, from `qwen2-npu nightly`. What is missing is shown as "not run". Without --check the exit
     status says only whether the page was made.
     """
-    from qwen2_npu.conformance.report import write_text
+    from qwen2_npu.conformance.files import write_text
     from qwen2_npu.conformance.report.changes import Kind, changes
     from qwen2_npu.conformance.report.history import Run, load
     from qwen2_npu.conformance.report.history import append as remember

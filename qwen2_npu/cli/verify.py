@@ -15,7 +15,7 @@ from qwen2_npu.optimizations import LADDER
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qwen2_npu.conformance.verify import Verification
+    from qwen2_npu.conformance.accuracy.verify import Verification
 
 
 @click.command("verify")
@@ -54,8 +54,8 @@ def command(
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         options.quiet_transformers()
-        from qwen2_npu.conformance.report import check_writable, write_json
-        from qwen2_npu.conformance.verify import verify
+        from qwen2_npu.conformance.accuracy.verify import verify
+        from qwen2_npu.conformance.files import check_writable, write_json
 
         check_writable(json_path)
         result = verify(

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 
-from qwen2_npu.conformance.configs import SHAPES
-from qwen2_npu.conformance.subject import Subject
+from qwen2_npu.conformance.accuracy.configs import SHAPES
+from qwen2_npu.conformance.accuracy.model_pair import Subject
 
 TINY, CHECKPOINT = "tiny", "checkpoint"
 

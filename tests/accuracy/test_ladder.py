@@ -1,7 +1,7 @@
 """Every step of the ladder, alone and cumulatively, agrees with the stock model at every position.
 
-What is compared and what is excused: ``qwen2_npu/conformance/noise.py``. The default lane runs combinations that
-cover all pairs of (optimisations, dtype, batch shape, weights); the full product is marked slow.
+What is compared and what is excused: ``qwen2_npu/conformance/accuracy/noise.py``. The default lane runs combinations
+that cover all pairs of (optimisations, dtype, batch shape, weights); the full product is marked slow.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.batches import BATCH_SHAPES
-from qwen2_npu.conformance.faults import Intercept
-from qwen2_npu.conformance.matrix import pairwise
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from tests.accuracy.faults import Intercept
+from tests.accuracy.matrix import pairwise
 from tests.accuracy.subjects import dtypes_of, subject_of, weights_of
 
 PRESETS: dict[str, Optimizations] = {

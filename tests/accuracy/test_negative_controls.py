@@ -7,10 +7,10 @@ import re
 import pytest
 
 from qwen2_npu import Optimizations
-from qwen2_npu.conformance.configs import SHAPES
-from qwen2_npu.conformance.faults import FAULTS, Fault, Intercept
+from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.operators import CATALOGUE
 from qwen2_npu.conformance.operators.check import find_problems
+from tests.accuracy.faults import FAULTS, Fault, Intercept
 from tests.accuracy.subjects import subject_of
 
 DEFAULT_WEIGHTS = "qwen2-0.5b"

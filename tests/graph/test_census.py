@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 
-from qwen2_npu.conformance.graphs import baselines, invariants
-from qwen2_npu.conformance.graphs.baselines import BATCH, CAPACITY, PAST, Documented
-from qwen2_npu.conformance.graphs.census import FEW, MORE, LayeredCensus, of_layers
-from qwen2_npu.conformance.graphs.lowering import Lowered, lower
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.graph.baselines import BATCH, CAPACITY, PAST, Documented
+from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
+from qwen2_npu.conformance.graph.lowering import Lowered, lower
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
+from tests.graph import invariants
 
 LAST = LADDER[-1]
 

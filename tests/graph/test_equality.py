@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
-from qwen2_npu.conformance import explain
-from qwen2_npu.conformance.compare import Comparison
-from qwen2_npu.conformance.graphs.counting import GraphCounter
+from qwen2_npu.conformance.accuracy import locate_error
+from qwen2_npu.conformance.accuracy.compare import Comparison
 from tests.accuracy.subjects import subject_of
+from tests.graph.counting import GraphCounter
 
 WEIGHTS = ("qwen2-0.5b", "qwen2-7b")
 """head_dim 64 and 128: other rotary operators."""
@@ -41,7 +41,7 @@ def test_graph_equals_eager(step: str, dtype: str, weights: str, pytestconfig: p
     assert eager_comparison.passed, _eager_first(eager_comparison)
     with GraphCounter() as counter:
         compiled = compile_model(subject.build(optimizations), "torchair")
-        graph = explain.trace_model(compiled, subject.batch(SHAPE), subject.traces(SHAPE)[0])
+        graph = locate_error.trace_model(compiled, subject.batch(SHAPE), subject.traces(SHAPE)[0])
         assert counter.runs > 0, "nothing ran in a graph"
     for name in ("prefill_logits", "decode_logits"):
         expected, found = _live(eager, name), _live(graph, name)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from qwen2_npu.conformance.graphs import baselines
-from qwen2_npu.conformance.graphs.baselines import Documented
-from qwen2_npu.conformance.graphs.census import Census
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.graph.baselines import Documented
+from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
 
@@ -20,7 +20,7 @@ from qwen2_npu import emulator
 emulator.activate_where_needed()
 import torch
 torch.set_num_threads(1)
-from qwen2_npu.conformance.graphs import baselines, census, invariants, lowering
+from qwen2_npu.conformance.graph import baselines, census, invariants, lowering
 from qwen2_npu.conformance.sizes import SIZES
 graph = next(graph for graph in baselines.documented() if str(graph) == sys.argv[1])
 size, start = SIZES[graph.size], time.perf_counter()

@@ -11,12 +11,13 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, compile_model
-from qwen2_npu.conformance.graphs import invariants, lowering
-from qwen2_npu.conformance.graphs.counting import GraphCounter
+from qwen2_npu.conformance.graph import lowering
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.graph import GraphOptions, npu, steps
 from qwen2_npu.models.attention import Attention
 from qwen2_npu.models.layers import MLP
+from tests.graph import invariants
+from tests.graph.counting import GraphCounter
 from tests.graph.support import build, generate, prompt
 
 STEPS = 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
-from qwen2_npu.conformance.graphs.counting import GraphCounter
+from tests.graph.counting import GraphCounter
 from tests.graph.support import build, generate, prompt
 
 IN_FAST_LANE = ("flash_attention", LADDER[-1])

@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 LATENCY = "tests/perf/test_latency.py"
 
-PLUGINS = ("pytest_benchmark.plugin", "qwen2_npu.conformance.perf.plugin", "tests.perf.standin")
+PLUGINS = ("pytest_benchmark.plugin", "qwen2_npu.conformance.perf.plugin", "tests.perf.fake_runner")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Result:
 def run_pytest(
     tmp_path: Path,
     *arguments: str,
-    standin: dict[str, Any] | None = None,
+    fake_runner: dict[str, Any] | None = None,
     plugins: tuple[str, ...] = (),
     tests: str = LATENCY,
     folder: Path = REPOSITORY,
@@ -44,7 +44,7 @@ def run_pytest(
     """Run pytest without the root conftest.py, which imports torch.
 
     Args:
-        standin: settings of the stand-in; see there.
+        fake_runner: settings of the stand-in; see there.
         tests: what is collected.
         folder: working directory, and so rootdir.
     """
@@ -56,7 +56,7 @@ def run_pytest(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "STANDIN": json.dumps(standin or {}),
+        "FAKE_RUNNER": json.dumps(fake_runner or {}),
         "PYTHONPATH": str(REPOSITORY),  # for xdist's workers
         "COLUMNS": "200",
     }

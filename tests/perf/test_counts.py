@@ -16,10 +16,10 @@ import torch
 
 from qwen2_npu.compat import LOGITS_IN_FLOAT32
 from qwen2_npu.conformance.perf.builds import Weights
-from qwen2_npu.conformance.perf.counts import Counts, count_step
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.models.layers import RMSNorm
+from tests.perf.counts import Counts, count_step
 
 pytestmark = pytest.mark.perf
 

@@ -1,7 +1,7 @@
 """The gate's negative controls: pytest in a subprocess, everything that would stay green seen to fail, with its
 message.
 
-Each test runs the committed tests/perf/test_latency.py with a stand-in for the machine (tests/perf/standin.py).
+Each test runs the committed tests/perf/test_latency.py with a stand-in for the machine (tests/perf/fake_runner.py).
 Failures are read from JUnit: that is what a nightly job looks at.
 """
 
@@ -36,9 +36,11 @@ def test_every_row_passes_at_its_documented_latency(tmp_path: Path) -> None:
     assert "76 rows, 76 passed" in result.output
 
 
-@pytest.mark.parametrize("standin", [{"limit": True, "past": 1e-6}, {"factor": 1.2}], ids=["past_the_limit", "+20%"])
-def test_every_row_fails_past_its_margin_and_is_named(standin: dict[str, Any], tmp_path: Path) -> None:
-    result = run_pytest(tmp_path, "--gate", standin=standin)
+@pytest.mark.parametrize(
+    "fake_runner", [{"limit": True, "past": 1e-6}, {"factor": 1.2}], ids=["past_the_limit", "+20%"]
+)
+def test_every_row_fails_past_its_margin_and_is_named(fake_runner: dict[str, Any], tmp_path: Path) -> None:
+    result = run_pytest(tmp_path, "--gate", fake_runner=fake_runner)
     assert result.status == 1
     assert set(result.failed) == EVERY_ROW
     for number in documented.read():
@@ -50,7 +52,7 @@ def test_every_row_fails_past_its_margin_and_is_named(standin: dict[str, Any], t
 
 def test_one_slow_row_is_one_failure_with_and_without_the_gate(tmp_path: Path) -> None:
     for arguments in (["--gate"], []):
-        result = run_pytest(tmp_path, *arguments, standin={"rows": {ROW: 1.2}})
+        result = run_pytest(tmp_path, *arguments, fake_runner={"rows": {ROW: 1.2}})
         assert result.status == 1
         assert set(result.failed) == {f"test_latency[{ROW}]"}
         assert f"FAILED {ROW}: slower: mean 28.8 ms against 24 ms" in result.output
@@ -120,10 +122,10 @@ def test_switched_off_benchmarks_fail_every_row(arguments: list[str], message: s
 
 def test_all_rows_skipped_fails(tmp_path: Path) -> None:
     reason = "needs tensor parallel: 72B runs on 8 cards"
-    lenient = run_pytest(tmp_path, standin={"why_not": reason})
+    lenient = run_pytest(tmp_path, fake_runner={"why_not": reason})
     assert (lenient.status, lenient.skipped) == (0, 76)
     assert f"not run: 76 rows: {reason}" in lenient.output
-    result = run_pytest(tmp_path, "--gate", standin={"why_not": reason})
+    result = run_pytest(tmp_path, "--gate", fake_runner={"why_not": reason})
     assert result.status == 1
     assert set(result.failed) == EVERY_ROW | {LAST}
     assert f"76 rows not run: {reason}" in result.failed[LAST]
@@ -190,7 +192,7 @@ def test_a_placeholder_in_the_source_fails(value: int, tmp_path: Path) -> None:
     folder = copied_baselines(tmp_path)
     source = folder / documented.SOURCE
     source.write_text(source.read_text(encoding="utf-8").replace("[94, 23]", f"[94, {value}]"), encoding="utf-8")
-    result = run_pytest(tmp_path, "--gate", standin={"baselines": str(folder)})
+    result = run_pytest(tmp_path, "--gate", fake_runner={"baselines": str(folder)})
     assert result.status != 0
     assert f"table 7b-batch, row batch size 1: {value} ms is a placeholder" in result.output
 
@@ -200,7 +202,7 @@ def test_a_row_dropped_from_the_source_fails(tmp_path: Path) -> None:
     source = folder / documented.SOURCE
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if "[94, 23]" not in line]
     source.write_text("\n".join(lines), encoding="utf-8")
-    result = run_pytest(tmp_path, "--gate", standin={"baselines": str(folder)})
+    result = run_pytest(tmp_path, "--gate", fake_runner={"baselines": str(folder)})
     assert result.status != 0
     assert "holds 74 numbers and declares 76" in result.output
 
@@ -211,7 +213,7 @@ def test_an_edited_benchmark_file_fails(tmp_path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["benchmarks"][0]["stats"]["mean"] = 0
     path.write_text(json.dumps(content), encoding="utf-8")
-    result = run_pytest(tmp_path, "--gate", standin={"baselines": str(folder)})
+    result = run_pytest(tmp_path, "--gate", fake_runner={"baselines": str(folder)})
     assert set(result.failed) == {LAST}
     assert (
         "does not agree with the documented numbers in rows 7b-ladder-b4-eager-original-prefill" in result.failed[LAST]
@@ -221,10 +223,10 @@ def test_an_edited_benchmark_file_fails(tmp_path: Path) -> None:
 def test_a_row_without_a_baseline_fails(tmp_path: Path) -> None:
     """The stock model of transformers 5.x is not what was documented; this machine has recorded nothing for it."""
     other = {"identity": {"transformers": "5.23.0"}}
-    lenient = run_pytest(tmp_path, standin=other)
+    lenient = run_pytest(tmp_path, fake_runner=other)
     assert lenient.status == 0
     assert "compared with nothing: 8 rows" in lenient.output
-    result = run_pytest(tmp_path, "--gate", standin=other)
+    result = run_pytest(tmp_path, "--gate", fake_runner=other)
     assert len(result.failed) == 8
     message = result.failed["test_latency[7b-ladder-b4-eager-original-decode]"]
     assert "no baseline to compare with" in message
@@ -236,7 +238,7 @@ SHORTER = {"asked_steps": 64, "decode_ms": [1e3] * 64, "contexts": [0, *range(10
 
 # ---- measurements that are none -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("standin", "message"),
+    ("fake_runner", "message"),
     [
         ({"changes": {"asked_steps": 2000}}, "1023 decode steps of 2000 asked for"),
         ({"changes": SHORTER}, "a shorter context is less work"),
@@ -248,8 +250,8 @@ SHORTER = {"asked_steps": 64, "decode_ms": [1e3] * 64, "contexts": [0, *range(10
     ],
     ids=["fewer_steps", "shorter_run", "host", "kv_not_growing", "below_the_floor", "no_synchronize", "unknown_card"],
 )
-def test_a_measurement_that_is_none_fails(standin: dict[str, Any], message: str, tmp_path: Path) -> None:
-    result = run_pytest(tmp_path, "--gate", "--gate-rows=7b-batch-b1-graph-fused_qkv-decode", standin=standin)
+def test_a_measurement_that_is_none_fails(fake_runner: dict[str, Any], message: str, tmp_path: Path) -> None:
+    result = run_pytest(tmp_path, "--gate", "--gate-rows=7b-batch-b1-graph-fused_qkv-decode", fake_runner=fake_runner)
     assert result.status == 1
     assert message in result.failed["test_latency[7b-batch-b1-graph-fused_qkv-decode]"]
 
@@ -260,8 +262,8 @@ def test_a_measurement_that_is_none_fails(standin: dict[str, Any], message: str,
     ids=["unmeasured", "too_little", "too_much"],
 )
 def test_memory_that_is_not_the_formulas_fails(peak: int | None, message: str, tmp_path: Path) -> None:
-    standin = {"changes": {"peak_bytes": peak}}
-    result = run_pytest(tmp_path, "--gate", "--gate-rows=7b-batch-b1-*", standin=standin)
+    fake_runner = {"changes": {"peak_bytes": peak}}
+    result = run_pytest(tmp_path, "--gate", "--gate-rows=7b-batch-b1-*", fake_runner=fake_runner)
     assert set(result.failed) == {"test_latency[7b-batch-b1-graph-fused_qkv-prefill]"}
     assert f"memory: {'' if peak is None else 'peak '}" in next(iter(result.failed.values()))
     assert message in next(iter(result.failed.values()))
@@ -276,9 +278,9 @@ def test_memory_that_is_not_the_formulas_fails(peak: int | None, message: str, t
     ids=["emulated", "cpu"],
 )
 def test_another_machine_is_compared_with_nothing(identity: dict[str, str], tmp_path: Path) -> None:
-    lenient = run_pytest(tmp_path, standin={"identity": identity})
+    lenient = run_pytest(tmp_path, fake_runner={"identity": identity})
     assert (lenient.status, lenient.skipped) == (0, 76)
     assert "not run: 76 rows: not comparable: needs an Atlas 800I A2" in lenient.output
     assert "compared with" not in lenient.output
-    result = run_pytest(tmp_path, "--gate", standin={"identity": identity})
+    result = run_pytest(tmp_path, "--gate", fake_runner={"identity": identity})
     assert set(result.failed) == EVERY_ROW | {LAST}

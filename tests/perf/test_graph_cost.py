@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-from qwen2_npu.conformance.graphs import baselines
-from qwen2_npu.conformance.graphs.baselines import BATCH, GRAPH_SIZES, Documented
-from qwen2_npu.conformance.graphs.census import Census
-from qwen2_npu.conformance.graphs.cost import Cost
-from qwen2_npu.conformance.graphs.lowering import Phase
-from qwen2_npu.conformance.perf.rows import ORIGINAL
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.graph.baselines import BATCH, GRAPH_SIZES, Documented
+from qwen2_npu.conformance.graph.census import Census
+from qwen2_npu.conformance.graph.cost import Cost
+from qwen2_npu.conformance.graph.lowering import Phase
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 SWEEP = [graph for graph in baselines.documented() if graph.batch != BATCH]
 

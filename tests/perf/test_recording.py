@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from qwen2_npu.conformance.perf.fingerprint import Fingerprint
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.rows import user_rows
-from tests.perf.standin import ATLAS, measurement_of
+from tests.perf.fake_runner import ATLAS, measurement_of
 from tests.perf.subprocesses import Result, run_pytest
 from tests.perf.test_fail_closed import copied_baselines
 
@@ -31,7 +31,7 @@ class Machine:
         self.changes: dict[str, Any] = {}
 
     def run(self, *arguments: str, factor: float = 1.0) -> Result:
-        standin = {
+        fake_runner = {
             "model": "0.5B",
             "recordable": True,
             "baselines": str(self.folder),
@@ -39,7 +39,7 @@ class Machine:
             "identity": self.identity,
             "changes": self.changes,
         }
-        return run_pytest(self.tmp_path, SCOPE, *arguments, standin=standin)
+        return run_pytest(self.tmp_path, SCOPE, *arguments, fake_runner=fake_runner)
 
     def record(self, reason: str, factors: tuple[float, ...]) -> None:
         """The last run through pytest, as a user records; those before it directly."""
@@ -146,7 +146,7 @@ def test_an_emulated_npu_records_nothing(machine: Machine) -> None:
 def test_a_self_test_records_nothing(tmp_path: Path) -> None:
     folder = copied_baselines(tmp_path)
     result = run_pytest(
-        tmp_path, SCOPE, "--update-baselines=first", standin={"model": "0.5B", "baselines": str(folder)}
+        tmp_path, SCOPE, "--update-baselines=first", fake_runner={"model": "0.5B", "baselines": str(folder)}
     )
     assert "a self-test's latencies are injected and are never recorded" in result.failed[f"test_latency[{ROW}]"]
     assert not list(folder.glob("recorded/*/latency.json"))

@@ -22,8 +22,8 @@ from qwen2_npu import emulator
 from qwen2_npu.conformance.perf.builds import random_stock
 from qwen2_npu.conformance.perf.documented import BASELINES
 from qwen2_npu.conformance.perf.ratio import failure, measure_ratio, take_turns
-from qwen2_npu.conformance.perf.relative import HAS_STATIC_CACHE, Candidate, why_not
 from qwen2_npu.conformance.sizes import SIZES, Size
+from tests.perf.relative import HAS_STATIC_CACHE, Candidate, why_not
 
 pytestmark = pytest.mark.perf
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge, limit_ms
@@ -29,7 +29,7 @@ PAST = 1e-6
 
 
 class ToldClock:
-    """A timer (see qwen2_npu.conformance.perf.timers) of told latencies."""
+    """A timer (see qwen2_npu.conformance.machine.timers) of told latencies."""
 
     def __init__(self, kind: str, prefill_ms: float, decode_ms: float) -> None:
         self.told = [prefill_ms] + [decode_ms] * DECODE_STEPS

@@ -21,13 +21,13 @@ ROW = "7b-batch-b1-graph-fused_qkv-decode"
 
 def test_a_bare_compare_reads_the_documented_tables(tmp_path: Path) -> None:
     """Stock comparison has no 10 % of its own: it fails where it is told to."""
-    result = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-verbose", standin={"factor": 1.05})
+    result = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-verbose", fake_runner={"factor": 1.05})
     assert result.status == 0, result.output
     assert f"Comparing against benchmarks from: {benchmark_json.FILE}" in result.output
     for column in ("0001_docum", "NOW"):
         assert f"test_latency[{ROW}] ({column}" in result.output
     failing = run_pytest(
-        tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-compare-fail=mean:1%", standin={"factor": 1.05}
+        tmp_path, TWO_ROWS, "--benchmark-compare", "--benchmark-compare-fail=mean:1%", fake_runner={"factor": 1.05}
     )
     assert failing.status == 1
     assert "Performance has regressed" in failing.output
@@ -51,10 +51,10 @@ def test_the_compare_command_reads_the_documented_tables(tmp_path: Path) -> None
 
 def test_on_another_machine_nothing_is_compared(tmp_path: Path) -> None:
     here = {"identity": {"device": "cpu", "verified": "cpu (portable kernels)"}}
-    result = run_pytest(tmp_path, "--benchmark-compare", standin=here)
+    result = run_pytest(tmp_path, "--benchmark-compare", fake_runner=here)
     assert (result.status, result.skipped) == (0, 76)
     for extra in ("--gate", "--benchmark-compare-fail=mean:10%"):
-        refused = run_pytest(tmp_path, "--benchmark-compare", extra, standin=here)
+        refused = run_pytest(tmp_path, "--benchmark-compare", extra, fake_runner=here)
         assert refused.status != 0
         assert "documented tables: not comparable: needs an Atlas 800I A2" in refused.output
 
@@ -65,8 +65,8 @@ def test_the_stock_model_of_another_transformers_is_compared_with_nothing(tmp_pa
     arguments = (f"--gate-rows={original},{ours}", "--benchmark-compare", "--benchmark-compare-fail=mean:10%")
 
     def compared(factor: float, transformers: str) -> Result:
-        standin = {"rows": {original: 1.5, ours: factor}, "identity": {"transformers": transformers}}
-        return run_pytest(tmp_path, *arguments, "--benchmark-verbose", standin=standin)
+        fake_runner = {"rows": {original: 1.5, ours: factor}, "identity": {"transformers": transformers}}
+        return run_pytest(tmp_path, *arguments, "--benchmark-verbose", fake_runner=fake_runner)
 
     assert f"{original}] (0001_documen) - Field 'mean' has failed" in compared(1.0, "4.37.0").output
     newer = compared(1.0, "5.24.0")
@@ -86,7 +86,7 @@ def test_another_machines_file_is_refused(tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["self_test"] is True
     assert run_pytest(tmp_path, TWO_ROWS, f"--benchmark-compare={saved}").status == 0
     other = {"identity": {"soc": "Ascend910B3"}}
-    refused = run_pytest(tmp_path, TWO_ROWS, f"--benchmark-compare={saved}", standin=other)
+    refused = run_pytest(tmp_path, TWO_ROWS, f"--benchmark-compare={saved}", fake_runner=other)
     assert refused.status != 0
     assert "--benchmark-compare: saved on another machine (soc: Ascend910B4 → Ascend910B3)" in refused.output
 
@@ -96,9 +96,9 @@ def test_a_saved_run_is_a_limit_of_its_own(tmp_path: Path) -> None:
     saved = tmp_path / "good.json"
     run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}")
     compare = (TWO_ROWS, f"--benchmark-compare={saved}", "--benchmark-compare-fail=mean:2%")
-    good = run_pytest(tmp_path, *compare, standin={"factor": 1.01})
+    good = run_pytest(tmp_path, *compare, fake_runner={"factor": 1.01})
     assert good.status == 0, good.output
-    bad = run_pytest(tmp_path, *compare, standin={"factor": 1.03})
+    bad = run_pytest(tmp_path, *compare, fake_runner={"factor": 1.03})
     assert bad.status == 1
     assert "Performance has regressed" in bad.output
     assert bad.failed == {}  # the gate's own limits are further away
@@ -120,7 +120,7 @@ def test_a_newer_file_is_not_taken_for_the_documented_tables(tmp_path: Path) -> 
     storage.mkdir()
     shutil.copy(BASELINES / benchmark_json.FILE, storage)
     saved = storage / "0002_mine.json"
-    run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}", standin={"factor": 5.0})
+    run_pytest(tmp_path, TWO_ROWS, f"--benchmark-json={saved}", fake_runner={"factor": 5.0})
     if not saved.exists():  # a failing session saves nothing
         pytest.fail("nothing was saved: the case was not set up")
     result = run_pytest(tmp_path, TWO_ROWS, "--benchmark-compare", f"--benchmark-storage=file://{storage}")

@@ -9,7 +9,7 @@ import transformers
 from transformers import Qwen2Config
 from transformers import Qwen2ForCausalLM as StockQwen2
 
-from qwen2_npu.conformance.stock import uninitialised
+from qwen2_npu.conformance.accuracy.stock import uninitialised
 
 V4 = transformers.__version__.startswith("4.")
 

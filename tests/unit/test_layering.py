@@ -25,18 +25,29 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """From the bottom up: a module imports from its own layer and from those before it."""
 
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("files", "sizes", "tiny", "operators"),
+    ("machine",),
+    ("accuracy",),
+    ("graph",),
+    ("perf",),
+    ("report",),
+)
+"""The same within ``conformance``."""
+
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
-def imports(path: Path) -> set[str]:
-    """Top-level names below qwen2_npu that the file imports."""
+def imports(path: Path, package: str = "qwen2_npu") -> set[str]:
+    """Names directly below ``package`` that the file imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.split(".")[1] for name in found if name.startswith("qwen2_npu.")} & RANK.keys()
+    below = {name.removeprefix(f"{package}.") for name in found if name.startswith(f"{package}.")}
+    return {name.split(".")[0] for name in below}
 
 
 def layer_of(path: Path) -> str:
@@ -52,14 +63,27 @@ FILES = [
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
-    upwards = {name for name in imports(path) if RANK[name] > RANK[layer_of(path)]}
+    upwards = {name for name in imports(path) & RANK.keys() if RANK[name] > RANK[layer_of(path)]}
     assert not upwards, f"{path} imports from a layer above its own: {sorted(upwards)}"
+
+
+def test_rooms_of_conformance_import_one_way():
+    rank = {name: place for place, rooms in enumerate(ROOMS) for name in rooms}
+    folder = PACKAGE / "conformance"
+    found = {path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.rglob("*.py")}
+    assert found == {*rank, "__init__"}, "a new room has its place in ROOMS"
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
+        imported = imports(path, "qwen2_npu.conformance") & rank.keys()
+        upwards = {name for name in imported if rank[name] > rank.get(own, -1)}
+        assert not upwards, f"{path} imports from a room above its own: {sorted(upwards)}"
 
 
 def test_a_wrong_import_would_be_seen(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text("from qwen2_npu.conformance import compare\nimport qwen2_npu.cli\n")
     assert imports(path) == {"conformance", "cli"}
+    assert imports(path, "qwen2_npu.conformance") == {"compare"}
 
 
 def test_importing_the_package_imports_no_torch():

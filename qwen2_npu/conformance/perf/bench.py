@@ -14,16 +14,17 @@ from typing import Any
 import psutil
 import torch
 
-from qwen2_npu.conformance.environment import package_version
-from qwen2_npu.conformance.hardware import Hardware
+from qwen2_npu.conformance.machine.hardware import Hardware
+from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.perf import documented, protocol
 from qwen2_npu.conformance.perf.builds import Weights, check_mode, compile_stock
 from qwen2_npu.conformance.perf.documented import Documented, Measured
-from qwen2_npu.conformance.perf.floor import Work, kv_per_token, work
+from qwen2_npu.conformance.perf.lower_bound import Work, kv_per_token, work
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import steps_on
-from qwen2_npu.conformance.perf.rows import ORIGINAL, PHASES, Configuration, Mode, Phase
+from qwen2_npu.conformance.perf.rows import PHASES, Configuration, Mode, Phase
 from qwen2_npu.graph import compile_model
+from qwen2_npu.optimizations import ORIGINAL
 
 Progress = Callable[[str, int, int], None]
 

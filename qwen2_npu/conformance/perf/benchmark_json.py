@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qwen2_npu.conformance.files import write_json
 from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Documented
-from qwen2_npu.conformance.report import write_json
 
 FILE = "0001_documented.json"
 """In the storage root: pytest-benchmark finds it there on every machine."""

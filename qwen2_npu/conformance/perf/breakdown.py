@@ -15,10 +15,9 @@ import torch
 
 from qwen2_npu import emulator
 from qwen2_npu.compat import CACHE_NAME, cache_of
-from qwen2_npu.conformance import cost_model
-from qwen2_npu.conformance.graphs import baselines
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
-from qwen2_npu.conformance.perf import bench
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.perf import bench, cost_model
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.sizes import Size
 

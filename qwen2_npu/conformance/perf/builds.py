@@ -11,13 +11,13 @@ import torch
 import transformers
 
 from qwen2_npu import checkpoint
-from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration
+from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
+from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
-from qwen2_npu.conformance.stock import stock_from_pretrained
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
-from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.optimizations import ORIGINAL, Optimizations
 from qwen2_npu.sources import open_checkpoint, read_config
 
 if TYPE_CHECKING:

@@ -9,13 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import qwen2_npu
-from qwen2_npu.conformance.perf.rows import MODES, ORIGINAL, PHASES, Configuration, Mode, Phase, Row
+from qwen2_npu.conformance.files import BASELINES
+from qwen2_npu.conformance.perf.rows import MODES, PHASES, Configuration, Mode, Phase, Row
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER
-
-BASELINES = Path(qwen2_npu.__file__).parents[1] / "baselines"
-"""The repository's folder of baselines; it is no part of an installed wheel."""
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 SOURCE = "documented.toml"
 

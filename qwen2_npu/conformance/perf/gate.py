@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qwen2_npu.conformance.hardware import Hardware
-from qwen2_npu.conformance.perf import floor
+from qwen2_npu.conformance.machine.hardware import Hardware
+from qwen2_npu.conformance.perf import lower_bound
 from qwen2_npu.conformance.perf.documented import Documented
-from qwen2_npu.conformance.perf.margin import MINIMUM_RUNS
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import Memory
+from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS
 from qwen2_npu.conformance.perf.recorded import STATISTICS, Baseline, protocol
 from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.sizes import Size
@@ -138,7 +138,7 @@ def _floor_ms(row: Row, size: Size, measurement: Measurement, card: Hardware | N
         return None
     what = row.configuration
     tokens = measurement.input_tokens if row.phase == "prefill" else measurement.mean_context
-    return floor.work(size, row.phase, what.batch, tokens, what.cards).floor_ms(card)
+    return lower_bound.work(size, row.phase, what.batch, tokens, what.cards).floor_ms(card)
 
 
 def _check_floor(verdict: Verdict, against: Against, strict: bool) -> None:

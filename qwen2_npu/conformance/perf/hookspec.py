@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from qwen2_npu.conformance.perf.laboratory import Laboratory
+    from qwen2_npu.conformance.perf.runner import Runner
 
 
 @pytest.hookspec(firstresult=True)
-def pytest_qwen2_npu_laboratory(config: pytest.Config) -> Laboratory:  # type: ignore[empty-body]
+def pytest_qwen2_npu_runner(config: pytest.Config) -> Runner:  # type: ignore[empty-body]
     """Who measures. A stand-in says ``self_test``."""
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from qwen2_npu.conformance.perf.floor import kv_per_token
-from qwen2_npu.conformance.perf.rows import ORIGINAL
+from qwen2_npu.conformance.perf.lower_bound import kv_per_token
 from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 BYTES = 2  # bf16
 CAPACITY_BUCKET = 128

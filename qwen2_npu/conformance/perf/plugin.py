@@ -12,19 +12,19 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf import benchmark_json, documented, hookspec
 from qwen2_npu.conformance.perf.documented import BASELINES
-from qwen2_npu.conformance.perf.fingerprint import Fingerprint
-from qwen2_npu.conformance.perf.laboratory import DeviceLaboratory, Laboratory, Request
 from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS
 from qwen2_npu.conformance.perf.replay import Replay
 from qwen2_npu.conformance.perf.rows import Mode, Row, user_rows
+from qwen2_npu.conformance.perf.runner import DeviceRunner, Request, Runner
 from qwen2_npu.conformance.perf.session import EVERY_ROW, EveryRowWasJudged, LatencyGate, Options
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
 
 GATE = pytest.StashKey[LatencyGate]()
-LABORATORY = pytest.StashKey[Laboratory]()
+RUNNER = pytest.StashKey[Runner]()
 
 SAVED = ".benchmarks"
 """pytest-benchmark's own folder for saved runs, which the documented tables must never share."""
@@ -106,7 +106,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     option = session.config.option
     try:
         if getattr(option, "model_path", None) is not None:
-            laboratory_of(session.config).model_name  # noqa: B018  # reads the checkpoint's configuration
+            runner_of(session.config).model_name  # noqa: B018  # reads the checkpoint's configuration
         if option.gate_rows != EVERY_ROW:
             gate_of(session.config)
     except (OSError, ValueError) as error:
@@ -136,17 +136,17 @@ def _is_parallel(config: pytest.Config) -> bool:
     )
 
 
-def laboratory_of(config: pytest.Config) -> Laboratory:
-    """The session's laboratory."""
-    if LABORATORY not in config.stash:
-        config.stash[LABORATORY] = config.hook.pytest_qwen2_npu_laboratory(config=config)
-    return config.stash[LABORATORY]
+def runner_of(config: pytest.Config) -> Runner:
+    """The session's runner."""
+    if RUNNER not in config.stash:
+        config.stash[RUNNER] = config.hook.pytest_qwen2_npu_runner(config=config)
+    return config.stash[RUNNER]
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_qwen2_npu_laboratory(config: pytest.Config) -> Laboratory:
+def pytest_qwen2_npu_runner(config: pytest.Config) -> Runner:
     option = config.option
-    return DeviceLaboratory(
+    return DeviceRunner(
         Request(
             device=getattr(option, "device", None) or "cpu",
             random_weights=option.random_weights,
@@ -163,7 +163,7 @@ def gate_of(config: pytest.Config) -> LatencyGate:
         options = Options(option.gate, option.gate_rows, option.update_baselines, _is_parallel(config))
         config.stash[GATE] = LatencyGate(
             options,
-            laboratory_of(config),
+            runner_of(config),
             _user_rows(config),
             baselines=config.hook.pytest_qwen2_npu_baselines(config=config),
         )
@@ -177,7 +177,7 @@ def pytest_qwen2_npu_baselines(config: pytest.Config) -> Path:
 
 def _user_rows(config: pytest.Config) -> tuple[Row, ...]:
     """Rows of the model that the user named: its last step, or those of --steps."""
-    name = laboratory_of(config).model_name
+    name = runner_of(config).model_name
     if name is None:
         return ()
     modes: tuple[Mode, ...] = ("eager", "graph")
@@ -242,13 +242,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Gen
 # ---- pytest-benchmark ---------------------------------------------------------------------------------------------
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    fingerprint = laboratory_of(config).fingerprint
+    fingerprint = runner_of(config).fingerprint
     machine_info["qwen2_npu"] = {"fingerprint": fingerprint.name, "identity": dict(fingerprint.identity)}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    if laboratory_of(config).self_test:
+    if runner_of(config).self_test:
         output_json["self_test"] = True
 
 
@@ -277,10 +277,10 @@ def pytest_benchmark_compare_machine_info(
 
 def _compare_documented(config: pytest.Config, benchmarksession: Any, compared: dict[str, Any]) -> None:
     """On another machine nothing may be compared with the tables; rows are not run there, and this makes sure."""
-    from qwen2_npu.conformance.perf import machine
+    from qwen2_npu.conformance.machine import comparable
 
     conditions = next(iter(gate_of(config).documented.values())).conditions
-    foreign = machine.not_comparable(laboratory_of(config).fingerprint, conditions.machine)
+    foreign = comparable.not_comparable(runner_of(config).fingerprint, conditions.machine)
     if foreign is None:
         _leave_out_what_may_not_be_held(config, benchmarksession, compared)
         return
@@ -292,7 +292,7 @@ def _compare_documented(config: pytest.Config, benchmarksession: Any, compared: 
 
 def _leave_out_what_may_not_be_held(config: pytest.Config, benchmarksession: Any, compared: dict[str, Any]) -> None:
     """Stock comparison goes by names: not by the transformers of the stock model, nor by how long the runs are."""
-    installed = str(laboratory_of(config).fingerprint.identity.get("transformers"))
+    installed = str(runner_of(config).fingerprint.identity.get("transformers"))
     asked = getattr(config.option, "decode_steps_given", None)
     facts = {"input_tokens": INPUT_TOKENS, "decode_steps": OUTPUT_TOKENS - 1 if asked is None else asked}
     left_out = {

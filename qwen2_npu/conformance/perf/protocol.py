@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig
 
 from qwen2_npu.compat import CACHE_NAME
-from qwen2_npu.conformance.perf.host import Host
+from qwen2_npu.conformance.machine.host import Host
+from qwen2_npu.conformance.machine.timers import StepTimer, timer_for
 from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement
-from qwen2_npu.conformance.perf.timers import StepTimer, timer_for
 
 TimerFactory = Callable[[str], StepTimer]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from filelock import FileLock
 
+from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.documented import BaselineError
-from qwen2_npu.conformance.perf.fingerprint import Fingerprint
-from qwen2_npu.conformance.perf.margin import MINIMUM_RUNS, Interval, prediction_interval
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
+from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS, Interval, prediction_interval
 from qwen2_npu.conformance.perf.rows import Row
-from qwen2_npu.conformance.report import write_json
 
 FOLDER, FILE = "recorded", "latency.json"
 

@@ -12,9 +12,6 @@ Mode = Literal["eager", "graph"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MODES: tuple[Mode, ...] = ("eager", "graph")
 
-ORIGINAL = "original"
-"""The step that is no switch: transformers' own model."""
-
 TEST = "tests/perf/test_latency.py::test_latency"
 """The test that measures every row. pytest-benchmark matches by node id, so its name is part of every baseline."""
 

@@ -10,16 +10,17 @@ from typing import Any, NoReturn
 
 import pytest
 
-from qwen2_npu.conformance.perf import benchmark_json, documented, fingerprint, machine
+from qwen2_npu.conformance.machine import comparable, fingerprint
+from qwen2_npu.conformance.perf import benchmark_json, documented
 from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Documented
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge
-from qwen2_npu.conformance.perf.laboratory import Laboratory
 from qwen2_npu.conformance.perf.ledger import Ledger
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.memory import Memory, memory_of
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.replay import Replay
 from qwen2_npu.conformance.perf.rows import Configuration, Row
+from qwen2_npu.conformance.perf.runner import Runner
 
 EVERY_ROW = "*"
 PARALLEL = "xdist is active, and times of parallel tests mean nothing: drop -n"
@@ -48,12 +49,12 @@ class LatencyGate:
     def __init__(
         self,
         options: Options,
-        laboratory: Laboratory,
+        runner: Runner,
         user_rows: Sequence[Row] = (),
         baselines: Path = BASELINES,
     ) -> None:
         self.options = options
-        self.laboratory = laboratory
+        self.runner = runner
         self.baselines = baselines
         self.ledger = Ledger()
         self.documented: dict[str, Documented] = documented.by_id(baselines / documented.SOURCE)
@@ -70,7 +71,7 @@ class LatencyGate:
         measurable = self._why_not(row)
         if measurable is not None:
             self.not_run(row, measurable)
-        measurement = self.laboratory.measured(row.configuration)
+        measurement = self.runner.measured(row.configuration)
         if measurement.samples(row.phase):
             _replay(node, benchmark, measurement.samples(row.phase))
         verdict = self._judge(row)
@@ -91,14 +92,14 @@ class LatencyGate:
     def why_not_configuration(self, configuration: Configuration, *, documented_row: bool) -> str | None:
         """Why nothing measured here could be compared; None where it can."""
         conditions = next(iter(self.documented.values())).conditions
-        identity = self.laboratory.fingerprint.identity
+        identity = self.runner.fingerprint.identity
         if documented_row:
-            foreign = machine.not_comparable(self.laboratory.fingerprint, conditions.machine)
+            foreign = comparable.not_comparable(self.runner.fingerprint, conditions.machine)
             if foreign is not None:
                 return foreign
         elif str(identity.get("verified", "")).startswith("emulated"):
             return "an emulated NPU computes on the CPU: its latency is no NPU's"
-        return self.laboratory.why_not(configuration)
+        return self.runner.why_not(configuration)
 
     def _why_not(self, row: Row) -> str | None:
         return self.why_not_configuration(row.configuration, documented_row=row.id in self.documented)
@@ -116,11 +117,11 @@ class LatencyGate:
             )
 
     def _judge(self, row: Row) -> Verdict:
-        measurement = self.laboratory.measured(row.configuration)
+        measurement = self.runner.measured(row.configuration)
         number = self.documented.get(row.id)
         stock = self._stock_of_another_version(number)
-        card, why_no_card = machine.card_of(self.laboratory.fingerprint)
-        store = Recorded(self.baselines, self.laboratory.fingerprint)
+        card, why_no_card = comparable.card_of(self.runner.fingerprint)
+        store = Recorded(self.baselines, self.runner.fingerprint)
         recorded, unusable = None, ""
         if self.options.reason is None:
             try:
@@ -136,7 +137,7 @@ class LatencyGate:
             elsewhere=store.elsewhere(row),
         )
         label = number.label if number is not None else ""
-        size = self.laboratory.size(row.configuration)
+        size = self.runner.size(row.configuration)
         verdict = judge(row, size, measurement, against, strict=self.options.strict, label=label)
         if stock:
             verdict.notes.append(stock)
@@ -145,12 +146,12 @@ class LatencyGate:
         return verdict
 
     def _memory(self, row: Row, measurement: Measurement) -> Memory | None:
-        identity = self.laboratory.fingerprint.identity
+        identity = self.runner.fingerprint.identity
         if identity.get("device") != "npu":  # elsewhere the operators are made of others, with memory of their own
             return None
         what = row.configuration
         return memory_of(
-            self.laboratory.size(what),
+            self.runner.size(what),
             what.step,
             what.batch,
             measurement.input_tokens,
@@ -163,13 +164,13 @@ class LatencyGate:
         """Said of the stock model's row on a transformers that is not the documented one."""
         if number is None:
             return None
-        installed = str(self.laboratory.fingerprint.identity["transformers"])
+        installed = str(self.runner.fingerprint.identity["transformers"])
         reason = documented.other_stock(number, installed)
         return f"shown as {documented.stock_name(installed)}: {reason}" if reason else None
 
     def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:
         """For pytest-benchmark's JSON and what is drawn from it."""
-        measurement = self.laboratory.measured(row.configuration)
+        measurement = self.runner.measured(row.configuration)
         what = row.configuration
         return {
             "row": row.id,
@@ -188,7 +189,7 @@ class LatencyGate:
             "input_tokens": measurement.input_tokens,
             "decode_steps": measurement.asked_steps,
             "weights": measurement.weights,
-            "fingerprint": self.laboratory.fingerprint.name,
+            "fingerprint": self.runner.fingerprint.name,
             "self_test": measurement.self_test,
             "passed": verdict.passed,
             "failures": list(verdict.failures),
@@ -199,8 +200,8 @@ class LatencyGate:
     def _record(self, row: Row, verdict: Verdict, reason: str) -> None:
         """Record the row; what is refused fails it, and what failed is not recorded."""
         if verdict.passed:
-            store = Recorded(self.baselines, self.laboratory.fingerprint)
-            measurement = self.laboratory.measured(row.configuration)
+            store = Recorded(self.baselines, self.runner.fingerprint)
+            measurement = self.runner.measured(row.configuration)
             try:
                 baseline = store.record(row, measurement, reason, fingerprint.commit())
             except BaselineError as error:
@@ -228,7 +229,7 @@ class LatencyGate:
             return []
         return list(
             self.ledger.lines(
-                machine=self.laboratory.fingerprint.name,
+                machine=self.runner.fingerprint.name,
                 scope=self.options.scope,
                 outside=self.outside,
                 strict=self.options.strict,

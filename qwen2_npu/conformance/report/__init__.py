@@ -7,6 +7,6 @@ since which commit), ``charts`` and ``page`` (what is seen), ``summary`` (the sa
 
 from __future__ import annotations
 
-from qwen2_npu.conformance.report.files import check_writable, write_json, write_text
+from qwen2_npu.conformance.files import check_writable, write_json, write_text
 
 __all__ = ["check_writable", "write_json", "write_text"]

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2_npu.conformance.perf.rows import ORIGINAL
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import labels
-from qwen2_npu.conformance.report.provenance import Provenance
+from qwen2_npu.optimizations import ORIGINAL
 
 AREA = "Bench"
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qwen2_npu.conformance.perf.margin import MINIMUM_RUNS, NARROWEST, Interval, prediction_interval
+from qwen2_npu.conformance.machine.verified import where
+from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS, NARROWEST, Interval, prediction_interval
 from qwen2_npu.conformance.report import stages, suites
-from qwen2_npu.conformance.report.claims import Claim, Status, Value, where
+from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.history import Entry, Run
 
 

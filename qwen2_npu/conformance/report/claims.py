@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from qwen2_npu.conformance.machine.verified import Where, where
+
 
 class Status(StrEnum):
     """From the worst to the best; see :func:`worst`."""
@@ -21,24 +23,6 @@ class Status(StrEnum):
 def worst(statuses: Iterable[Status]) -> Status:
     """Of several claims shown as one; nothing at all was not run."""
     return min(statuses, key=list(Status).index, default=Status.NOT_RUN)
-
-
-class Where(StrEnum):
-    """What computed a result. One never passes for another."""
-
-    NPU = "real NPU"
-    EMULATED = "emulated"
-    CPU = "cpu"
-    CUDA = "cuda"
-    NOT_SAID = "not said"
-
-
-_FIRST_WORD = {"npu": Where.NPU, "emulated": Where.EMULATED, "cpu": Where.CPU, "cuda": Where.CUDA}
-
-
-def where(verified: str | None) -> Where:
-    """Of the text that ``conformance.environment.how_verified`` makes; what says nothing proves nothing."""
-    return _FIRST_WORD.get((verified or "").split(" ")[0], Where.NOT_SAID)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
+from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.graph.committed import Graph
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import Documented
-from qwen2_npu.conformance.report import census
-from qwen2_npu.conformance.report.census import Graph
 from qwen2_npu.conformance.report.charts import accuracy, kernels, roofline
 from qwen2_npu.conformance.report.charts.ladder import Point, ladder
 from qwen2_npu.conformance.report.charts.rows import LEFT, RIGHT
@@ -162,7 +162,7 @@ def rooflines(numbers: Numbers) -> Roofline:
 
 def _with_graphs() -> Iterator[tuple[Documented, Graph]]:
     """Documented rows in graph mode and their lowered graphs, on one card."""
-    known = {(graph.size, graph.phase, graph.batch, graph.step): graph for graph in census.graphs()}
+    known = {(graph.size, graph.phase, graph.batch, graph.step): graph for graph in committed.graphs()}
     for number in documented.read():
         what = number.row.configuration
         size = what.model if what.cards == 1 else f"{what.model}-tp{what.cards}"
@@ -212,7 +212,7 @@ CENSUS_SIZE, CENSUS_BATCH = "7B", 4
 
 def censuses() -> Census:
     """Of the committed graphs; the claims say whether a run lowered them to the same."""
-    graphs = [g for g in census.graphs() if (g.size, g.batch) == (CENSUS_SIZE, CENSUS_BATCH)]
+    graphs = [g for g in committed.graphs() if (g.size, g.batch) == (CENSUS_SIZE, CENSUS_BATCH)]
     by_phase = {phase: {g.step: g for g in graphs if g.phase == phase} for phase in PHASES}
     steps = [step for step in STEPS if step in by_phase["decode"]]
     svgs = tuple(

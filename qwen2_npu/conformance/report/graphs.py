@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from qwen2_npu.conformance.report import census, junit
-from qwen2_npu.conformance.report.census import Graph
+from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.graph.committed import Graph
+from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import labels
@@ -26,7 +27,7 @@ def claims(inputs: Inputs) -> list[Claim]:
     by_graph: dict[str, list[tuple[junit.Case, str]]] = {}
     for case, text in cases:
         by_graph.setdefault(case.parameters, []).append((case, text))
-    return [_claim(graph, by_graph.get(str(graph), [])) for graph in census.graphs()]
+    return [_claim(graph, by_graph.get(str(graph), [])) for graph in committed.graphs()]
 
 
 def _claim(graph: Graph, cases: list[tuple[junit.Case, str]]) -> Claim:

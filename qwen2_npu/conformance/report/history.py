@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
-from qwen2_npu.conformance.report.files import write_json
-from qwen2_npu.conformance.report.provenance import Provenance
 from qwen2_npu.conformance.report.results import Results
 
 SCHEMA = 1

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report import junit
-from qwen2_npu.conformance.report.provenance import Provenance
 
 RUN, PREDICTIONS, PAGE, SUMMARY = "run.json", "predictions.json", "index.html", "summary.md"
 VERIFY, JUNIT, BENCHMARK, BENCH = "verify*.json", "*.xml", "benchmark*.json", "bench[-.]*json"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qwen2_npu.conformance.report.provenance import Provenance
+from qwen2_npu.conformance.machine.provenance import Provenance
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,7 @@ from functools import cache
 
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import BaselineError
-from qwen2_npu.conformance.perf.rows import ORIGINAL
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 STEPS = (ORIGINAL, *LADDER)
 """Rows of every table of the ladder."""

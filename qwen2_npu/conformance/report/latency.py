@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import limit_ms
@@ -13,7 +14,6 @@ from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import labels
-from qwen2_npu.conformance.report.provenance import Provenance
 from qwen2_npu.conformance.report.suites import LATENCY
 
 AREA = "Latency"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report.changes import Change, Kind
-from qwen2_npu.conformance.report.claims import Claim, Status, Where, worst
+from qwen2_npu.conformance.report.claims import Claim, Status, worst
 from qwen2_npu.conformance.report.labels import STEPS, labels
 
 GLYPHS = {Status.PASS: "✓", Status.FAIL: "✗", Status.NOT_RUN: "–", Status.NOT_COMPARABLE: "≠"}

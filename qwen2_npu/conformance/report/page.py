@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.conformance.report import again, bench, figures, graphs
+from qwen2_npu.conformance.report import bench, figures, graphs, rerun_command
 from qwen2_npu.conformance.report.changes import Change, Kind, changes
 from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
 from qwen2_npu.conformance.report.charts.kernels import ALL_KINDS
@@ -68,7 +68,7 @@ def _context(results: Results, history: Sequence[Run], problems: Sequence[str]) 
         "problems": [*results.problems, *problems],
         "changes": [(change, _trend(change, this, history)) for change in found],
         "bisections": bisections(found, this),
-        "again": lambda claim: again.command(claim, results.provenance.identity),
+        "again": lambda claim: rerun_command.command(claim, results.provenance.identity),
         "comparable": [run for run in history if _comparable(run, this)],
         "overviews": overviews(results.claims, found),
         "counts": results.counts(),
@@ -159,7 +159,9 @@ def bisections(found: Sequence[Change], this: Run) -> list[tuple[str, str, int]]
     for change in found:
         if start := bisection(change, this):
             counts[start] += 1
-            test = again.command(change.claim, this.provenance.identity) if change.kind is Kind.REGRESSED else ""
+            test = (
+                rerun_command.command(change.claim, this.provenance.identity) if change.kind is Kind.REGRESSED else ""
+            )
             if test and start.startswith("git "):
                 runs.setdefault(start, f"git bisect run {test}")
     return [(start, runs.get(start, ""), count) for start, count in counts.most_common()]

@@ -13,7 +13,7 @@ def predictions(inputs: Inputs) -> tuple[dict[str, float], str]:
         from qwen2_npu import emulator
 
         emulator.activate_where_needed()
-        from qwen2_npu.conformance import cost_model
+        from qwen2_npu.conformance.perf import cost_model
 
         made = {made.documented.row.id: made.ms for made in cost_model.predictions()}
     except Exception as error:  # whatever keeps torch from loading must not keep the page from being made

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen2_npu.conformance.machine.provenance import Provenance, merged
 from qwen2_npu.conformance.report import accuracy, bench, figures, graphs, latency, stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
-from qwen2_npu.conformance.report.provenance import Provenance, merged
 
 AREAS = (accuracy, suites, graphs, latency, bench, stages)
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qwen2_npu
-from qwen2_npu.conformance.report import census, junit
-from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value, Where, where
+from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.report import junit
+from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import LADDER
@@ -143,5 +145,5 @@ def is_claimed(case: junit.Case) -> bool:
     """Whether a claim of its own speaks for this test: a step, an operator, a graph, a latency row, a ratio."""
     if case.module.startswith("tests.accuracy."):
         return any(token in LADDER or token.startswith(("npu_", "scatter_update")) for token in case.tokens)
-    graph = any(case.parameters == str(graph) for graph in census.graphs())
+    graph = any(case.parameters == str(graph) for graph in committed.graphs())
     return graph or (case.module, case.function) == RATIO or (case.module == LATENCY and bool(case.parameters))

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from qwen2_npu.cli import COMMANDS, main
-from qwen2_npu.conformance.faults import FAULTS
+from tests.accuracy.faults import FAULTS
 from tests.unit.small import small_stock
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from qwen2_npu import compat, emulator
 from qwen2_npu.cli import doctor, main
-from qwen2_npu.conformance.diagnosis import bundle
+from qwen2_npu.conformance.machine.bug_report import bundle
 
 
 def findings() -> dict[str, doctor.Finding]:

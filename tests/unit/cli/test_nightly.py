@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from qwen2_npu.cli import main, nightly
-from qwen2_npu.conformance import nightly as engine
-from qwen2_npu.conformance.nightly import Stage
+from qwen2_npu.conformance.report import nightly as engine
+from qwen2_npu.conformance.report.nightly import Stage
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *statuses: int, report: int = 0) -> tuple[int, list[str]]:

@@ -10,7 +10,7 @@ from qwen2_npu.conformance.report.charts.canvas import color
 from qwen2_npu.conformance.report.charts.rows import canvas, heading, number
 
 LIMIT = 1.5
-"""``qwen2_npu.conformance.noise.RMS_FACTOR``, which this file, free of torch, cannot import; a test compares them."""
+"""``conformance.accuracy.noise.RMS_FACTOR``, which this file, free of torch, cannot import; a test compares them."""
 
 
 @dataclass(frozen=True)

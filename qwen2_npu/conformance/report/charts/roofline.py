@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen2_npu.conformance.hardware import Hardware
+from qwen2_npu.conformance.machine.hardware import Hardware
 from qwen2_npu.conformance.report.charts.canvas import Canvas, color
 
 WIDTH, HEIGHT = 480, 430

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge, limit_ms
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.recorded import Baseline, protocol
 from qwen2_npu.conformance.sizes import SIZES
-from tests.perf.standin import measurement_of
+from tests.perf.fake_runner import measurement_of
 
 NUMBER = documented.by_id()["7b-ladder-b4-graph-fused_qkv-decode"]
 CARD = HARDWARE[DOCUMENTED_SOC]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf.documented import read
 from qwen2_npu.conformance.perf.gate import Against, judge
 from qwen2_npu.conformance.perf.ledger import Ledger
 from qwen2_npu.conformance.sizes import SIZES
-from tests.perf.standin import measurement_of
+from tests.perf.fake_runner import measurement_of
 
 NUMBERS = read()[:4]
 ROWS = [number.row for number in NUMBERS]

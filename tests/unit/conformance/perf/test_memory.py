@@ -16,9 +16,9 @@ from qwen2_npu.conformance.perf import documented, memory
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.memory import memory_of
 from qwen2_npu.conformance.perf.protocol import measure
-from qwen2_npu.conformance.perf.rows import ORIGINAL, Configuration
+from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 SMALL = Size("small", 256, 256, 2, 4, 2, 64, 512, tied=False)
 SHAPES = {

@@ -17,7 +17,7 @@ from qwen2_npu.conformance.perf.session import EVERY_ROW
 def start(path: Path) -> None:
     """The start of a session with ``--model-path``."""
     option = SimpleNamespace(model_path=path, random_weights=None, gate_rows=EVERY_ROW, device="cpu")
-    hook = SimpleNamespace(pytest_qwen2_npu_laboratory=plugin.pytest_qwen2_npu_laboratory)
+    hook = SimpleNamespace(pytest_qwen2_npu_runner=plugin.pytest_qwen2_npu_runner)
     config: Any = SimpleNamespace(option=option, stash=pytest.Stash(), hook=hook)
     session: Any = SimpleNamespace(config=config)
     plugin.pytest_sessionstart(session)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from qwen2_npu.cache import FixedKVCache
-from qwen2_npu.conformance.hardware import Figure, Hardware
+from qwen2_npu.conformance.machine.hardware import Figure, Hardware
+from qwen2_npu.conformance.machine.timers import HostTimer
 from qwen2_npu.conformance.perf.gate import Against, judge
 from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import user_rows
-from qwen2_npu.conformance.perf.timers import HostTimer
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.documented import BaselineError, read
-from qwen2_npu.conformance.perf.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.recorded import Recorded
-from tests.perf.standin import measurement_of
+from tests.perf.fake_runner import measurement_of
 
 ROW = read()[1].row
 HERE, THERE = Fingerprint({"soc": "Ascend910B4", "cann": "8.5.0"}), Fingerprint({"soc": "Ascend910B4", "cann": "8.6.0"})

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.gate import limit_ms
-from qwen2_npu.conformance.report import census
 from qwen2_npu.conformance.report.history import Run
-from qwen2_npu.conformance.report.provenance import Provenance
 from qwen2_npu.conformance.report.results import Results
 from qwen2_npu.optimizations import LADDER
 
@@ -144,7 +144,7 @@ class Night:
 
     # ---- graphs ---------------------------------------------------------------------------------------------------
     def graph_cases(self) -> Iterable[CaseText]:
-        for graph in map(str, census.graphs()):
+        for graph in map(str, committed.graphs()):
             if graph not in self.missing_graphs:
                 failure = ADDED_CAST if graph in self.changed_graphs else ""
                 yield CaseText("tests.graph.test_census", f"test_census_is_the_baseline[{graph}]", failure)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import bench
-from qwen2_npu.conformance.report.claims import Status, Where
+from qwen2_npu.conformance.report.claims import Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.page import render
 from qwen2_npu.conformance.report.results import Results

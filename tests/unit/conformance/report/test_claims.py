@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from qwen2_npu.conformance.environment import how_verified
-from qwen2_npu.conformance.report.claims import Claim, Status, Value, Where, plain_number, where, worst
+from qwen2_npu.conformance.machine.verified import Where, how_verified, where
+from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number, worst
 
 
 @pytest.mark.parametrize(

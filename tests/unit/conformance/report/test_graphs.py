@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.graphs import baselines
-from qwen2_npu.conformance.graphs.census import LayeredCensus
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.graph.census import LayeredCensus
 from qwen2_npu.conformance.report import graphs
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs

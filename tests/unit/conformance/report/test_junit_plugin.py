@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwen2_npu.conformance.perf import fingerprint
+from qwen2_npu.conformance.machine import fingerprint
+from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Where, where
 from qwen2_npu.conformance.report import junit
-from qwen2_npu.conformance.report.claims import Where, where
-from qwen2_npu.conformance.report.provenance import Provenance
 
 
 def test_provenance_of_a_session(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import latency
-from qwen2_npu.conformance.report.claims import Claim, Status, Where
+from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, CaseText, Night, write_junit
 

@@ -23,8 +23,8 @@ def test_of_the_committed_model() -> None:
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qwen2_npu.conformance.cost_model", None)
-    monkeypatch.delattr("qwen2_npu.conformance.cost_model", raising=False)
+    monkeypatch.setitem(sys.modules, "qwen2_npu.conformance.perf.cost_model", None)
+    monkeypatch.delattr("qwen2_npu.conformance.perf.cost_model", raising=False)
     found, by = predictions(Inputs(Path()))
     assert found == {}
     assert by.startswith("none: the cost model cannot be loaded here")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import junit, suites
-from qwen2_npu.conformance.report.claims import Claim, Status, Where
+from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.suites import Tally
 from tests.unit.conformance.report.synthetic import IDENTITY, CaseText, Night, write_junit

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from qwen2_npu.conformance import noise
-from qwen2_npu.conformance.hardware import DOCUMENTED_SOC, HARDWARE
-from qwen2_npu.conformance.report import census
+from qwen2_npu.conformance.accuracy import noise
+from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.report.charts import accuracy, kernels, roofline
 from qwen2_npu.conformance.report.charts.ladder import Point, ladder
 from qwen2_npu.conformance.report.charts.sweep import sweep
@@ -61,7 +61,7 @@ def test_accuracy_errors() -> None:
 
 
 def test_every_kernel_has_a_kind() -> None:
-    operators = {name for graph in census.graphs() for name in graph.layer}
+    operators = {name for graph in committed.graphs() for name in graph.layer}
     rest = {name for name in operators if kernels.kind_of(name) == kernels.REST}
     assert rest <= {"Add", "Mul", "Muls", "Neg", "GatherV2", "Adds", "Sub", "RealDiv", "Maximum", "Minimum"}
     svg = kernels.kernels(["a"], {"a": {"MatMul": 5, "Cast": 2}}, "decode", 400)

@@ -1,0 +1,212 @@
+"""Named intermediate tensors of one forward pass, in the same form from the stock model and from this project's.
+
+Two instruments, neither of which the models know of: forward hooks on modules (their names are the stock ones in
+both), and a mode that sees calls of functions: ``torch.ops.npu.*`` in the optimised model, ``torch.matmul`` in eager
+attention. The second tells what attention reads, i.e. query after rotation, keys and values after the cache, and
+which operators ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from qwen2_npu.conformance.accuracy.noise import Array
+
+ATTENTION_OPERATORS = ("npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_fused_infer_attention_score")
+ROTARY_OPERATORS = ("npu_apply_rotary_pos_emb", "npu_rotary_mul")
+CACHE_OPERATORS = ("scatter_update_", "scatter_update")
+
+
+def npu_operator(func: Any) -> str | None:
+    """The name of a ``torch.ops.npu`` operator, without its overload; None for any other function."""
+    qualified = getattr(func, "_qualified_op_name", None) or str(getattr(func, "name", lambda: "")() or "")
+    if not qualified.startswith("npu::"):
+        return None
+    return qualified.removeprefix("npu::").split(".")[0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One tensor. ``values`` (tokens, features): valid tokens only, row after row. ``operators``: the npu operators
+    that ran between the previous point and this one; empty where small operators did the work."""
+
+    layer: int | None
+    name: str
+    values: Array
+    operators: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return self.name if self.layer is None else f"layer {self.layer}, {self.name}"
+
+
+@dataclass
+class Capture:
+    """Points of one forward pass in order of execution.
+
+    Args:
+        new: tokens per row that this pass feeds.
+        total: tokens per row that attention can see.
+        left: whether rows are compacted to the left inside the model (fixed cache) or padded on the left.
+    """
+
+    new: list[int]
+    total: list[int]
+    left: bool
+    points: list[Point] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+
+    def add(self, layer: int | None, name: str, tensor: torch.Tensor, lengths: list[int] | None = None) -> None:
+        """``tensor``: (B, S, …) or, for one token per row, (B, features)."""
+        lengths = self.new if lengths is None else lengths
+        if tensor.dim() == 2:
+            tensor = tensor.unsqueeze(1)
+        width = tensor.shape[1]
+        spans = [slice(0, n) if self.left else slice(width - n, width) for n in lengths]
+        rows = [tensor[row, span].reshape(n, -1) for row, (span, n) in enumerate(zip(spans, lengths, strict=True))]
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        values = torch.cat(rows).detach().to("cpu", dtype).numpy().copy()
+        self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending))))
+        self.pending.clear()
+
+    def by_place(self) -> dict[tuple[int | None, str], Point]:
+        return {(point.layer, point.name): point for point in self.points}
+
+
+@contextmanager
+def capturing(model: Any, *, new: list[int], total: list[int]) -> Iterator[Capture]:
+    """Capture the forward passes run inside: meant for one, uncompiled."""
+    optimizations = getattr(model, "optimizations", None)
+    capture = Capture(new=new, total=total, left=bool(optimizations and optimizations.fixed_kv_cache))
+    config = model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    watch = _Watch(capture, groups)
+    handles = list(_hooks(model, capture, watch))
+    try:
+        with watch:
+            yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch(TorchFunctionMode):
+    """Takes down operators by name, and the arguments of the attention computation."""
+
+    def __init__(self, capture: Capture, groups: int) -> None:
+        super().__init__()
+        self.capture = capture
+        self.groups = groups
+        self.layer: int | None = None
+        """The layer whose attention is running, between its projections and its o_proj."""
+        self.products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = npu_operator(func)
+        if name in ATTENTION_OPERATORS:
+            layout = kwargs.get("input_layout", "BSH")
+            query, key, value = (_to_bsnd(tensor, layout) for tensor in args[:3])
+            self._read(query, key, value)
+        elif func is torch.matmul and self.layer is not None and args[0].dim() == 4:
+            self.products += 1
+            if self.products == 1:
+                query, key = args[0].transpose(1, 2), args[1].permute(0, 3, 1, 2)[:, :, :: self.groups]
+                self._read(query, key, None)
+            elif self.products == 2:
+                self._read(None, None, args[1].transpose(1, 2)[:, :, :: self.groups])
+        if name is not None:
+            self.capture.pending.append(name)
+        return func(*args, **kwargs)
+
+    def _read(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
+        """(B, S, heads, D) each. The operators that ran so far are told apart by what they make."""
+        ran = list(self.capture.pending)
+        for name, tensor, makers in (
+            ("query", query, ROTARY_OPERATORS),
+            ("key", key, ROTARY_OPERATORS + CACHE_OPERATORS),
+            ("value", value, CACHE_OPERATORS),
+        ):
+            if tensor is None:
+                continue
+            self.capture.pending[:] = [operator for operator in ran if operator in makers]
+            self.capture.add(self.layer, name, tensor, None if name == "query" else self.capture.total)
+        self.capture.pending.clear()
+
+
+def _to_bsnd(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    return tensor.transpose(1, 2) if layout == "BNSD" else tensor
+
+
+def _hooks(model: Any, capture: Capture, watch: _Watch) -> Iterator[Any]:
+    """Registers the hooks; yields their handles."""
+    for index, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        yield from _norm(layer.input_layernorm, index, "input_layernorm", capture)
+        yield from _projections(attention, index, capture, watch)
+        yield from _output_projection(attention.o_proj, index, capture, watch)
+        yield from _norm(layer.post_attention_layernorm, index, "post_attention_layernorm", capture)
+        if hasattr(mlp, "gate_up_proj"):
+            yield _on_output(mlp.gate_up_proj, capture, index, ("gate_proj", "up_proj"))
+        else:
+            yield _on_output(mlp.gate_proj, capture, index, ("gate_proj",))
+            yield _on_output(mlp.up_proj, capture, index, ("up_proj",))
+        yield mlp.down_proj.register_forward_pre_hook(
+            lambda module, args, index=index: capture.add(index, "mlp activation", args[0])
+        )
+        yield _on_output(mlp.down_proj, capture, index, ("down_proj",))
+    yield from _norm(model.model.norm, None, "norm", capture)
+    yield _on_output(model.lm_head, capture, None, ("lm_head",))
+
+
+def _norm(module: Any, layer: int | None, name: str, capture: Capture) -> Iterator[Any]:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        # Ours returns (normed, sum); the stock norm is given the sum.
+        normed, total = output if isinstance(output, tuple) else (output, args[0])
+        ran = list(capture.pending)
+        capture.add(layer, f"residual into {name}", total)
+        capture.pending[:] = ran
+        capture.add(layer, name, normed)
+
+    yield module.register_forward_hook(hook)
+
+
+def _projections(attention: Any, layer: int, capture: Capture, watch: _Watch) -> Iterator[Any]:
+    if hasattr(attention, "qkv_proj"):
+        yield _on_output(attention.qkv_proj, capture, layer, ("q_proj", "k_proj", "v_proj"), attention.widths)
+    else:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield _on_output(getattr(attention, name), capture, layer, (name,))
+
+    def enter(module: Any, *_: Any) -> None:
+        watch.layer, watch.products = layer, 0
+
+    yield attention.register_forward_pre_hook(enter)
+
+
+def _output_projection(module: Any, layer: int, capture: Capture, watch: _Watch) -> Iterator[Any]:
+    def before(module: Any, args: Any) -> None:
+        watch.layer = None
+        capture.add(layer, "attention", args[0])
+
+    yield module.register_forward_pre_hook(before)
+    yield _on_output(module, capture, layer, ("o_proj",))
+
+
+def _on_output(
+    module: Any, capture: Capture, layer: int | None, names: tuple[str, ...], widths: list[int] | None = None
+) -> Any:
+    """Takes down a linear's output, split into its named parts."""
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        sizes = widths or [output.shape[-1] // len(names)] * len(names)
+        for name, part in zip(names, output.split(sizes, dim=-1), strict=True):
+            capture.add(layer, name, part)
+
+    return module.register_forward_hook(hook)

@@ -1,0 +1,272 @@
+"""Says where a failed comparison goes wrong: the step of the ladder, the layer, the operator.
+
+Two bisections. Steps of the ladder are switched on one after another until the comparison fails: that is the step.
+Then every intermediate tensor of that model is held against the float64 reference in order of execution, by the rule
+that the comparison itself uses (RMS error at most 1.5 × the baseline's own at the same point): the first beyond it is
+the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.conformance.accuracy import teacher_forcing
+from qwen2_npu.conformance.accuracy.batches import Batch
+from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
+from qwen2_npu.conformance.accuracy.intermediates import Capture, Point, capturing
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.stock import exact
+from qwen2_npu.optimizations import Optimizations
+
+Build = Callable[[Optimizations], Any]
+"""Makes the optimised model with the given switches; the weights are the caller's."""
+
+SMALL_OPERATORS: dict[str, str] = {
+    "q_proj": "linear",
+    "k_proj": "linear",
+    "v_proj": "linear",
+    "query": "rotary embedding",
+    "key": "rotary embedding, cache",
+    "value": "cache",
+    "attention": "matmul, softmax, matmul",
+    "o_proj": "linear",
+    "gate_proj": "linear",
+    "up_proj": "linear",
+    "mlp activation": "silu, mul",
+    "down_proj": "linear",
+    "lm_head": "linear",
+}
+"""What computes a point where no npu operator ran before it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first place where the optimised model leaves what the dtype explains."""
+
+    path: str
+    """``prefill`` or ``decode step N`` (from 0)."""
+    layer: int | None
+    name: str
+    operators: tuple[str, ...]
+    error: ErrorRatio
+
+    def __str__(self) -> str:
+        place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
+        what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
+        return (
+            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
+            f"{self.error.noise:.3g}, in {self.path}"
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``step`` None: already the model without any optimisation fails."""
+
+    step: str | None
+    optimizations: tuple[str, ...]
+    finding: Finding | None
+    failures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        step = f"step {self.step}" if self.step else "with every optimisation off"
+        if self.finding is not None:
+            place = str(self.finding)
+        elif all(failure.startswith("last_token") for failure in self.failures):
+            place = (
+                "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: "
+                "the index it gathers is wrong"
+            )
+        else:
+            place = "no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph"
+        return f"{step}, {place}; {self.failures[0]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"message": str(self), **asdict(self)}
+
+
+def explain(
+    build: Build,
+    optimizations: Optimizations,
+    *,
+    baseline: Any,
+    reference: Any,
+    batch: Batch,
+    baseline_trace: teacher_forcing.Trace,
+    reference_trace: teacher_forcing.Trace,
+    dtype: torch.dtype,
+) -> Explanation | None:
+    """Bisects the failure of ``optimizations`` on ``batch``. None if, built again, nothing fails.
+
+    Args:
+        build: called once per step tried, starting with none.
+        baseline, reference: the stock model and its float64 self, with their traces of ``batch``.
+    """
+    names = optimizations.names()
+    for count in range(len(names) + 1):
+        if count < len(names) and not _possible(names[:count]):
+            continue
+        tried = Optimizations.of(names[:count])
+        model = build(tried)
+        comparison = compare_model(model, batch, baseline_trace, reference_trace, dtype)
+        if not comparison.passed:
+            finding = locate(model, baseline, reference, batch, baseline_trace.forced, dtype)
+            return Explanation(
+                names[count - 1] if count else None, tried.names(), finding, tuple(comparison.failures())
+            )
+    return None
+
+
+def compare_model(
+    model: Any,
+    batch: Batch,
+    baseline_trace: teacher_forcing.Trace,
+    reference_trace: teacher_forcing.Trace,
+    dtype: torch.dtype,
+) -> Comparison:
+    """Runs ``model`` forced to the baseline's tokens, and compares. What its switches ask for is run as well."""
+    return compare_traces(trace_model(model, batch, baseline_trace), baseline_trace, reference_trace, dtype)
+
+
+def trace_model(model: Any, batch: Batch, baseline_trace: teacher_forcing.Trace) -> teacher_forcing.Trace:
+    """The optimised model's trace, on the paths that its switches and compilation give a meaning to."""
+    return teacher_forcing.run(
+        model,
+        batch,
+        decode_steps=baseline_trace.forced.shape[1],
+        forced=baseline_trace.forced,
+        hidden=baseline_trace.hidden is not None,
+        last_token=model.optimizations.last_token_logits,
+    )
+
+
+def locate(
+    optimised: Any, baseline: Any, reference: Any, batch: Batch, forced: Array, dtype: torch.dtype
+) -> Finding | None:
+    """The first point, in order of execution, whose error exceeds its bound; None if there is none."""
+    runs = [_captures(model, batch, forced) for model in (optimised, baseline)]
+    with exact(reference):
+        runs.append(_captures(reference, batch, forced))
+    for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
+        path = "prefill" if step == 0 else f"decode step {step - 1}"
+        stock_points, true_points = stock.by_place(), true.by_place()
+        for point in ours.points:
+            place = (point.layer, point.name)
+            if place in stock_points and place in true_points:
+                error = _error(point, stock_points[place], true_points[place], dtype)
+                if not error.within:
+                    return Finding(path, point.layer, point.name, point.operators, error)
+    return None
+
+
+def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorRatio:
+    if ours.values.shape != true.values.shape:
+        return ErrorRatio(optimised=float("inf"), baseline=0.0, floor=0.0)
+    return error_ratio(ours.values, stock.values, true.values, dtype)
+
+
+@torch.no_grad()
+def _captures(model: Any, batch: Batch, forced: Array) -> list[Capture]:
+    """One capture per forward pass: the prefill, then every decode step."""
+    device = next(model.parameters()).device
+    mask = batch.attention_mask.to(device)
+    lengths = batch.lengths
+    captures: list[Capture] = []
+    if getattr(model, "compiled_steps", None):
+        model.compiled_steps = {}  # hooks and modes see eager execution only
+    cache: dict[str, Any] = teacher_forcing.preallocated(model, len(lengths), mask.shape[1] + forced.shape[1])
+    tokens = batch.input_ids.to(device)
+    positions = teacher_forcing.position_ids_of(mask)
+    new = lengths
+    for step in range(forced.shape[1] + 1):
+        if step:
+            tokens = torch.from_numpy(forced[:, step - 1 : step].copy()).to(device)
+            mask = torch.cat((mask, mask.new_ones(len(lengths), 1)), dim=1)
+            positions = (mask.sum(dim=1, keepdim=True) - 1).long()
+            new = [1] * len(lengths)
+        with capturing(model, new=new, total=[length + step for length in lengths]) as capture:
+            out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
+        cache = {CACHE_NAME: cache_of(out)}
+        captures.append(capture)
+    return captures
+
+
+def _possible(names: tuple[str, ...]) -> bool:
+    try:
+        Optimizations.of(names)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two free-running greedy continuations of one row part, and what the baseline knew there."""
+
+    row: int
+    position: int
+    """Tokens of the continuation that agree before it."""
+    baseline_token: int
+    optimised_token: int
+    baseline_logits: tuple[float, float]
+    """The baseline's logits of its own token and of the optimised model's."""
+    noise: float
+
+    @property
+    def margin(self) -> float:
+        return self.baseline_logits[0] - self.baseline_logits[1]
+
+    @property
+    def excused(self) -> bool:
+        return self.margin <= 2 * self.noise
+
+    def describe(self, decode: Callable[[int], str] | None = None) -> str:
+        """One line; ``decode`` turns a token id into text."""
+        tokens = [
+            f"{token} {decode(token)!r}" if decode else str(token)
+            for token in (self.baseline_token, self.optimised_token)
+        ]
+        verdict = "a near-tie, within" if self.excused else "beyond"
+        return (
+            f"row {self.row} diverges after {self.position} tokens: baseline {tokens[0]} (logit "
+            f"{self.baseline_logits[0]:.5g}), optimised {tokens[1]} ({self.baseline_logits[1]:.5g}); margin "
+            f"{self.margin:.3g} is {verdict} 2 × noise {self.noise:.3g}"
+        )
+
+
+def divergences(chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace) -> list[Divergence]:
+    """First divergence of every row whose free-running greedy tokens differ.
+
+    Args:
+        chosen: (B, T) tokens that the optimised model chose for itself.
+        baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
+            contexts are the same, so their logits there say what either knew.
+    """
+    found: list[Divergence] = []
+    for row in range(baseline.forced.shape[0]):
+        differ = np.flatnonzero(chosen[row] != baseline.forced[row])
+        if not differ.size:
+            continue
+        step = int(differ[0])
+        logits, true = (
+            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
+            for trace in (baseline, reference)
+        )
+        tokens = int(baseline.forced[row, step]), int(chosen[row, step])
+        found.append(
+            Divergence(
+                row=row,
+                position=step,
+                baseline_token=tokens[0],
+                optimised_token=tokens[1],
+                baseline_logits=(float(logits[tokens[0]]), float(logits[tokens[1]])),
+                noise=float(np.abs(logits - true).max()),
+            )
+        )
+    return found

@@ -1,0 +1,80 @@
+"""How much a correct computation in a dtype may differ, measured on the baseline itself.
+
+Nothing here is a hand-set tolerance. The baseline in its dtype and its float64 self
+(:mod:`.stock`) differ by rounding only; that difference is the noise, measured per position or
+over a whole tensor.
+
+**Near-ties.** Let ``n`` be the noise of a position: max over the vocabulary of ``|baseline − float64|``. The exact
+values of two logits lie within ``n`` of the baseline's, so their exact difference lies within ``2n`` of the
+baseline's difference. Where the baseline prefers token a over the optimised model's choice b by at most ``2n``, the
+baseline itself cannot tell which is larger: the mismatch is excused. Beyond it, rounding of the baseline's size
+cannot explain the mismatch. (b's deficit is at least the top-1/top-2 margin, so this is never laxer than testing that
+margin.)
+
+**Overall error.** RMS(optimised − float64) ≤ 1.5 · RMS(baseline − float64). A baseline can come out closer to float64
+than its dtype lets anyone be expected to: no result written in a dtype can be relied on to be nearer to the exact one
+than that one rounded once. So the baseline's RMS counts as at least that of ``round_to_dtype(float64) − float64``: a
+function of dtype and reference only, which binds in cases such as a tensor that is the result of one operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+
+RMS_FACTOR = 1.5
+"""How far the optimised model's RMS error may exceed the baseline's."""
+
+
+@dataclass(frozen=True)
+class ErrorRatio:
+    """RMS errors against float64. ``noise`` is the baseline's, or the rounding floor where that is larger."""
+
+    optimised: float
+    baseline: float
+    floor: float
+
+    @property
+    def noise(self) -> float:
+        return max(self.baseline, self.floor)
+
+    @property
+    def ratio(self) -> float:
+        """Optimised over noise; 0 where both are exact, infinite where only the noise is zero, NaN stays NaN."""
+        if self.noise == 0:
+            return 0.0 if self.optimised == 0 else float("inf") if self.optimised > 0 else float("nan")
+        return self.optimised / self.noise
+
+    @property
+    def within(self) -> bool:
+        return self.ratio <= RMS_FACTOR  # False for NaN
+
+
+def rms(values: Array) -> float:
+    """Root of the mean square, in float64; 0 for no values."""
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0
+
+
+def rounded(values: Array, dtype: torch.dtype) -> Array:
+    """float64 ``values`` rounded once to ``dtype``, as float64."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).double().numpy()
+
+
+def error_ratio(optimised: Array, baseline: Array, reference: Array, dtype: torch.dtype) -> ErrorRatio:
+    """RMS errors of the same values from three models. All arrays of one shape; ``reference`` float64."""
+    return ErrorRatio(
+        optimised=rms(optimised - reference),
+        baseline=rms(baseline - reference),
+        floor=rms(rounded(reference, dtype) - reference),
+    )
+
+
+def position_noise(baseline: Array, reference: Array) -> Array:
+    """(N, V) logits -> (N,): the largest error of the baseline at each position."""
+    return np.abs(baseline - reference).max(axis=-1)

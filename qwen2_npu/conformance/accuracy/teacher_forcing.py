@@ -1,0 +1,167 @@
+"""Runs a model teacher-forced: every position of the prompt in one prefill, then token by token through its cache.
+
+The same code drives the stock model of transformers 4.37 and 5.x and this project's, with the arguments that
+``generate`` would pass: a mask that grows by one per step, and position_ids counted from it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.conformance.accuracy.batches import Batch
+from qwen2_npu.conformance.accuracy.stock import exact
+
+Array = npt.NDArray[Any]
+
+UNTIMED_STEPS = 1
+"""Decode steps that do not count for tokens/s: the first one pays for what later ones reuse."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one model said, at every position that has a token.
+
+    Shapes: B rows, P prompt columns, T decode steps, V vocabulary, H hidden size. ``valid`` (B, P) bool marks the
+    tokens of the left-padded prompt; elsewhere logits and hidden states are meaningless. ``decode_logits[:, t]``
+    follow token ``forced[:, t]``. Where asked for, ``hidden`` (B, P, H) are the final hidden states of a pass without
+    a cache, and ``last_logits`` (B, V) what a prefill with ``logits_to_keep=1`` gave.
+    """
+
+    prefill_logits: Array
+    decode_logits: Array
+    forced: Array
+    valid: npt.NDArray[np.bool_]
+    hidden: Array | None = None
+    last_logits: Array | None = None
+    prefill_seconds: float = 0.0
+    timed_tokens: int = 0
+    decode_seconds: float = 0.0
+    """For ``timed_tokens`` tokens: decode without its first step."""
+
+
+def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, S) positions as ``generate`` counts them: tokens before this one in the row, 1 at padding."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+
+
+@torch.no_grad()
+def run(
+    model: Any,
+    batch: Batch,
+    *,
+    decode_steps: int = 0,
+    forced: Array | None = None,
+    hidden: bool = True,
+    last_token: bool = False,
+) -> Trace:
+    """Prefill of ``batch``, then ``decode_steps`` single-token steps through the cache.
+
+    Args:
+        model: stock or optimised Qwen2ForCausalLM.
+        forced: (B, decode_steps) tokens to feed; None feeds the model's own greedy choice, which is how the baseline
+            makes the tokens that the others are forced to.
+        hidden: also take the final hidden states, in a pass of their own: one that keeps no cache, and that is not
+        compiled. last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the
+        argument).
+    """
+    device = next(model.parameters()).device
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    rows, width = ids.shape
+    prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
+
+    hidden_states = None
+    if hidden:
+        hidden_states = _to_numpy(model(**prompt, use_cache=False, output_hidden_states=True).hidden_states[-1])
+    last_logits = _to_numpy(model(**prompt, use_cache=True, logits_to_keep=1).logits[:, -1]) if last_token else None
+    started = time.perf_counter()
+    out = model(**prompt, use_cache=True, **preallocated(model, rows, width + decode_steps))
+    _synchronize(device)
+    prefill_seconds = time.perf_counter() - started
+    prefill_logits = _to_numpy(out.logits)
+
+    steps: list[Array] = []
+    fed: list[Array] = []
+    timed = 0.0
+    next_token = out.logits[:, -1:].argmax(-1)
+    positions = mask.sum(dim=1, keepdim=True)
+    for step in range(decode_steps):
+        token = next_token if forced is None else torch.from_numpy(forced[:, step : step + 1].copy()).to(device)
+        mask = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
+        started = time.perf_counter()
+        out = model(
+            input_ids=token,
+            attention_mask=mask,
+            position_ids=positions + step,
+            use_cache=True,
+            **{CACHE_NAME: cache_of(out)},
+        )
+        _synchronize(device)
+        if step >= UNTIMED_STEPS:
+            timed += time.perf_counter() - started
+        next_token = out.logits[:, -1:].argmax(-1)
+        steps.append(_to_numpy(out.logits[:, -1]))
+        fed.append(token[:, 0].cpu().numpy())
+    return Trace(
+        prefill_logits=prefill_logits,
+        decode_logits=np.stack(steps, axis=1) if steps else np.empty((rows, 0, prefill_logits.shape[-1]), np.float32),
+        forced=np.stack(fed, axis=1) if fed else np.empty((rows, 0), np.int64),
+        valid=batch.attention_mask.bool().numpy(),
+        hidden=hidden_states,
+        last_logits=last_logits,
+        prefill_seconds=prefill_seconds,
+        timed_tokens=rows * max(decode_steps - UNTIMED_STEPS, 0),
+        decode_seconds=timed,
+    )
+
+
+@torch.no_grad()
+def run_reference(reference: Any, batch: Batch, forced: Array) -> Trace:
+    """The float64 reference over prompt and forced tokens in one pass: exact arithmetic knows no cache.
+
+    ``reference`` comes from :func:`~qwen2_npu.conformance.accuracy.stock.exact_reference`.
+    """
+    width = batch.input_ids.shape[1]
+    ids = torch.cat((batch.input_ids, torch.from_numpy(forced)), dim=1)
+    mask = torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
+    with exact(reference):
+        out = reference(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids_of(mask),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    logits, hidden = out.logits.numpy(), out.hidden_states[-1].numpy()
+    return Trace(
+        prefill_logits=logits[:, :width],
+        decode_logits=logits[:, width:],
+        forced=forced,
+        valid=batch.attention_mask.bool().numpy(),
+        hidden=hidden[:, :width],
+        last_logits=logits[:, width - 1],
+    )
+
+
+def preallocated(model: Any, rows: int, capacity: int) -> dict[str, Any]:
+    """The cache that a model with a fixed one wants up front; the others grow theirs."""
+    optimizations = getattr(model, "optimizations", None)
+    if optimizations is None or not optimizations.fixed_kv_cache:
+        return {}
+    return {CACHE_NAME: model.allocate_cache(rows, capacity)}
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    """Copied out: a compiled graph may reuse its output buffers."""
+    return tensor.detach().to("cpu", torch.float32 if tensor.dtype != torch.float64 else torch.float64).numpy().copy()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

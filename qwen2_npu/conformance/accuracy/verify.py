@@ -1,0 +1,212 @@
+"""The engine of ``qwen2-npu verify``: the whole ladder on one checkpoint, against the stock model, with everything
+shown.
+
+Nothing here prints. Progress is reported through a callback; the result is a :class:`Verification`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy import text
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
+from qwen2_npu.conformance.accuracy.model_pair import Build, Sample, Subject
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
+from qwen2_npu.conformance.machine.environment import Environment
+from qwen2_npu.graph import compile_model
+from qwen2_npu.optimizations import LADDER, Optimizations
+
+SCHEMA = 1
+SAMPLE_PROMPTS = 4
+
+Progress = Callable[[str, int, int], None]
+"""Called with what comes next, how many parts are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the ladder, cumulative, over all batch shapes."""
+
+    step: str
+    comparisons: dict[str, Comparison]
+    tokens_per_second: float
+    baseline_tokens_per_second: float
+    explanation: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(comparison.passed for comparison in self.comparisons.values())
+
+    @property
+    def positions(self) -> int:
+        return sum(comparison.positions for comparison in self.comparisons.values())
+
+    @property
+    def agreement(self) -> float:
+        agreements = sum(comparison.agreements for comparison in self.comparisons.values())
+        return agreements / self.positions if self.positions else 0.0
+
+    @property
+    def excused(self) -> tuple[Mismatch, ...]:
+        return tuple(mismatch for comparison in self.comparisons.values() for mismatch in comparison.excused)
+
+    @property
+    def max_logit_error(self) -> float:
+        return max(comparison.max_logit_error for comparison in self.comparisons.values())
+
+    @property
+    def kl(self) -> float:
+        """Mean over the positions, in nats."""
+        return sum(c.kl_mean * c.positions for c in self.comparisons.values()) / max(self.positions, 1)
+
+    @property
+    def rms_ratio(self) -> float:
+        ratios = [comparison.rms_ratio for comparison in self.comparisons.values()]
+        return float("nan") if any(np.isnan(ratios)) else max(ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "passed": self.passed,
+            "positions": self.positions,
+            "agreement": self.agreement,
+            "excused": len(self.excused),
+            "max_logit_error": self.max_logit_error,
+            "kl": self.kl,
+            "rms_ratio": self.rms_ratio,
+            "tokens_per_second": self.tokens_per_second,
+            "baseline_tokens_per_second": self.baseline_tokens_per_second,
+            "explanation": self.explanation,
+            "batches": {name: comparison.to_dict() for name, comparison in self.comparisons.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Everything one run found out."""
+
+    environment: Environment
+    model: str
+    dtype: str
+    reference_dtype: str
+    rows: list[Row]
+    samples: list[Sample]
+    perplexity: text.Perplexity | None
+    mode: str = "eager"
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        found = [row.explanation for row in self.rows if not row.passed]
+        found += [sample.divergence for sample in self.samples if not sample.passed]
+        if self.perplexity is not None and not self.perplexity.passed:
+            error = self.perplexity.error
+            found.append(
+                f"perplexity: RMS error of the tokens' losses {error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
+                f"{error.noise:.3g}"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "created": self.created,
+            "passed": self.passed,
+            "failures": self.failures,
+            "environment": asdict(self.environment),
+            "model": self.model,
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "reference_dtype": self.reference_dtype,
+            "rows": [row.to_dict() for row in self.rows],
+            "samples": [asdict(sample) for sample in self.samples],
+            "perplexity": None if self.perplexity is None else asdict(self.perplexity),
+        }
+
+
+def verify(
+    model_path: Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    steps: Sequence[str] = LADDER,
+    mode: str = "eager",
+    progress: Progress = lambda label, done, total: None,
+) -> Verification:
+    """The ladder, cumulatively, on one checkpoint.
+
+    Args:
+        model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
+        steps: which rows to run; each includes all steps of the ladder before it.
+        mode: how the optimised model is compiled, see ``compile_model``.
+        progress: called before each part.
+
+    Raises:
+        CheckpointError, UnsupportedError: what cannot be verified, and why.
+        ValueError: an unknown step.
+    """
+    presets = {step: Optimizations.up_to(step) for step in steps}
+    total = len(presets) + 2
+    progress("stock model and float64 reference", 0, total)
+    subject = Subject.of_checkpoint(model_path, dtype=dtype, device=device)
+    eager = subject.build
+    if mode != "eager":
+        subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
+    baseline_rate = _rate([subject.traces(shape)[0] for shape in BATCH_SHAPES])
+    rows: list[Row] = []
+    for done, (step, optimizations) in enumerate(presets.items(), start=1):
+        progress(step, done, total)
+        rows.append(_row(subject, step, optimizations, baseline_rate, eager))
+    progress("perplexity and greedy text", total - 1, total)
+    model = subject.build(next(reversed(presets.values()), Optimizations.all()))
+    prompts = tiny.prompts()
+    result = Verification(
+        environment=Environment.of(device),
+        model=subject.name,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        reference_dtype=str(subject.reference.dtype).removeprefix("torch."),
+        rows=rows,
+        samples=subject.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
+        perplexity=subject.perplexity(model),
+        mode=mode,
+    )
+    progress("done", total, total)
+    return result
+
+
+def _row(subject: Subject, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> Row:
+    """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
+    model = subject.build(optimizations)
+    results = {shape: subject.compare(model, shape) for shape in BATCH_SHAPES}
+    del model
+    failed = next((shape for shape, (comparison, _) in results.items() if not comparison.passed), None)
+    explanation = ""
+    if failed is not None:
+        reason = subject.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
+        explanation = f"{step}: batch {failed}: {reason}"
+    return Row(
+        step=step,
+        comparisons={shape: comparison for shape, (comparison, _) in results.items()},
+        tokens_per_second=_rate([trace for _, trace in results.values()]),
+        baseline_tokens_per_second=baseline_rate,
+        explanation=explanation,
+    )
+
+
+def _rate(traces: Sequence[Trace]) -> float:
+    """Decode tokens/s over all batches together."""
+    seconds = sum(trace.decode_seconds for trace in traces)
+    return sum(trace.timed_tokens for trace in traces) / seconds if seconds else 0.0

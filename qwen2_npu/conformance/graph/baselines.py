@@ -1,0 +1,158 @@
+"""The committed census of every documented graph: ``baselines/graphs/<size>.json``.
+
+A graph that differs from its baseline in either direction is a failure until somebody updates the baseline with a
+reason, which is kept beside the numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from qwen2_npu.conformance.files import BASELINES, write_json
+from qwen2_npu.conformance.graph.census import LayeredCensus, of_size
+from qwen2_npu.conformance.graph.lowering import Phase
+from qwen2_npu.conformance.machine.packages import package_version
+from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER, ORIGINAL, Optimizations
+
+FOLDER = BASELINES / "graphs"
+
+PROMPT, CAPACITY = 1024, 2048
+"""The guide's protocol: 1024 tokens in, 1024 out."""
+
+PAST = (PROMPT + CAPACITY) // 2 - 1
+"""Tokens before the decode step that is the mean of all."""
+
+BATCH = 4
+"""Of the ladder's tables."""
+
+SWEEP_STEP = "fused_qkv"
+"""The step that the guide's batch sweeps were measured at."""
+
+SWEEPS: dict[str, tuple[int, ...]] = {"7B": (1, 8, 16, 32, 48), "72B-tp8": (1, 2, 8, 16, 32)}
+"""Size -> batches of its sweep, beside 4."""
+
+GRAPH_SIZES = ("0.5B", "1.5B", "7B", "72B-tp8")
+
+
+@dataclass(frozen=True)
+class Documented:
+    """One graph that has a baseline. ``original``: every switch off, which is the stock computation."""
+
+    size: str
+    phase: Phase
+    batch: int
+    step: str
+
+    def __str__(self) -> str:
+        return f"{self.size}-{self.key}"
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of its size."""
+        return f"{self.phase}-b{self.batch}-{self.step}"
+
+    @property
+    def optimizations(self) -> Optimizations:
+        return Optimizations.none() if self.step == ORIGINAL else Optimizations.up_to(self.step)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt; in decode, those before the step."""
+        return PROMPT if self.phase == "prefill" else PAST
+
+    def lower(self) -> LayeredCensus:
+        """What torchair makes of it now."""
+        return of_size(
+            SIZES[self.size], self.phase, self.batch, self.optimizations, prompt=self.prompt, capacity=CAPACITY
+        )
+
+
+def documented() -> Iterator[Documented]:
+    """The ladder at batch 4 for every size, then the sweeps; the sizes with tables from ``original`` on."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for size in GRAPH_SIZES:
+        for phase in phases:
+            for step in (ORIGINAL, *LADDER) if size in SWEEPS else LADDER:
+                yield Documented(size, phase, BATCH, step)
+            for batch in SWEEPS.get(size, ()):
+                yield Documented(size, phase, batch, SWEEP_STEP)
+
+
+def path_of(size: str, folder: Path = FOLDER) -> Path:
+    """The baseline file of a size."""
+    return folder / f"{size}.json"
+
+
+def load(graph: Documented, folder: Path = FOLDER) -> LayeredCensus | None:
+    """The baseline; None where there is none."""
+    content = _read(path_of(graph.size, folder))
+    found = content["graphs"].get(graph.key)
+    return None if found is None else LayeredCensus.from_json(found)
+
+
+def update(graph: Documented, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:
+    """Replace the baseline; atomic, and safe beside other processes.
+
+    The file's own reason and versions are those of its first record; each graph changed since then has its own.
+    """
+    path = path_of(graph.size, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        content = _read(path)
+        if content["graphs"].get(graph.key) == census.to_json():
+            return
+        content["graphs"][graph.key] = census.to_json()
+        why = {
+            "reason": reason,
+            "versions": {name: package_version(name) for name in ("torch", "torch_npu", "transformers")},
+        }
+        first = {key: content[key] for key in why} if path.exists() else why
+        changed = {**content.get("changed", {}), graph.key: why}
+        if why == first:
+            del changed[graph.key]
+        graphs = dict(sorted(content["graphs"].items()))
+        write_json(path, {**first, "changed": dict(sorted(changed.items())), "graphs": graphs})
+
+
+def provenance(graph: Documented, folder: Path = FOLDER) -> str:
+    """Why its baseline is what it is, and what lowered it, in words."""
+    content = _read(path_of(graph.size, folder))
+    why = content.get("changed", {}).get(graph.key, content)
+    versions = ", ".join(f"{name} {version}" for name, version in why["versions"].items())
+    return f"recorded for {why['reason']!r} with {versions}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"reason": "", "versions": {}, "graphs": {}}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def difference(expected: LayeredCensus, found: LayeredCensus) -> str:
+    """What changed, line by line; empty where nothing did."""
+    before, after = (json.dumps(census.to_json(), indent=1).splitlines() for census in (expected, found))
+    return "\n".join(difflib.unified_diff(before, after, "baseline", "lowered now", lineterm="", n=2))
+
+
+def verdict(graph: Documented, found: LayeredCensus, folder: Path = FOLDER) -> str:
+    """Empty if the graph is as its baseline says; else what differs and the way out."""
+    expected = load(graph, folder)
+    if expected is None:
+        return f"{graph} has no baseline in {path_of(graph.size, folder)}: record one with --update-graphs=REASON"
+    changed = difference(expected, found)
+    if not changed:
+        return ""
+    return (
+        f"the graph of {graph} is not what its baseline says ({path_of(graph.size, folder)}, "
+        f"{provenance(graph, folder)}); "
+        f"if it should change, update it with --update-graphs=REASON\n{changed}"
+    )

@@ -1,0 +1,163 @@
+"""What a lowered graph costs: FLOPs, bytes moved, kernel launches.
+
+Counts, not times: from the shapes and dtypes of the real lowered graph, so they are the same on every machine. A
+multiply-add counts as two FLOPs. Every operator reads its inputs and writes its outputs once; what differs is in
+:data:`RULES`: products, attention (charged the live length it is given, or the whole cache where it is given none),
+writes in place and gathers (charged what they touch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import torch
+
+from qwen2_npu.conformance.graph.lowering import Lowered
+from qwen2_npu.conformance.graph.shapes import Operation, Value, operations
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of an operator, or of a graph as their sum.
+
+    Attributes:
+        weight_bytes, cache_bytes, activation_bytes: moved between memory and cores, read and written.
+        launches: kernels.
+    """
+
+    flops: int = 0
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+    launches: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return self.combined(other, int.__add__)
+
+    def combined(self, other: Cost, combine: Callable[[int, int], int]) -> Cost:
+        """``combine`` applied to every number of the two."""
+        return Cost(*(combine(getattr(self, field.name), getattr(other, field.name)) for field in fields(Cost)))
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes moved."""
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+def moved(values: Iterable[Value]) -> Cost:
+    """The cost of reading or writing ``values`` once."""
+    total = {"weight": 0, "cache": 0, "activation": 0, "constant": 0}
+    for value in values:
+        total[value.origin] += value.nbytes
+    return Cost(
+        weight_bytes=total["weight"],
+        cache_bytes=total["cache"],
+        activation_bytes=total["activation"] + total["constant"],
+    )
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+def _elementwise(op: Operation) -> Cost:
+    return Cost(flops=sum(value.elements for value in op.outputs)) + moved([*op.given, *op.outputs])
+
+
+def _movement(op: Operation) -> Cost:
+    return moved([*op.given, *op.outputs])
+
+
+def _product(op: Operation) -> Cost:
+    out, inner = op.outputs[0], _inner_size(op)
+    return Cost(flops=2 * out.elements * inner) + moved([*op.given, *op.outputs])
+
+
+def _inner_size(op: Operation) -> int:
+    first = op.given[0]
+    transposed = op.node.attributes.get("transpose_x1", op.node.attributes.get("adj_x1", False))
+    return first.shape[-2] if transposed else first.shape[-1]
+
+
+def _gather(op: Operation) -> Cost:
+    table, out = op.given[0], op.outputs[0]
+    rows = Value(out.shape, table.dtype, table.origin)
+    return moved([rows, *op.given[1:], out])
+
+
+def _scatter(op: Operation) -> Cost:
+    cache, _, updates = op.given
+    return moved([*op.given[1:], Value(updates.shape, updates.dtype, cache.origin)])
+
+
+def _incremental_attention(op: Operation) -> Cost:
+    """q·k and p·v over the live slots: 4·N·D FLOPs per slot; k and v of those slots are read."""
+    query, key = op.given[:2]
+    batch, slots, kv_heads, size = key.shape
+    live = batch * slots if op.live_slots is None else op.live_slots
+    kv = Value((live, kv_heads, size), key.dtype, key.origin)
+    heads, head_dim = query.shape[-2:]
+    rest = [v for v in op.given[3:] if v.origin != "constant"]
+    return Cost(flops=4 * heads * head_dim * live) + moved([query, kv, kv, *rest, *op.outputs])
+
+
+def _prompt_attention(op: Operation) -> Cost:
+    query, key = op.given[:2]
+    batch, tokens, heads, head_dim = query.shape
+    pairs = tokens * key.shape[1]
+    rest = [_seen(value, pairs) for value in op.given[2:]]
+    if op.node.attributes.get("sparse_mode") in CAUSAL or op.node.attributes.get("next_tokens") == 0:
+        pairs = tokens * (tokens + 1) // 2
+    return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([query, key, *rest, *op.outputs])
+
+
+def _seen(value: Value, pairs: int) -> Value:
+    """Of a mask larger than the (Sq, Skv) it stands for, as the compressed one is for short prompts, that much."""
+    if value.dtype == torch.bool and value.elements > pairs:
+        return Value((pairs,), value.dtype, value.origin)
+    return value
+
+
+CAUSAL = (2, 3)
+"""``sparse_mode`` values that compute nothing above the diagonal."""
+
+DATA_MOVES = """
+TensorMove Identity Transpose SplitV Split SplitD ConcatV2 ConcatD Pack BroadcastTo Expand Fill Slice StridedSliceV2
+Cast ZerosLike Assign Tile Pad PadV3
+"""
+MOVEMENT = frozenset(DATA_MOVES.split())
+"""Operators that only move data."""
+
+PRODUCTS = frozenset(["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"])
+
+ATTENTION = frozenset(["IncreFlashAttention", "PromptFlashAttention", "FusedInferAttentionScore"])
+
+GATHERS = frozenset(["GatherV2", "IndexByTensor", "GatherElements"])
+
+RULES: dict[str, Callable[[Operation], Cost]] = {
+    **dict.fromkeys(MOVEMENT, _movement),
+    **dict.fromkeys(PRODUCTS, _product),
+    **dict.fromkeys(GATHERS, _gather),
+    "Scatter": _scatter,
+    "IncreFlashAttention": _incremental_attention,
+    "PromptFlashAttention": _prompt_attention,
+}
+"""GE operator -> its cost; all others are element-wise."""
+
+
+def cost_of(op: Operation) -> Cost:
+    """The cost of one operator; nothing for a view."""
+    if op.is_view:
+        return Cost()
+    return RULES.get(op.node.type, _elementwise)(op) + Cost(launches=1)
+
+
+def total(ops: Iterable[Operation]) -> Cost:
+    """Their sum."""
+    result = Cost()
+    for op in ops:
+        result += cost_of(op)
+    return result
+
+
+def graph_cost(lowered: Lowered) -> Cost:
+    """The cost of one step."""
+    return total(operations(lowered))

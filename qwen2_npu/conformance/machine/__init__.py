@@ -1,0 +1,1 @@
+"""Who measured: software, device, what a card can do, and the archive for a bug report."""

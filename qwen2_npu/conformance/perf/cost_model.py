@@ -1,0 +1,186 @@
+"""Predicted latency of a lowered graph on an Ascend card. A prediction, never a measurement; labelled so everywhere.
+
+The counts of ``graphs/cost.py`` over what the card can do (``hardware.py``), times a few efficiencies:
+
+    t(operators of one type) = max(FLOPs / (peak · e_compute), bytes / (bandwidth · e_memory)) + launches · t_launch
+    t(graph mode)            = Σ t(types) + collectives
+    t(single-op mode)        = max(that, launches · t_host): the host issues every operator by itself
+    t(all-reduce of n bytes) = t_collective + 2·(cards − 1)/cards · n / (link bandwidth · e_link)     (ring)
+
+The efficiencies are fitted on the guide's 7B tables, those of the collective on one configuration of the 72B; every
+other number of the 72B is held out. ``scripts/fit_cost_model.py`` does it and writes ``baselines/cost_model.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qwen2_npu.conformance.graph import baselines
+from qwen2_npu.conformance.graph.census import Census
+from qwen2_npu.conformance.graph.cost import ATTENTION, PRODUCTS
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
+from qwen2_npu.conformance.perf.documented import BASELINES, Documented, read
+from qwen2_npu.conformance.perf.rows import Configuration, Row
+from qwen2_npu.conformance.sizes import SIZES, Size
+
+PARAMETERS = BASELINES / "cost_model.json"
+
+COLLECTIVES_PER_LAYER = 2
+"""All-reduces of a tensor-parallel layer: after o_proj and after down_proj."""
+
+COLLECTIVE_CONFIGURATION = Configuration("72B", cards=8, batch=4, mode="graph", step="fused_qkv")
+"""What the collective's two numbers are fitted on. The guide prints it twice, in the ladder and in the batch sweep."""
+
+BF16 = 2
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """What the fit found.
+
+    Attributes:
+        product, attention: fraction of the bf16 peak that matrix products and attention reach.
+        weights, memory: fraction of the memory bandwidth that products and all other operators reach.
+        launch_us: between two kernels of a graph.
+        host_us: the host's work per operator in single-op mode.
+        collective_us: start of an all-reduce.
+        link: fraction of a card's link bandwidth that an all-reduce reaches.
+
+    The three times are those of the documented card; ``hardware.py`` states them with their source.
+    """
+
+    product: float
+    attention: float
+    weights: float
+    memory: float
+    launch_us: float
+    host_us: float
+    collective_us: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Predicted seconds of one GE operator type, and what bounds it."""
+
+    operator: str
+    seconds: float
+    launches: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A documented row beside what the model says of it. ``fitted``: the row was used to fit."""
+
+    documented: Documented
+    ms: float
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Relative: positive where the model is slower than documented."""
+        return self.ms / self.documented.ms - 1
+
+
+def load(path: Path = PARAMETERS) -> Efficiencies:
+    """The committed efficiencies."""
+    return Efficiencies(**json.loads(path.read_text(encoding="utf-8"))["efficiencies"])
+
+
+def shard_of(configuration: Configuration) -> Size:
+    """What one card computes of a configuration."""
+    return SIZES[configuration.model if configuration.cards == 1 else f"{configuration.model}-tp{configuration.cards}"]
+
+
+def census_of(row: Row) -> Census:
+    """The full-size graph of a row.
+
+    Raises:
+        LookupError: it has no baseline.
+    """
+    what, size = row.configuration, shard_of(row.configuration)
+    layered = baselines.load(baselines.Documented(size.name, row.phase, what.batch, what.step))
+    if layered is None:
+        raise LookupError(f"{row.id}: no graph of {size.name}, batch {what.batch}, {what.step} in {baselines.FOLDER}")
+    return layered.of(size.layers)
+
+
+def parts(census: Census, efficiencies: Efficiencies, hardware: Hardware) -> list[Part]:
+    """Predicted time per operator type on one card, collectives aside; the longest first."""
+    found = []
+    for name, cost in census.costs.items():
+        compute, memory = _rates(name, efficiencies, hardware)
+        arithmetic, moving = cost.flops / compute, cost.nbytes / memory
+        launches = cost.launches * efficiencies.launch_us * 1e-6
+        kind = "launch" if launches > max(arithmetic, moving) else "compute" if arithmetic > moving else "memory"
+        found.append(Part(name, max(arithmetic, moving) + launches, cost.launches, kind))
+    return sorted(found, key=lambda part: -part.seconds)
+
+
+def _rates(name: str, efficiencies: Efficiencies, hardware: Hardware) -> tuple[float, float]:
+    """FLOP/s and bytes/s that operators of a type reach."""
+    peak, bandwidth = hardware.bf16_peak.value, hardware.memory_bandwidth.value
+    if name in PRODUCTS:
+        return peak * efficiencies.product, bandwidth * efficiencies.weights
+    if name in ATTENTION:
+        return peak * efficiencies.attention, bandwidth * efficiencies.memory
+    # Vector operators do far fewer FLOPs per byte than the vector cores can: memory bounds them.
+    return float("inf"), bandwidth * efficiencies.memory
+
+
+def collective_seconds(size: Size, rows: int, efficiencies: Efficiencies, hardware: Hardware) -> float:
+    """All-reduces of one step over ``rows`` tokens; none on one card.
+
+    Raises:
+        ValueError: nothing is known of the card's links.
+    """
+    if size.shards == 1:
+        return 0.0
+    if hardware.link_bandwidth is None:
+        raise ValueError(
+            f"nothing is known of the links of {hardware.soc}: add them to conformance/machine/hardware.py"
+        )
+    nbytes = rows * size.hidden * BF16
+    ring = 2 * (size.shards - 1) / size.shards * nbytes / (hardware.link_bandwidth.value * efficiencies.link)
+    return size.layers * COLLECTIVES_PER_LAYER * (efficiencies.collective_us * 1e-6 + ring)
+
+
+def predict(row: Row, efficiencies: Efficiencies, hardware: Hardware = HARDWARE[DOCUMENTED_SOC]) -> float:
+    """Predicted seconds of a documented row."""
+    census, size, what = census_of(row), shard_of(row.configuration), row.configuration
+    tokens = what.batch * (baselines.PROMPT if row.phase == "prefill" else 1)
+    device = sum(part.seconds for part in parts(census, efficiencies, hardware))
+    device += collective_seconds(size, tokens, efficiencies, hardware)
+    if what.mode == "graph":
+        return device
+    issued = census.cost.launches + (0 if size.shards == 1 else size.layers * COLLECTIVES_PER_LAYER)
+    return max(device, issued * efficiencies.host_us * 1e-6)
+
+
+def is_fitted(row: Row) -> bool:
+    """Whether the fit may see the row: decided by what was measured, since tables repeat each other's numbers."""
+    return row.configuration.model == "7B" or row.configuration == COLLECTIVE_CONFIGURATION
+
+
+def predictions(efficiencies: Efficiencies | None = None) -> list[Prediction]:
+    """Every documented row, in the guide's order."""
+    known = load() if efficiencies is None else efficiencies
+    return [Prediction(number, predict(number.row, known) * 1e3, is_fitted(number.row)) for number in read()]
+
+
+def to_json(efficiencies: Efficiencies) -> dict[str, object]:
+    """What ``baselines/cost_model.json`` holds: the efficiencies, and how they came about."""
+    made = predictions(efficiencies)
+    held_out = [abs(p.error) for p in made if not p.fitted]
+    fitted = [abs(p.error) for p in made if p.fitted]
+    return {
+        "what": "efficiencies of the cost model; predictions, not measurements",
+        "soc": DOCUMENTED_SOC,
+        "fitted_on": f"the guide's 7B tables; collectives: {COLLECTIVE_CONFIGURATION}",
+        "mean_error_fitted": sum(fitted) / len(fitted),
+        "mean_error_held_out": sum(held_out) / len(held_out),
+        "efficiencies": asdict(efficiencies),
+    }

@@ -1,0 +1,66 @@
+"""The least time a row can take on a card: bytes over bandwidth, or operations over peak, whichever is more.
+
+A lower bound for every step of the ladder, so it counts only what none can do without: each weight read once, live KV
+read once, the products of the live tokens, the causal half of the prompt's attention, one row of logits. Norms,
+activations, communication and launches are left out. A measurement below it is a timing error, or was made on another
+card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen2_npu.conformance.machine.hardware import Hardware
+from qwen2_npu.conformance.perf.rows import Phase
+from qwen2_npu.conformance.sizes import Size
+
+BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step must move and multiply, on one card."""
+
+    bytes: float
+    operations: float
+
+    def floor_ms(self, card: Hardware) -> float:
+        """Milliseconds."""
+        seconds = max(self.bytes / card.memory_bandwidth.value, self.operations / card.bf16_peak.value)
+        return seconds * 1e3
+
+
+def kv_per_token(size: Size) -> int:
+    """Elements of k and v that one token adds, over all layers."""
+    return 2 * size.layers * size.kv_heads * size.head_dim
+
+
+def parameters_per_step(size: Size) -> int:
+    """Elements a step reads whole: every weight but an embedding table of its own, of which it reads a "
+    "row per token."""
+    return size.parameters - (0 if size.tied else size.vocab * size.hidden)
+
+
+def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) -> Work:
+    """The least work of one step.
+
+    Args:
+        size: the whole model.
+        tokens: of the prompt (prefill), or in the cache before the step (decode; a mean will do).
+        cards: the model is split over; weights, heads and KV evenly.
+    """
+    shard = size.shard(cards) if cards > 1 else size
+    weights = parameters_per_step(shard)
+    head = shard.vocab * shard.hidden
+    products = weights - head  # biases and norms are counted as if they multiplied: under a thousandth
+    if phase == "prefill":
+        computed, logits, pairs = batch * tokens, batch, batch * tokens * (tokens + 1) / 2
+        kv = batch * tokens
+    else:
+        computed, logits, pairs = batch, batch, batch * (tokens + 1)
+        kv = batch * (tokens + 1)
+    attention = 4 * shard.layers * shard.heads * shard.head_dim * pairs
+    return Work(
+        bytes=BYTES * (weights + kv * kv_per_token(shard)),
+        operations=2 * products * computed + 2 * head * logits + attention,
+    )

@@ -1,0 +1,169 @@
+"""What must be true of a lowered graph, step by step of the ladder. Each returns what is wrong, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qwen2_npu.conformance.graph.cost import PRODUCTS
+from qwen2_npu.conformance.graph.lowering import Lowered
+from qwen2_npu.conformance.graph.shapes import DATA, Operation, cache_inputs, operations
+from qwen2_npu.optimizations import Optimizations
+
+Problems = Iterator[str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A lowered step with what is known of it."""
+
+    lowered: Lowered
+    ops: list[Operation]
+    optimizations: Optimizations
+    vocab: int
+
+    def of_type(self, *types: str) -> list[Operation]:
+        return [op for op in self.ops if op.node.type in types]
+
+    @property
+    def products(self) -> list[Operation]:
+        """Matrix products with a weight."""
+        return [op for op in self.ops if op.node.type in PRODUCTS and any(v.origin == "weight" for v in op.given)]
+
+    @property
+    def heads(self) -> list[Operation]:
+        """The products with lm_head."""
+        return [op for op in self.products if op.outputs[0].shape[-1] == self.vocab]
+
+
+def kv_in_place(graph: Graph) -> Problems:
+    """Every layer writes k and v straight into the caller's cache, and nothing copies a cache."""
+    scatters = graph.of_type("Scatter")
+    wanted = 2 * graph.lowered.layers
+    if len(scatters) != wanted:
+        yield f"{len(scatters)} Scatter nodes, expected {wanted}: one for k and one for v per layer"
+    inputs = cache_inputs(graph.lowered.nodes)
+    for op in scatters:
+        target = op.node.inputs[0]
+        if target is None or target.node not in inputs:
+            yield f"{op.node.name} writes {target and target.node}, a copy, not an input of the graph"
+    for op in graph.of_type("Assign"):
+        yield f"{op.node.name} copies a result back into an input: the write was not in place"
+    if len(inputs) == 0:
+        return
+    smallest = min(value.nbytes for op in scatters for value in op.given if value.origin == "cache") if inputs else 0
+    for op in graph.ops:
+        if op.node.type in COPIES and any(v.origin == "cache" and v.nbytes >= smallest for v in op.given):
+            yield f"{op.node.name} ({op.node.type}) copies a whole KV cache"
+
+
+COPIES = frozenset(
+    ("TensorMove", "Identity", "ConcatV2", "ConcatD", "Pack", "StridedSliceV2", "Transpose", "Slice", "SplitV")
+)
+"""Operators that would be a copy of the cache if they read one."""
+
+
+def no_wide_copies(graph: Graph) -> Problems:
+    """No weight and no cache is cast to another dtype."""
+    for op in graph.of_type("Cast"):
+        if op.given[0].origin in ("weight", "cache") and len(op.given[0].shape) > 1:
+            yield f"{op.node.name} casts a whole {op.given[0].origin} {op.given[0].shape} to {op.outputs[0].dtype}"
+
+
+def head_on_last_token(graph: Graph) -> Problems:
+    """lm_head is computed for one token per row."""
+    for op in graph.heads:
+        rows = op.outputs[0].elements // graph.vocab
+        if rows != graph.lowered.batch:
+            yield f"{op.node.name} computes logits of {rows} tokens, expected {graph.lowered.batch}: one per row"
+    if len(graph.heads) != 1:
+        yield f"{len(graph.heads)} products with lm_head, expected 1"
+
+
+def fused_products(graph: Graph) -> Problems:
+    """One product for q, k and v, and one for gate and up, where those steps are on."""
+    per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
+    found = len(graph.products) - len(graph.heads)
+    if found != per_layer * graph.lowered.layers:
+        yield (
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer: "
+            "q, k and v, or gate and up, are not fused as switched on"
+        )
+
+
+MASK_OPERATORS = """
+Less LessEqual Greater GreaterEqual LogicalAnd LogicalOr LogicalNot SelectV2 Select MaskedFill Range Triu Tril
+"""
+MASK_WORK = frozenset(MASK_OPERATORS.split())
+ANGLE_WORK = frozenset(["Cos", "Sin"])
+
+TABLE_READS = 3
+"""The embedding, cos and sin."""
+
+
+def nothing_repeated_in_layers(graph: Graph) -> Problems:
+    """From flash_attention on: cos and sin are read once per step, and no mask is made in the graph."""
+    gathers = [
+        op for op in graph.of_type("GatherV2", "IndexByTensor") if op.given[0].origin in ("weight", "activation")
+    ]
+    if len(gathers) != TABLE_READS:
+        yield f"{len(gathers)} reads of tables, expected {TABLE_READS} per step (embedding, cos, sin) for all layers"
+    for op in graph.ops:
+        if op.node.type in MASK_WORK | ANGLE_WORK:
+            yield f"{op.node.name} ({op.node.type}): masks and angles are no work of the graph"
+
+
+def live_attention(graph: Graph) -> Problems:
+    """From ifa_tiling on: incremental attention is told how much of the cache is live."""
+    for op in graph.of_type("IncreFlashAttention"):
+        if op.live_slots is None:
+            yield f"{op.node.name} is given no actual_seq_lengths and attends the whole cache"
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """``since``: the switch that it begins with; None for all. ``phases``: where it applies."""
+
+    check: Callable[[Graph], Problems]
+    since: str | None = None
+    phases: tuple[str, ...] = ("prefill", "decode")
+
+    def applies(self, graph: Graph) -> bool:
+        switched = self.since is None or getattr(graph.optimizations, self.since)
+        return switched and graph.lowered.phase in self.phases
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(kv_in_place, since="flash_attention"),
+    Invariant(no_wide_copies),
+    Invariant(head_on_last_token, since="last_token_logits"),
+    Invariant(fused_products),
+    Invariant(nothing_repeated_in_layers, since="flash_attention"),
+    Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
+)
+
+
+def static_inputs(lowered: Lowered) -> Problems:
+    """Every tensor on the device has a fixed shape: only then can its tiling be computed ahead."""
+    for node in lowered.nodes:
+        if node.type in DATA and node.attributes["index"] not in lowered.on_host and min(node.shapes[0], default=0) < 0:
+            yield f"input {node.name} has the shape {node.shapes[0]}, where -1 may change: mark_static is missing"
+
+
+def input_problems(lowered: Lowered) -> list[str]:
+    """What is wrong with the inputs; nothing else can be said of a graph without shapes."""
+    return [f"{static_inputs.__name__}: {problem}" for problem in static_inputs(lowered)]
+
+
+def problems(lowered: Lowered, optimizations: Optimizations, vocab: int) -> list[str]:
+    """Everything that is wrong with the graph of a step; each line names the invariant and the node."""
+    dynamic = input_problems(lowered)
+    if dynamic:
+        return dynamic
+    graph = Graph(lowered, operations(lowered), optimizations, vocab)
+    return [
+        f"{invariant.check.__name__}: {problem}"
+        for invariant in INVARIANTS
+        if invariant.applies(graph)
+        for problem in invariant.check(graph)
+    ]

@@ -1,0 +1,107 @@
+"""Checkpoints that cannot be compared: named before the stock model meets them in its own way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy import stock
+from qwen2_npu.conformance.accuracy.model_pair import PERPLEXITY_WINDOW, Subject
+from qwen2_npu.errors import CheckpointError
+from tests.unit.small import small_stock
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.path(), tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, name: str, rows: int) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][:rows].clone()}, path, metadata={"format": "pt"})
+
+
+def misshape(folder: Path) -> None:
+    edit_weights(folder, "model.layers.0.self_attn.q_proj.weight", 1)
+
+
+def misshape_vocabulary(folder: Path) -> None:
+    edit_weights(folder, "model.embed_tokens.weight", 1000)
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    misshape_vocabulary(folder)
+    edit_config(folder, vocab_size=1000, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+def shrink_positions(folder: Path) -> None:
+    edit_config(folder, max_position_embeddings=64)
+
+
+def spoil_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("[]")
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (misshape, r"1 tensors mis-shaped, first model\.layers\.0\.self_attn\.q_proj\.weight has shape \(1, "),
+        (misshape_vocabulary, r"first model\.embed_tokens\.weight has shape \(1000, \d+\), expected \(\d+, "),
+        (
+            shrink_vocabulary,
+            r"its tokenizer makes token id \d+, and the model has vocab_size=1000: fetch",
+        ),
+        (
+            shrink_positions,
+            rf"max_position_embeddings=64, and the texts it is compared on need {PERPLEXITY_WINDOW}: raise it",
+        ),
+        (spoil_tokenizer, r"its tokenizer cannot be read: .*; fetch its files again"),
+        (spoil_generation_config, r"generation_config\.json holds a list in place of a JSON object"),
+    ],
+)
+def test_named_before_the_stock_model_is_loaded(
+    folder: Path, spoil, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the stock model was loaded first")
+
+    monkeypatch.setattr(stock, "stock_from_pretrained", loaded)
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Subject.of_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_few_positions_suffice_without_a_tokenizer(tmp_path: Path) -> None:
+    small_stock().save_pretrained(tmp_path, safe_serialization=True)
+    edit_config(tmp_path, max_position_embeddings=32)
+    Subject.of_checkpoint(tmp_path)
+    edit_config(tmp_path, max_position_embeddings=28)
+    with pytest.raises(CheckpointError, match="max_position_embeddings=28, and the texts it is compared on need 29"):
+        Subject.of_checkpoint(tmp_path)
+
+
+def test_padding_is_a_token_that_the_model_knows() -> None:
+    subject = Subject.of_checkpoint()
+    assert subject.pad_token_id == subject.tokenizer.pad_token_id
+    subject.tokenizer.pad_token_id = None
+    subject.baseline.generation_config.eos_token_id = 10**6
+    assert subject.pad_token_id == 0
+    assert torch.tensor(subject.heldout_ids()).max() < subject.baseline.config.vocab_size

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, ErrorRatio, error_ratio, position_noise, rms, rounded
+
+
+def test_rms_of_known_values_and_of_none() -> None:
+    assert rms(np.array([3.0, -4.0])) == pytest.approx(np.sqrt(12.5))
+    assert rms(np.empty(0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("optimised", "baseline", "floor", "within"),
+    [
+        (1.5, 1.0, 0.0, True),
+        (1.51, 1.0, 0.0, False),
+        (1.51, 0.5, 1.1, True),  # the floor counts where the baseline is closer than the dtype lets anyone be
+        (0.0, 0.0, 0.0, True),
+        (1e-12, 0.0, 0.0, False),
+        (float("nan"), 1.0, 0.0, False),
+        (float("nan"), 0.0, 0.0, False),
+        (float("inf"), 1.0, 0.0, False),
+    ],
+)
+def test_bound(optimised: float, baseline: float, floor: float, within: bool) -> None:
+    assert ErrorRatio(optimised, baseline, floor).within is within
+
+
+def test_floor_is_one_rounding_of_the_reference() -> None:
+    reference = np.array([1.0, 1.0 + 2.0**-9, 3.0])
+    ratio = error_ratio(reference, reference, reference, torch.bfloat16)
+    assert ratio.baseline == 0
+    assert ratio.floor == pytest.approx(rms(np.array([0.0, 2.0**-9, 0.0])))
+    np.testing.assert_array_equal(rounded(reference, torch.bfloat16), [1.0, 1.0, 3.0])
+
+
+def test_floor_does_not_hide_an_error_of_the_dtype_below() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((64, 64))
+    sloppy = rounded(reference, torch.bfloat16)
+    assert error_ratio(sloppy, rounded(reference, torch.float32), reference, torch.float32).ratio > 1000 * RMS_FACTOR
+
+
+def test_position_noise_is_the_largest_error_of_each_position() -> None:
+    np.testing.assert_allclose(position_noise(np.array([[1.0, 2.0], [0.0, 0.5]]), np.zeros((2, 2))), [2.0, 0.5])

@@ -1,0 +1,92 @@
+"""Costs against numbers worked out by hand from the shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen2_npu.conformance.graph.cost import Cost, graph_cost
+from tests.unit.conformance.graph.build import Graph
+
+BF16 = 2
+
+
+def test_a_product_reads_its_weight_once():
+    graph = Graph()
+    x, w = graph.data((4, 8)), graph.data((16, 8), weight=True)
+    transposed = graph.op("Transpose", "x perm", w, graph.const(1, 0))
+    out = graph.op("MatMul", "x1 x2", x, transposed)
+    cost = graph_cost(graph.lowered(out))
+    assert cost == Cost(
+        flops=2 * 4 * 8 * 16, weight_bytes=16 * 8 * BF16, activation_bytes=(4 * 8 + 4 * 16) * BF16, launches=1
+    )
+
+
+def test_views_cost_nothing():
+    graph = Graph()
+    x = graph.data((4, 8))
+    reshaped = graph.op("Reshape", "x shape", x, graph.const(8, 4))
+    assert graph_cost(graph.lowered(graph.op("Unsqueeze", "x", reshaped, axes=[0]))) == Cost()
+
+
+def test_an_element_wise_operator_moves_everything_once():
+    graph = Graph()
+    a, b = graph.data((4, 8)), graph.data((4, 8))
+    assert graph_cost(graph.lowered(graph.op("Add", "x1 x2", a, b))) == Cost(
+        flops=32, activation_bytes=3 * 32 * BF16, launches=1
+    )
+
+
+def test_a_gather_reads_the_rows_it_takes():
+    graph = Graph()
+    table, ids = graph.data((1000, 8), weight=True), graph.data((4, 1), torch.int64)
+    cost = graph_cost(graph.lowered(graph.op("GatherV2", "x indices axis", table, ids, graph.const(0))))
+    assert cost.weight_bytes == 4 * 8 * BF16
+    assert cost.activation_bytes == 4 * 8 + 8 + 4 * 8 * BF16  # the ids, the axis, the rows
+
+
+SLOTS, KV_HEADS, HEADS, DIM = 64, 2, 4, 16
+IFA = "query key0 value0 atten_mask actual_seq_lengths"
+
+
+def attention(lengths: bool, live: int = 10) -> Cost:
+    graph = Graph(batch=2, live=live)
+    caches = [graph.data((2, SLOTS, KV_HEADS, DIM)) for _ in range(2)]
+    index, new = graph.data((2,), torch.int64), graph.data((2, 1, KV_HEADS, DIM))
+    written = [
+        graph.in_place("Scatter", "var indices updates", cache, index, new, reduce="update", axis=1) for cache in caches
+    ]
+    query = graph.data((2, 1, HEADS, DIM))
+    given = graph.host((2,)) if lengths else None
+    out = graph.op(
+        "IncreFlashAttention", IFA, query, *written, None, given, num_heads=HEADS, num_key_value_heads=KV_HEADS,
+        input_layout="BSND", scale_value=0.25,
+    )  # fmt: skip
+    return graph_cost(graph.lowered(out))
+
+
+def cache_bytes(slots: int) -> int:
+    return 2 * 2 * slots * KV_HEADS * DIM * BF16
+
+
+def test_a_write_in_place_and_attention_are_charged_the_live_slots():
+    cost = attention(lengths=True, live=10)
+    assert cost.cache_bytes == cache_bytes(10) + cache_bytes(1)  # read, and the new token written
+    assert cost.flops == 2 * 4 * HEADS * DIM * 10
+
+
+def test_attention_without_lengths_is_charged_the_whole_cache():
+    assert attention(lengths=False).cache_bytes == cache_bytes(SLOTS) + cache_bytes(1)
+
+
+def test_causal_prompt_attention_computes_half():
+    def flops(**attributes):
+        graph = Graph()
+        q, k, v = graph.data((1, 8, HEADS, DIM)), graph.data((1, 8, 2, DIM)), graph.data((1, 8, 2, DIM))
+        out = graph.op(
+            "PromptFlashAttention", "query key value", q, k, v, num_heads=HEADS, num_key_value_heads=2,
+            input_layout="BSND", **attributes,
+        )  # fmt: skip
+        return graph_cost(graph.lowered(out)).flops
+
+    assert flops(sparse_mode=0, next_tokens=2147483647) == 4 * HEADS * DIM * 8 * 8
+    assert flops(sparse_mode=0, next_tokens=0) == 4 * HEADS * DIM * 8 * 9 // 2

@@ -1,0 +1,140 @@
+"""The cost model: what it may be fitted on, what it predicts for every documented row, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from qwen2_npu.conformance.graph.census import Census
+from qwen2_npu.conformance.graph.cost import Cost
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
+from qwen2_npu.conformance.perf import cost_model
+from qwen2_npu.conformance.perf.cost_model import Efficiencies
+from qwen2_npu.conformance.perf.documented import read
+from qwen2_npu.conformance.sizes import SIZES
+
+CARD = HARDWARE[DOCUMENTED_SOC]
+PERFECT = Efficiencies(1, 1, 1, 1, launch_us=0, host_us=0, collective_us=10, link=1)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return cost_model.predictions()
+
+
+def test_every_documented_row_has_a_prediction(made):
+    assert [p.documented for p in made] == list(read())
+    assert len(made) == 76
+
+
+def test_the_72b_is_held_out_but_for_one_configuration(made):
+    fitted = [p.documented.row for p in made if p.fitted]
+    assert [row.id for row in fitted if row.configuration.model == "72B"] == [
+        "72b-ladder-b4-graph-fused_qkv-prefill",
+        "72b-ladder-b4-graph-fused_qkv-decode",
+        "72b-batch-b4-graph-fused_qkv-prefill",
+        "72b-batch-b4-graph-fused_qkv-decode",
+    ]
+    assert sum(row.configuration.model == "7B" for row in fitted) == 36
+
+
+def test_no_number_is_both_fitted_and_held_out(made):
+    """The guide prints some configurations in two tables; what was fitted in one is not held out in the other."""
+    fitted, held_out = (
+        {(p.documented.row.configuration, p.documented.row.phase) for p in made if p.fitted is seen}
+        for seen in (True, False)
+    )
+    assert fitted
+    assert held_out
+    assert not fitted & held_out
+
+
+def test_the_committed_errors_are_those_of_the_committed_efficiencies(made):
+    committed = json.loads(cost_model.PARAMETERS.read_text())
+    assert committed == cost_model.to_json(cost_model.load())
+    assert committed["mean_error_fitted"] < 0.10
+
+
+def test_no_efficiency_exceeds_the_hardware():
+    found = cost_model.load()
+    assert all(0 < value <= 1 for value in (found.product, found.attention, found.weights, found.memory, found.link))
+
+
+def test_the_cards_overheads_are_those_of_the_fit():
+    """hardware.py states them beside the card's other figures; a new fit has to be copied there."""
+    found = cost_model.load()
+    stated = {
+        "launch_us": CARD.launch_overhead,
+        "host_us": CARD.host_overhead,
+        "collective_us": CARD.collective_overhead,
+    }
+    for name, figure in stated.items():
+        assert figure is not None
+        assert (figure.unit, figure.certainty) == ("s", "fitted")
+        assert figure.value * 1e6 == pytest.approx(getattr(found, name), rel=1e-9), f"{name}: copy the fit's"
+
+
+def test_what_bounds_an_operator():
+    costs = {
+        "MatMul": Cost(flops=int(280e12), weight_bytes=1, launches=1),
+        "Add": Cost(flops=1, activation_bytes=int(0.8e12), launches=1),
+        "Cast": Cost(activation_bytes=1, launches=1),
+    }
+    found = {
+        part.operator: part for part in cost_model.parts(Census(0, costs, {}), replace(PERFECT, launch_us=1), CARD)
+    }
+    assert found["MatMul"].bound == "compute"
+    assert found["MatMul"].seconds == pytest.approx(1 + 1e-6)
+    assert found["Add"].bound == "memory"
+    assert found["Add"].seconds == pytest.approx(1 + 1e-6)
+    assert found["Cast"].bound == "launch"
+
+
+def test_a_ring_moves_each_byte_nearly_twice_over_the_links():
+    shard = SIZES["72B-tp8"]
+    slow = replace(PERFECT, link=0.25)
+    one_layer = cost_model.collective_seconds(shard, 4, slow, CARD) / shard.layers
+    nbytes = 4 * shard.hidden * 2
+    assert CARD.link_bandwidth is not None
+    assert one_layer == pytest.approx(2 * (10e-6 + 2 * 7 / 8 * nbytes / (CARD.link_bandwidth.value / 4)))
+    assert cost_model.collective_seconds(SIZES["7B"], 4, slow, CARD) == 0
+
+
+def test_a_card_whose_links_are_not_known_has_no_collective():
+    unknown = replace(CARD, link_bandwidth=None)
+    with pytest.raises(ValueError, match="nothing is known of the links of Ascend910B4"):
+        cost_model.collective_seconds(SIZES["72B-tp8"], 4, PERFECT, unknown)
+    assert cost_model.collective_seconds(SIZES["7B"], 4, PERFECT, unknown) == 0
+
+
+def test_single_op_mode_waits_for_the_host():
+    row = next(n.row for n in read() if n.row.id == "7b-ladder-b4-eager-original-decode")
+    slow = replace(PERFECT, host_us=1000)
+    assert cost_model.predict(row, slow) == pytest.approx(cost_model.census_of(row).cost.launches * 1e-3)
+
+
+def test_predictions_stay_above_the_floor(made):
+    """A prediction below what the hardware can do would be a fault of the counts."""
+    for p in made:
+        perfect = replace(PERFECT, collective_us=0)
+        assert p.ms >= cost_model.predict(p.documented.row, perfect) * 1e3 * (1 - 1e-9)
+
+
+def test_the_page_is_the_committed_models():
+    page = (cost_model.BASELINES.parent / "docs" / "predictions.md").read_text(encoding="utf-8")
+    for p in cost_model.predictions():
+        label = "fitted" if p.fitted else "held out"
+        assert f"| {p.documented.ms:.0f} | {p.ms:.1f} | {p.error:+.0%} | {label} |" in page
+
+
+def test_the_published_errors_are_the_committed_models(made):
+    """On the page of predictions, and where performance.md sums it up."""
+    docs = cost_model.BASELINES.parent / "docs"
+    page, summary = ((docs / name).read_text(encoding="utf-8") for name in ("predictions.md", "performance.md"))
+    for label, fitted in (("fitted", True), ("held out", False)):
+        errors = [abs(p.error) for p in made if p.fitted is fitted]
+        mean = sum(errors) / len(errors)
+        assert f"- {label}: {len(errors)} rows, mean |error| {mean:.1%}, worst {max(errors):.0%}\n" in page
+        assert f"{mean:.1%}".replace("%", " %") in summary

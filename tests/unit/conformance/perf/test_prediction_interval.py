@@ -1,0 +1,68 @@
+"""The prediction interval: quantiles against published tables, coverage by simulation, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from qwen2_npu.conformance.perf.prediction_interval import NARROWEST, prediction_interval, student_cdf, student_quantile
+
+
+@pytest.mark.parametrize(
+    ("degrees", "probability", "published"),
+    [
+        (1, 0.975, 12.706),
+        (2, 0.995, 9.925),
+        (4, 0.995, 4.604),
+        (4, 0.9995, 8.610),
+        (5, 0.99, 3.365),
+        (9, 0.975, 2.262),
+        (30, 0.995, 2.750),
+    ],
+)
+def test_quantiles_are_the_published_ones(degrees: int, probability: float, published: float) -> None:
+    assert student_quantile(probability, degrees) == pytest.approx(published, abs=6e-4)
+    assert student_cdf(student_quantile(probability, degrees), degrees) == pytest.approx(probability)
+
+
+def test_the_next_run_lies_within_as_often_as_promised() -> None:
+    generator = random.Random(0)
+    trials, outside = 1500, 0
+    for _ in range(trials):
+        *runs, following = (25 * math.exp(generator.gauss(0, 0.01)) for _ in range(6))
+        interval = prediction_interval(runs)
+        outside += not interval.low <= following <= interval.high
+    assert outside / trials <= 0.018  # 1 % promised; 0.018 is three standard errors above
+
+
+def test_more_runs_narrow_it_and_it_scales() -> None:
+    generator = random.Random(1)
+    runs = [25 * math.exp(generator.gauss(0, 0.01)) for _ in range(20)]
+    assert prediction_interval(runs).factor < prediction_interval(runs[:5]).factor
+    seconds = prediction_interval([run * 1000 for run in runs])
+    assert seconds.factor == pytest.approx(prediction_interval(runs).factor)
+    assert seconds.centre == pytest.approx(1000 * prediction_interval(runs).centre)
+
+
+def test_it_is_never_narrower_than_a_percent_and_a_wide_one_is_no_gate() -> None:
+    assert prediction_interval([20.0, 20.0001, 20.0, 20.0, 20.0]).factor == 1 + NARROWEST
+    calm, noisy = [20, 20.1, 19.9, 20.05, 19.95], [20, 22, 18, 21, 19]
+    assert prediction_interval(calm).useful
+    assert not prediction_interval(noisy).useful
+    assert prediction_interval(calm).high < 20 * 1.2  # +20 % is always seen
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([20.0] * 4, "4 recorded runs of the 5"),
+        ([20.0, 20.1, 0.0, 20.2, 20.3], "a placeholder"),
+        ([20.0, 20.1, math.nan, 20.2, 20.3], "a placeholder"),
+        ([20.0] * 5, "no clock repeats itself"),
+    ],
+)
+def test_what_is_no_baseline_is_refused(runs: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prediction_interval(runs)

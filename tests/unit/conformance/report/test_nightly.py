@@ -1,0 +1,128 @@
+"""Every stage is run and judged, whatever the others do; the engine is tested with small programs as stages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from qwen2_npu.conformance.report import nightly
+from qwen2_npu.conformance.report.nightly import Options, Stage, stages
+
+NPU, EMULATED, CPU = "npu (CANN 8.2)", "emulated (torch_npu)", "cpu (portable kernels)"
+
+
+def python(name: str, code: str, *makes: str) -> Stage:
+    return Stage(name, (sys.executable, "-c", code), makes)
+
+
+def run(results: Path, *plan: Stage, minutes: float = 1.0) -> tuple[list[Stage], list[str]]:
+    provenance = json.dumps({"verified": EMULATED, "commit": "a" * 40})
+    machine = python("machine", f"open({str(results / nightly.MACHINE)!r}, 'w').write({provenance!r})", nightly.MACHINE)
+    lines: list[str] = []
+    results.mkdir(exist_ok=True)
+    done = nightly.run(
+        Options(results, minutes=minutes), lines.append, lambda options, verified: plan, lambda _: machine
+    )
+    return done, lines
+
+
+def of_run(results: Path) -> dict[str, dict]:  # type: ignore[type-arg]
+    content = json.loads((results / "run.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["verified"] == EMULATED
+    return {stage["name"]: stage for stage in content["stages"]}
+
+
+def test_a_failure_stops_nothing_and_is_explained(tmp_path: Path) -> None:
+    done, lines = run(
+        tmp_path,
+        python("bad", "print('reason 42'); raise SystemExit(3)"),
+        python("no file", "pass", "promised.xml"),
+        python("good", "print('fine')"),
+    )
+    assert [stage.status for stage in done] == [0, 3, 1, 0]
+    found = of_run(tmp_path)
+    assert found["bad"]["problem"].startswith("reason 42 (see logs/bad.log)")
+    assert found["no file"]["problem"] == "ended well and did not make promised.xml"
+    assert "fine" in lines
+    assert (tmp_path / "logs" / "bad.log").read_text(encoding="utf-8") == "reason 42\n"
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    done, _ = run(tmp_path, python("hangs", child), python("good", "pass"), minutes=0.008)
+    assert [stage.status for stage in done] == [0, nightly.TIMED_OUT, 0]
+    assert "took longer than" in done[1].problem
+
+
+def test_an_interrupt_ends_the_stage_and_leaves_the_rest_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = nightly._run
+
+    def interrupted(stage: Stage, options: Options, say: nightly.Callable[[str], None]) -> bool:
+        if stage.name != "long":
+            return real(stage, options, say)
+
+        def press(line: str) -> None:
+            if line == "started":
+                raise KeyboardInterrupt
+
+        return real(stage, options, press)
+
+    monkeypatch.setattr(nightly, "_run", interrupted)
+    long = python("long", "import time; print('started', flush=True); time.sleep(60)")
+    done, _ = run(tmp_path, long, python("later", "pass"))
+    assert [stage.status for stage in done] == [0, nightly.INTERRUPTED, None]
+    assert of_run(tmp_path)["later"]["status"] is None
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, Stage("none", ("/no/such/program",)))
+    assert done[1].status == 127
+
+
+def test_files_of_an_earlier_run_cannot_speak_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / "history").mkdir()
+    old = [tmp_path / name for name in ("verify.json", "graph.xml", "benchmark.json", "index.html", "doctor.zip")]
+    for path in [*old, tmp_path / "history" / "a.json", tmp_path / "mine.txt"]:
+        path.write_text("old", encoding="utf-8")
+    run(tmp_path)
+    assert not any(path.exists() for path in old)
+    assert (tmp_path / "history" / "a.json").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
+# ---- what is run ----------------------------------------------------------------------------------------------------
+def commands(verified: str, **changes: object) -> dict[str, str]:
+    found: Sequence[Stage] = stages(Options(Path("/r"), **changes), verified)  # type: ignore[arg-type]
+    return {stage.name: " ".join(stage.command[1:]) for stage in found}
+
+
+def test_latency_is_gated_on_a_real_npu_alone() -> None:
+    assert "--gate --gate-rows 7b-*" in commands(NPU, gate_rows="7b-*")["perf"]
+    for verified in (EMULATED, CPU, ""):
+        assert "--gate" not in commands(verified)["perf"]
+
+
+def test_every_suite_and_what_it_leaves() -> None:
+    found = stages(Options(Path("/r")), NPU)
+    assert [stage.name for stage in found] == ["doctor", "verify eager", "verify torchair", "accuracy", "graph", "perf"]
+    assert [stage.makes for stage in found[3:]] == [("accuracy.xml",), ("graph.xml",), ("perf.xml",)]
+    assert "verify torchair" not in commands(CPU)
+    assert not any("slow" in command for command in commands(NPU).values())
+
+
+def test_quick_is_the_fast_lane() -> None:
+    found = commands(EMULATED, quick=True)
+    for suite in ("accuracy", "graph", "perf"):
+        assert "-m not slow" in found[suite]
+    assert found["verify torchair"].endswith("--steps swiglu")
+
+
+def test_device_and_workers_are_handed_on() -> None:
+    found = commands(CPU, device="cpu", workers=4)
+    assert all("--device cpu" in command for command in found.values())
+    assert "-n 4" in found["accuracy"]
+    assert "-n" not in found["perf"].split(), "times of parallel tests mean nothing"
