@@ -6,8 +6,7 @@ import importlib
 import os
 import platform
 import re
-import shutil
-import sysconfig
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.files import check_writable
 from qwen2_npu.conformance.machine.packages import cann_version, package_version
-from qwen2_npu.emulator import cuda_build
+from qwen2_npu.emulator import compiler, cuda_build
 from qwen2_npu.errors import UnsupportedError
 
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
@@ -241,19 +240,11 @@ def _emulator() -> Finding:
         return Finding("emulator", f"active: {settings.device_count} × {settings.soc}, {memory}, CANN {settings.cann}")
     if package_version("torch_npu") is None:
         return Finding("emulator", "not available", "pip install torch_npu==2.13.0: it needs no NPU")
-    found = compiler()
-    if found is None:
-        return Finding(
-            "emulator", "not active; no C compiler", "it builds its libraries once: apt-get install gcc, or set CC"
-        )
+    try:
+        found = shlex.join(compiler.command())
+    except emulator.EmulatorError as error:
+        return Finding("emulator", "not active; no C compiler", str(error))
     return Finding("emulator", f"not active (a real NPU or CANN is here); C compiler {found}")
-
-
-def compiler() -> str | None:
-    """The C compiler that the emulator would take."""
-    asked = os.environ.get("CC")
-    names = [asked] if asked else [(sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"]
-    return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
 
 
 def _cuda() -> Finding:

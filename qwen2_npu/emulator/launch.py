@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from qwen2_npu.emulator import environment
-from qwen2_npu.emulator.settings import GIB, HBM_GIB, MAX_DEVICES, EmulatorError, Settings
+from qwen2_npu.emulator.settings import GIB, HBM_GIB, MAX_BYTES, MAX_DEVICES, EmulatorError, Settings
 
 CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": ["-h", "--help"]}
 """Click settings of a command that hands what follows its own options on, untouched."""
@@ -26,7 +26,7 @@ _OPTIONS = (
     click.option("--device-count", type=click.IntRange(1, MAX_DEVICES), help="Cards of the host.  [default: 8]"),
     click.option(
         "--hbm-gib",
-        type=click.FloatRange(min=0, min_open=True),
+        type=float,
         metavar="GIB",
         help="Memory per card, enforced.  [default: the card's own, 32 for Ascend910B4]",
     ),
@@ -42,9 +42,15 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def settings_of(soc: str | None, device_count: int | None, hbm_gib: float | None, cann: str | None) -> Settings:
-    """Settings from the options; what is not given comes from an outer launcher, else is the default."""
+    """Settings from the options; what is not given comes from an outer launcher, else is the default.
+
+    Raises:
+        EmulatorError: an option, or what the outer launcher announced, cannot be emulated.
+    """
     given: dict[str, Any] = {"soc": soc, "device_count": device_count, "cann": cann}
     if hbm_gib is not None:
+        if not 1 <= hbm_gib * GIB < MAX_BYTES:  # nan is neither
+            raise EmulatorError(f"--hbm-gib {hbm_gib}: give the memory of a card in GiB, such as 32 or 1.5")
         given["hbm_bytes"] = int(hbm_gib * GIB)
     base = environment.announced() or Settings()
     return base.but(**{name: value for name, value in given.items() if value is not None})

@@ -11,18 +11,10 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
-import shutil
-import subprocess
-import sysconfig
-import tempfile
 from pathlib import Path
 
-import platformdirs
-from filelock import FileLock
-
-from qwen2_npu.emulator import symbols
+from qwen2_npu.emulator import cache, compiler, symbols
 from qwen2_npu.emulator.settings import EmulatorError
 
 SOURCES = tuple(sorted((Path(__file__).parent / "cann").glob("*.c")))
@@ -42,72 +34,39 @@ operator of CANN's would read, and the graph engine, which ``ge`` replaces. Ever
 DATA = ("_ZTV", "_ZTI", "_ZTS", "_ZTT", "_ZGV")
 """Prefixes of C++ names that are data, for which no function can stand in."""
 
-COMPLETE = "complete"
-"""Marker file of a finished build."""
-
 
 def load() -> ctypes.CDLL:
     """Build if needed, load for everybody in the process, and return the main library.
 
     Raises:
-        EmulatorError: torch_npu is missing, no C compiler, or nowhere to build.
+        EmulatorError: torch_npu or a C compiler is missing, there is nowhere to build, or another user could change
+            the libraries.
     """
     folder = build()
-    library = ctypes.CDLL(str(folder / MAIN), mode=ctypes.RTLD_GLOBAL)
-    for path in sorted(folder.glob("*.so")):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    return library
+    try:
+        main, *_ = [ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL) for name in cache.names(folder)]
+    except OSError as error:
+        raise EmulatorError(
+            f"{error}: remove {folder}, so that it is built again; or, where that file system allows no programs "
+            "(noexec), set QWEN2_NPU_CACHE to a folder on another one"
+        ) from error
+    return main
 
 
 def build() -> Path:
     """Folder of the built libraries; builds them where no other process has."""
     wheel, torch = _package("torch_npu"), _package("torch")
-    key = _key()
-    candidates = [base / key for base in _bases()]
-    for folder in candidates:
-        if (folder / COMPLETE).exists():
-            _check_owner(folder)
-            return folder
-    problems = []
-    for folder in candidates:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _check_owner(folder.parent)
-            with FileLock(f"{folder}.lock"):
-                if not (folder / COMPLETE).exists():
-                    _build_into(folder, wheel, torch)
-            return folder
-        except OSError as error:
-            problems.append(f"{folder.parent}: {error.strerror or error}")
-    raise EmulatorError(
-        f"no folder to build the emulator's libraries in ({'; '.join(problems)}): "
-        "make one of them writable, or set QWEN2_NPU_CACHE to a folder that is"
-    )
-
-
-def _bases() -> list[Path]:
-    """Where builds may live, best first. A read-only home falls back to the temporary folder."""
-    chosen = os.environ.get("QWEN2_NPU_CACHE")
-    if chosen:
-        return [Path(chosen)]
-    return [
-        Path(platformdirs.user_cache_dir("qwen2_npu")) / "emulator",
-        Path(tempfile.gettempdir()) / f"qwen2_npu-{os.getuid()}" / "emulator",
-    ]
-
-
-def _check_owner(folder: Path) -> None:
-    """Code is loaded from here: a folder that somebody else made, as in a shared temporary folder, is not trusted."""
-    owner = folder.stat().st_uid
-    if owner not in (os.getuid(), 0):
-        raise EmulatorError(f"{folder} belongs to user {owner}: remove it, or set QWEN2_NPU_CACHE to a folder of yours")
+    return cache.folder(_key(), lambda folder: _build_into(folder, wheel, torch))
 
 
 def _key() -> str:
     """Names what a build depends on: wheel, torch, machine, and this project's own sources."""
     digest = hashlib.sha256()
-    for source in (*SOURCES, Path(__file__), Path(symbols.__file__)):
-        digest.update(source.read_bytes())
+    for source in (*SOURCES, Path(__file__), Path(cache.__file__), Path(compiler.__file__), Path(symbols.__file__)):
+        try:
+            digest.update(source.read_bytes())
+        except OSError as error:
+            raise EmulatorError(f"{source} cannot be read ({error.strerror}): reinstall qwen2-npu") from error
     return f"torch_npu-{_version('torch_npu')}-torch-{_version('torch')}-{platform.machine()}-{digest.hexdigest()[:12]}"
 
 
@@ -129,31 +88,24 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _build_into(folder: Path, wheel: Path, torch: Path) -> None:
-    """Build beside ``folder`` and move into place, so that a killed build leaves nothing that looks finished."""
-    compiler = _compiler()
-    for stale in folder.parent.glob(f"{folder.name}.*"):  # of killed builds: the lock is held, none is running
-        if stale.is_dir():
-            shutil.rmtree(stale, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        generated = work / "missing.c"
-        names = symbols.missing(wheel, torch)
-        generated.write_text(source_for(names))
-        _compile(compiler, [*map(str, SOURCES), str(generated)], work / MAIN, ["-lpthread"])
-        _check_complete(names, work / MAIN)
-        empty = work / "empty.c"
-        # One function, so that unwinders find frame tables.
-        empty.write_text("__attribute__((used)) static void emu_nothing_here(void) {}\n")
-        for name in {*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN}:
-            flags = ["-Wl,--no-as-needed", f"-L{work}", f"-l:{MAIN}", "-Wl,-rpath,$ORIGIN"]
-            _compile(compiler, [str(empty)], work / name, flags)
-        (work / COMPLETE).write_text("")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _build_into(folder: Path, wheel: Path, torch: Path) -> list[str]:
+    """Names of the libraries built, the main one first."""
+    cc = compiler.command()
+    generated = folder / "missing.c"
+    names = symbols.missing(wheel, torch)
+    generated.write_text(source_for(names))
+    compiler.shared_library(cc, [*map(str, SOURCES), str(generated)], folder / MAIN, ["-lpthread"])
+    _check_complete(names, folder / MAIN)
+    empty = folder / "empty.c"
+    # One function, so that unwinders find frame tables.
+    empty.write_text("__attribute__((used)) static void emu_nothing_here(void) {}\n")
+    others = sorted({*symbols.needed_libraries(wheel, torch), *LOADED_LATER} - {MAIN})
+    for name in others:
+        flags = ["-Wl,--no-as-needed", f"-L{folder}", f"-l:{MAIN}", "-Wl,-rpath,$ORIGIN"]
+        compiler.shared_library(cc, [str(empty)], folder / name, flags)
+    generated.unlink()
+    empty.unlink()
+    return [MAIN, *others]
 
 
 def _check_complete(names: list[str], library: Path) -> None:
@@ -178,24 +130,3 @@ def source_for(names: list[str]) -> str:
         answer = "nothing" if name.startswith(HARMLESS) else "refuse"
         lines.append(f'__attribute__((weak)) long {name}(void) {{ return emu_{answer}("{name}"); }}')
     return "\n".join(lines) + "\n"
-
-
-def _compiler() -> str:
-    """The C compiler: ``CC``, Python's own, or one of the usual names."""
-    asked = os.environ.get("CC")
-    candidates = [asked] if asked else [(sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"]
-    for candidate in candidates:
-        path = shutil.which(candidate)
-        if path:
-            return path
-    raise EmulatorError(
-        f"no C compiler ({', '.join(dict.fromkeys(candidates))}): the emulated NPU's libraries are built once; "
-        "install one (apt-get install gcc), or name one in CC"
-    )
-
-
-def _compile(compiler: str, sources: list[str], output: Path, flags: list[str]) -> None:
-    command = [compiler, "-std=gnu11", "-O2", "-fPIC", "-shared", f"-Wl,-soname,{output.name}", *sources, *flags]
-    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
-    if done.returncode:
-        raise EmulatorError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")

@@ -20,7 +20,9 @@ MAX_DEVICES = 64
 CANN = "8.5.0"
 """Version reported unless another is asked for."""
 
-_VERSION = re.compile(r"\d+\.\d+(\.\w+){0,3}")
+MAX_BYTES = 1 << 63
+
+_VERSION = re.compile(r"\d+\.\d+(\.\w+){0,3}", re.ASCII)
 
 
 class EmulatorError(RuntimeError):
@@ -44,14 +46,14 @@ class Settings:
     cann: str = CANN
 
     def __post_init__(self) -> None:
-        if self.soc not in HBM_GIB:
-            raise EmulatorError(f"soc={self.soc!r} is not emulated; one of {', '.join(HBM_GIB)} is")
-        if not isinstance(self.device_count, int) or not 1 <= self.device_count <= MAX_DEVICES:
-            raise EmulatorError(f"device_count={self.device_count!r}: 1 to {MAX_DEVICES} cards can be emulated")
-        if not isinstance(self.hbm_bytes, int) or not 0 <= self.hbm_bytes < 1 << 63:
-            raise EmulatorError(f"hbm_bytes={self.hbm_bytes!r}: give 0 for the SoC's own size, or a size in bytes")
+        if not isinstance(self.soc, str) or self.soc not in HBM_GIB:
+            raise EmulatorError(f"soc={_short(self.soc)} is not emulated; one of {', '.join(HBM_GIB)} is")
+        if not _is_integer(self.device_count) or not 1 <= self.device_count <= MAX_DEVICES:
+            raise EmulatorError(f"device_count={_short(self.device_count)}: 1 to {MAX_DEVICES} cards can be emulated")
+        if not _is_integer(self.hbm_bytes) or not 0 <= self.hbm_bytes < MAX_BYTES:
+            raise EmulatorError(f"hbm_bytes={_short(self.hbm_bytes)}: give a size in bytes, or 0 for the SoC's own")
         if not isinstance(self.cann, str) or not _VERSION.fullmatch(self.cann) or len(self.cann) > 32:
-            raise EmulatorError(f"cann={self.cann!r} is not a version of CANN; one looks like {CANN}")
+            raise EmulatorError(f"cann={_short(self.cann)} is not a version of CANN; one looks like {CANN}")
         if not self.hbm_bytes:
             object.__setattr__(self, "hbm_bytes", HBM_GIB[self.soc] * GIB)
 
@@ -68,8 +70,19 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         try:
             return cls(**json.loads(text))
-        except (ValueError, TypeError, EmulatorError) as error:
+        except (ValueError, TypeError, RecursionError, EmulatorError) as error:
             raise EmulatorError(
-                f"{VARIABLE}={text!r} does not hold emulator settings ({error}): "
+                f"{VARIABLE}={_short(text)} does not hold emulator settings ({error}): "
                 "unset it, and let `qwen2-npu emulate` or activate() set it"
             ) from error
+
+
+def _is_integer(value: object) -> bool:
+    """bool, too, is a subclass of int, and no number of anything."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    """For messages: a value from outside may be long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

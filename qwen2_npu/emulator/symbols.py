@@ -102,7 +102,10 @@ class _elf:  # noqa: N801
         self.path = path
 
     def __enter__(self) -> ELFFile:
-        self.stream = self.path.open("rb")
+        try:
+            self.stream = self.path.open("rb")
+        except OSError as error:
+            raise EmulatorError(f"{self.path} cannot be read ({error.strerror}): make it readable") from error
         try:
             return ELFFile(self.stream)
         except ELFError as error:

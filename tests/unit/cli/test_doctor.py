@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from qwen2_npu import compat, emulator
 from qwen2_npu.cli import doctor, main
 from qwen2_npu.conformance.machine.bug_report import bundle
+from qwen2_npu.emulator import compiler
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -76,12 +78,36 @@ def test_the_emulated_device_is_called_emulated() -> None:
         assert not found["emulator"].state.startswith("active")
 
 
-def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def inactive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with torch_npu where the emulator is not active."""
     monkeypatch.setattr(emulator, "is_active", lambda: False)
     monkeypatch.setattr(doctor, "package_version", lambda name: "2.13.0")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert doctor.compiler() is None
-    assert "apt-get install gcc" in doctor._emulator().advice
+
+
+@pytest.mark.usefixtures("inactive")
+@pytest.mark.parametrize("text", ["no-such-compiler", "no-such-compiler -O2", 'cc "-O2'])
+def test_a_missing_compiler_is_said_as_the_emulator_says_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CC", text)
+    with pytest.raises(emulator.EmulatorError) as caught:
+        compiler.command()
+    assert doctor._emulator() == ("emulator", "not active; no C compiler", str(caught.value))
+    assert ("apt-get install gcc" in doctor._emulator().advice) != ('"' in text)
+
+
+@pytest.mark.usefixtures("inactive")
+@pytest.mark.parametrize("words", [[], ["-O2"], ["gcc", "-DTEXT=two words"]])
+def test_the_compiler_is_shown_with_its_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    path = tmp_path / "cc"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    text = shlex.join([str(path), *words])
+    monkeypatch.setenv("CC", text)
+    assert compiler.command() == [str(path), *words]
+    assert doctor._emulator().state.endswith(f"C compiler {text}")
+    assert not doctor._emulator().advice
 
 
 def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

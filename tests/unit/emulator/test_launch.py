@@ -12,7 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from qwen2_npu.cli.emulate import command as cli
+from qwen2_npu.emulator import launch
+from qwen2_npu.emulator.__main__ import main as module
 from qwen2_npu.emulator.settings import VARIABLE, Settings
 
 pytestmark = pytest.mark.skipif(
@@ -87,6 +91,51 @@ def test_wrong_settings_are_one_line():
     done = run([*CLI, "--cann", "newest", "--", "true"])
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: cann='newest' is not a version of CANN; one looks like 8.5.0"]
+
+
+@pytest.fixture
+def stays(monkeypatch):
+    """Nothing takes the place of this process, whatever a test lets through."""
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: pytest.fail("the program was started"))
+
+
+@pytest.mark.usefixtures("stays")
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "0", "-1", "1e300", "8589934592", "1e-10"])
+def test_memory_that_no_card_has(text):
+    for command in (cli, module):
+        done = CliRunner().invoke(command, [f"--hbm-gib={text}", "--", "true"])
+        assert done.exit_code == 2, done.exception
+        assert done.output.startswith(f"error: --hbm-gib {float(text)}: give the memory of a card in GiB")
+        assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("stays")
+@pytest.mark.parametrize("text", ["0x10", "", "two", "1,5"])
+def test_memory_that_is_no_number(text):
+    done = CliRunner().invoke(cli, [f"--hbm-gib={text}", "--", "true"])
+    assert done.exit_code == 2
+    assert f"'{text}' is not a valid float" in done.output
+
+
+def test_small_and_large_memory():
+    assert launch.settings_of(None, None, 2**-30, None).hbm_bytes == 1
+    assert launch.settings_of(None, None, 2**32, None).hbm_bytes == 1 << 62
+
+
+@pytest.mark.usefixtures("stays")
+def test_announced_settings_that_cannot_be_read_are_one_line():
+    done = CliRunner().invoke(cli, ["--", "true"], env={VARIABLE: "[" * 100_000})
+    assert done.exit_code == 2, done.exception
+    assert done.output.startswith(f"error: {VARIABLE}='[[[")
+    assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("stays")
+def test_a_cache_that_cannot_be_used_is_not_taken_for_the_program(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(cli, ["--", "true"], env={"QWEN2_NPU_CACHE": str(tmp_path / "file" / "cache")})
+    assert done.exit_code == 2, done.exception
+    assert done.output.startswith("error: no folder to build the emulator's libraries in")
 
 
 def test_beside_a_real_cann_it_refuses(tmp_path):

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from qwen2_npu.emulator import libraries
+from qwen2_npu.emulator.cache import COMPLETE
+from tests.unit.emulator import users
+from tests.unit.emulator.users import as_root, owned
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -111,7 +114,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(site, tmp_path):
     finish(process)
     leftovers = [path for path in cache.rglob("*") if path.is_dir()]
     assert leftovers, "the build was killed before it began"
-    assert not list(cache.rglob(libraries.COMPLETE))
+    assert not list(cache.rglob(COMPLETE))
     status, folder, error = finish(python(BUILD, site, cache))
     assert status == 0, error
     assert [path for path in Path(folder).parent.iterdir() if path.is_dir()] == [Path(folder)]
@@ -192,3 +195,45 @@ def test_no_flag_of_one_machine():
     text = Path(libraries.__file__).read_text() + "".join(path.read_text() for path in libraries.SOURCES)
     for word in ("-march", "-m64", "-msse", "-mavx", "immintrin", "x86intrin", "__asm__", "rdtsc"):
         assert word not in text
+
+
+LOAD_AS = """
+import os
+from qwen2_npu.emulator import libraries
+key = libraries._key()  # reads the sources, which may be where only root can read them
+libraries._key = lambda: key
+os.setgroups([])
+os.setresgid({user}, {user}, {user})
+os.setresuid({user}, {user}, {user})
+library = libraries.load()
+print(library._name)
+"""
+
+
+@as_root
+def test_another_user_loads_what_root_built(place):
+    site = place / "site"
+    package(site, "torch_npu", "9.9.0", "int user(void) {return 1;}", [])
+    package(site, "torch", "9.9.1", "int torch_thing(void) { return 1; }", [])
+    cache = place / "cache"
+    before = os.umask(0o077)
+    try:
+        status, folder, error = finish(python(BUILD, site, cache))
+    finally:
+        os.umask(before)
+    assert status == 0, error
+    status, out, error = finish(python(LOAD_AS.format(user=users.USER), site, cache))
+    assert (status, out) == (0, f"{folder}/{libraries.MAIN}"), error
+
+
+def test_a_library_that_cannot_be_loaded_is_named(site, tmp_path):
+    cache = tmp_path / "cache"
+    fake = owned(tmp_path / "fake-cc", os.getuid(), 0o755, content=users.FAKE_COMPILER)
+    code = "libraries.symbols.missing = lambda *_: []; libraries.symbols.tables = lambda _: (set(), set())\n"
+    code = f"from qwen2_npu.emulator import libraries\n{code}libraries.load()"
+    status, _, error = finish(python(code, site, cache, CC=str(fake)))
+    assert status == 1
+    last = error.splitlines()[-1]
+    assert "EmulatorError" in last
+    assert "libascendcl.so: file too short: remove " in last
+    assert "noexec" in last

@@ -9,6 +9,7 @@ import pytest
 
 from qwen2_npu.emulator import symbols
 from qwen2_npu.emulator.settings import EmulatorError
+from tests.unit.emulator import users
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -56,3 +57,13 @@ def test_broken_installations_are_named(tmp_path):
     (tmp_path / "libbroken.so").write_text("half a download")
     with pytest.raises(EmulatorError, match=r"libbroken.so is not a shared library"):
         symbols.missing(tmp_path, tmp_path)
+
+
+@users.as_root
+def test_a_library_that_this_user_cannot_read_is_named(place):
+    path = place / "libuser.so"
+    path.write_text("")
+    path.chmod(0o600)
+    answer = users.as_user(users.USER, lambda: symbols.missing(place, place))
+    assert answer.kind == "EmulatorError"
+    assert answer.error == f"{path} cannot be read (Permission denied): make it readable"
