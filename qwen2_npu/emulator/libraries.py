@@ -75,7 +75,7 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         raise EmulatorError(
-            f"{name} is not installed; the emulated NPU runs the real one: pip install torch==2.13.0 torch_npu==2.13.0"
+            f"{name} is not installed; the emulated NPU runs the real one: {cuda_build.INSTALL_TORCH} torch_npu==2.13.0"
         ) from None
 
 
