@@ -14,7 +14,7 @@ import importlib.util
 import platform
 from pathlib import Path
 
-from qwen2_npu.emulator import cache, compiler, symbols
+from qwen2_npu.emulator import cache, compiler, cuda_build, symbols
 from qwen2_npu.emulator.settings import EmulatorError
 
 SOURCES = tuple(sorted((Path(__file__).parent / "cann").glob("*.c")))
