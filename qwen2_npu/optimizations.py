@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 ORIGINAL = "original"
 """The row that is no switch: transformers' own model."""
@@ -51,6 +51,11 @@ DESCRIPTIONS: dict[str, str] = {
     "fused_infer_attention": "npu_fused_infer_attention_score in place of the two flash attention operators",
 }
 
+
+Phase = Literal["prefill", "decode"]
+"""What a step of generation computes: the whole prompt, or one token per row."""
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 MODES: tuple[str, ...] = ("eager", "torchair", "inductor", "npugraph_ex")
 """How a model can be run: modes of ``compile_model``."""

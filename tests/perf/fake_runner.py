@@ -28,8 +28,9 @@ from qwen2_npu.conformance.perf.documented import BASELINES, Documented
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.memory import memory_of
-from qwen2_npu.conformance.perf.rows import PHASES, Configuration
+from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.optimizations import PHASES
 
 ATLAS: dict[str, Any] = {
     "device": "npu",

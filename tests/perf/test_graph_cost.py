@@ -18,9 +18,8 @@ from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.baselines import BATCH, GRAPH_SIZES, Documented
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.graph.cost import Cost
-from qwen2_npu.conformance.graph.lowering import Phase
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER, ORIGINAL
+from qwen2_npu.optimizations import LADDER, ORIGINAL, Phase
 
 SWEEP = [graph for graph in baselines.documented() if graph.batch != BATCH]
 

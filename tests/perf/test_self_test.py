@@ -68,7 +68,7 @@ def verdict(number: Documented, measurement: Measurement) -> Verdict:
     conditions = replace(number.conditions, input_tokens=INPUT_TOKENS, output_tokens=DECODE_STEPS + 1)
     shorter = replace(number, conditions=conditions)
     size = SIZES[number.row.configuration.model]
-    against = Against(documented=shorter, card=HARDWARE[DOCUMENTED_SOC])
+    against = Against(documented=shorter, transformers="4.37.0", card=HARDWARE[DOCUMENTED_SOC])
     return judge(number.row, size, measurement, against, strict=True, label=number.label)
 
 

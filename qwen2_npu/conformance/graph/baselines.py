@@ -17,10 +17,9 @@ from filelock import FileLock
 
 from qwen2_npu.conformance.files import BASELINES, write_json
 from qwen2_npu.conformance.graph.census import LayeredCensus, of_size
-from qwen2_npu.conformance.graph.lowering import Phase
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER, ORIGINAL, Optimizations
+from qwen2_npu.optimizations import LADDER, ORIGINAL, PHASES, Optimizations, Phase
 
 FOLDER = BASELINES / "graphs"
 
@@ -77,7 +76,7 @@ class Documented:
 
 def documented() -> Iterator[Documented]:
     """The ladder at batch 4 for every size, then the sweeps; the sizes with tables from ``original`` on."""
-    phases: tuple[Phase, ...] = ("prefill", "decode")
+    phases: tuple[Phase, ...] = PHASES
     for size in GRAPH_SIZES:
         for phase in phases:
             for step in (ORIGINAL, *LADDER) if size in SWEEPS else LADDER:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from qwen2_npu.conformance.graph.cost import Cost, cost_of
-from qwen2_npu.conformance.graph.lowering import Lowered, Phase, lower
+from qwen2_npu.conformance.graph.lowering import Lowered, lower
 from qwen2_npu.conformance.graph.memory import peak_activation_bytes
 from qwen2_npu.conformance.graph.shapes import operations
 from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.optimizations import Optimizations, Phase
 
 FEW, MORE = 2, 4
 """Layers of the two graphs whose difference is two layers."""

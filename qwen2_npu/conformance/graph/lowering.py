@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,12 +20,11 @@ from qwen2_npu.graph import GraphOptions, npu
 from qwen2_npu.graph.steps import DYNAMO, mark_static
 from qwen2_npu.models.inputs import Rows, fixed_cache_inputs
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
-from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.optimizations import Optimizations, Phase
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
 
-Phase = Literal["prefill", "decode"]
 
 DEVICE = "npu:0"
 

@@ -22,9 +22,9 @@ from qwen2_npu.conformance.perf.documented import Documented, Measured
 from qwen2_npu.conformance.perf.lower_bound import Work, kv_per_token, work
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import steps_on
-from qwen2_npu.conformance.perf.rows import PHASES, Configuration, Mode, Phase
+from qwen2_npu.conformance.perf.rows import Configuration, Mode
 from qwen2_npu.graph import compile_model
-from qwen2_npu.optimizations import ORIGINAL
+from qwen2_npu.optimizations import ORIGINAL, PHASES, Phase
 
 Progress = Callable[[str, int, int], None]
 

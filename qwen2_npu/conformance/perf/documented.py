@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen2_npu.conformance.files import BASELINES
-from qwen2_npu.conformance.perf.rows import MODES, PHASES, Configuration, Mode, Phase, Row
+from qwen2_npu.conformance.perf.rows import MODES, Configuration, Mode, Row
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER, ORIGINAL
+from qwen2_npu.optimizations import LADDER, ORIGINAL, PHASES, Phase
 
 SOURCE = "documented.toml"
 
@@ -118,15 +118,10 @@ def why_not(number: Documented, measured: Measured) -> str:
     return ""
 
 
-def why_not_row(number: Documented, facts: Mapping[str, Any], transformers: str) -> str:
-    """:func:`why_not` of the latency suite's own measurement of the row, which it makes in the documented dtype.
-
-    Args:
-        facts: ``LatencyGate``'s, as pytest-benchmark keeps them.
-    """
+def why_not_row(number: Documented, input_tokens: int, decode_steps: int, transformers: str) -> str:
+    """:func:`why_not` of the latency suite's own measurement of the row, which it makes in the documented dtype."""
     row, dtype = number.row, number.conditions.dtype
-    lengths = facts["input_tokens"], facts["decode_steps"]
-    return why_not(number, Measured(row.configuration, row.phase, dtype, *lengths, transformers))
+    return why_not(number, Measured(row.configuration, row.phase, dtype, input_tokens, decode_steps, transformers))
 
 
 def find(measured: Measured) -> tuple[Documented | None, str]:

@@ -2,9 +2,8 @@
 
 Documented rows fail where they are slower than the printed number by more than 10 % and its rounding. Recorded rows
 fail in both directions outside the margin of their runs. Whatever a row is compared with, it fails below its physical
-floor, where the measurement is none of the protocol, and where its
-memory is not the formula's. ``strict`` (--gate) adds what would otherwise pass in
-silence.
+floor, where the measurement does not follow the protocol, and where its memory is not the formula's. ``strict``
+(--gate) adds what would otherwise pass in silence.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 
 from qwen2_npu.conformance.machine.hardware import Hardware
 from qwen2_npu.conformance.perf import lower_bound
-from qwen2_npu.conformance.perf.documented import Documented
+from qwen2_npu.conformance.perf.documented import Documented, other_stock, stock_name, why_not_row
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import Memory
 from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS
@@ -89,15 +88,17 @@ class Against:
     """What a row is compared with on this machine.
 
     Attributes:
-        documented: None where the machine, or the installed transformers, is not what was documented.
+        documented: None where the machine is not what was documented.
         recorded: None where this very machine has no runs of the row.
         card: None where nothing is known of it.
         why_no_card: said under ``strict`` where ``card`` is None; empty where no floor is expected.
+        transformers: the installed version.
         memory: the formula of the device's memory; None where there is none to measure.
         elsewhere: recorded on other machines: for the message alone.
     """
 
     documented: Documented | None = None
+    transformers: str = ""
     recorded: Baseline | None = None
     card: Hardware | None = None
     why_no_card: str = ""
@@ -122,7 +123,7 @@ def judge(
     _check_floor(verdict, against, strict)
     if row.phase == "prefill":  # where the peak is
         _check_memory(verdict, measurement.peak_bytes, against.memory, strict)
-    _compare_documented(verdict, measurement, against.documented, strict)
+    _compare_documented(verdict, measurement, against, strict)
     _compare_recorded(verdict, measurement, against.recorded, strict)
     if not verdict.comparisons:
         elsewhere = f"; {'; '.join(against.elsewhere)}" if against.elsewhere else ""
@@ -161,19 +162,18 @@ def _check_memory(verdict: Verdict, peak: int | None, memory: Memory | None, str
         verdict.failures.append(fault)
 
 
-def _compare_documented(verdict: Verdict, measurement: Measurement, number: Documented | None, strict: bool) -> None:
+def _compare_documented(verdict: Verdict, measurement: Measurement, against: Against, strict: bool) -> None:
+    number = against.documented
     if number is None:
         return
-    conditions = number.conditions
-    asked = (measurement.input_tokens, measurement.asked_steps)
-    documented = (conditions.input_tokens, conditions.decode_steps)
-    shorter = asked[0] != documented[0] or (verdict.row.phase == "decode" and asked[1] < documented[1])
-    if shorter:
-        text = (
-            f"documented for {documented[0]} tokens and {documented[1]} decode steps, asked for {asked[0]} and "
-            f"{asked[1]}: a shorter context is less work; run without --decode-steps"
-        )
+    if reason := other_stock(number, against.transformers):
+        verdict.notes.append(f"shown as {stock_name(against.transformers)}: {reason}")
+        return
+    if reason := why_not_row(number, measurement.input_tokens, measurement.asked_steps, against.transformers):
+        # Even less work must not be slower, so it is still compared.
+        text = f"{reason}: a shorter context is less work; run without --decode-steps"
         (verdict.failures if strict else verdict.notes).append(text)
+    conditions = number.conditions
     if number.note:
         verdict.notes.append(number.note)
     verdict.comparisons.append(

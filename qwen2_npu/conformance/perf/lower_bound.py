@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen2_npu.conformance.machine.hardware import Hardware
-from qwen2_npu.conformance.perf.rows import Phase
 from qwen2_npu.conformance.sizes import Size
+from qwen2_npu.optimizations import Phase
 
 BYTES = 2  # bf16
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen2_npu.conformance.perf.rows import Phase
+from qwen2_npu.optimizations import Phase
 
 INPUT_TOKENS, OUTPUT_TOKENS = 1024, 1024
 """Per row, of every documented number."""

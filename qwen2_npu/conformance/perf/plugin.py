@@ -294,11 +294,11 @@ def _leave_out_what_may_not_be_held(config: pytest.Config, benchmarksession: Any
     """Stock comparison goes by names: not by the transformers of the stock model, nor by how long the runs are."""
     installed = str(runner_of(config).fingerprint.identity.get("transformers"))
     asked = getattr(config.option, "decode_steps_given", None)
-    facts = {"input_tokens": INPUT_TOKENS, "decode_steps": OUTPUT_TOKENS - 1 if asked is None else asked}
+    steps = OUTPUT_TOKENS - 1 if asked is None else asked
     left_out = {
         number.row.node_id: f"{number.row.id}: {reason}"
         for number in gate_of(config).documented.values()
-        if (reason := documented.why_not_row(number, facts, installed))
+        if (reason := documented.why_not_row(number, INPUT_TOKENS, steps, installed))
     }
     compared["benchmarks"] = [entry for entry in compared["benchmarks"] if entry["fullname"] not in left_out]
     for line in left_out.values():

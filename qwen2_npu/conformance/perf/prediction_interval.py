@@ -54,50 +54,19 @@ def prediction_interval(runs: Sequence[float]) -> Interval:
         runs: one positive figure per recorded run.
 
     Raises:
-        ValueError: fewer than five runs, or figures that are no measurements.
+        ValueError: fewer than five runs, or figures that cannot be measurements.
     """
     if len(runs) < MINIMUM_RUNS:
         raise ValueError(f"{len(runs)} recorded runs of the {MINIMUM_RUNS} that a margin needs")
     if not all(math.isfinite(run) and run > 0 for run in runs):
-        raise ValueError(f"recorded runs {list(runs)} hold a value that is no latency: a placeholder")
+        raise ValueError(f"recorded runs {list(runs)} hold a value that is not a latency: a placeholder")
     if len(set(runs)) == 1:
         raise ValueError(
             f"all {len(runs)} recorded runs are exactly {runs[0]}: a placeholder, no clock repeats itself so"
         )
+    from scipy.special import stdtrit  # Student's quantile; scipy.stats has the same and takes a second to import
+
     logs = [math.log(run) for run in runs]
-    quantile = student_quantile(1 - ERROR_RATE / 2, len(runs) - 1)
+    quantile = float(stdtrit(len(runs) - 1, 1 - ERROR_RATE / 2))
     half = quantile * statistics.stdev(logs) * math.sqrt(1 + 1 / len(runs))
     return Interval(math.exp(statistics.fmean(logs)), max(math.exp(half), 1 + NARROWEST))
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """t with P(T ≤ t) = ``probability``, for a probability of at least one half. By bisection of the CDF."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, degrees) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if student_cdf(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def student_cdf(t: float, degrees: int) -> float:
-    """P(T ≤ t) for t ≥ 0: the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine_squared = math.sin(angle), math.cos(angle) ** 2
-    if degrees % 2:
-        term, total = math.cos(angle), 0.0
-        for k in range(1, (degrees + 1) // 2):
-            total += term
-            term *= cosine_squared * 2 * k / (2 * k + 1)
-        inside = 2 / math.pi * (angle + sine * total)
-    else:
-        term, total = 1.0, 0.0
-        for k in range(1, degrees // 2 + 1):
-            total += term
-            term *= cosine_squared * (2 * k - 1) / (2 * k)
-        inside = sine * total
-    return 0.5 + inside / 2

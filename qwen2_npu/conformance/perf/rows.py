@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["prefill", "decode"]
+from qwen2_npu.optimizations import PHASES, Phase
+
 Mode = Literal["eager", "graph"]
 """The guide's 单算子模式 and 图模式. Which compiler serves "graph" is the device's affair, see ``builds``."""
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MODES: tuple[Mode, ...] = ("eager", "graph")
 
 TEST = "tests/perf/test_latency.py::test_latency"

@@ -119,7 +119,6 @@ class LatencyGate:
     def _judge(self, row: Row) -> Verdict:
         measurement = self.runner.measured(row.configuration)
         number = self.documented.get(row.id)
-        stock = self._stock_of_another_version(number)
         card, why_no_card = comparable.card_of(self.runner.fingerprint)
         store = Recorded(self.baselines, self.runner.fingerprint)
         recorded, unusable = None, ""
@@ -129,7 +128,8 @@ class LatencyGate:
             except BaselineError as error:
                 unusable = str(error)
         against = Against(
-            documented=None if stock else number,
+            documented=number,
+            transformers=str(self.runner.fingerprint.identity["transformers"]),
             recorded=recorded,
             card=card,
             why_no_card=why_no_card,
@@ -139,8 +139,6 @@ class LatencyGate:
         label = number.label if number is not None else ""
         size = self.runner.size(row.configuration)
         verdict = judge(row, size, measurement, against, strict=self.options.strict, label=label)
-        if stock:
-            verdict.notes.append(stock)
         if unusable:
             verdict.failures.append(unusable)
         return verdict
@@ -159,14 +157,6 @@ class LatencyGate:
             cards=what.cards,
             float32_logits=str(identity.get("transformers")).startswith("4."),
         )
-
-    def _stock_of_another_version(self, number: Documented | None) -> str | None:
-        """Said of the stock model's row on a transformers that is not the documented one."""
-        if number is None:
-            return None
-        installed = str(self.runner.fingerprint.identity["transformers"])
-        reason = documented.other_stock(number, installed)
-        return f"shown as {documented.stock_name(installed)}: {reason}" if reason else None
 
     def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:
         """For pytest-benchmark's JSON and what is drawn from it."""

@@ -19,7 +19,7 @@ from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.report.labels import STEPS, labels
 from qwen2_npu.conformance.report.latency import is_held
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, PHASES
 
 HALF = 500
 """Width of a chart that shares the page with another and with the labels."""
@@ -27,7 +27,6 @@ HALF = 500
 assert HALF > LEFT + RIGHT
 
 MODELS = ("7B", "72B")
-PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ def _facts(info: dict[str, Any], transformers: str) -> dict[str, Any]:
     if info.get("self_test"):
         return {"status": Status.NOT_RUN, "message": SELF_TEST}
     number = documented.by_id().get(info["row"])
-    reason = "" if number is None else documented.why_not_row(number, info, transformers)
+    reason = ""
+    if number is not None:
+        reason = documented.why_not_row(number, info["input_tokens"], info["decode_steps"], transformers)
     compared = [
         entry for entry in info.get("compared") or [] if not (reason and entry["against"].startswith("documented"))
     ]

@@ -63,7 +63,7 @@ def test_below_the_floor_is_a_timing_error_whatever_the_baseline() -> None:
 
 
 def test_an_unknown_card_is_a_gap() -> None:
-    against = Against(documented=NUMBER, why_no_card="nothing is known of it")
+    against = Against(documented=NUMBER, transformers="4.37.0", why_no_card="nothing is known of it")
     assert judge(NUMBER.row, SIZES["7B"], measured(), against, strict=False).passed
     strict = judge(NUMBER.row, SIZES["7B"], measured(), against, strict=True)
     assert strict.failures == ["no physical floor: nothing is known of it"]
@@ -109,7 +109,7 @@ def test_a_shorter_run_is_no_match_for_a_documented_decode() -> None:
     assert verdict(shorter, strict=False, documented=NUMBER).passed
     assert "a shorter context is less work" in verdict(shorter, documented=NUMBER).failures[0]
     prefill = documented.by_id()["7b-ladder-b4-graph-fused_qkv-prefill"]
-    against = Against(documented=prefill, card=CARD)
+    against = Against(documented=prefill, transformers="4.37.0", card=CARD)
     assert judge(prefill.row, SIZES["7B"], shorter, against, strict=True).passed  # its context is the whole prompt
 
 
@@ -123,7 +123,12 @@ def test_host_warnings_and_faults() -> None:
 
 def test_the_message_names_row_label_and_self_test() -> None:
     failed = judge(
-        NUMBER.row, SIZES["7B"], measured(30.0), Against(documented=NUMBER, card=CARD), strict=True, label=NUMBER.label
+        NUMBER.row,
+        SIZES["7B"],
+        measured(30.0),
+        Against(documented=NUMBER, transformers="4.37.0", card=CARD),
+        strict=True,
+        label=NUMBER.label,
     )
     assert str(failed).splitlines() == [
         "SELF-TEST, injected latencies: row 7b-ladder-b4-graph-fused_qkv-decode (qkv融合): "

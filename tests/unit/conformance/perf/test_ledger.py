@@ -17,7 +17,7 @@ def ledger() -> Ledger:
     found = Ledger()
     for number, factor in zip(NUMBERS[:2], (1.0, 1.5), strict=True):
         measurement = measurement_of({"prefill": number.ms * factor, "decode": number.ms * factor})
-        against = Against(documented=number, card=HARDWARE[DOCUMENTED_SOC])
+        against = Against(documented=number, transformers="4.37.0", card=HARDWARE[DOCUMENTED_SOC])
         found.verdicts[number.row.id] = judge(number.row, SIZES["7B"], measurement, against, strict=True)
     found.not_run[ROWS[2].id] = "needs tensor parallel"
     return found

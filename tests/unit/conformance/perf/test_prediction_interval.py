@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
-from qwen2_npu.conformance.perf.prediction_interval import NARROWEST, prediction_interval, student_cdf, student_quantile
+from qwen2_npu.conformance.perf.prediction_interval import NARROWEST, prediction_interval
 
 
-@pytest.mark.parametrize(
-    ("degrees", "probability", "published"),
-    [
-        (1, 0.975, 12.706),
-        (2, 0.995, 9.925),
-        (4, 0.995, 4.604),
-        (4, 0.9995, 8.610),
-        (5, 0.99, 3.365),
-        (9, 0.975, 2.262),
-        (30, 0.995, 2.750),
-    ],
-)
-def test_quantiles_are_the_published_ones(degrees: int, probability: float, published: float) -> None:
-    assert student_quantile(probability, degrees) == pytest.approx(published, abs=6e-4)
-    assert student_cdf(student_quantile(probability, degrees), degrees) == pytest.approx(probability)
+@pytest.mark.parametrize(("runs", "published"), [(5, 4.604), (6, 4.032), (10, 3.250), (31, 2.750)])
+def test_the_width_is_of_the_published_quantiles(runs: int, published: float) -> None:
+    """t(0.995, runs - 1) of the tables: runs that alternate between two values have a known deviation."""
+    figures = [20 * math.exp(0.02 * (-1) ** run) for run in range(runs)]
+    deviation = statistics.stdev(math.log(figure) for figure in figures)
+    half = published * deviation * math.sqrt(1 + 1 / runs)
+    assert math.log(prediction_interval(figures).factor) == pytest.approx(half, rel=2e-4)
 
 
 def test_the_next_run_lies_within_as_often_as_promised() -> None:
