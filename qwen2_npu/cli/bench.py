@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,14 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
     return numbers
 
 
+def _threads(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Not more than the cores: a measurement gains nothing from them, and very many cannot be made at all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if value is not None and value > cores:
+        raise click.BadParameter(f"{value} threads: this process may use {cores} cores; give 1 to {cores}")
+    return value
+
+
 def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     return options.names_of(value, (ORIGINAL, *LADDER))
 
@@ -48,7 +57,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @options.mode_option()
 @options.device_option()
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own]")
+@click.option("--threads", type=click.IntRange(1), callback=_threads, help="CPU threads.  [default: torch's own]")
 @click.option("--breakdown", is_flag=True, help="Also where the time goes: profile of a decode step, cost model.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here.")
 def command(

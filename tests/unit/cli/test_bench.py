@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.sizes import SIZES
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
+
+
+CORES = len(os.sched_getaffinity(0))
 
 
 def run(*arguments: str) -> Result:
@@ -197,6 +201,11 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
         (["--random-weights", "7B", "--batch", "0"], "at least 1"),
         (["--random-weights", "7B", "--steps", "faster"], "no step faster"),
         (["--random-weights", "7B", "--output-len", "1"], "output-len"),
+        (["--random-weights", "7B", "--threads", "0"], "'--threads': 0 is not in the range"),
+        *(
+            (["--threads", str(n)], f"{n} threads: this process may use {CORES} cores; give 1 to {CORES}")
+            for n in (CORES + 1, 100000)
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
