@@ -54,7 +54,7 @@ def command(
 
     import torch
 
-    from qwen2_npu import Qwen2ForCausalLM, compile_model
+    from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
     from qwen2_npu.conformance import tiny
     from qwen2_npu.conformance.subject import load_tokenizer
 
@@ -62,6 +62,7 @@ def command(
     folder = model_path or tiny.path()
     target = options.check_device(device)
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
+    graph.check_mode(mode, torch.device(target), optimizations)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
     tokenizer = load_tokenizer(Path(folder))
     if tokenizer is None:
