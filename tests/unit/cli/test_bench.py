@@ -141,9 +141,9 @@ def test_with_traceback_out_of_memory_shows_where(monkeypatch: pytest.MonkeyPatc
     [
         (["--mode", "torchair"], "error: mode='torchair' "),
         (["--mode", "npugraph_ex", "--steps", "original"], "error: mode='npugraph_ex' captures a graph per shape"),
-        (["--input-len", "3000"], "3000 tokens and 5 new ones need 3005 positions, the model has max_position"),
+        (["--input-len", "3000"], "3000 tokens and 5 new ones need 3004 positions, the model has max_position"),
         (["--input-len", "100000", "--batch", "48"], "100000 tokens and 5 new ones need"),
-        (["--breakdown", "--input-len", "2046", "--output-len", "2"], "need 2050 positions"),
+        (["--breakdown", "--input-len", "2047", "--output-len", "2"], "need 2050 positions"),
         (["--json", "/"], "error: / is a folder: name a file in it"),
     ],
 )
