@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from typing import Any
 
 import torch
 
@@ -68,8 +69,8 @@ def _no_such_card(kind: str, number: int) -> str:
     """Which cards there are, if ``number`` is none of them."""
     if kind == "cpu":
         return "there is one cpu, without a number" if number else ""
-    module = getattr(torch, kind, None)
-    count = int(module.device_count()) if hasattr(module, "device_count") else number + 1
+    count_them: Any = getattr(getattr(torch, kind, None), "device_count", None)
+    count = number + 1 if count_them is None else int(count_them())
     if number < count:
         return ""
     if count < 2:
