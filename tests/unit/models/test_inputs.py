@@ -53,7 +53,7 @@ def test_a_row_without_a_live_token_raises():
 
 
 # ---- as many tokens as positions -----------------------------------------------------------------------------------
-FEW = 24
+FEW = 27
 """Positions of the models below: no multiple of anything that capacities and prompts are rounded to."""
 
 
@@ -99,7 +99,7 @@ def test_a_prompt_as_long_as_there_are_positions(short, short_stock, width):
         assert_close(short(ids, use_cache=False).logits, short_stock(ids).logits)
         return
     with pytest.raises(
-        ValueError, match=r"^25 tokens need as many positions, the model has max_position_embeddings=24"
+        ValueError, match=r"^28 tokens need as many positions, the model has max_position_embeddings=27"
     ):
         short(ids)
 
@@ -124,9 +124,9 @@ def test_padding_takes_no_position(short, short_stock, width, side):
 def test_more_live_tokens_than_positions(short):
     ids, mask = tokens(2, FEW + 3), torch.ones(2, FEW + 3, dtype=torch.int64)
     mask[0, :2] = mask[1, :9] = 0
-    with pytest.raises(ValueError, match=r"^25 tokens need as many positions"):
+    with pytest.raises(ValueError, match=r"^28 tokens need as many positions"):
         short(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"^(25 tokens need as many positions|position_ids holds 24)"):
+    with pytest.raises(ValueError, match=r"^(28 tokens need as many positions|position_ids holds 27)"):
         short(ids, attention_mask=mask, position_ids=positions(mask))
 
 
