@@ -146,6 +146,15 @@ def growing_cache() -> DynamicCache:
     return DynamicCache()
 
 
+def cached_rows(cache: Any) -> int | None:
+    """Rows in a growing cache; None of an empty one, and of any other kind."""
+    if not isinstance(cache, DynamicCache):
+        return None
+    layers: Any = cache
+    tensors = layers.key_cache if IS_V4 else [getattr(layer, "keys", None) for layer in layers.layers]
+    return next((int(tensor.shape[0]) for tensor in tensors if isinstance(tensor, torch.Tensor)), None)
+
+
 def torch_dtype_of(config: Qwen2Config) -> torch.dtype | None:
     """The dtype a checkpoint's config names, or None."""
     dtype = getattr(config, "torch_dtype" if IS_V4 else "dtype", None)

@@ -60,6 +60,13 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MODES: tuple[str, ...] = ("eager", "torchair", "inductor", "npugraph_ex")
 """How a model can be run: modes of ``compile_model``."""
 
+MODES_OF: dict[str, tuple[str, ...]] = {
+    "cpu": ("eager", "inductor"),
+    "cuda": ("eager", "inductor"),
+    "npu": ("eager", "torchair", "npugraph_ex"),
+}
+"""Type of device -> the modes that it takes; any other type takes eager alone."""
+
 
 @dataclass(frozen=True)
 class Optimizations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,14 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
     return numbers
 
 
+def _threads(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Not more than the cores: a measurement gains nothing from them, and very many cannot be made at all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if value is not None and value > cores:
+        raise click.BadParameter(f"{value} threads: this process may use {cores} cores; give 1 to {cores}")
+    return value
+
+
 def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     return options.names_of(value, (ORIGINAL, *LADDER))
 
@@ -47,7 +56,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @options.mode_option()
 @options.device_option()
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own]")
+@click.option("--threads", type=click.IntRange(1), callback=_threads, help="CPU threads.  [default: torch's own]")
 @click.option("--breakdown", is_flag=True, help="Also where the time goes: profile of a decode step, cost model.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here.")
 def command(
@@ -209,12 +218,24 @@ def show(results: list[Result], console: Any, device: str) -> None:
         console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
     if any(r.documented_prefill_ms is not None or r.documented_decode_ms is not None for r in results):
         console.print("Documented: the guide's, on an Atlas 800I A2. Only there do they compare.", highlight=False)
-    for step, reason in dict.fromkeys((r.step, reason) for r in results for reason in r.not_documented):
-        console.print(f"{step} beside no documented number: {reason}.", highlight=False)
+    for reason, of in cases_of(results, lambda r: r.not_documented).items():
+        console.print(f"{of}: beside no documented number: {reason}.", highlight=False)
     if not documented.is_here():
         console.print("Documented numbers are in a checkout alone, not in an installed wheel.", highlight=False)
-    for problem in dict.fromkeys(text for r in results for text in (*r.faults, *r.warnings)):
-        console.print(f"! {problem}", style="yellow", markup=False, highlight=False)
+    for problem, of in cases_of(results, lambda r: (*r.faults, *r.warnings)).items():
+        console.print(f"! {of}: {problem}", style="yellow", markup=False, highlight=False)
+
+
+def cases_of(results: list[Result], texts: Callable[[Result], tuple[str, ...]]) -> dict[str, str]:
+    """What is said of results -> the cases that it is said of: ``original, batch 1, 4; swiglu, batch 4``."""
+    found: dict[str, dict[str, dict[int, None]]] = {}
+    for result in results:
+        for text in texts(result):
+            found.setdefault(text, {}).setdefault(result.step, {})[result.batch] = None
+    return {
+        text: "; ".join(f"{step}, batch {', '.join(map(str, batches))}" for step, batches in steps.items())
+        for text, steps in found.items()
+    }
 
 
 def _show_breakdown(weights: Any, result: Result, mode: str, device: str, dtype: Any, console: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,42 @@ import click
 
 from qwen2_npu.cli import options
 from qwen2_npu.optimizations import Optimizations
+
+TEMPERATURES = (1e-30, 1e30)
+"""Logits divided by less overflow float32, and by more they are all 0: no probabilities come of either."""
+
+
+def check_temperature(value: float, name: str = "--temperature") -> None:
+    """Refuse what no probabilities can be computed with.
+
+    Raises:
+        ValueError: with what to take.
+    """
+    low, high = TEMPERATURES
+    if low <= value <= high:
+        return
+    way_out = f"give {low:g} to {high:g}"
+    if value < low:
+        raise ValueError(
+            f"{name} {value:g} is too small: logits divided by it overflow; leave --sample out, which takes the most "
+            f"likely token, or {way_out}"
+        )
+    raise ValueError(f"{name} {value:g} is {'too large' if value > high else 'no number'}: {way_out}")
+
+
+def _temperature(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None:
+        try:
+            check_temperature(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+def _probability(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number: give one above 0 and up to 1")
+    return value
 
 
 @click.command("generate")
@@ -23,8 +60,10 @@ from qwen2_npu.optimizations import Optimizations
 @options.dtype_option()
 @options.mode_option()
 @click.option("--sample", is_flag=True, help="Sample in place of greedy decoding.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --sample.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="With --sample.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, min_open=True), callback=_temperature, help="With --sample."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_probability, help="With --sample.")
 @click.option("--top-k", type=click.IntRange(min=1), help="With --sample.")
 @click.option("--seed", type=click.IntRange(-(2**63), 2**64 - 1), default=0, show_default=True, help="With --sample.")
 def command(
@@ -54,7 +93,7 @@ def command(
 
     import torch
 
-    from qwen2_npu import Qwen2ForCausalLM, compile_model
+    from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
     from qwen2_npu.conformance import tiny
     from qwen2_npu.conformance.accuracy.model_pair import load_tokenizer
 
@@ -62,7 +101,11 @@ def command(
     folder = model_path or tiny.path()
     target = options.check_device(device)
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
+    graph.check_mode(mode, torch.device(target), optimizations)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
+    if sample and temperature is None:
+        own = model.generation_config.temperature
+        check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")
     tokenizer = load_tokenizer(Path(folder))
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json): fetch it with the checkpoint")

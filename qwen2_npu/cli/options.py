@@ -63,21 +63,23 @@ def check_device(device: str | None) -> str:
         return default_device()
     # transformers imports torch_npu wherever it is installed: without an NPU even "cpu" needs the emulator then.
     active = emulator.activate_where_needed()
-    if device == EMULATED:
+    given_as = f"--device {device}"
+    kind, colon, number = device.partition(":")
+    if kind == EMULATED:
         if not active:
             installed = importlib.util.find_spec("torch_npu") is not None
             raise ValueError(
-                "--device emulated: "
+                f"{given_as}: "
                 + (
                     "a real NPU is here; use npu"
                     if installed
                     else "torch_npu is missing; pip install torch_npu==2.13.0"
                 )
             )
-        device = "npu"
+        device = f"npu{colon}{number}"
     from qwen2_npu.devices import usable
 
-    return str(usable(device, given_as=f"--device {device}"))
+    return str(usable(device, given_as=given_as))
 
 
 def quiet_transformers() -> None:

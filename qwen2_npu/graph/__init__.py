@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.optimizations import MODES
+from qwen2_npu.optimizations import MODES, MODES_OF, Optimizations
 
 if TYPE_CHECKING:
+    import torch
+
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
-__all__ = ["MODES", "GraphOptions", "compile_model", "parse_dynamic", "parse_mode"]
+__all__ = ["MODES", "GraphOptions", "check_mode", "compile_model", "parse_dynamic", "parse_mode"]
 
 EXE_MODE, DYNAMIC_COMPILE = "EXE_MODE", "DYNAMIC_COMPILE"
 """Environment variables of the upstream guide: the mode, and whether graphs are dynamic, when not passed."""
@@ -62,6 +64,36 @@ def parse_mode(mode: str | None) -> str:
     if chosen not in MODES:
         raise UnsupportedError(f"{source}: supported modes are {', '.join(MODES)}")
     return chosen
+
+
+def check_mode(mode: str, device: torch.device, optimizations: Optimizations | None = None) -> None:
+    """Refuse a mode before a model is built or compiled for it.
+
+    Args:
+        mode: one of :data:`MODES`.
+        optimizations: of the model; None where it is the stock one.
+
+    Raises:
+        UnsupportedError: ``device``, this machine or the model lacks it.
+    """
+    takes = MODES_OF.get(device.type, ("eager",))
+    if mode == "eager":
+        return
+    if mode in MODES_OF["npu"]:
+        from qwen2_npu.graph import npu
+
+        npu.check_installed(mode, takes)
+    if mode not in takes:
+        targets = " and ".join(kind.upper() for kind, modes in MODES_OF.items() if mode in modes)
+        raise UnsupportedError(
+            f"mode={mode!r} compiles for {targets.replace('NPU', 'NPUs')}, and the device is {device}, whose modes are "
+            f"{', '.join(takes)}: take one of them, or another device"
+        )
+    if optimizations is not None and not optimizations.fixed_kv_cache:
+        raise UnsupportedError(
+            f"mode={mode!r} needs the fixed_kv_cache step: with a growing cache every decode step has new "
+            "shapes and would compile again; use optimizations with fixed_kv_cache on"
+        )
 
 
 def parse_dynamic(dynamic: bool | None, needed: bool) -> bool:
@@ -115,11 +147,7 @@ def compile_model(
     model.compiled_steps = {}
     if chosen == "eager":
         return model
-    if not model.optimizations.fixed_kv_cache:
-        raise UnsupportedError(
-            f"mode={chosen!r} needs the fixed_kv_cache step: with a growing cache every decode step has new "
-            "shapes and would compile again; use optimizations with fixed_kv_cache on"
-        )
+    check_mode(chosen, model.device, model.optimizations)
     sunk = model.optimizations.ifa_tiling
     options = GraphOptions(
         dynamic=parse_dynamic(dynamic, sunk),
@@ -145,5 +173,4 @@ def _compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Call
         return inductor.compiler(options)
     from qwen2_npu.graph import npu
 
-    npu.check_available(mode, model.device)
     return npu.compiler(mode, model, options)

@@ -24,23 +24,25 @@ if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
 
-def check_available(mode: str, device: torch.device) -> None:
-    """Refuse what cannot run here.
+def check_installed(mode: str, others: Sequence[str]) -> None:
+    """Refuse a mode whose compiler is not installed.
+
+    Args:
+        others: modes that the device takes, for the message.
 
     Raises:
-        UnsupportedError: no torch_npu, no torchair in it, or a model that is not on an NPU.
+        UnsupportedError: no torch_npu, or no torchair in it.
     """
     if importlib.util.find_spec("torch_npu") is None:
         release = torch.__version__.split("+")[0]
-        raise UnsupportedError(f"mode={mode!r} needs torch_npu, which is missing: pip install torch_npu=={release}")
-    if device.type != "npu":
         raise UnsupportedError(
-            f"mode={mode!r} compiles for NPUs, and the model is on {device}: "
-            "move it with model.to('npu'), or use mode='inductor'"
+            f"mode={mode!r} needs torch_npu, which is missing: pip install torch_npu=={release}, or take "
+            f"one of {', '.join(others)}"
         )
     if importlib.util.find_spec("torchair") is None and importlib.util.find_spec("torch_npu.dynamo.torchair") is None:
         raise UnsupportedError(
-            f"mode={mode!r} needs torchair, which this torch_npu does not have; install a full build of it"
+            f"mode={mode!r} needs torchair, which this torch_npu does not have; install a full build of it, or take "
+            "eager"
         )
 
 

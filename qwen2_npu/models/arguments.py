@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
+
+from qwen2_npu.compat import CACHE_NAME, cached_rows
 
 IGNORED = ("cache_position", "is_first_iteration", "tokenizer")
 """What some version of ``generate`` hands on to every model, and this one does not need."""
@@ -18,6 +21,10 @@ REFUSED = {
     "shift_labels": "pass labels: they are shifted here",
 }
 """What the stock model acts on, or callers believe it does, and why it is not taken here."""
+
+
+IGNORED_LABEL = -100
+"""What no loss is computed of."""
 
 
 def check_names(arguments: dict[str, Any]) -> None:
@@ -32,22 +39,114 @@ def check_names(arguments: dict[str, Any]) -> None:
         raise TypeError(f"Qwen2ForCausalLM.forward() takes no argument {', '.join(wrong)}{reasons}")
 
 
-def tokens_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+INTEGERS = (torch.int64, torch.int32)
+"""What ids and positions may be: what ``torch.nn.Embedding`` takes."""
+
+
+def tokens_of(input_ids: Any, inputs_embeds: Any) -> torch.Tensor:
     """The one of the two that is given: (B, S) ids or (B, S, H) embeddings.
 
     Raises:
-        ValueError: both or neither, another number of dimensions, or an empty prompt.
+        ValueError: both or neither, no tensor, another number of dimensions or dtype, or an empty prompt.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
-    given = input_ids if input_ids is not None else inputs_embeds
-    assert given is not None
-    wanted = "input_ids (batch, tokens)" if input_ids is not None else "inputs_embeds (batch, tokens, hidden)"
+    if input_ids is not None:
+        name, given, wanted = "input_ids", input_ids, "input_ids (batch, tokens)"
+        _check_tensor(name, given, "(batch, tokens) of token ids")
+    else:
+        name, given, wanted = "inputs_embeds", inputs_embeds, "inputs_embeds (batch, tokens, hidden)"
+        _check_tensor(name, given, "(batch, tokens, hidden) of embeddings")
+    assert isinstance(given, torch.Tensor)
     if given.dim() != (2 if input_ids is not None else 3):
         raise ValueError(f"{wanted} expected, got shape {tuple(given.shape)}")
     if given.shape[0] == 0 or given.shape[1] == 0:
         raise ValueError(f"empty prompt: {wanted} has shape {tuple(given.shape)}; give every row at least one token")
+    if input_ids is not None:
+        _check_integers(name, given)
     return given
+
+
+def check_tensors(
+    table: torch.Tensor, cache: Any, input_ids: Any, inputs_embeds: Any, mask: Any, labels: Any
+) -> torch.Tensor:
+    """Everything that ``forward`` is given but the values of ids and positions; the tokens, see :func:`tokens_of`.
+
+    Args:
+        table: (V, H) the model's own embeddings.
+
+    Raises:
+        ValueError: what does not fit, with what does.
+    """
+    given = tokens_of(input_ids, inputs_embeds)
+    batch, tokens = given.shape[:2]
+    check_cache(cache, batch)
+    check_mask(mask, batch, 0 if cache is None else cache.get_seq_length(), tokens)
+    check_devices(table.device, input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=mask)
+    if inputs_embeds is not None:
+        check_embeds(inputs_embeds, table)
+    if labels is not None:
+        check_labels(labels, table.shape[0])
+    return given
+
+
+def check_prompt(arguments: dict[str, Any], device: torch.device, *, continues: bool) -> None:
+    """What ``generate`` is given, before transformers meets it. Synchronises where there is a mask.
+
+    Args:
+        arguments: by name.
+        device: the model's. transformers moves ``input_ids`` to it, and nothing else.
+        continues: whether there is a cache, whose tokens the mask may cover while ``input_ids`` leave them out.
+
+    Raises:
+        ValueError: what does not fit, with what does.
+    """
+    embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+    input_ids = arguments.get("inputs", arguments.get("input_ids"))
+    if embeds is not None:
+        tokens_of(None, embeds)
+    elif input_ids is not None:
+        tokens_of(input_ids, None)
+    if arguments.get("position_ids") is not None:
+        _check_tensor("position_ids", arguments["position_ids"], "(batch, tokens)")
+    if mask is None:
+        return
+    _check_tensor("attention_mask", mask, "(batch, tokens) of 0 and 1")
+    given = input_ids if embeds is None else embeds
+    if given is not None:
+        batch, tokens = given.shape[:2]
+        covered = mask.shape[1] if continues and mask.dim() == 2 else tokens
+        check_mask(mask, batch, max(covered - tokens, 0), tokens)
+    check_devices(device, attention_mask=mask)
+    check_mask_values(mask)
+
+
+def check_embeds(embeds: torch.Tensor, table: torch.Tensor) -> None:
+    """Refuse embeddings that are not like the rows of ``table``, the model's own.
+
+    Raises:
+        ValueError: another hidden size or dtype.
+    """
+    if embeds.shape[2] != table.shape[1]:
+        raise ValueError(
+            f"inputs_embeds of shape {tuple(embeds.shape)}: the model has hidden_size={table.shape[1]}; pass "
+            f"(batch, tokens, {table.shape[1]})"
+        )
+    if embeds.dtype != table.dtype:
+        raise ValueError(
+            f"inputs_embeds is {embeds.dtype}, the model {table.dtype}: pass inputs_embeds.to(model.dtype)"
+        )
+
+
+def check_devices(device: torch.device, **given: Any) -> None:
+    """Refuse tensors on another device than the model's.
+
+    Raises:
+        ValueError: naming the tensor and both devices.
+    """
+    for name, tensor in given.items():
+        if isinstance(tensor, torch.Tensor) and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the model on {device}: pass {name}.to(model.device)")
 
 
 def check_mask(mask: Any, batch: int, past: int, tokens: int) -> None:
@@ -69,18 +168,87 @@ def check_mask(mask: Any, batch: int, past: int, tokens: int) -> None:
         )
 
 
-def check_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_mask_values(mask: torch.Tensor) -> None:
+    """Refuse a mask that holds more than 0 and 1, such as one that is to be added to the scores. Synchronises.
+
+    Raises:
+        ValueError: naming a value.
+    """
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        raise ValueError(f"attention_mask holds {wrong[0].item()}: pass 1 for a token and 0 for padding, nothing else")
+
+
+def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str = "token id") -> None:
     """Refuse ids that no embedding exists for. Synchronises.
 
     Raises:
         ValueError: naming the id.
     """
-    low, high = _extremes(input_ids)
+    low, high = _extremes(ids)
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}: does the tokenizer belong "
+            f"{name} {low if low < 0 else high} is outside the vocabulary of {vocab_size}: does the tokenizer belong "
             "to this model?"
         )
+
+
+def check_labels(labels: Any, vocab_size: int) -> None:
+    """Refuse labels that no loss can be computed of. Synchronises.
+
+    Raises:
+        ValueError: no (B, …) tensor of int64, or a label that is neither -100 nor in the vocabulary.
+    """
+    wanted = f"(batch, tokens) of torch.int64, with {IGNORED_LABEL} where none counts"
+    _check_tensor("labels", labels, wanted)
+    if labels.dim() != 2 or labels.dtype != torch.int64:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} and {labels.dtype}: pass a tensor {wanted}")
+    if labels.numel():
+        check_vocabulary(labels.masked_fill(labels == IGNORED_LABEL, 0), vocab_size, "label")
+
+
+def check_cache(cache: Any, batch: int | None = None) -> Any:
+    """``cache`` as it is.
+
+    Args:
+        batch: rows of the new tokens, where they are known.
+
+    Raises:
+        ValueError: it is no transformers ``Cache``, or a growing one of another number of rows.
+    """
+    if cache is None:
+        return None
+    wanted = "pass a cache of allocate_cache(), or the one of an earlier output"
+    if not isinstance(cache, Cache):
+        raise ValueError(f"{CACHE_NAME} is a {type(cache).__name__}: {wanted}")
+    rows = cached_rows(cache)
+    if batch is not None and rows is not None and rows != batch:
+        raise ValueError(f"{CACHE_NAME} holds {rows} rows, and the batch has {batch}: {wanted} of the same batch")
+    return cache
+
+
+def rows_of_positions(position_ids: Any, mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """``position_ids`` as (B, S), 0 at padding, whose position nobody reads; None where none are given.
+
+    Args:
+        mask: (B, T).
+        tokens: (B, S, …) what they are the positions of.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
+    if position_ids is None:
+        return None
+    batch, length = tokens.shape[:2]
+    wanted = f"(batch or 1, new tokens) = ({batch} or 1, {length})"
+    _check_tensor("position_ids", position_ids, wanted)
+    given: torch.Tensor = position_ids[None] if position_ids.dim() == 1 else position_ids
+    if given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] != length:
+        raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: pass {wanted}")
+    _check_integers("position_ids", given)
+    check_devices(tokens.device, position_ids=given)
+    given = given.expand(batch, -1).contiguous()
+    return given if mask is None or length == 1 else given.masked_fill(mask[:, -length:] == 0, 0)
 
 
 def check_positions(positions: int, total: int, position_ids: torch.Tensor | None) -> None:
@@ -103,17 +271,70 @@ def check_positions(positions: int, total: int, position_ids: torch.Tensor | Non
             raise ValueError(f"position_ids holds {low if low < 0 else high}, {way_out}")
 
 
-def kept_positions(logits_to_keep: int | torch.Tensor, tokens: int) -> slice | torch.Tensor | None:
+def check_capacity(positions: int, needed: int) -> None:
+    """Refuse more tokens than the model has positions, before the first of them is computed.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if needed > positions:
+        raise ValueError(
+            f"prompt and new tokens need {needed} positions, the model has max_position_embeddings={positions}: "
+            "shorten the prompt or lower max_new_tokens"
+        )
+
+
+def live_tokens(mask: torch.Tensor | None, total: int, limit: int) -> int:
+    """Tokens of the longest row, padding left out where that is the question: it takes no position.
+
+    Args:
+        mask: (B, W) of the first W of ``total`` tokens per row; those after it all count.
+        limit: up to here ``total`` itself is the answer; above, the mask is looked into, which synchronises.
+    """
+    if mask is None or total <= limit:
+        return total
+    return total - int((mask == 0).sum(dim=1).min())
+
+
+def kept_positions(logits_to_keep: Any, tokens: int) -> slice | torch.Tensor | None:
     """What indexes the positions whose logits are wanted; None for all as they stand.
 
     Args:
         logits_to_keep: the last so many, 0 for all; or whatever may index the tokens' axis, as for the stock model.
+
+    Raises:
+        ValueError: what cannot index it.
     """
-    if not isinstance(logits_to_keep, int):
+    if isinstance(logits_to_keep, int):
+        return None if logits_to_keep == 0 or logits_to_keep >= tokens else slice(-logits_to_keep, None)
+    if logits_to_keep is None or isinstance(logits_to_keep, slice):
         return logits_to_keep
-    return None if logits_to_keep == 0 or logits_to_keep >= tokens else slice(-logits_to_keep, None)
+    wanted = f"pass a number of positions, or a tensor of positions from {-tokens} to {tokens - 1}"
+    if isinstance(logits_to_keep, list):
+        logits_to_keep = torch.as_tensor(logits_to_keep)
+    if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dtype not in (*INTEGERS, torch.bool):
+        kind = getattr(logits_to_keep, "dtype", type(logits_to_keep).__name__)
+        raise ValueError(f"logits_to_keep is a {kind}: {wanted}")
+    if logits_to_keep.dtype == torch.bool:
+        if logits_to_keep.shape != (tokens,):
+            raise ValueError(f"logits_to_keep has {tuple(logits_to_keep.shape)} booleans for {tokens} tokens: {wanted}")
+    elif logits_to_keep.device.type == "cpu" and logits_to_keep.numel():
+        low, high = _extremes(logits_to_keep)
+        if low < -tokens or high >= tokens:
+            raise ValueError(f"logits_to_keep holds {low if low < -tokens else high}: {wanted}")
+    return logits_to_keep
 
 
 def _extremes(values: torch.Tensor) -> tuple[int, int]:
     low, high = torch.stack(torch.aminmax(values)).tolist()
     return int(low), int(high)
+
+
+def _check_tensor(name: str, value: Any, wanted: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a tensor {wanted}")
+
+
+def _check_integers(name: str, value: torch.Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise ValueError(f"{name} holds {value.dtype}: pass {' or '.join(map(str, INTEGERS))}")

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from qwen2_npu.cache import CacheShape, FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of, growing_cache, one_cache
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.models import arguments
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -83,12 +84,16 @@ class GenerationHooks:
         """transformers' ``generate`` with all its options; see there.
 
         Raises:
-            ValueError: an empty prompt, token ids outside the vocabulary, right-padded prompts.
+            ValueError: a prompt of another form than (B, S) ids, an empty one, ids outside the vocabulary, padding on
+                the right, a mask that does not fit, or more tokens than the model has positions; the last new token
+                takes none.
             CacheOverflowError: a cache passed as ``past_key_values`` (``cache``) is too small.
         """
-        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        cache = arguments.check_cache(one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None)))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        prompt = {**kwargs, "inputs": args[0]} if args else kwargs
+        arguments.check_prompt(prompt, self.device, continues=cache is not None)
         call = Call(self)
         token = _CALL.set(call)
         try:
@@ -101,10 +106,20 @@ class GenerationHooks:
         finally:
             _CALL.reset(token)
 
-    def _cache_for_generation(self: Qwen2ForCausalLM, rows: int, max_length: int) -> Cache:  # type: ignore[misc]
+    def _check_length(self: Qwen2ForCausalLM, tokens: int, mask: torch.Tensor | None) -> None:  # type: ignore[misc]
+        """Refuse, before the first token, a call that will be given more ``tokens`` per row than there are positions.
+
+        The last token that is generated is given to nobody: it takes none.
+        """
+        positions = self.config.max_position_embeddings
+        arguments.check_capacity(positions, arguments.live_tokens(mask, tokens, positions))
+
+    def _cache_for_generation(self: Qwen2ForCausalLM, rows: int, tokens: int) -> Cache:  # type: ignore[misc]
+        """A cache for ``tokens`` per row, padding included, and one more, which a continuation may want."""
         if not self.optimizations.fixed_kv_cache:
             return growing_cache()
-        shape, call = self.cache_shape(rows, max_length), self._call()
+        capacity = max(tokens, min(tokens + 1, self.config.max_position_embeddings))
+        shape, call = self._cache_shape(rows, capacity), self._call()
         if call is None:  # nobody would give it back
             return FixedKVCache(shape)
         cache = self._pool.take(shape)
@@ -120,6 +135,8 @@ class GenerationHooks:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        mask = model_kwargs.get("attention_mask")
+        self._check_length(max_cache_length, mask)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -130,15 +147,14 @@ class GenerationHooks:
                 f"cache_implementation={generation_config.cache_implementation!r}: this model brings its own cache "
                 f"(fixed_kv_cache={self.optimizations.fixed_kv_cache}); leave cache_implementation unset"
             )
-        mask = model_kwargs.get("attention_mask")
         if generation_config.prefill_chunk_size is not None and mask is not None and not bool((mask != 0).all()):
             raise UnsupportedError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} with padded rows: a chunk may hold nothing "
                 "but a row's padding; leave prefill_chunk_size unset, or pass rows of one length"
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        # max_cache_length leaves out the last token, whose k and v are never read; a continuation may want it.
-        model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, max_cache_length + 1)
+        # max_cache_length leaves out the last token, whose k and v are never read.
+        model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, max_cache_length)
 
     def _supports_logits_to_keep(self: Qwen2ForCausalLM) -> bool:  # type: ignore[misc]
         # generate() then asks for the last position only: exactly what the step is about.
@@ -184,13 +200,15 @@ class GenerationHooks:
             )
         use_cache = kwargs.get("use_cache")
         first_of_embeds = inputs_embeds is not None and past == 0
-        if past_key_values is None and use_cache:
+        if past == 0:
             rows, given = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
             # With inputs_embeds, max_length does not count the prompt.
             extra = given if first_of_embeds else 0
             call = self._call()
-            longest = given if call is None or call.max_length is None else call.max_length
-            past_key_values = self._cache_for_generation(rows, longest + extra)
+            tokens = given if call is None or call.max_length is None else max(given, call.max_length - 1 + extra)
+            self._check_length(tokens, attention_mask)
+            if past_key_values is None and use_cache:
+                past_key_values = self._cache_for_generation(rows, tokens)
         if past > 0:
             total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
             input_ids = input_ids[:, -(total - past) :]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.models.arguments import check_mask_values
 from qwen2_npu.models.attention import AttentionInputs, Phase
 from qwen2_npu.optimizations import Optimizations
 
@@ -38,12 +39,15 @@ class Rows:
         """Read the last ``tokens`` columns of ``mask`` (B, T), 1 = live. Synchronises once where there is a mask.
 
         Raises:
-            ValueError: a row without a live token.
+            ValueError: a row without a live token, or a mask that holds more than 0 and 1.
         """
         if mask is None:
             return cls(None, [tokens] * batch)
         live = mask[:, -tokens:] != 0
-        lengths = [int(length) for length in live.sum(dim=1).tolist()]
+        others = ((mask != 0) & (mask != 1)).sum()
+        *lengths, wrong = torch.cat((live.sum(dim=1), others[None])).tolist()
+        if wrong:
+            check_mask_values(mask)
         if min(lengths) == 0:
             raise ValueError(
                 f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: "
@@ -72,6 +76,21 @@ class Rows:
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     index = order.reshape(order.shape + (1,) * (values.dim() - 2)).expand(*order.shape, *values.shape[2:])
     return values.gather(1, index)
+
+
+def padded_positions(
+    mask: torch.Tensor | None, past: int, tokens: int, positions: int, device: torch.device
+) -> torch.Tensor:
+    """(B or 1, S) of rows that stay padded: as the stock model counts by itself, padding included; live tokens alone
+    where the model has not as many positions.
+
+    Args:
+        mask: (B, T).
+        positions: the model's.
+    """
+    if mask is None or past + tokens <= positions:
+        return torch.arange(past, past + tokens, device=device)[None]
+    return ((mask != 0).cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]
 
 
 def pad_tokens(values: torch.Tensor, length: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
-from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
+from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens, padded_positions
 from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
@@ -45,8 +46,6 @@ from qwen2_npu.sources import check_heads
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
-
-IGNORED_LABEL = -100
 
 LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
 
@@ -189,13 +188,11 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         Raises:
             ValueError: ``capacity`` is beyond the model's positions.
         """
-        positions = self.config.max_position_embeddings
-        if capacity > positions:
-            raise ValueError(
-                f"prompt and new tokens need {capacity} positions, the model has "
-                f"max_position_embeddings={positions}: shorten "
-                f"the prompt or lower max_new_tokens"
-            )
+        arguments.check_capacity(self.config.max_position_embeddings, capacity)
+        return self._cache_shape(batch_size, capacity)
+
+    def _cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
+        """Also of prompts whose padding is wider than the model has positions."""
         return CacheShape.of(
             self.config,
             batch_size=batch_size,
@@ -278,17 +275,18 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             ``CausalLMOutputWithPast``; logits at positions whose mask is 0 are unspecified.
 
         Raises:
-            ValueError: inputs that do not fit; see the message.
+            ValueError: inputs that do not fit; see the message. On a device other than the CPU the ids and positions
+                of a step of one token are not looked into: it would have to wait for the device.
             TypeError: an argument that this model would have to ignore.
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
         arguments.check_names(others)
-        given = arguments.tokens_of(input_ids, inputs_embeds)
         cache = one_cache(past_key_values, cache)
+        table = self.model.embed_tokens.weight
+        given = arguments.check_tensors(table, cache, input_ids, inputs_embeds, attention_mask, labels)
         batch, tokens = given.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        arguments.check_mask(attention_mask, batch, past, tokens)
-        arguments.check_positions(self.model.rotary.positions, past + tokens, position_ids if past == 0 else None)
+        position_ids = arguments.rows_of_positions(position_ids, attention_mask, given)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -300,13 +298,12 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 f"kept; use optimizations with fixed_kv_cache and flash_attention off"
             )
         use_cache = config.use_cache if use_cache is None else use_cache
-        if input_ids is not None and past == 0:
+        positions = self.model.rotary.positions
+        # A decode step must not wait for a device: its values are checked where the device is the CPU.
+        looked_into = past == 0 or tokens > 1 or table.device.type == "cpu"
+        if input_ids is not None and looked_into:
             arguments.check_vocabulary(input_ids, self.vocab_size)
         self.model.rotary.prepare(self.dtype, given.device)
-        if cache is None and use_cache:
-            cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, config.max_position_embeddings))
-        if position_ids is not None:
-            position_ids = position_ids.expand(batch, -1).contiguous()
         over_all = labels is not None and labels.shape[1] == tokens
         kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens)
         one = isinstance(kept, torch.Tensor) and kept.dim() == 0
@@ -318,8 +315,26 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 raise UnsupportedError(
                     f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
                 )
-            logits = self._forward_fixed(given, attention_mask, position_ids, cache, wanted, recording)
+            if cache is not None:
+                cache.check_room(batch, tokens)
+            before = [0] * batch if cache is None else cache.lengths
+            decoding = tokens == 1 and max(before) > 0
+            rows = Rows.of(None if decoding else attention_mask, batch, tokens)
+            longest = max(map(operator.add, before, rows.lengths))
+            arguments.check_positions(positions, longest, position_ids if looked_into else None)
+            if cache is None and use_cache:
+                capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
+                cache = FixedKVCache(self._cache_shape(batch, capacity))
+            logits = self._forward_fixed(given, rows, position_ids, cache, wanted, recording)
         else:
+            if attention_mask is not None and (past == 0 or tokens > 1):
+                arguments.check_mask_values(attention_mask)
+            longest = arguments.live_tokens(attention_mask, past + tokens, positions)
+            looked_into = looked_into or past + tokens > positions
+            arguments.check_positions(positions, longest, position_ids if looked_into else None)
+            if position_ids is None:
+                position_ids = padded_positions(attention_mask, past, tokens, positions, given.device)
+            cache = growing_cache() if cache is None and use_cache else cache
             logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
         if one:
             logits = logits[:, 0]
@@ -339,18 +354,14 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     def _forward_fixed(
         self,
         given: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        rows: Rows,
         position_ids: torch.Tensor | None,
         cache: FixedKVCache | None,
         wanted: slice | torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
     ) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
-        batch, tokens = given.shape[:2]
-        decoding = cache is not None and tokens == 1 and max(cache.lengths) > 0
-        rows = Rows.of(None if decoding else attention_mask, batch, tokens)
-        if cache is not None:
-            cache.check_room(batch, tokens)
+        tokens = given.shape[1]
         if position_ids is not None:
             position_ids = rows.compact(position_ids)
         compact, length = rows.compact(given), tokens
@@ -360,7 +371,10 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             length = round_prompt(tokens, cache.shape.capacity)
             compact = pad_tokens(compact, length)
             position_ids = None if position_ids is None else pad_tokens(position_ids, length)
+        last_position = (0 if cache is None else max(cache.lengths)) + length - 1
         phase, inputs = fixed_cache_inputs(cache, rows, length, position_ids, self._masks, given.device)
+        if position_ids is None and last_position >= self.model.rotary.positions:  # of padding, which nobody reads
+            inputs = inputs._replace(position_ids=inputs.position_ids.clamp(max=self.model.rotary.positions - 1))
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
@@ -380,7 +394,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         self,
         given: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
         cache: Cache | None,
         wanted: slice | torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
@@ -388,8 +402,6 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         """Padded rows and the stock growing cache, masked as the stock model does."""
         tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(past, past + tokens, device=given.device)[None]
         mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
         inputs = AttentionInputs(position_ids, None, mask, sliding)
         hidden_states = self.model(
@@ -412,5 +424,7 @@ def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, live: torch.Tensor
         raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape[:2])}: pass as many")
     shifted = labels[:, 1:].to(logits.device)
     if live is not None:
-        shifted = shifted.masked_fill(live[:, :-1] == 0, IGNORED_LABEL)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED_LABEL)
+        shifted = shifted.masked_fill(live[:, :-1] == 0, arguments.IGNORED_LABEL)
+    return F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=arguments.IGNORED_LABEL
+    )

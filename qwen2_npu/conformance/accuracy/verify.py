@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
@@ -22,7 +23,7 @@ from qwen2_npu.conformance.accuracy.model_pair import Build, Sample, Subject
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
-from qwen2_npu.graph import compile_model
+from qwen2_npu.graph import check_mode, compile_model
 from qwen2_npu.optimizations import LADDER, Optimizations
 
 SCHEMA = 1
@@ -159,6 +160,8 @@ def verify(
         ValueError: an unknown step.
     """
     presets = {step: Optimizations.up_to(step) for step in steps}
+    for optimizations in presets.values():
+        check_mode(mode, torch.device(device), optimizations)
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
     subject = Subject.of_checkpoint(model_path, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from qwen2_npu import checkpoint
+from qwen2_npu import checkpoint, graph
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
@@ -22,8 +22,6 @@ from qwen2_npu.sources import open_checkpoint, read_config
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
-
-NPU_MODES = ("torchair", "npugraph_ex")
 
 GRAPH_COMPILER = {"npu": "torchair"}
 """Type of device -> compile_model's mode for graph rows; any other device has inductor."""
@@ -45,12 +43,7 @@ def check_mode(mode: str, device: torch.device, step: str) -> None:
             f"mode={mode!r} captures a graph per shape, and the cache of {ORIGINAL} has another one at every step: use "
             "torchair for it, or leave it out"
         )
-    if mode in NPU_MODES:
-        npu.check_available(mode, device)
-    elif mode == "inductor" and device.type == "npu":
-        raise UnsupportedError(
-            f"mode={mode!r} compiles for CPU and CUDA, and the device is {device}: use {' or '.join(NPU_MODES)}"
-        )
+    graph.check_mode(mode, device)
 
 
 class RandomWeights:

@@ -72,10 +72,12 @@ def measure(
 def check_positions(config: Any, input_tokens: int, decode_steps: int) -> None:
     """Refuse what is longer than the model; the stock model would compute on, with positions it was never made for.
 
+    The last token is given to nobody: it takes no position.
+
     Raises:
         ValueError: the model has too few positions.
     """
-    needed, positions = input_tokens + decode_steps + 1, config.max_position_embeddings
+    needed, positions = input_tokens + decode_steps, config.max_position_embeddings
     if needed > positions:
         raise ValueError(
             f"{input_tokens} tokens and {decode_steps + 1} new ones need {needed} positions, the model has "

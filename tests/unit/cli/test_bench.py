@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,15 @@ from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import bench, breakdown, documented, protocol
 from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.conformance.perf.measurement import Summary
 from qwen2_npu.conformance.report.bench import tables
 from qwen2_npu.conformance.report.inputs import Inputs
 from qwen2_npu.conformance.sizes import SIZES
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
+
+
+CORES = len(os.sched_getaffinity(0))
 
 
 def run(*arguments: str) -> Result:
@@ -69,6 +75,41 @@ def test_a_prediction_says_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*TINY, "--batch", "1", "--steps", "fused_qkv", "--breakdown")
     said = "not measured: a decode step in graph mode of fused_qkv, batch 1, after 1535 tokens"
     assert said in words(result)
+
+
+WARNED, ALL = "the fastest core runs at 60%", "the process may run on 2 NUMA nodes"
+
+
+def test_a_warning_says_which_cases_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = protocol.measure
+
+    def measure(model: Any, *, batch: int, **named: Any) -> Any:
+        fewer = {"decode_ms": (1.0,) * 2} if batch == 2 else {}
+        return replace(right(model, batch=batch, **named), warnings=(ALL, *((WARNED,) if batch == 4 else ())), **fewer)
+
+    monkeypatch.setattr(protocol, "measure", measure)
+    result = run(*TINY, "--batch", "1,2,4", "--steps", "original,swiglu")
+    assert result.exit_code == 0, result.output
+    assert f"! original, batch 1, 2, 4; swiglu, batch 1, 2, 4: {ALL}" in words(result)
+    assert f"! original, batch 4; swiglu, batch 4: {WARNED}" in words(result)
+    assert "! original, batch 2; swiglu, batch 2: 2 decode steps of 4 asked for" in words(result)
+
+
+def test_why_there_is_no_documented_number_is_said_of_a_case(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from qwen2_npu.cli.bench import show
+
+    numbers = {field.name: 1 for field in fields(bench.Result)}
+    of = {"step": "original", "device": "cpu", "decode": Summary(1, 1, 1), "warnings": (), "faults": ()}
+    measured = [
+        bench.Result(**(numbers | of | {"batch": batch, "not_documented": (f"reason {batch // 4}",)}))
+        for batch in (1, 2, 4)
+    ]
+    show(measured, Console(width=200), "cpu")
+    said = capsys.readouterr().out
+    assert "original, batch 1, 2: beside no documented number: reason 0." in said
+    assert "original, batch 4: beside no documented number: reason 1." in said
 
 
 # ---- what was measured stays ----------------------------------------------------------------------------------------
@@ -137,9 +178,9 @@ def test_with_traceback_out_of_memory_shows_where(monkeypatch: pytest.MonkeyPatc
     [
         (["--mode", "torchair"], "error: mode='torchair' "),
         (["--mode", "npugraph_ex", "--steps", "original"], "error: mode='npugraph_ex' captures a graph per shape"),
-        (["--input-len", "3000"], "3000 tokens and 5 new ones need 3005 positions, the model has max_position"),
+        (["--input-len", "3000"], "3000 tokens and 5 new ones need 3004 positions, the model has max_position"),
         (["--input-len", "100000", "--batch", "48"], "100000 tokens and 5 new ones need"),
-        (["--breakdown", "--input-len", "2046", "--output-len", "2"], "need 2050 positions"),
+        (["--breakdown", "--input-len", "2047", "--output-len", "2"], "need 2050 positions"),
         (["--json", "/"], "error: / is a folder: name a file in it"),
     ],
 )
@@ -197,6 +238,11 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
         (["--random-weights", "7B", "--batch", "0"], "at least 1"),
         (["--random-weights", "7B", "--steps", "faster"], "no step faster"),
         (["--random-weights", "7B", "--output-len", "1"], "output-len"),
+        (["--random-weights", "7B", "--threads", "0"], "'--threads': 0 is not in the range"),
+        *(
+            (["--threads", str(n)], f"{n} threads: this process may use {CORES} cores; give 1 to {CORES}")
+            for n in (CORES + 1, 100000)
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from qwen2_npu import Qwen2ForCausalLM, emulator
 from qwen2_npu.cli import COMMANDS, main
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.optimizations import MODES, MODES_OF
 from tests.accuracy.faults import FAULTS
 from tests.unit.small import small_stock
 
@@ -106,6 +112,44 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str) 
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+WRONG_MODES = [(mode, kind) for kind in ("cpu", "npu") for mode in MODES if mode not in MODES_OF[kind]]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--prompt", "x"),
+        ("verify",),
+        ("bench", "--model-path", str(tiny.path()), "--input-len", "8", "--output-len", "4"),
+        ("bench", "--random-weights", "0.5B", "--steps", "swiglu", "--input-len", "8", "--output-len", "4"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(("mode", "kind"), WRONG_MODES)
+def test_a_mode_of_another_device_is_refused_before_a_model_is_built(
+    command: tuple[str, ...], mode: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "npu" and not emulator.is_active():
+        pytest.skip("there are no emulated cards here")
+    for target, name in ((Subject, "of_checkpoint"), (Qwen2ForCausalLM, "from_pretrained"), (Weights, "build")):
+        monkeypatch.setattr(target, name, lambda *given, **named: pytest.fail("a model was built"))
+    if command[0] != "generate":
+        command += ("--json", str(tmp_path / "result.json"))
+    steps = () if "--steps" in command or command[0] == "generate" else ("--steps", "swiglu")
+    result = run(*command, *steps, "--mode", mode, "--device", kind)
+    assert result.exit_code == 2
+    lines = [line for line in result.output.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert re.search(rf"(whose modes are|or take one of) {', '.join(MODES_OF[kind])}", lines[0])
+
+
+def test_generate_says_first_that_a_graph_needs_a_fixed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", lambda *given, **named: pytest.fail("a model was built"))
+    result = run("generate", "--prompt", "x", "--device", "cpu", "--mode", "inductor", "--steps", "add_rms_norm")
+    assert result.exit_code == 2
+    assert "mode='inductor' needs the fixed_kv_cache step" in result.output
 
 
 def test_generate_continues_a_prompt() -> None:

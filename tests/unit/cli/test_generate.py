@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
 
@@ -79,6 +80,50 @@ def test_bad_options(arguments: list[object], message: str) -> None:
     assert result.exit_code == 2
     assert message in result.output
     assert "Once upon" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(
+            ("--temperature", value, f"{value} is too small: logits divided by it overflow; leave --sample out")
+            for value in ("1e-40", "9.99989e-321", "1e-31")
+        ),
+        ("--temperature", "inf", "inf is too large: give 1e-30 to 1e+30"),
+        ("--temperature", "1e+39", "1e+39 is too large: give 1e-30 to 1e+30"),
+        ("--temperature", "nan", "nan is no number: give 1e-30 to 1e+30"),
+        ("--temperature", "0", "0.0 is not in the range x>0"),
+        ("--temperature", "-1", "-1.0 is not in the range x>0"),
+        ("--top-p", "nan", "nan is no number: give one above 0 and up to 1"),
+        ("--top-p", "inf", "inf is not in the range"),
+        ("--top-k", "nan", "'nan' is not a valid integer range"),
+    ],
+)
+def test_sampling_options_that_no_probabilities_come_of(
+    option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", lambda *given, **named: pytest.fail("a model was built"))
+    result = generate("--prompt", "Once upon", "--sample", option, value)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e-6, 1e30])
+def test_extreme_temperatures_that_are_taken(value: float) -> None:
+    assert generate("--prompt", "x", "--max-new-tokens", 2, "--sample", "--temperature", value).exit_code == 0
+
+
+def test_a_small_temperature_takes_the_most_likely_token() -> None:
+    call = ("--prompt", "Let us count: two, three,", "--max-new-tokens", 4)
+    assert generate(*call, "--sample", "--temperature", 1e-30).stdout == generate(*call).stdout
+
+
+def test_a_checkpoint_with_such_a_temperature(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 1e-40, "do_sample": true}')
+    result = generate("--model-path", folder, "--prompt", "Once upon", "--sample")
+    assert result.exit_code == 2
+    assert "generation_config.json: temperature 1e-40 is too small" in result.output
+    assert generate("--model-path", folder, "--prompt", "x", "--sample", "--temperature", 1).exit_code == 0
 
 
 def test_the_largest_seed() -> None:

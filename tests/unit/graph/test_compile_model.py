@@ -7,7 +7,8 @@ import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.graph import inductor
+from qwen2_npu.graph import inductor, npu
+from qwen2_npu.optimizations import MODES, MODES_OF
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -119,6 +120,41 @@ def test_what_records_layers_runs_uncompiled(weights, counter):
 def test_a_growing_cache_is_refused(weights):
     with pytest.raises(UnsupportedError, match="needs the fixed_kv_cache step"):
         compile_model(build(weights, Optimizations.none()), "inductor")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "npu", "xpu", "meta"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_every_device_is_served_or_refused_by_name(mode, kind, monkeypatch, weights):
+    """Refused in one line that names the modes to take, and before anything is compiled."""
+    monkeypatch.setattr(npu, "check_installed", lambda mode, others: None)
+    monkeypatch.setattr(graph, "_compiler", lambda mode, model, options: lambda step: step)
+    monkeypatch.setattr(Qwen2ForCausalLM, "device", Device(kind))
+    model = build(weights, Optimizations.all())
+    if mode in MODES_OF.get(kind, ("eager",)):
+        assert compile_model(model, mode) is model
+        assert bool(model.compiled_steps) == (mode != "eager")
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        compile_model(model, mode)
+    message, takes = str(caught.value), ", ".join(MODES_OF.get(kind, ("eager",)))
+    assert message.startswith(f"mode='{mode}' compiles for ")
+    assert f", and the device is {kind}:0, whose modes are {takes}: take one of them" in message
+    assert "\n" not in message
+    assert model.compiled_steps == {}
+
+
+class Device:
+    """A device of a type that torch may know nothing of here."""
+
+    def __init__(self, kind: str) -> None:
+        self.type = kind
+
+    def __str__(self) -> str:
+        return f"{self.type}:0"
+
+
+def test_every_mode_compiles_for_some_device():
+    assert {mode for modes in MODES_OF.values() for mode in modes} == set(MODES)
 
 
 def test_mode_comes_from_the_environment_and_is_parsed(weights, monkeypatch):

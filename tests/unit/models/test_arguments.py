@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwen2_npu.compat import growing_cache
 from qwen2_npu.models import arguments
+from qwen2_npu.models.inputs import Rows
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,137 @@ def test_masks_that_do_not_fit(mask, message):
         arguments.check_mask(mask, 2, 3, 2)
 
 
+IDS, EMBEDS, TABLE = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, 4), torch.ones(9, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "embeds", "message"),
+    [
+        ([[1, 2]], None, r"^input_ids is a list: pass a tensor \(batch, tokens\) of token ids$"),
+        (IDS.numpy(), None, r"^input_ids is a ndarray: pass a tensor"),
+        ("text", None, r"^input_ids is a str: pass a tensor"),
+        *(
+            (IDS.to(dtype), None, rf"^input_ids holds {dtype}: pass torch.int64 or torch.int32$")
+            for dtype in (torch.float32, torch.bool, torch.int16, torch.uint8)
+        ),
+        (IDS[0], None, r"^input_ids \(batch, tokens\) expected, got shape \(3,\)$"),
+        (IDS[None], None, r"^input_ids \(batch, tokens\) expected, got shape \(1, 2, 3\)$"),
+        (IDS[:0], None, r"^empty prompt: input_ids \(batch, tokens\) has shape \(0, 3\)"),
+        (IDS[:, :0], None, r"^empty prompt: input_ids \(batch, tokens\) has shape \(2, 0\)"),
+        (None, [[[1.0]]], r"^inputs_embeds is a list: pass a tensor \(batch, tokens, hidden\) of embeddings$"),
+        (None, EMBEDS[0], r"^inputs_embeds \(batch, tokens, hidden\) expected, got shape \(3, 4\)$"),
+        (None, EMBEDS[:, :, :2], r"inputs_embeds of shape \(2, 3, 2\): the model has hidden_size=4; pass .* 4\)$"),
+        (None, EMBEDS.double(), r"^inputs_embeds is torch.float64, the model torch.float32: pass .*\.to"),
+        (None, EMBEDS.long(), r"^inputs_embeds is torch.int64, the model torch.float32"),
+        (IDS, EMBEDS, r"^pass exactly one of input_ids and inputs_embeds$"),
+        (IDS.to("meta"), None, r"^input_ids is on meta, the model on cpu: pass input_ids.to\(model.device\)$"),
+        (None, EMBEDS.to("meta"), r"^inputs_embeds is on meta, the model on cpu: pass inputs_embeds.to"),
+    ],
+)
+def test_tokens_that_are_none(ids, embeds, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.check_tensors(TABLE, None, ids, embeds, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tokens_that_are_some(dtype):
+    assert arguments.check_tensors(TABLE, None, IDS.to(dtype), None, torch.ones(2, 3), IDS).dtype == dtype
+    assert arguments.check_tensors(TABLE, None, None, EMBEDS, None, IDS[:, :1]) is EMBEDS
+
+
+@pytest.mark.parametrize("value", [-1e9, 2.0, 0.5, float("nan"), float("-inf")])
+def test_a_mask_of_anything_but_0_and_1(value):
+    """One that is to be added to the scores would be taken for its opposite."""
+    mask = torch.ones(2, 3)
+    mask[1, 1] = value
+    message = rf"attention_mask holds {value}: pass 1 for a token and 0 for padding"
+    for look in (lambda: arguments.check_mask_values(mask), lambda: Rows.of(mask, 2, 3)):
+        with pytest.raises(ValueError, match=message):
+            look()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_mask_of_any_dtype(dtype):
+    arguments.check_mask_values(torch.tensor([[0, 1, 1]]).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([[0, 1, 2]], r"^position_ids is a list: pass a tensor \(batch or 1, new tokens\) = \(2 or 1, 3\)$"),
+        (torch.arange(2)[None], r"^position_ids of shape \(1, 2\): pass \(batch or 1, new tokens\) = \(2 or 1, 3\)$"),
+        (torch.arange(9).view(3, 3), r"^position_ids of shape \(3, 3\): pass"),
+        (torch.arange(3).view(1, 1, 3), r"^position_ids of shape \(1, 1, 3\): pass"),
+        (torch.arange(3.0)[None], r"^position_ids holds torch.float32: pass torch.int64 or torch.int32$"),
+        (torch.arange(3, device="meta"), r"^position_ids is on meta, the model on cpu: pass position_ids.to"),
+    ],
+)
+def test_positions_of_another_form(positions, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.rows_of_positions(positions, None, IDS)
+
+
+def test_positions_of_padding_do_not_count():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])
+    rows = arguments.rows_of_positions(torch.tensor([[7, 8, 9]]), mask, IDS)
+    assert rows.tolist() == [[7, 8, 9], [0, 8, 9]]
+    assert arguments.rows_of_positions(torch.tensor([7, 8, 9]), None, IDS).tolist() == [[7, 8, 9]] * 2
+    assert arguments.rows_of_positions(torch.tensor([[5]]), mask, IDS[:, :1]).tolist() == [[5], [5]]
+    assert arguments.rows_of_positions(None, mask, IDS) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[1, 2, 3]], r"^labels is a list: pass a tensor \(batch, tokens\) of torch.int64, with -100 where none"),
+        (IDS[0], r"^labels of shape \(3,\) and torch.int64: pass a tensor"),
+        (IDS.float(), r"^labels of shape \(2, 3\) and torch.float32: pass a tensor"),
+        (IDS + 9, r"^label 10 is outside the vocabulary of 9"),
+        (IDS - 5, r"^label -4 is outside the vocabulary of 9"),
+    ],
+)
+def test_labels_that_are_none(labels, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.check_labels(labels, 9)
+    arguments.check_labels(torch.tensor([[-100, 8]]), 9)
+
+
+def test_a_cache_that_is_none_or_of_other_rows():
+    for cache in ((IDS, IDS), "cache", object()):
+        with pytest.raises(ValueError, match=rf"is a {type(cache).__name__}: pass a cache of allocate_cache"):
+            arguments.check_cache(cache, 2)
+    cache = growing_cache()
+    assert arguments.check_cache(cache, 2) is cache
+    cache.update(torch.ones(3, 1, 2, 4), torch.ones(3, 1, 2, 4), 0)
+    assert arguments.check_cache(cache, 3) is cache
+    with pytest.raises(ValueError, match=r"holds 3 rows, and the batch has 2: pass a cache"):
+        arguments.check_cache(cache, 2)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("last", r"^logits_to_keep is a str: pass a number of positions, or a tensor of positions from -3 to 2$"),
+        (1.5, r"^logits_to_keep is a float"),
+        (torch.tensor([1.0]), r"^logits_to_keep is a torch.float32"),
+        (torch.tensor([0, 3]), r"^logits_to_keep holds 3"),
+        (torch.tensor([-4]), r"^logits_to_keep holds -4"),
+        ([0, 7], r"^logits_to_keep holds 7"),
+        (torch.tensor([True]), r"^logits_to_keep has \(1,\) booleans for 3 tokens"),
+    ],
+)
+def test_positions_that_no_logits_are_kept_of(keep, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.kept_positions(keep, 3)
+
+
+def test_live_tokens_of_the_longest_row():
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    assert arguments.live_tokens(mask, 9, 8) == 8
+    assert arguments.live_tokens(mask, 8, 8) == 8  # is not looked into
+    assert arguments.live_tokens(None, 9, 8) == 9
+
+
 def test_masks_that_fit():
     arguments.check_mask(None, 2, 3, 2)
     arguments.check_mask(torch.zeros(2, 5), 2, 3, 2)
@@ -70,6 +203,9 @@ def test_positions_without_a_row_in_the_table(total, positions, message):
         (torch.tensor([-1, 0]), [4, 0]),
         (torch.tensor([True, False, False, True, False]), [0, 3]),
         (torch.tensor(2), 2),
+        ([1, 3], [1, 3]),
+        (slice(1, 3), [1, 2]),
+        (None, [0, 1, 2, 3, 4]),
     ],
 )
 def test_kept_positions_are_those_that_the_stock_model_takes(keep, positions):

@@ -14,7 +14,7 @@ from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
-from tests.unit.small import V4, small_stock, stock_weights
+from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +230,112 @@ def test_two_caches_in_one_call_are_refused(full, prompt):
         full.generate(**prompt, max_new_tokens=2, cache=cache, past_key_values=cache)
 
 
+# ---- as many tokens as positions
+FEW = 24
+
+
+@pytest.fixture(scope="module")
+def short_stock():
+    return small_stock(small_config(num_hidden_layers=1, max_position_embeddings=FEW))
+
+
+@pytest.fixture(scope="module", params=["swiglu", "fixed_kv_cache", "none"])
+def short(request, short_stock):
+    optimizations = Optimizations.none() if request.param == "none" else Optimizations.up_to(request.param)
+    weights = stock_weights(short_stock)
+    return Qwen2ForCausalLM.from_state_dict(short_stock.config, weights, optimizations=optimizations)
+
+
+def no_forward(model, monkeypatch):
+    monkeypatch.setattr(model, "prefill_step", lambda *given: pytest.fail("it was computed"))
+    monkeypatch.setattr(model.model, "forward", lambda *given: pytest.fail("it was computed"))
+
+
+WAYS = {
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 2},
+    "several": {"num_beams": 2, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not (V4 and way == "lookup")])
+@pytest.mark.parametrize(("width", "new"), [(FEW - 1, 2), (FEW, 1), (FEW - 1, 3), (FEW, 2), (FEW + 1, 1)])
+def test_the_last_new_token_takes_no_position(short, short_stock, width, new, way, monkeypatch):
+    """The stock model, which stops nowhere, is followed up to the last position; what goes beyond is refused first."""
+    ids = torch.randint(1, 199, (1 if way == "lookup" else 2, width), generator=torch.Generator().manual_seed(width))
+    call = {"input_ids": ids, "max_new_tokens": new, "do_sample": False, **WAYS[way]}
+    if width + new - 1 <= FEW:
+        assert torch.equal(short.generate(**call), short_stock.generate(**call))
+        return
+    no_forward(short, monkeypatch)
+    with pytest.raises(
+        ValueError, match=rf"^prompt and new tokens need {width + new - 1} positions, the model has max_"
+    ):
+        short.generate(**call)
+
+
+@pytest.mark.parametrize("width", [FEW, FEW + 3, FEW + 11])
+@pytest.mark.parametrize(("live", "new"), [(FEW - 1, 2), (FEW, 1), (FEW - 1, 3), (FEW, 2)])
+def test_padding_takes_no_position(short, short_stock, width, live, new, monkeypatch):
+    ids = torch.randint(1, 199, (2, width), generator=torch.Generator().manual_seed(width))
+    mask = torch.ones_like(ids)
+    mask[0, : width - live] = mask[1, : width - 5] = 0
+    call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False}
+    if live + new - 1 <= FEW:
+        assert torch.equal(short.generate(**call), short_stock.generate(**call))
+        return
+    no_forward(short, monkeypatch)
+    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions, the model has max_"):
+        short.generate(**call)
+
+
+@pytest.mark.skipif(V4, reason="4.37.0's generate takes no embeddings without a bos token")
+@pytest.mark.parametrize(("width", "new"), [(FEW - 1, 2), (FEW, 1), (FEW, 2)])
+def test_embeddings_take_positions_as_ids_do(short, short_stock, width, new, monkeypatch):
+    embeds = short_stock.get_input_embeddings()(torch.arange(1, width + 1)[None])
+    call = {"inputs_embeds": embeds, "max_new_tokens": new, "do_sample": False}
+    if width + new - 1 <= FEW:
+        assert torch.equal(short.generate(**call), short_stock.generate(**call))
+        return
+    no_forward(short, monkeypatch)
+    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions"):
+        short.generate(**call)
+
+
 # ---- bad input
 # --------------------------------------------------------------------------------------------------------
 def test_right_padding_is_refused(model, prompt):
     with pytest.raises(ValueError, match=r"row 1 of the prompt is padded on the right .*padding_side='left'"):
         model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"].flip(1), max_new_tokens=2)
+
+
+IDS, ONES = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.ones(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"^input_ids is a list: pass a tensor"),
+        ({"inputs": "text"}, r"^input_ids is a str: pass a tensor"),
+        ({"input_ids": IDS.float()}, r"^input_ids holds torch.float32: pass torch.int64"),
+        ({"input_ids": IDS[0]}, r"^input_ids \(batch, tokens\) expected, got shape \(3,\)"),
+        ({"input_ids": IDS[:, :0]}, r"^empty prompt: input_ids"),
+        ({"inputs_embeds": torch.ones(2, 256)}, r"^inputs_embeds \(batch, tokens, hidden\) expected"),
+        ({"input_ids": IDS, "attention_mask": ONES.tolist()}, r"^attention_mask is a list: pass a tensor"),
+        ({"input_ids": IDS, "attention_mask": ONES[:, :2]}, r"^attention_mask covers 2 tokens, but .* 3 are new"),
+        ({"input_ids": IDS, "attention_mask": ONES.repeat(1, 2)}, r"^attention_mask covers 6 tokens, but .* 3 are new"),
+        ({"input_ids": IDS, "attention_mask": ONES[:1]}, r"^attention_mask of shape \(1, 3\): pass a 2-D mask"),
+        ({"input_ids": IDS, "attention_mask": ONES[0]}, r"^attention_mask of shape \(3,\): pass a 2-D mask"),
+        ({"input_ids": IDS, "attention_mask": ONES * 2}, r"^attention_mask holds 2: pass 1 for a token and 0"),
+        ({"input_ids": IDS, "position_ids": [[0, 1, 2]]}, r"^position_ids is a list: pass a tensor"),
+        ({"input_ids": IDS, "past_key_values": "cache"}, r"is a str: pass a cache of allocate_cache"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_before_transformers_meets_it(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**call, max_new_tokens=2, do_sample=False)
 
 
 def test_a_cache_too_small_for_the_prompt(full):

@@ -55,7 +55,7 @@ def test_graph_rows_are_compiled() -> None:
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("torchair", "needs torch_npu|compiles for NPUs, and the model is on cpu"),
+        ("torchair", "needs torch_npu|compiles for NPUs, and the device is cpu, whose modes are eager, inductor"),
         ("npugraph_ex", "the cache of original has another one at every step"),
     ],
 )

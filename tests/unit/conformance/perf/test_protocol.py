@@ -66,8 +66,13 @@ def test_a_decode_latency_needs_a_step() -> None:
 def test_more_tokens_than_positions_are_refused(build: Any) -> None:
     model = build()  # of 512 positions
     model.register_forward_pre_hook(lambda module, args: pytest.fail("it was run"))
-    with pytest.raises(ValueError, match="509 tokens and 4 new ones need 513 positions, the model has max_position"):
-        measure(model, batch=1, input_tokens=509, decode_steps=3)
+    with pytest.raises(ValueError, match="510 tokens and 4 new ones need 513 positions, the model has max_position"):
+        measure(model, batch=1, input_tokens=510, decode_steps=3)
+
+
+@pytest.mark.parametrize("build", [small_stock, ours])
+def test_as_many_tokens_as_positions_are_measured(build: Any) -> None:
+    assert measure(build(), batch=1, input_tokens=510, decode_steps=2).faults() == []
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------
