@@ -7,8 +7,10 @@ incremental attention operator reads is exactly ``actual_seq_lengths = lengths``
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,18 +173,43 @@ class FixedKVCache(Cache):
         if used + new_tokens > self.shape.capacity:
             raise CacheOverflowError(
                 f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; "
-                "allocate more "
-                f"with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), or raise "
-                "max_new_tokens "
-                f"in generate()"
+                f"allocate more with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), "
+                "or raise max_new_tokens in generate()"
             )
 
-    def begin(self, new_lengths: list[int]) -> None:
-        """Account for several new tokens per row, whose k and v the forward pass is about to write.
+    @contextlib.contextmanager
+    def step(self, new_lengths: list[int], tokens: int, *, masks: bool = True) -> Iterator[list[int]]:
+        """One forward pass: its body writes the new k and v at ``write_index``. ``lengths`` and the masks count the new
+        tokens already.
+
+        A body that raises leaves the cache as it was: the step can be tried again.
 
         Args:
             new_lengths: live new tokens per row.
+            tokens: new tokens per row, padding included.
+            masks: whether a decode step of this model reads ``drop_mask``.
+
+        Yields:
+            Live tokens per row before the step.
         """
+        past, seen_tokens = self.lengths, self.seen_tokens
+        try:
+            if tokens == 1 and max(past) > 0:
+                self._count_one(masks)
+            else:
+                self._count(new_lengths)
+            yield past
+            if min(new_lengths) == max(new_lengths) == tokens:
+                self.write_index.add_(tokens)
+            else:
+                self.write_index.add_(torch.tensor(new_lengths, dtype=torch.int64, device=self.shape.device))
+            self.seen_tokens = seen_tokens + tokens
+        except BaseException:  # an interrupt, too
+            self._go_back(past, seen_tokens)
+            raise
+
+    def _count(self, new_lengths: list[int]) -> None:
+        """Several new tokens per row: the masks are built anew."""
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
         lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.shape.device)
         slots = torch.arange(self.shape.capacity, device=self.shape.device)
@@ -192,12 +219,8 @@ class FixedKVCache(Cache):
             expired = slots < lengths[:, None] - self.shape.sliding_window
             torch.logical_or(self.drop_mask, expired, out=self.sliding_drop_mask)
 
-    def begin_decode(self, *, masks: bool) -> None:
-        """Account for one new token per row, at ``write_index``: no synchronisation, one slot of the masks touched.
-
-        Args:
-            masks: whether the attention of this model reads ``drop_mask``.
-        """
+    def _count_one(self, masks: bool) -> None:
+        """One new token per row, at ``write_index``: no synchronisation, one slot of the masks touched."""
         self.lengths = [length + 1 for length in self.lengths]
         slot = self.write_index[:, None]
         if masks:
@@ -209,18 +232,15 @@ class FixedKVCache(Cache):
             # The slot that leaves the window; while none does, slot 0 is written with what it holds.
             self.sliding_drop_mask.scatter_(1, (slot - window).clamp(min=0), slot >= window)
 
-    def end(self, new_tokens: int, new_lengths: list[int] | None = None) -> None:
-        """The forward pass has written: move the write positions on.
-
-        Args:
-            new_tokens: tokens per row including padding.
-            new_lengths: live new tokens per row; None when every row has ``new_tokens``.
-        """
-        self.seen_tokens += new_tokens
-        if new_lengths is None or min(new_lengths) == max(new_lengths) == new_tokens:
-            self.write_index.add_(new_tokens)
-        else:
-            self.write_index.add_(torch.tensor(new_lengths, dtype=torch.int64, device=self.shape.device))
+    def _go_back(self, lengths: list[int], seen_tokens: int) -> None:
+        """Undo a step that failed, wherever it did."""
+        self.lengths, self.seen_tokens = lengths, seen_tokens
+        self.write_index.copy_(torch.tensor(lengths, dtype=torch.int64))
+        self._rebuild_masks()
+        # What the step wrote is dead again. A NaN in it would still reach sums in which its weight is 0.
+        dead = self.drop_mask[:, :, None, None] if self.shape.slot_axis == 1 else self.drop_mask[:, None, :, None]
+        for tensor in self.key_cache + self.value_cache:
+            tensor.masked_fill_(dead, 0)
 
     # ---- transformers' Cache interface ---------------------------------------------------------------------------
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
@@ -290,9 +310,18 @@ class FixedKVCache(Cache):
         self._rebuild_masks()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes row ``beam_idx[i]``, in place, live slots only. For beam search."""
+        """Row ``i`` becomes row ``beam_idx[i]``, in place, live slots only. For beam search.
+
+        Where it fails, rows that others have overwritten are gone: the cache is empty then.
+        """
+        try:
+            self._reorder(beam_idx.to(self.shape.device))
+        except BaseException:
+            self.reset()
+            raise
+
+    def _reorder(self, beam_idx: torch.Tensor) -> None:
         live = max(self.lengths)
-        beam_idx = beam_idx.to(self.shape.device)
         for tensor in self.key_cache + self.value_cache:
             slots = tensor.narrow(self.shape.slot_axis, 0, live)
             slots.copy_(slots.index_select(0, beam_idx))
@@ -332,4 +361,4 @@ class FixedKVCache(Cache):
         self._rebuild_masks()
 
     def _rebuild_masks(self) -> None:
-        self.begin([0] * self.shape.batch_size)
+        self._count([0] * self.shape.batch_size)

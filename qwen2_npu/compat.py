@@ -6,6 +6,8 @@ of the layers, so with it there is no baseline for them and both are refused; an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,6 +155,30 @@ def cached_rows(cache: Any) -> int | None:
     layers: Any = cache
     tensors = layers.key_cache if IS_V4 else [getattr(layer, "keys", None) for layer in layers.layers]
     return next((int(tensor.shape[0]) for tensor in tensors if isinstance(tensor, torch.Tensor)), None)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(cache: Any) -> Iterator[None]:
+    """Leave a growing cache as it was where the body raises: it replaces its tensors, and never writes into them."""
+    if not isinstance(cache, DynamicCache):
+        yield
+        return
+    before = _copied(vars(cache))
+    layers = [_copied(vars(layer)) for layer in getattr(cache, "layers", [])]
+    try:
+        yield
+    except BaseException:
+        vars(cache).clear()
+        vars(cache).update(before)
+        for layer, state in zip(getattr(cache, "layers", []), layers, strict=True):
+            vars(layer).clear()
+            vars(layer).update(state)
+        raise
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Lists are changed in place; all else is replaced."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in attributes.items()}
 
 
 def torch_dtype_of(config: Qwen2Config) -> torch.dtype | None:

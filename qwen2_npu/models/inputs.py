@@ -9,6 +9,8 @@ Shapes: B batch, S new tokens, T tokens including the past, C slots of the cache
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +53,7 @@ class Rows:
         if min(lengths) == 0:
             raise ValueError(
                 f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: "
-                "an empty prompt; "
-                f"give every row at least one token"
+                "an empty prompt; give every row at least one token"
             )
         if min(lengths) == tokens:
             return cls(None, lengths)
@@ -154,37 +155,41 @@ class MaskFactory:
         return self._both(drop, distance)
 
 
-def fixed_cache_inputs(
+@contextlib.contextmanager
+def fixed_cache_step(
     cache: FixedKVCache | None,
     rows: Rows,
     tokens: int,
+    length: int,
     position_ids: torch.Tensor | None,
     masks: MaskFactory,
     device: torch.device,
-) -> tuple[Phase, AttentionInputs]:
-    """Phase and inputs of a pass over compact rows, and the cache's accounts opened for it.
+) -> Iterator[tuple[Phase, AttentionInputs]]:
+    """Phase and inputs of a pass over compact rows, which the body computes; see :meth:`FixedKVCache.step`.
 
     Args:
         cache: None for a pass that keeps nothing.
-        position_ids: (B, S) of the compact rows, or None for the count of live tokens before each.
+        tokens: new tokens per row, padding included.
+        length: positions per row that are computed, ``tokens`` or more.
+        position_ids: (B, length) of the compact rows, or None for the count of live tokens before each.
     """
-    past = [0] * len(rows.lengths) if cache is None else cache.lengths
-    phase: Phase = "prefill" if max(past) == 0 else "decode" if tokens == 1 else "extend"
-    if position_ids is None:
-        starts = torch.zeros(len(past), dtype=torch.int64, device=device) if cache is None else cache.write_index
-        position_ids = starts[:, None] + torch.arange(tokens, device=device)
-    optimizations = masks.optimizations
     if cache is None:
-        mask, sliding = masks.prefill(tokens, device)
-        return phase, AttentionInputs(position_ids, None, mask, sliding)
-    lengths: list[int] | None = None
-    if phase == "decode":
-        cache.begin_decode(masks=not optimizations.ifa_tiling)
-        mask_or_none, sliding = masks.decode(cache)
-        lengths = cache.lengths if optimizations.ifa_tiling else None
-        return phase, AttentionInputs(position_ids, cache.write_index, mask_or_none, sliding, lengths)
-    mask, sliding = masks.prefill(tokens, device) if phase == "prefill" else masks.extend(cache, past, tokens)
-    cache.begin(rows.lengths)
-    if phase == "extend":
-        lengths = [start + tokens for start in past]
-    return phase, AttentionInputs(position_ids, cache.write_index, mask, sliding, lengths)
+        mask, sliding = masks.prefill(length, device)
+        positions = torch.arange(length, device=device).expand(len(rows.lengths), -1)
+        yield "prefill", AttentionInputs(positions if position_ids is None else position_ids, None, mask, sliding)
+        return
+    if position_ids is None:
+        position_ids = cache.write_index[:, None] + torch.arange(length, device=device)
+    tiling = masks.optimizations.ifa_tiling
+    with cache.step(rows.lengths, tokens, masks=not tiling) as past:
+        write_index = cache.write_index
+        if max(past) == 0:
+            mask, sliding = masks.prefill(length, device)
+            yield "prefill", AttentionInputs(position_ids, write_index, mask, sliding)
+        elif length > 1:
+            mask, sliding = masks.extend(cache, past, length)
+            lengths = [start + length for start in past]
+            yield "extend", AttentionInputs(position_ids, write_index, mask, sliding, lengths)
+        else:
+            live, sliding = masks.decode(cache)
+            yield "decode", AttentionInputs(position_ids, write_index, live, sliding, cache.lengths if tiling else None)

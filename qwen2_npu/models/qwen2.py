@@ -33,12 +33,13 @@ from qwen2_npu.compat import (
     growing_cache,
     one_cache,
     sliding_windows,
+    unchanged_on_error,
 )
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
-from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens, padded_positions
+from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
 from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
@@ -332,10 +333,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             longest = arguments.live_tokens(attention_mask, past + tokens, positions)
             looked_into = looked_into or past + tokens > positions
             arguments.check_positions(positions, longest, position_ids if looked_into else None)
-            if position_ids is None:
-                position_ids = padded_positions(attention_mask, past, tokens, positions, given.device)
             cache = growing_cache() if cache is None and use_cache else cache
-            logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
+            with unchanged_on_error(cache):
+                logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
         if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]
@@ -372,20 +372,19 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             compact = pad_tokens(compact, length)
             position_ids = None if position_ids is None else pad_tokens(position_ids, length)
         last_position = (0 if cache is None else max(cache.lengths)) + length - 1
-        phase, inputs = fixed_cache_inputs(cache, rows, length, position_ids, self._masks, given.device)
-        if position_ids is None and last_position >= self.model.rotary.positions:  # of padding, which nobody reads
-            inputs = inputs._replace(position_ids=inputs.position_ids.clamp(max=self.model.rotary.positions - 1))
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        index = None if wanted is None or phase == "decode" else rows.find(wanted, tokens, given.device)
-        if phase in compiled:
-            arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
-            logits = compiled[phase](*arguments)
-        else:
-            logits = self._logits(self.model(compact, phase, inputs, caches, record), index)
-        if cache is not None:
-            cache.end(tokens, rows.lengths)
+        step = fixed_cache_step(cache, rows, tokens, length, position_ids, self._masks, given.device)
+        with step as (phase, inputs):
+            if position_ids is None and last_position >= self.model.rotary.positions:  # of padding, which nobody reads
+                inputs = inputs._replace(position_ids=inputs.position_ids.clamp(max=self.model.rotary.positions - 1))
+            index = None if wanted is None or phase == "decode" else rows.find(wanted, tokens, given.device)
+            if phase in compiled:
+                arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
+                logits = compiled[phase](*arguments)
+            else:
+                logits = self._logits(self.model(compact, phase, inputs, caches, record), index)
         if record is not None:
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
         return logits if index is not None else rows.restore(logits[:, :tokens])
@@ -394,7 +393,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         self,
         given: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         cache: Cache | None,
         wanted: slice | torch.Tensor | None,
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
@@ -402,6 +401,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         """Padded rows and the stock growing cache, masked as the stock model does."""
         tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
+        if position_ids is None:
+            position_ids = padded_positions(attention_mask, past, tokens, self.model.rotary.positions, given.device)
         mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
         inputs = AttentionInputs(position_ids, None, mask, sliding)
         hidden_states = self.model(

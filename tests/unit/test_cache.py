@@ -52,31 +52,31 @@ def test_layouts(layout, expected):
 
 def test_masks_and_write_positions_follow_ragged_rows():
     cache = FixedKVCache(shape())
-    cache.begin([2, 5, 3])
-    cache.end(5, [2, 5, 3])
+    with cache.step([2, 5, 3], 5) as past:
+        assert (past, cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([0] * 3, [2, 5, 3], 0, [0] * 3)
     assert live_slots(cache.drop_mask) == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2]]
     assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([2, 5, 3], 5, [2, 5, 3])
-    cache.begin_decode(masks=True)
-    cache.end(1)
+    with cache.step([1, 1, 1], 1):
+        pass
     assert live_slots(cache.drop_mask) == [[0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]]
     assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([3, 6, 4], 6, [3, 6, 4])
 
 
 def test_sliding_mask_moves_one_slot_per_step_and_equals_a_rebuilt_one():
     cache = FixedKVCache(shape(sliding_window=3))
-    cache.begin([1, 3, 2])
-    cache.end(3, [1, 3, 2])
+    with cache.step([1, 3, 2], 3):
+        pass
     for _ in range(6):
-        cache.begin_decode(masks=True)
-        cache.end(1)
+        with cache.step([1, 1, 1], 1):
+            pass
         expected = [list(range(max(0, length - 3), length)) for length in cache.lengths]
         assert live_slots(cache.sliding_drop_mask) == expected
 
 
 def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
     cache = FixedKVCache(shape())
-    cache.begin([100, 120, 90])
-    cache.end(120, [100, 120, 90])
+    with cache.step([100, 120, 90], 120):
+        pass
     before = (list(cache.lengths), cache.seen_tokens, cache.drop_mask.clone())
     with pytest.raises(CacheOverflowError, match=r"9 new tokens after 120 do not fit the KV cache of 128 slots"):
         cache.check_room(3, 9)
@@ -91,8 +91,8 @@ def test_reset_keeps_addresses_and_clears_contents():
     cache = FixedKVCache(shape())
     addresses = [tensor.data_ptr() for tensor in cache.key_cache]
     cache.key_cache[0].fill_(float("nan"))
-    cache.begin([4, 4, 4])
-    cache.end(4)
+    with cache.step([4, 4, 4], 4):
+        pass
     cache.reset()
     assert [tensor.data_ptr() for tensor in cache.key_cache] == addresses
     assert not cache.key_cache[0].isnan().any()
@@ -104,8 +104,8 @@ def test_reorder_moves_live_rows_in_place(lengths):
     cache = FixedKVCache(shape())
     for tensor in cache.key_cache + cache.value_cache:
         tensor.normal_()
-    cache.begin(lengths)
-    cache.end(4, lengths)
+    with cache.step(lengths, 4):
+        pass
     before = [tensor.clone() for tensor in cache.key_cache]
     address = cache.key_cache[0].data_ptr()
     cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -115,10 +115,30 @@ def test_reorder_moves_live_rows_in_place(lengths):
         assert torch.equal(new[:, :4], old[[2, 0, 0], :4])
 
 
+def test_a_reorder_that_fails_half_way_leaves_an_empty_cache(monkeypatch):
+    """Rows that others have overwritten are gone: what is left must not be taken for a past."""
+    cache = FixedKVCache(shape())
+    with cache.step([4, 6, 5], 6):
+        pass
+    moved = iter([None, None, KeyboardInterrupt])
+    select = torch.Tensor.index_select
+
+    def interrupted(tensor, *arguments):
+        if (error := next(moved)) is not None:
+            raise error
+        return select(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([0] * 3, 0, [0] * 3)
+    assert cache.drop_mask.all()
+
+
 def test_crop_forgets_the_last_tokens():
     cache = FixedKVCache(shape())
-    cache.begin([4, 6, 5])
-    cache.end(6, [4, 6, 5])
+    with cache.step([4, 6, 5], 6):
+        pass
     cache.crop(-3)
     assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
     assert live_slots(cache.drop_mask) == [[0], [0, 1, 2], [0, 1]]
@@ -128,8 +148,8 @@ def test_crop_forgets_the_last_tokens():
 
 def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
     cache = FixedKVCache(shape())
-    cache.begin([4, 6, 5])
-    cache.end(6, [4, 6, 5])
+    with cache.step([4, 6, 5], 6):
+        pass
     cache.crop(7)
     assert cache.lengths == [4, 6, 5]
     cache.crop(3)

@@ -18,7 +18,7 @@ from qwen2_npu.compat import growing_cache, head_dim, kv_head_count
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
 from qwen2_npu.graph.steps import DYNAMO, mark_static
-from qwen2_npu.models.inputs import Rows, fixed_cache_inputs
+from qwen2_npu.models.inputs import Rows, fixed_cache_step
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations, Phase
 
@@ -131,10 +131,11 @@ def step_arguments(
     cache: Any = model.allocate_cache(batch, capacity)
     tokens = prompt if phase == "prefill" else 1
     if phase == "decode":
-        cache.begin([prompt] * batch)
-        cache.end(prompt)
+        with cache.step([prompt] * batch, prompt):
+            pass
     rows = Rows(None, [tokens] * batch)
-    _, inputs = fixed_cache_inputs(cache, rows, tokens, None, model._masks, device)
+    with fixed_cache_step(cache, rows, tokens, tokens, None, model._masks, device) as (_, inputs):
+        pass
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
     if phase == "decode":

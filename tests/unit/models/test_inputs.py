@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import cache_of
+from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models.inputs import Rows
-from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 masks = st.integers(1, 4).flatmap(
     lambda batch: st.integers(1, 9).flatmap(
@@ -50,6 +54,119 @@ def test_only_the_new_columns_count():
 def test_a_row_without_a_live_token_raises():
     with pytest.raises(ValueError, match=r"row 1 of the attention_mask has no live token"):
         Rows.of(torch.tensor([[1, 1], [0, 0]]), 2, 2)
+
+
+# ---- a step that fails ---------------------------------------------------------------------------------------------
+LAYERS = 3
+STEPS = {"prefill": 0, "extend": 1, "decode": 2}
+LADDER_OF_CACHES = {
+    "growing": Optimizations.none(),
+    "BNSD": Optimizations.up_to("fixed_kv_cache"),
+    "BSND": Optimizations.up_to("flash_attention"),
+    "tiling": Optimizations.all(),
+}
+
+
+class Failure(BaseException):
+    """Not an Exception, as an interrupt is not."""
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of three layers, the middle one with a sliding window where there are such."""
+    windows = {} if V4 else {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    config = small_config(num_hidden_layers=LAYERS, **windows)
+    return config, stock_weights(small_stock(config))
+
+
+def state_of(cache) -> list[torch.Tensor]:
+    """Everything a later step reads, as copies; slots that are not live, as 0."""
+    if isinstance(cache, FixedKVCache):
+        accounts = [torch.tensor([*cache.lengths, cache.seen_tokens]), cache.write_index, cache.drop_mask]
+        sliding = [] if cache.sliding_drop_mask is None else [cache.sliding_drop_mask]
+        dead = torch.arange(cache.shape.capacity) >= cache.write_index[:, None]
+        dead = dead[:, :, None, None] if cache.shape.layout == "BSND" else dead[:, None, :, None]
+        kept = [tensor.masked_fill(dead, 0) for tensor in cache.key_cache + cache.value_cache]
+        return [*(tensor.clone() for tensor in (*accounts, *sliding)), *kept]
+    layers = cache if V4 else [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
+    return [torch.tensor(cache.get_seq_length()), *(tensor.clone() for layer in layers for tensor in layer)]
+
+
+def take_steps(model, cache, last: str, arguments: dict[str, torch.Tensor]):
+    """Ragged rows through all steps up to ``last``, which is handed back undone."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ids = torch.arange(1, 19).reshape(2, 9)
+    for name, (start, stop) in {"prefill": (0, 5), "extend": (5, 8), "decode": (8, 9)}.items():
+        covered = torch.cat((mask, torch.ones(2, stop - 5, dtype=torch.int64)), dim=1)
+        arguments |= {"input_ids": ids[:, start:stop], "attention_mask": covered}
+        step = partial(model, past_key_values=cache, use_cache=True, **arguments)
+        if name == last:
+            return step
+        step()
+    raise AssertionError(last)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("kind", LADDER_OF_CACHES)
+@torch.no_grad()
+def test_a_step_that_fails_leaves_the_cache_as_it_was(step, layer, kind, weights):
+    model = Qwen2ForCausalLM.from_state_dict(*weights, optimizations=LADDER_OF_CACHES[kind]).eval()
+    cache = model.allocate_cache(2, 16)
+    again = take_steps(model, cache, step, {})
+    before = state_of(cache)
+
+    def fail(module, given, output):
+        if step == "prefill" and isinstance(cache, FixedKVCache):  # its tokens are not live yet, nor is anything else
+            cache.value_cache[layer].fill_(float("nan"))
+        raise Failure
+
+    hook = model.model.layers[layer].self_attn.register_forward_hook(fail)
+    with pytest.raises(Failure):
+        again()
+    hook.remove()
+    after = state_of(cache)
+    assert len(after) == len(before)
+    assert all(map(torch.equal, after, before))
+    other = model.allocate_cache(2, 16)
+    torch.testing.assert_close(again().logits, take_steps(model, other, step, {})().logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+@torch.no_grad()
+def test_a_compiled_step_that_fails_leaves_the_cache_as_it_was(step, weights):
+    """The graph stops behind the write of each layer in turn."""
+    stop_behind = None
+
+    class Stopping(torch.fx.Interpreter):
+        writes = 0
+
+        def run_node(self, node):
+            result = super().run_node(node)
+            self.writes += "scatter_update" in str(node.target)
+            if stop_behind is not None and self.writes > 2 * stop_behind:
+                raise Failure
+            return result
+
+    def compiler(function):
+        return torch.compile(function, backend=lambda graph, _: lambda *given: Stopping(graph).run(*given))
+
+    model = Qwen2ForCausalLM.from_state_dict(*weights).eval()
+    model.compiled_steps = {
+        "prefill": CompiledStep(model.prefill_step, compiler),
+        "decode": CompiledStep(model.decode_step, compiler),
+    }
+    for layer in range(LAYERS):
+        cache, other = model.allocate_cache(2, 16), model.allocate_cache(2, 16)
+        stop_behind = None
+        again = take_steps(model, cache, step, {})
+        before = state_of(cache)
+        stop_behind = layer
+        with pytest.raises(Failure):
+            again()
+        assert all(map(torch.equal, state_of(cache), before))
+        stop_behind = None
+        torch.testing.assert_close(again().logits, take_steps(model, other, step, {})().logits, rtol=0, atol=0)
 
 
 # ---- as many tokens as positions -----------------------------------------------------------------------------------
