@@ -31,7 +31,7 @@ def usable(device: torch.device | str | int, *, given_as: str = "") -> torch.dev
         reason = _why_not(name)
         if not reason:
             target = torch.device(device)
-            torch.empty(0, device=target)
+            torch.empty(1, device=target)  # of nothing, torch_npu opens the card without its streams: backward aborts
             return torch.device("cpu") if target.type == "cpu" else target
     except NotImplementedError:  # of the allocation, in thirty lines
         reason = f"this torch was built without {name}"

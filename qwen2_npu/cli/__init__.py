@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from qwen2_npu import emulator
+from qwen2_npu.cli import interrupts
 
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
@@ -26,8 +30,14 @@ COMMANDS = {
 WITHOUT_TORCH = ("emulate", "report", "nightly", "doctor")
 """Commands that work where torch_npu cannot be loaded: that may be just what they have to say."""
 
+OWN_INTERRUPTS = ("nightly",)
+"""Commands that catch an interrupt to end in good order, with a status of their own."""
+
 BAD_INPUT = 2
 """Exit status for input that cannot be worked with; 1 is a comparison that failed."""
+
+INTERRUPTED, CLOSED_PIPE = 130, 141
+"""Exit statuses as a shell gives them to programs that SIGINT and SIGPIPE end."""
 
 
 class _LazyGroup(click.Group):
@@ -44,9 +54,37 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra)
+        except SystemExit as end:
+            sys.exit(_written(end.code))
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _closed_pipe():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with interrupts.watched(), _closed_pipe():
+            try:
+                result = self._invoke(ctx)
+            except KeyboardInterrupt:
+                pass
+            except BaseException:
+                if not interrupts.came() or ctx.invoked_subcommand in OWN_INTERRUPTS:
+                    raise
+            else:
+                if not interrupts.came() or ctx.invoked_subcommand in OWN_INTERRUPTS:
+                    return result
+            click.echo("Aborted!", err=True)
+            sys.exit(INTERRUPTED)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        """The command, with one line for what is wrong for a user."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, MemoryError, emulator.EmulatorError) as error:
             if ctx.params.get("traceback"):
                 raise
@@ -55,8 +93,41 @@ class _LazyGroup(click.Group):
             if ctx.params.get("traceback") or not _is_out_of_memory(error):
                 raise
             message = _out_of_memory(error)
+        interrupts.check()  # an import that was broken off fails in its own words
         click.echo(f"error: {message}", err=True)
         sys.exit(BAD_INPUT)
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """End quietly where the reader of the output is gone, as ``head`` is after its ten lines."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(CLOSED_PIPE)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich's way to say so
+            sys.exit(CLOSED_PIPE)
+        raise
+
+
+def _written(status: Any) -> Any:
+    """``status``, after the output was written; what is left where that fails is dropped, not said again by Python."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        failed = CLOSED_PIPE
+    except OSError as error:
+        failed = BAD_INPUT
+        if not status:
+            click.echo(f"error: {error}", err=True)
+    with contextlib.suppress(OSError, AttributeError):  # the stream of a test has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return status or failed
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -82,3 +153,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     """Qwen2 for Ascend NPUs, and the proof that it computes what the stock model computes."""
     if ctx.invoked_subcommand not in (*WITHOUT_TORCH, None):
         emulator.activate_where_needed()  # torch and transformers load torch_npu wherever it is installed
+        if not emulator.is_active():
+            from qwen2_npu.emulator import install
+
+            install.keep_signal_handlers()

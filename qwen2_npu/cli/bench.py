@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2_npu.cli import options
+from qwen2_npu.cli import interrupts, options
 from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def command(
         raise click.UsageError("give one of --model-path DIR and --random-weights SIZE")
     if random_weights is not None and random_weights not in [size.name for size in SIZES.values() if size.shards == 1]:
         raise click.UsageError(f"--random-weights {random_weights}: there are 0.5B, 1.5B, 7B and 72B")
+    options.import_first("qwen2_npu.conformance.perf.bench")
     target = options.check_device(device)
 
     import torch
@@ -129,8 +130,9 @@ def command(
                 input_tokens=input_len,
                 output_tokens=output_len,
                 card=None if _is_emulated(target) else card,
-                progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+                progress=options.progress_of(bar, task),
             ):
+                interrupts.check()
                 results.append(result)
                 if json_path is not None:
                     _write(json_path, results, made_by)

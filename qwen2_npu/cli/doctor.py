@@ -89,7 +89,7 @@ def _write_bundle(path: Path, device: str | None, found: list[Finding]) -> None:
             path,
             target,
             text,
-            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            progress=options.progress_of(bar, task),
         )
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()

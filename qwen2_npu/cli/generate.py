@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen2_npu.cli import options
+from qwen2_npu.cli import interrupts, options
 from qwen2_npu.optimizations import Optimizations
 
 TEMPERATURES = (1e-30, 1e30)
@@ -91,6 +91,8 @@ def command(
     if any(not prompt for prompt in prompts):
         raise click.UsageError("--prompt is empty: give it at least one character")
 
+    options.import_first("qwen2_npu.models.qwen2", "qwen2_npu.conformance.accuracy.model_pair")
+
     import torch
 
     from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
@@ -115,6 +117,7 @@ def command(
     texts = [_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
     compile_model(model, mode)
+    interrupts.check()
     streamer = _streamer(tokenizer, skip_prompt=chat) if len(texts) == 1 else None
     torch.manual_seed(seed)
     out = model.generate(
@@ -126,6 +129,7 @@ def command(
         streamer=streamer,
         **given,
     )
+    interrupts.check()
     if streamer is None:
         for prompt, row in zip(prompts, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answer = tokenizer.decode(row, skip_special_tokens=True)
@@ -141,6 +145,7 @@ def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
         printing = False
 
         def put(self, value: Any) -> None:
+            interrupts.check()
             if self.prompt is None:
                 self.prompt = value
                 return

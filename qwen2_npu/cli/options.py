@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qwen2_npu import emulator
+from qwen2_npu.cli import interrupts
 from qwen2_npu.optimizations import LADDER, MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -80,6 +81,29 @@ def check_device(device: str | None) -> str:
     from qwen2_npu.devices import usable
 
     return str(usable(device, given_as=given_as))
+
+
+def import_first(*modules: str) -> None:
+    """Import what a command computes with, and torch and transformers with it, before it does anything else.
+
+    An interrupt ends the process at once then: nothing is begun yet that has to be tidied up.
+    """
+    with interrupts.ending_at_once():
+        for name in modules:
+            importlib.import_module(name)
+
+
+def progress_of(bar: Any, task: Any) -> Callable[[str, int, int], None]:
+    """A callback for what comes next, how many parts are done, and how many there are: shown as ``task`` of ``bar``.
+
+    It does not go on where an interrupt came.
+    """
+
+    def progress(label: str, done: int, total: int) -> None:
+        interrupts.check()
+        bar.update(task, description=label, completed=done, total=total)
+
+    return progress
 
 
 def quiet_transformers() -> None:

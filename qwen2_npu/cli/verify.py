@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen2_npu import emulator
-from qwen2_npu.cli import options
+from qwen2_npu.cli import interrupts, options
 from qwen2_npu.optimizations import LADDER
 
 if TYPE_CHECKING:
@@ -44,12 +44,15 @@ def command(
 
     Both models see the same tokens (prefill, then the decode path with the stock model's tokens forced); a different
     best token is excused only where the stock model's own rounding, measured against float64, could have made it.
-    Exit status: 0 all passed, 1 a step failed, 2 nothing could be compared.
+    Exit status: 0 all passed, 1 a step failed, 2 nothing could be compared, 130 interrupted.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
+    if console.is_terminal:
+        console.out("starting", end="\r", highlight=False)
+    options.import_first("qwen2_npu.conformance.accuracy.verify")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
@@ -64,10 +67,12 @@ def command(
             dtype=dtype,
             steps=steps or LADDER,
             mode=mode,
-            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            progress=options.progress_of(bar, task),
         )
+        interrupts.check()
+        write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
+    interrupts.check()
     show(result, console)
-    write_json(json_path, result.to_dict())
     console.print(f"Report: {json_path}", highlight=False)
     sys.exit(0 if result.passed else 1)
 

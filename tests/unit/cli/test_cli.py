@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from qwen2_npu import Qwen2ForCausalLM, emulator
-from qwen2_npu.cli import COMMANDS, main
+from qwen2_npu.cli import CLOSED_PIPE, COMMANDS, main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.model_pair import Subject
 from qwen2_npu.conformance.perf.builds import Weights
@@ -150,6 +152,79 @@ def test_generate_says_first_that_a_graph_needs_a_fixed_cache(monkeypatch: pytes
     result = run("generate", "--prompt", "x", "--device", "cpu", "--mode", "inductor", "--steps", "add_rms_norm")
     assert result.exit_code == 2
     assert "mode='inductor' needs the fixed_kv_cache step" in result.output
+
+
+# ---- where the output goes -------------------------------------------------------------------------------------------
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """The end to write to; nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+SHORT = ("--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "8", "--output-len", "4", "--batch", "1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("--version",),
+        *((name, "--help") for name in COMMANDS),
+        ("baselines",),
+        ("baselines", "--check"),
+        ("doctor",),
+        ("report", "--results", "nothing"),
+        ("bench", *SHORT, "--steps", "swiglu"),
+        ("generate", "--device", "cpu", "--prompt", "x", "--max-new-tokens", "2"),
+        ("generate", "--device", "cpu", "--prompt", "x", "--prompt", "y", "--max-new-tokens", "2"),
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_is_gone_ends_a_command_quietly(
+    arguments: tuple[str, ...],
+    closed_pipe: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open(os.dup(closed_pipe), "w", encoding="utf-8") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+    assert end.value.code == CLOSED_PIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_what_verify_found_is_written_although_nobody_reads(
+    closed_pipe: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "verify.json"
+    model = ("--model-path", str(small_folder(tmp_path / "model")), "--device", "cpu")
+    with open(os.dup(closed_pipe), "w", encoding="utf-8") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as end:
+            main(["verify", *model, "--steps", "swiglu", "--json", str(path)])
+    assert end.value.code == CLOSED_PIPE
+    assert json.loads(path.read_text(encoding="utf-8"))["passed"]
+
+
+@pytest.mark.parametrize("arguments", [("baselines",), ("--help",)], ids=" ".join)
+def test_a_process_whose_reader_is_gone(arguments: tuple[str, ...], closed_pipe: int) -> None:
+    """Python's own words at its end included."""
+    command = [sys.executable, "-m", "qwen2_npu.cli", *arguments]
+    done = subprocess.run(command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+
+
+def test_a_full_disk_is_said_once() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "qwen2_npu.cli", "baselines"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
 def test_generate_continues_a_prompt() -> None:

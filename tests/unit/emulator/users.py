@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def as_user(
     user: int, function: Callable[[], object], *, group: int | None = None, umask: int = 0o022, **environment: str
 ) -> Answer:
     """Call ``function`` in a process of ``user``. A fork: this package may be where only root can read it."""
+    sysconfig.get_config_vars()  # reads a file of Python's, which the other user may not be able to
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
