@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,14 @@ from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
     from qwen2_npu.conformance.machine.provenance import Provenance
-    from qwen2_npu.conformance.perf.bench import Result
+    from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers; one looks like 1,4,8") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers, such as 1,4,8") from None
     if not numbers or min(numbers) < 1:
         raise click.BadParameter(f"{value!r}: every batch is at least 1")
     return numbers
@@ -88,7 +89,6 @@ def command(
 
     import torch
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     options.quiet_transformers()
     from qwen2_npu.conformance.files import check_writable
@@ -104,34 +104,15 @@ def command(
     if json_path is not None:
         check_writable(json_path)
     todo = bench.cases(steps, batches)
-    bench.check(
-        weights,
-        todo,
-        mode=mode,
-        device=target,
-        dtype=getattr(torch, dtype),
-        input_tokens=input_len,
-        output_tokens=max(output_len, WARM_UP + 2) if breakdown else output_len,
-    )
+    setup = bench.Setup(weights, mode, target, getattr(torch, dtype), input_len, output_len)
+    bench.check(replace(setup, output_tokens=max(output_len, WARM_UP + 2)) if breakdown else setup, todo)
     made_by = Provenance.of_device(target)
     card, _ = card_of(made_by.fingerprint)
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: list[Result] = []
+    results: list[BenchResult] = []
     try:
-        with Progress(*columns, console=console, transient=True) as bar, torch.no_grad():
-            task = bar.add_task("building the model", total=None)
-            for result in bench.run(
-                weights,
-                todo,
-                mode=mode,
-                device=target,
-                dtype=getattr(torch, dtype),
-                input_tokens=input_len,
-                output_tokens=output_len,
-                card=None if _is_emulated(target) else card,
-                progress=options.progress_of(bar, task),
-            ):
+        with options.progress(console, "building the model") as progress, torch.no_grad():
+            for result in bench.run(setup, todo, card=None if _is_emulated(target) else card, progress=progress):
                 interrupts.check()
                 results.append(result)
                 if json_path is not None:
@@ -148,7 +129,7 @@ def command(
                 style="yellow", highlight=False,
             )  # fmt: skip
     if breakdown:
-        _show_breakdown(weights, results[-1], mode, target, getattr(torch, dtype), console)
+        _show_breakdown(setup, todo[-1], console)
 
 
 def _is_emulated(device: str) -> bool:
@@ -157,7 +138,7 @@ def _is_emulated(device: str) -> bool:
     return device.startswith("npu") and emulator.is_active()
 
 
-def _write(path: Path, results: list[Result], made_by: Provenance) -> None:
+def _write(path: Path, results: list[BenchResult], made_by: Provenance) -> None:
     from qwen2_npu.conformance.files import write_json
 
     results_json = [result.to_json() for result in results]
@@ -175,7 +156,7 @@ def _ms(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0f} ms"
 
 
-COLUMNS: dict[str, Callable[[Result], str]] = {
+COLUMNS: dict[str, Callable[[BenchResult], str]] = {
     "step": lambda r: r.step,
     "batch": lambda r: str(r.batch),
     "prefill\nms": lambda r: f"{r.prefill_ms:.1f}",
@@ -192,7 +173,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 """Heading -> a result's cell. Roofs: decode of the memory's, prefill of the arithmetic's."""
 
 
-def show(results: list[Result], console: Any, device: str) -> None:
+def show(results: list[BenchResult], console: Any, device: str) -> None:
     """The table, and what it stands for."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -228,7 +209,7 @@ def show(results: list[Result], console: Any, device: str) -> None:
         console.print(f"! {of}: {problem}", style="yellow", markup=False, highlight=False)
 
 
-def cases_of(results: list[Result], texts: Callable[[Result], tuple[str, ...]]) -> dict[str, str]:
+def cases_of(results: list[BenchResult], texts: Callable[[BenchResult], tuple[str, ...]]) -> dict[str, str]:
     """What is said of results -> the cases that it is said of: ``original, batch 1, 4; swiglu, batch 4``."""
     found: dict[str, dict[str, dict[int, None]]] = {}
     for result in results:
@@ -240,28 +221,28 @@ def cases_of(results: list[Result], texts: Callable[[Result], tuple[str, ...]]) 
     }
 
 
-def _show_breakdown(weights: Any, result: Result, mode: str, device: str, dtype: Any, console: Any) -> None:
+def _show_breakdown(setup: Setup, case: BenchCase, console: Any) -> None:
     from rich.table import Table
 
     from qwen2_npu.conformance.perf import breakdown
 
-    measured = breakdown.profile(weights, result.step, mode, device, dtype, result.batch, result.input_tokens)
+    measured = breakdown.profile(setup, case)
     table = Table(
-        title=f"Measured on {device}, {measured.time}: a decode step of {result.step}, batch {result.batch}, "
-        f"after {result.input_tokens + breakdown.WARM_UP} tokens"
+        title=f"Measured on {setup.device}, {measured.time}: a decode step of {case.step}, batch {case.batch}, "
+        f"after {setup.input_tokens + breakdown.WARM_UP} tokens"
     )
     for heading in ("operator", "calls", "ms", "share"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
     for line in measured.lines:
         table.add_row(line.operator, str(line.calls), f"{line.ms:.2f}", f"{line.share:.0%}")
     console.print(table)
-    predicted = breakdown.predicted(weights.size, result.step, result.batch)
+    predicted = breakdown.predicted(setup.weights.size, case.step, case.batch)
     if not predicted:
         console.print("No committed graph of this size, step and batch: no prediction.", highlight=False)
         return
     table = Table(
         title="Predicted by the cost model for an Ascend910B4, not measured: a decode step in graph mode of "
-        f"{result.step}, batch {result.batch}, after {breakdown.PREDICTED_CONTEXT} tokens"
+        f"{case.step}, batch {case.batch}, after {breakdown.PREDICTED_CONTEXT} tokens"
     )
     for heading in ("GE operator", "launches", "ms", "bound by"):
         table.add_column(heading, justify="left" if heading in ("GE operator", "bound by") else "right")

@@ -75,22 +75,14 @@ def _write_bundle(path: Path, device: str | None, found: list[Finding]) -> None:
     import zipfile
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from qwen2_npu.conformance.machine.bug_report import bundle
 
     console = Console(highlight=False)
     text = "\n".join(": ".join(part for part in finding if part) for finding in found) + "\n"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     target = options.check_device(device)
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("operators", total=None)
-        bundle.write(
-            path,
-            target,
-            text,
-            progress=options.progress_of(bar, task),
-        )
+    with options.progress(console, "operators") as progress:
+        bundle.write(path, target, text, progress=progress)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "operators.json" in names:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts
 from qwen2_npu.optimizations import LADDER, MODES
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -93,17 +97,26 @@ def import_first(*modules: str) -> None:
             importlib.import_module(name)
 
 
-def progress_of(bar: Any, task: Any) -> Callable[[str, int, int], None]:
-    """A callback for what comes next, how many parts are done, and how many there are: shown as ``task`` of ``bar``.
+@contextlib.contextmanager
+def progress(console: Console, label: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal, and the callback that moves it: what comes next, parts done, parts in all.
 
-    It does not go on where an interrupt came.
+    The callback does not return where an interrupt came.
+
+    Args:
+        label: shown until the first call.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def progress(label: str, done: int, total: int) -> None:
-        interrupts.check()
-        bar.update(task, description=label, completed=done, total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
 
-    return progress
+        def move(label: str, done: int, total: int) -> None:
+            interrupts.check()
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield move
 
 
 def quiet_transformers() -> None:

@@ -47,15 +47,12 @@ def command(
     Exit status: 0 all passed, 1 a step failed, 2 nothing could be compared, 130 interrupted.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
     if console.is_terminal:
         console.out("starting", end="\r", highlight=False)
     options.import_first("qwen2_npu.conformance.accuracy.verify")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+    with options.progress(console, "starting") as progress:
         options.quiet_transformers()
         from qwen2_npu.conformance.accuracy.verify import verify
         from qwen2_npu.conformance.files import check_writable, write_json
@@ -67,7 +64,7 @@ def command(
             dtype=dtype,
             steps=steps or LADDER,
             mode=mode,
-            progress=options.progress_of(bar, task),
+            progress=progress,
         )
         interrupts.check()
         write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest

@@ -30,7 +30,29 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Case:
+class Setup:
+    """What the cases of one run have in common.
+
+    Attributes:
+        mode: of ``compile_model``.
+        input_tokens: of the prompt, per row.
+        output_tokens: new ones, per row.
+    """
+
+    weights: Weights
+    mode: str
+    device: str
+    dtype: torch.dtype
+    input_tokens: int
+    output_tokens: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class BenchCase:
     """One generate call to measure."""
 
     step: str
@@ -38,7 +60,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """What a case took; milliseconds. Shares are of a card's roofline, None where none is known for the device.
 
     Attributes:
@@ -76,21 +98,12 @@ class Result:
         return asdict(self)
 
 
-def cases(steps: Sequence[str], batches: Sequence[int]) -> list[Case]:
+def cases(steps: Sequence[str], batches: Sequence[int]) -> list[BenchCase]:
     """Every step with every batch, a step's batches together so that its model is built once."""
-    return [Case(step, batch) for step, batch in product(steps, batches)]
+    return [BenchCase(step, batch) for step, batch in product(steps, batches)]
 
 
-def check(
-    weights: Weights,
-    todo: Sequence[Case],
-    *,
-    mode: str,
-    device: str,
-    dtype: torch.dtype,
-    input_tokens: int,
-    output_tokens: int,
-) -> None:
+def check(setup: Setup, todo: Sequence[BenchCase]) -> None:
     """Refuse, before a model is built, whatever can be known not to work.
 
     Raises:
@@ -100,27 +113,27 @@ def check(
         BaselineError: the documented numbers are damaged.
     """
     for case in todo:
-        check_mode(mode, torch.device(device), case.step)
-    protocol.check_positions(weights.config(), input_tokens, output_tokens - 1)
-    free = free_bytes(device)
+        check_mode(setup.mode, torch.device(setup.device), case.step)
+    protocol.check_positions(setup.weights.config(), setup.input_tokens, setup.output_tokens - 1)
+    free = free_bytes(setup.device)
     for case in todo:
-        needed = least_bytes(weights, case, dtype, input_tokens, output_tokens)
+        needed = least_bytes(setup, case)
         if free is not None and needed > free:
             raise MemoryError(
                 f"{case.step}, batch {case.batch}, needs {needed / 2**30:.3g} GiB at the least, and {free / 2**30:.3g} "
-                f"GiB are free on {device}: take a smaller batch, a shorter prompt, or a smaller model"
+                f"GiB are free on {setup.device}: take a smaller batch, a shorter prompt, or a smaller model"
             )
     if documented.is_here():
         documented.read()
 
 
-def least_bytes(weights: Weights, case: Case, dtype: torch.dtype, input_tokens: int, output_tokens: int) -> int:
+def least_bytes(setup: Setup, case: BenchCase) -> int:
     """What a case cannot do without: weights, the KV cache, and the scores of small-operator attention together with
     their softmax, which is in float32."""
-    size = weights.size
-    cached = case.batch * (input_tokens + output_tokens - 1) * kv_per_token(size)
+    size, dtype = setup.weights.size, setup.dtype
+    cached = case.batch * (setup.input_tokens + setup.output_tokens - 1) * kv_per_token(size)
     small_operators = "flash_attention" not in steps_on(case.step)
-    scores = case.batch * size.heads * input_tokens**2 if small_operators else 0
+    scores = case.batch * size.heads * setup.input_tokens**2 if small_operators else 0
     # The cache is still empty of new tokens while the prompt's scores are there: the larger of the two counts.
     return size.parameters * dtype.itemsize + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
 
@@ -135,17 +148,12 @@ def free_bytes(device: str) -> int | None:
 
 
 def run(
-    weights: Weights,
-    todo: Sequence[Case],
+    setup: Setup,
+    todo: Sequence[BenchCase],
     *,
-    mode: str,
-    device: str,
-    dtype: torch.dtype,
-    input_tokens: int,
-    output_tokens: int,
     card: Hardware | None,
     progress: Progress = lambda label, done, total: None,
-) -> Iterator[Result]:
+) -> Iterator[BenchResult]:
     """Measure the cases, one model in memory at a time.
 
     Args:
@@ -160,55 +168,47 @@ def run(
         if case.step != built:
             model = None
             gc.collect()
-            model, built = build(weights, case.step, mode, device, dtype), case.step
+            model, built = build(setup, case.step), case.step
         measured = protocol.measure(
             model,
             batch=case.batch,
-            input_tokens=input_tokens,
-            decode_steps=output_tokens - 1,
-            weights=weights.description,
+            input_tokens=setup.input_tokens,
+            decode_steps=setup.output_tokens - 1,
+            weights=setup.weights.description,
         )
-        yield _result(weights, case, mode, device, dtype, measured, card)
+        yield _result(setup, case, measured, card)
     progress("done", len(todo), len(todo))
 
 
-def build(weights: Weights, step: str, mode: str, device: str, dtype: torch.dtype) -> Any:
-    """The model of a step, compiled for ``mode``."""
-    configuration = Configuration(weights.size.name, 1, 1, "eager", step)
-    model = weights.build(configuration, device, dtype)
+def build(setup: Setup, step: str) -> Any:
+    """The model of a step, compiled for the mode."""
+    configuration = Configuration(setup.weights.size.name, 1, 1, "eager", step)
+    model = setup.weights.build(configuration, setup.device, setup.dtype)
     if step == ORIGINAL:
-        return model if mode == "eager" else compile_stock(model, mode)
-    return compile_model(model, mode)
+        return model if setup.mode == "eager" else compile_stock(model, setup.mode)
+    return compile_model(model, setup.mode)
 
 
-def _result(
-    weights: Weights,
-    case: Case,
-    mode: str,
-    device: str,
-    dtype: torch.dtype,
-    measured: Measurement,
-    card: Hardware | None,
-) -> Result:
-    decode = Summary.of(measured.decode_ms)
-    numbers = {phase: documented.find(_measured(weights, case, mode, dtype, measured, phase)) for phase in PHASES}
-    prefill_work = work(weights.size, "prefill", case.batch, measured.input_tokens)
-    decode_work = work(weights.size, "decode", case.batch, measured.mean_context)
-    return Result(
-        model=weights.size.name,
-        weights=weights.description,
+def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware | None) -> BenchResult:
+    size, decode = setup.weights.size, Summary.of(measured.decode_ms)
+    numbers = {phase: documented.find(_measured(setup, case, measured, phase)) for phase in PHASES}
+    prefill_work = work(size, "prefill", case.batch, measured.input_tokens)
+    decode_work = work(size, "decode", case.batch, measured.mean_context)
+    return BenchResult(
+        model=size.name,
+        weights=setup.weights.description,
         step=case.step,
-        mode=mode,
+        mode=setup.mode,
         batch=case.batch,
-        dtype=_name(dtype),
-        device=device,
+        dtype=setup.dtype_name,
+        device=setup.device,
         input_tokens=measured.input_tokens,
         decode_steps=len(measured.decode_ms),
         prefill_ms=measured.prefill_ms,
         decode=decode,
         tokens_per_second=case.batch / decode.mean * 1e3,
         prefill_compute_share=_compute_share(prefill_work, measured.prefill_ms, card),
-        decode_memory_share=_memory_share(decode_work, decode.mean, card, dtype),
+        decode_memory_share=_memory_share(decode_work, decode.mean, card, setup.dtype),
         decode_compute_share=_compute_share(decode_work, decode.mean, card),
         peak_bytes=measured.peak_bytes,
         documented_prefill_ms=_ms(numbers["prefill"][0]),
@@ -228,23 +228,17 @@ def _compute_share(need: Work, ms: float, card: Hardware | None) -> float | None
     return None if card is None else need.operations / card.bf16_peak.value / (ms / 1e3)
 
 
-def _measured(
-    weights: Weights, case: Case, mode: str, dtype: torch.dtype, measured: Measurement, phase: Phase
-) -> Measured:
+def _measured(setup: Setup, case: BenchCase, measured: Measurement, phase: Phase) -> Measured:
     """The guide's 图模式 stands for any compiled mode."""
-    kind: Mode = "eager" if mode == "eager" else "graph"
+    kind: Mode = "eager" if setup.mode == "eager" else "graph"
     return Measured(
-        configuration=Configuration(weights.size.name, 1, case.batch, kind, case.step),
+        configuration=Configuration(setup.weights.size.name, 1, case.batch, kind, case.step),
         phase=phase,
-        dtype=_name(dtype),
+        dtype=setup.dtype_name,
         input_tokens=measured.input_tokens,
         decode_steps=measured.asked_steps,
         transformers=str(package_version("transformers")),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _ms(number: Documented | None) -> float | None:

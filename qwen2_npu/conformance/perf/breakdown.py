@@ -18,7 +18,7 @@ from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import bench, cost_model
-from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.conformance.perf.bench import BenchCase, Setup
 from qwen2_npu.conformance.sizes import Size
 
 LINES = 12
@@ -54,12 +54,11 @@ class Profile:
     lines: list[Line]
 
 
-def profile(
-    weights: Weights, step: str, mode: str, device: str, dtype: torch.dtype, batch: int, tokens: int
-) -> Profile:
+def profile(setup: Setup, case: BenchCase) -> Profile:
     """A decode step's own time per operator: of the device where it has a profiler, else of the host."""
-    model = bench.build(weights, step, mode, device, dtype)
-    ids = torch.randint(1, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    model = bench.build(setup, case.step)
+    shape = (case.batch, setup.input_tokens)
+    ids = torch.randint(1, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     token = ids[:, :1].contiguous()
     with torch.no_grad():

@@ -100,10 +100,10 @@ def test_why_there_is_no_documented_number_is_said_of_a_case(capsys: pytest.Capt
 
     from qwen2_npu.cli.bench import show
 
-    numbers = {field.name: 1 for field in fields(bench.Result)}
+    numbers = {field.name: 1 for field in fields(bench.BenchResult)}
     of = {"step": "original", "device": "cpu", "decode": Summary(1, 1, 1), "warnings": (), "faults": ()}
     measured = [
-        bench.Result(**(numbers | of | {"batch": batch, "not_documented": (f"reason {batch // 4}",)}))
+        bench.BenchResult(**(numbers | of | {"batch": batch, "not_documented": (f"reason {batch // 4}",)}))
         for batch in (1, 2, 4)
     ]
     show(measured, Console(width=200), "cpu")
@@ -234,7 +234,7 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
         ([], "give one of --model-path DIR and --random-weights SIZE"),
         (["--random-weights", "7B", "--model-path", "x"], "give one of"),
         (["--random-weights", "8B"], "there are 0.5B, 1.5B, 7B and 72B"),
-        (["--random-weights", "7B", "--batch", "1,x"], "no list of numbers"),
+        (["--random-weights", "7B", "--batch", "1,x"], "not a list of numbers"),
         (["--random-weights", "7B", "--batch", "0"], "at least 1"),
         (["--random-weights", "7B", "--steps", "faster"], "no step faster"),
         (["--random-weights", "7B", "--output-len", "1"], "output-len"),

@@ -9,7 +9,7 @@ import torch
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import bench
-from qwen2_npu.conformance.perf.bench import Case, Result
+from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.errors import UnsupportedError
@@ -17,13 +17,14 @@ from qwen2_npu.errors import UnsupportedError
 GUIDE = {"input_tokens": 1024, "steps": 1023, "dtype": torch.bfloat16, "transformers": "4.37.0"}
 
 
-def result(monkeypatch: pytest.MonkeyPatch, model: str, case: Case, mode: str, **changes: Any) -> Result:
+def result(monkeypatch: pytest.MonkeyPatch, model: str, case: BenchCase, mode: str, **changes: Any) -> BenchResult:
     """Of a measurement that took 100 ms + 50 ms per step."""
     how = GUIDE | changes
     monkeypatch.setattr(bench, "package_version", lambda name: how[name])
     contexts = (0, *range(how["input_tokens"], how["input_tokens"] + how["steps"]))
     measured = Measurement(100.0, (50.0,) * how["steps"], (), contexts, how["input_tokens"], how["steps"])
-    return bench._result(Weights.random(model), case, mode, "cpu", how["dtype"], measured, None)
+    setup = Setup(Weights.random(model), mode, "cpu", how["dtype"], how["input_tokens"], how["steps"] + 1)
+    return bench._result(setup, case, measured, None)
 
 
 def numbers(*arguments: Any, **changes: Any) -> tuple[float | None, float | None]:
@@ -33,30 +34,30 @@ def numbers(*arguments: Any, **changes: Any) -> tuple[float | None, float | None
 
 def test_a_steps_batches_come_together_so_that_its_model_is_built_once():
     assert bench.cases(["original", "swiglu"], [1, 4]) == [
-        Case("original", 1), Case("original", 4), Case("swiglu", 1), Case("swiglu", 4)
+        BenchCase("original", 1), BenchCase("original", 4), BenchCase("swiglu", 1), BenchCase("swiglu", 4)
     ]  # fmt: skip
 
 
 def test_the_guides_number_is_that_of_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert numbers(monkeypatch, "7B", Case("fused_qkv", 4), "eager") == (366, 25)
-    assert numbers(monkeypatch, "7B", Case("fused_qkv", 4), "torchair") == (345, 24)
-    assert numbers(monkeypatch, "7B", Case("fused_qkv", 48), "torchair") == (3692, 45)
-    assert numbers(monkeypatch, "7B", Case("original", 4), "eager") == (575, 52)
+    assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 4), "eager") == (366, 25)
+    assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 4), "torchair") == (345, 24)
+    assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 48), "torchair") == (3692, 45)
+    assert numbers(monkeypatch, "7B", BenchCase("original", 4), "eager") == (575, 52)
 
 
 def test_where_the_guide_has_no_row_there_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert numbers(monkeypatch, "7B", Case("swiglu", 4), "eager") == (None, None)
-    assert numbers(monkeypatch, "7B", Case("fused_qkv", 48), "eager") == (None, None)
-    assert numbers(monkeypatch, "72B", Case("fused_qkv", 4), "eager") == (None, None)  # eight cards there
+    assert numbers(monkeypatch, "7B", BenchCase("swiglu", 4), "eager") == (None, None)
+    assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 48), "eager") == (None, None)
+    assert numbers(monkeypatch, "72B", BenchCase("fused_qkv", 4), "eager") == (None, None)  # eight cards there
 
 
 def test_what_was_measured_otherwise_has_no_number_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = result(monkeypatch, "7B", Case("original", 4), "eager", transformers="5.24.0")
+    stock = result(monkeypatch, "7B", BenchCase("original", 4), "eager", transformers="5.24.0")
     assert (stock.documented_prefill_ms, stock.documented_decode_ms) == (None, None)
     assert stock.not_documented[0] == (
         "the documented 575 ms are of the model of transformers 4.37.0, and 5.24.0 is installed"
     )
-    ours = Case("fused_qkv", 4)
+    ours = BenchCase("fused_qkv", 4)
     assert numbers(monkeypatch, "7B", ours, "eager", transformers="5.24.0") == (366, 25)
     assert numbers(monkeypatch, "7B", ours, "eager", steps=20) == (366, None)
     assert numbers(monkeypatch, "7B", ours, "eager", input_tokens=512) == (None, None)
@@ -64,10 +65,8 @@ def test_what_was_measured_otherwise_has_no_number_and_says_why(monkeypatch: pyt
 
 
 # ---- refused before a model is built ---------------------------------------------------------------------------------
-def check(weights: Weights, *todo: Case, mode: str = "eager", device: str = "cpu", length: int = 16) -> None:
-    bench.check(
-        weights, todo, mode=mode, device=device, dtype=torch.bfloat16, input_tokens=length, output_tokens=16
-    )  # fmt: skip
+def check(weights: Weights, *todo: BenchCase, mode: str = "eager", device: str = "cpu", length: int = 16) -> None:
+    bench.check(Setup(weights, mode, device, torch.bfloat16, length, 16), todo)
 
 
 TINY = Weights.of_checkpoint(tiny.path())
@@ -75,19 +74,19 @@ TINY = Weights.of_checkpoint(tiny.path())
 
 def test_what_fits_is_accepted() -> None:
     for mode in ("eager", "inductor"):
-        check(TINY, Case("original", 1), Case("swiglu", 4), mode=mode)
-    check(TINY, Case("swiglu", 1), length=2033)  # 2048 positions: the last of the new tokens takes none
+        check(TINY, BenchCase("original", 1), BenchCase("swiglu", 4), mode=mode)
+    check(TINY, BenchCase("swiglu", 1), length=2033)  # 2048 positions: the last of the new tokens takes none
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(ValueError, match="2034 tokens and 16 new ones need 2049 positions, the model has max_position"):
-        check(TINY, Case("original", 1), length=2034)
+        check(TINY, BenchCase("original", 1), length=2034)
 
 
 @pytest.mark.parametrize("mode", ["torchair", "npugraph_ex"])
 def test_a_mode_that_the_device_lacks_is_refused(mode: str) -> None:
     with pytest.raises(UnsupportedError, match=r"mode='(torchair|npugraph_ex)' (needs torch_npu|compiles for NPUs)"):
-        check(TINY, Case("swiglu", 1), mode=mode)
+        check(TINY, BenchCase("swiglu", 1), mode=mode)
 
 
 def test_inductor_is_refused_on_an_npu() -> None:
@@ -107,13 +106,13 @@ class NpuDevice:
 def test_what_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "free_bytes", lambda device: 2 << 30)
     small = Weights.random("0.5B")
-    check(small, Case("original", 1), Case("swiglu", 4))
+    check(small, BenchCase("original", 1), BenchCase("swiglu", 4))
     with pytest.raises(MemoryError, match=r"swiglu, batch 1, needs 2.88 GiB at the least, and 2 GiB are free on cpu"):
-        check(Weights.random("1.5B"), Case("swiglu", 1))
+        check(Weights.random("1.5B"), BenchCase("swiglu", 1))
     # Scores of small operators: 14 heads · 8192² · (2 + 4) bytes. With fused attention there are none.
-    check(small, Case("swiglu", 1), length=8192)
+    check(small, BenchCase("swiglu", 1), length=8192)
     with pytest.raises(MemoryError, match=r"original, batch 1, needs 6.17 GiB"):
-        check(small, Case("swiglu", 1), Case("original", 1), length=8192)
+        check(small, BenchCase("swiglu", 1), BenchCase("original", 1), length=8192)
 
 
 def test_a_device_says_what_is_free() -> None:

@@ -13,6 +13,7 @@ import torch
 from qwen2_npu import emulator
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import breakdown
+from qwen2_npu.conformance.perf.bench import BenchCase, Setup
 from qwen2_npu.conformance.perf.builds import Weights
 
 KERNELS = """Device_id,Name,Type,Accelerator Core,Start Time(us),Duration(us),Wait Time(us),Block Num
@@ -21,6 +22,11 @@ KERNELS = """Device_id,Name,Type,Accelerator Core,Start Time(us),Duration(us),Wa
 0,MatMulV2_2,MatMulV2,AI_CORE,"1764000000000901.1\t",299.5,2.0,20
 0,model_send,N/A,EVENT,"1764000000000991.1\t",0.0,0,0
 """
+
+
+def setup(device: str) -> Setup:
+    """A short prompt on the tiny checkpoint."""
+    return Setup(Weights.of_checkpoint(tiny.path()), "eager", device, torch.bfloat16, 8, 4)
 
 
 class TorchNpu:
@@ -117,7 +123,7 @@ def test_on_a_gpu_it_is_the_time_of_the_kernels_alone(monkeypatch: pytest.Monkey
 
 
 def test_on_a_cpu_it_is_the_hosts() -> None:
-    found = breakdown.profile(Weights.of_checkpoint(tiny.path()), "swiglu", "eager", "cpu", torch.bfloat16, 1, 8)
+    found = breakdown.profile(setup("cpu"), BenchCase("swiglu", 1))
     assert found.time == "host time"
     assert len(found.lines) == breakdown.LINES
     assert "aten::mm" in {line.operator for line in found.lines}
@@ -125,7 +131,7 @@ def test_on_a_cpu_it_is_the_hosts() -> None:
 
 @pytest.mark.skipif(not emulator.is_active(), reason="needs the emulated NPU")
 def test_on_an_emulated_npu_it_is_the_emulators() -> None:
-    found = breakdown.profile(Weights.of_checkpoint(tiny.path()), "swiglu", "eager", "npu", torch.bfloat16, 1, 8)
+    found = breakdown.profile(setup("npu"), BenchCase("swiglu", 1))
     assert found.time == "host time of the emulator, which says nothing about an NPU"
     assert found.lines
 
