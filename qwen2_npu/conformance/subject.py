@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qwen2_npu.checkpoint import skeleton
+from qwen2_npu.configuration import read_generation_config
 from qwen2_npu.conformance import explain, stock, teacher, text, tiny
 from qwen2_npu.conformance.batches import BATCH_SHAPES, Batch, random_batch, text_batch
 from qwen2_npu.conformance.compare import Comparison, compare_traces
@@ -22,7 +23,7 @@ from qwen2_npu.conformance.explain import Build, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import open_checkpoint, parse_dtype, read_generation_config
+from qwen2_npu.sources import open_checkpoint, parse_dtype
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128

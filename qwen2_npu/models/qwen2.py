@@ -33,6 +33,7 @@ from qwen2_npu.compat import (
     one_cache,
     sliding_windows,
 )
+from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
@@ -41,7 +42,6 @@ from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_t
 from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import check_heads
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
@@ -154,7 +154,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     _supports_cache_class = True
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
-        check_heads(config)
+        check_fields(config)
         check_config(config)
         config = copy.deepcopy(config)
         config._attn_implementation = (

@@ -151,10 +151,7 @@ def rewrite(folder, change):
         (break_config_list, r"config\.json holds a list in place of a JSON object; fetch it again"),
         (break_quantised_by_name, r"quantised with 'gptq'; use the checkpoint in bf16"),
         (break_no_heads, r"num_attention_heads=0|num_attention_heads.* 0"),
-        (
-            break_hidden_size,
-            r"json is refused by transformers: .*hidden_size|hidden_size='abc' is no whole number",
-        ),
+        (break_hidden_size, r"config\.json: hidden_size='abc' must be an integer from 1 to \d+; correct it"),
         (break_int8, r"model-00001-of-.*: .* is stored as I8, which is quantised.*; use the checkpoint in bf16"),
         (break_generation_config, r"generation_config\.json is no valid JSON .*; fetch it again"),
         (break_generation_config_list, r"generation_config\.json holds a list .*; fetch it again"),
