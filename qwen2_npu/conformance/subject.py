@@ -24,6 +24,7 @@ from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.sources import open_checkpoint, parse_dtype
+from qwen2_npu.tokenizer import load_tokenizer
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
@@ -303,20 +304,3 @@ def check_texts(config: Any, tokenizer: Any, decode_steps: int, where: str) -> N
             f"{where}: max_position_embeddings={config.max_position_embeddings}, and the texts it is compared on need "
             f"{needed}: raise it in a copy of config.json; the comparison holds at any position"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it has none.
-
-    Raises:
-        CheckpointError: there is one, but it cannot be read.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise types of their own
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {reason}; fetch its files again") from error
