@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -52,7 +53,12 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
         new = staging / "new"
         new.mkdir()
         write(new)
-        for path in (*new.iterdir(), new, staging):
+        mode = stat.S_IMODE((staging / LOCK_FILE).stat().st_mode)  # what new files have by the umask
+        for path in new.iterdir():
+            if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets only their owner read its files
+                path.chmod(mode)
+            _sync(path)
+        for path in (new, staging):
             _sync(path)
         with locked(folder) as alone:
             _Exchange(folder, staging, new).run()
@@ -67,7 +73,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         _remove_leftovers(folder, alone)
         staging = folder / f"{SAVING}{secrets.token_hex(4)}"
         staging.mkdir()
-        handle = os.open(staging / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+        handle = os.open(staging / LOCK_FILE, os.O_RDWR | os.O_CREAT, mode=0o666)
         try_lock(handle)
     try:
         yield staging

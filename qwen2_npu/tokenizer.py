@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen2_npu.configuration import one_line
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.folders import check_readable, is_file
+from qwen2_npu.folders import check_readable, is_file, unreadable
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 """Files that a vocabulary is read from: one of these groups, whole."""
@@ -40,6 +40,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         tokens = tokenizer("a")["input_ids"]
+    except PermissionError as error:  # transformers lists the folder, too
+        raise unreadable(Path(error.filename or folder), error) from error
     except Exception as error:  # transformers and tokenizers raise types of their own
         reason = one_line(error)
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {reason}; fetch its files again") from error

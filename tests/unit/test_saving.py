@@ -407,6 +407,16 @@ def test_saving_again_changes_no_byte(tmp_path):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007], ids=oct)
+def test_who_may_read_it_is_up_to_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        OLD.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_files_of_others_stay(tmp_path):
     OLD.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
     others = {name: name.encode() for name in ("README.md", "tokenizer.json", "model.fp16.safetensors", "model.py")}
