@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import check_rope, head_dim, kv_head_count
 from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.saving import NotRestoredError, replace_checkpoint
@@ -133,6 +133,7 @@ def check_source(source: Source) -> None:
 
     Raises:
         CheckpointError: they do not fit.
+        UnsupportedError: no rotary frequencies follow from the configuration.
     """
     config, found = source.config, source.shapes()
     check_fields(config)
@@ -159,6 +160,7 @@ def check_source(source: Source) -> None:
     ]
     if problems:
         raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems)}; {way_out}")
+    check_rope(config)
 
 
 def _ignorable(name: str, tied: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, Qwen2Config
 
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import check_config, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.fields import CONFIG, GENERATION, check_numbers
 from qwen2_npu.folders import SAVING, is_file, is_folder, unreadable
@@ -19,6 +19,9 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 DEEPEST = 100
 """Levels of nesting in a JSON file; libraries that walk through more run out of stack."""
+
+PUT_IN = ("pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""Fields of generation_config.json with tokens that ``generate`` puts into a text itself."""
 
 UNSERVED = ("assistant_early_exit", "is_assistant")
 """Fields of generation_config.json for a way to generate that this model does not have."""
@@ -59,6 +62,7 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     Raises:
         CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, numbers that no
             model has.
+        UnsupportedError: what this model does not compute.
     """
     if not is_folder(folder):
         raise CheckpointError(
@@ -88,6 +92,7 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error
     check_fields(config)
+    check_config(config)
     return config
 
 
@@ -104,8 +109,11 @@ def _no_config(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no config.json: {reason}")
 
 
-def read_generation_config(folder: Path) -> GenerationConfig | None:
+def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | None:
     """The folder's generation_config.json, if it has one.
+
+    Args:
+        vocab_size: of the model: tokens that are put into a text belong to it.
 
     Raises:
         CheckpointError: it cannot be read, or holds numbers that cannot be generated with.
@@ -115,6 +123,12 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     values = read_object(path)
     check_numbers(values, GENERATION, where=f"{path}: ", way_out="correct it, or delete the file")
+    for name in PUT_IN:
+        if max(_listed(values.get(name)), default=-1) >= vocab_size:
+            raise CheckpointError(
+                f"{path}: {name}={reprlib.repr(values[name])} is outside the vocabulary of vocab_size={vocab_size}; "
+                "correct it, or delete the file"
+            )
     for name in UNSERVED:
         if values.get(name) is not None and values[name] is not False:
             raise CheckpointError(f"{path}: {name}={reprlib.repr(values[name])} is not served by this model; remove it")
@@ -122,6 +136,10 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct or delete it") from error
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def read_object(path: Path) -> dict[str, Any]:

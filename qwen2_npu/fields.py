@@ -83,7 +83,8 @@ GENERATION: dict[str, Number] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _real(0)),
     **dict.fromkeys(("length_penalty", "guidance_scale"), _real(-LARGEST_REAL)),
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), _real(0, 1)),
-    **dict.fromkeys(("assistant_confidence_threshold", "assistant_ensemble_weight"), _real(0, 1)),
+    "assistant_confidence_threshold": _real(0, 1),
+    "assistant_ensemble_weight": _real(1e-6, 1 - 1e-6),
     "exponential_decay_length_penalty": _real(0)._replace(listed="must", length=2),
 }
 """Fields of generation_config.json. config.json may hold them, too."""

@@ -79,7 +79,7 @@ class Subject:
         source = open_checkpoint(folder)
         # What does not fit is found here, and named, before the stock model meets it in its own way.
         skeleton(lambda: Qwen2ForCausalLM(source.config), source)
-        read_generation_config(folder)
+        read_generation_config(folder, source.config.vocab_size)
         tokenizer = load_tokenizer(folder)
         check_texts(source.config, tokenizer, decode_steps, str(folder))
         parsed = parse_dtype(dtype) or source.stored_dtype()

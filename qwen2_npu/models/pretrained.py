@@ -128,7 +128,7 @@ class CheckpointIO:
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
             source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
-            generation_config = generation_config or read_generation_config(folder)
+            generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
         model: Any = checkpoint.build(
             lambda: cls(settings, optimizations),
             source,

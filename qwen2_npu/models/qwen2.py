@@ -39,7 +39,7 @@ from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_inputs, pad_tokens
-from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import MLP, TABLE_ROWS, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
 
@@ -220,6 +220,17 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             return growing_cache()
         return FixedKVCache(self.cache_shape(batch_size, capacity))
 
+    def _prepare_rotary(
+        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None
+    ) -> None:
+        """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
+        then has one table from its first step to its last, and one graph."""
+        rotary = self.model.rotary
+        needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
+        if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
+            needed = max(needed, int(position_ids.max()) + 1)
+        rotary.prepare(self.dtype, device, needed)
+
     # ---- the two steps that are compiled -------------------------------------------------------------------------
     def prefill_step(
         self, tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache], logit_index: torch.Tensor | None
@@ -302,9 +313,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         use_cache = config.use_cache if use_cache is None else use_cache
         if input_ids is not None and past == 0:
             arguments.check_vocabulary(input_ids, self.vocab_size)
-        self.model.rotary.prepare(self.dtype, given.device)
         if cache is None and use_cache:
             cache = self.allocate_cache(batch, min(tokens + DEFAULT_HEADROOM, config.max_position_embeddings))
+        self._prepare_rotary(given.device, past + tokens, cache, position_ids)
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1).contiguous()
         over_all = labels is not None and labels.shape[1] == tokens

@@ -169,6 +169,36 @@ def test_broken_folders_are_one_clear_error(folder, breakage, message):
     assert "\n" not in str(caught.value)
 
 
+# ---- files of more than one checkpoint ------------------------------------------------------------------------------
+def test_a_tensor_in_two_shards(folder):
+    """Shards of two ways to split a checkpoint: the names are all there, and one tensor twice."""
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"tensor \S+ is in {first.name} and in {second.name}, which are not of one"
+    ):
+        Qwen2ForCausalLM.from_pretrained(folder)
+
+
+def test_a_whole_file_comes_before_an_index_as_for_transformers(folder):
+    whole = {name: tensor + 1 for name, tensor in stock_weights(small_stock()).items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    for loaded in (Qwen2ForCausalLM.from_pretrained(folder), type(small_stock()).from_pretrained(folder)):
+        assert torch.equal(loaded.model.norm.weight, whole["model.norm.weight"])
+
+
+def test_what_replaces_a_shard_meanwhile_is_not_met(folder):
+    source = sources.open_checkpoint(folder)
+    expected = stock_weights(small_stock())
+    other = {name: tensor + 1 for name, tensor in expected.items()}
+    for shard in folder.glob("*.safetensors"):
+        replaced = {name: other[name] for name in load_file(shard)}
+        save_file(replaced, folder / "new", metadata={"format": "pt"})
+        (folder / "new").rename(shard)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.tensors())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in source.tensors()), "the second time it is there"
+
+
 def test_unknown_dtype_names_the_supported_ones(folder):
     with pytest.raises(UnsupportedError, match=r"dtype='int8'; supported are float32, bfloat16"):
         Qwen2ForCausalLM.from_pretrained(folder, dtype="int8")
