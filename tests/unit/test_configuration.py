@@ -10,8 +10,8 @@ import pytest
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.configuration import check_fields, read_config, read_generation_config, read_object
-from qwen2_npu.errors import CheckpointError, UnsupportedError
-from tests.unit.small import V4, small_config
+from qwen2_npu.errors import CheckpointError
+from tests.unit.small import small_config
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_no_folder(folder, name):
         read_config(folder / name)
 
 
-# ---- what the fields say ----------------------------------------------------------------------------------------------
+# ---- what the fields say --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,16 +120,6 @@ def test_a_configuration_in_memory_is_checked_too():
     config.num_attention_heads = 0
     with pytest.raises(CheckpointError, match="num_attention_heads=0 must be an integer from 1 to"):
         check_fields(config)
-
-
-@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
-def test_frequencies_that_are_no_numbers(folder):
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-    edit(folder, rope_parameters=rope | {"low_freq_factor": 2.0, "high_freq_factor": 2.0})
-    with pytest.raises(
-        UnsupportedError, match=r"^rope_parameters=\{.*\(they are not finite\); correct it in config\.json"
-    ):
-        read_config(folder)
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "forced_eos_token_id", "forced_bos_token_id"])

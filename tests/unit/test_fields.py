@@ -89,6 +89,15 @@ def test_tokens_in_config(origin, folder, name):
 
 
 @pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
+def test_frequencies_that_are_no_numbers(folder):
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("attention_factor", "factor"):
+        (folder / "config.json").write_text(json.dumps(values | {"rope_parameters": ROPE | {name: math.nan}}))
+        with pytest.raises(UnsupportedError, match=r"^rope_parameters=\{.*they are not finite\); correct it in config"):
+            Qwen2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
 @pytest.mark.parametrize("name", ROPE_FIELDS)
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_rope_parameters(origin, folder, key, name):
