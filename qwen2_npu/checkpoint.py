@@ -7,12 +7,11 @@ bit-identical.
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwen2_npu.compat import check_rope, head_dim, kv_head_count
+from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import CheckpointError
+from qwen2_npu.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.sources import INDEX_FILE, Source
 
 FUSED: dict[str, tuple[str, ...]] = {
@@ -41,39 +43,59 @@ class Rows(NamedTuple):
 
 
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
+def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Every stock tensor of a model with its shape; a tied lm_head is no tensor of its own."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, kv_head_count(config)))
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.q_proj.bias": (queries,),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.k_proj.bias": (keys,),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.v_proj.bias": (keys,),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
 def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
     """Every stock tensor name with the rows it has in ``model``; a tied lm_head is no tensor of its own."""
     layout: dict[str, Rows] = {}
-    tied = model.config.tie_word_embeddings
+    shapes = stock_shapes(model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if tied and name == "lm_head.weight":
+        if model.config.tie_word_embeddings and name == "lm_head.weight":
             continue
         *scope, module, kind = name.split(".")
         start = 0
-        for part, rows in _parts(model, module, parameter):
-            layout[".".join([*scope, part, kind])] = Rows(name, start, (rows, *parameter.shape[1:]))
+        for part in FUSED.get(module, (module,)):
+            stock = ".".join([*scope, part, kind])
+            rows = shapes[stock][0] if module in FUSED else parameter.shape[0]
+            layout[stock] = Rows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
-
-
-def _parts(model: PreTrainedModel, module: str, parameter: torch.Tensor) -> list[tuple[str, int]]:
-    """The stock modules in one parameter with their rows."""
-    parts = FUSED.get(module, (module,))
-    if module == "qkv_proj":
-        return list(zip(parts, model.model.layers[0].self_attn.widths, strict=True))
-    return [(part, parameter.shape[0] // len(parts)) for part in parts]
 
 
 def skeleton(factory: Callable[[], ModelT], source: Source) -> ModelT:
     """The model without weights, on the meta device, where those of ``source`` fit it.
 
     Raises:
-        CheckpointError: missing, unexpected or mis-shaped tensors.
+        CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is built.
     """
+    check_source(source)
     with torch.device("meta"):
-        model = factory()
-    _check_shapes(stock_layout(model), source, model.config.tie_word_embeddings)
-    return model
+        return factory()
 
 
 def build(factory: Callable[[], ModelT], source: Source, *, dtype: torch.dtype | None, device: torch.device) -> ModelT:
@@ -106,14 +128,30 @@ def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def _check_shapes(layout: Mapping[str, Rows], source: Source, tied: bool) -> None:
-    found = source.shapes()
-    missing = sorted(set(layout) - set(found))
-    extra = sorted(name for name in set(found) - set(layout) if not _ignorable(name, tied))
+def check_source(source: Source) -> None:
+    """Compare the names and shapes of the tensors in ``source`` with what its configuration implies.
+
+    Raises:
+        CheckpointError: they do not fit.
+        UnsupportedError: no rotary frequencies follow from the configuration.
+    """
+    config, found = source.config, source.shapes()
+    check_fields(config)
+    where = getattr(source, "where", type(source).__name__)
+    way_out = "fetch it again, or correct config.json"
+    if config.num_hidden_layers > len(found):  # no list of the names that are missing: it may be of any length
+        layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+        raise CheckpointError(
+            f"{where} does not fit its configuration: num_hidden_layers={config.num_hidden_layers}, and there are "
+            f"tensors of {len(layers)} layers; {way_out}"
+        )
+    expected = stock_shapes(config)
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(name for name in set(found) - set(expected) if not _ignorable(name, config.tie_word_embeddings))
     wrong = [
-        f"{name} has shape {found[name]}, expected {rows.shape}"
-        for name, rows in layout.items()
-        if name in found and found[name] != rows.shape
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
     problems = [
         f"{len(items)} {kind}, first {items[0]}"
@@ -121,10 +159,8 @@ def _check_shapes(layout: Mapping[str, Rows], source: Source, tied: bool) -> Non
         if items
     ]
     if problems:
-        where = getattr(source, "where", type(source).__name__)
-        raise CheckpointError(
-            f"{where} does not fit its configuration: {'; '.join(problems)}; fetch it again, or correct config.json"
-        )
+        raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems)}; {way_out}")
+    check_rope(config)
 
 
 def _ignorable(name: str, tied: bool) -> bool:
@@ -143,7 +179,7 @@ def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
 def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> None:
-    """Write config, generation config and shards beside their place, then move them in; see ``save_pretrained``."""
+    """Write config, generation config and shards, and put them in place of what is there; see ``save_pretrained``."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     state_dict = stock_state_dict(model)
@@ -151,34 +187,26 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
     plan = split_torch_state_dict_into_shards(
         sizes, max_shard_size=max_shard_size, filename_pattern="model{suffix}.safetensors"
     )
+
+    def write(target: Path) -> None:
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: state_dict[name].to("cpu").contiguous() for name in names}
+            save_file(tensors, target / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(target)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(target)
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            staging = Path(name)
-            for file, names in plan.filename_to_tensors.items():
-                tensors = {name: state_dict[name].to("cpu").contiguous() for name in names}
-                save_file(tensors, staging / file, metadata={"format": "pt"})
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(staging)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(staging)
-            _move_in(staging, folder)
+        replace_checkpoint(folder, write)
+    except NotRestoredError as error:
+        raise CheckpointError(f"cannot save the checkpoint to {folder}: {error}") from error
     except (OSError, SafetensorError) as error:
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "Free space or choose" if full else "Allow writing there, or choose"
         raise CheckpointError(
-            f"cannot save the checkpoint to {folder}: {error}; what was there is unchanged. Free space or "
-            "choose another folder"
+            f"cannot save the checkpoint to {folder}: {error}; what was there is unchanged. {way_out} another folder"
         ) from error
-
-
-def _move_in(staging: Path, folder: Path) -> None:
-    """Move finished files in, then drop weight files that the new checkpoint does not have: readers would prefer
-    them."""
-    written = {path.name for path in staging.iterdir()}
-    for path in sorted(staging.iterdir()):
-        os.replace(path, folder / path.name)
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
-        if stale.name not in written:
-            stale.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ of the layers, so with it there is no baseline for them and both are refused; an
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,7 +66,37 @@ ACTIVATIONS: tuple[str, ...] = ("silu", "swish")
 
 def rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has
-    them."""
+    them.
+
+    Raises:
+        UnsupportedError: that model cannot compute them from the configuration's numbers.
+    """
+    try:
+        return _rope_frequencies(config)
+    except Exception as error:  # arithmetic with whatever stands there
+        raise _no_frequencies(config, " ".join(str(error).split())) from error
+
+
+def check_rope(config: Qwen2Config) -> None:
+    """Refuse what no rotary frequencies can be computed from.
+
+    Raises:
+        UnsupportedError: see :func:`rope_frequencies`; or they are not finite.
+    """
+    inv_freq, scaling = rope_frequencies(config)
+    if not math.isfinite(scaling) or not bool(torch.isfinite(inv_freq).all()):
+        raise _no_frequencies(config, "they are not finite")
+
+
+def _no_frequencies(config: Qwen2Config, reason: str) -> UnsupportedError:
+    name = "rope_theta" if IS_V4 else "rope_parameters"
+    given = " ".join(str(getattr(config, name, None)).split())
+    return UnsupportedError(
+        f"{name}={given[:300]}: no rotary frequencies can be computed from it ({reason}); correct it in config.json"
+    )
+
+
+def _rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
     if IS_V4:
         exponents = torch.arange(0, head_dim(config), 2, device="cpu").float() / head_dim(config)
         return 1.0 / (config.rope_theta**exponents), 1.0

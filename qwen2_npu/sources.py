@@ -4,7 +4,6 @@ they are asked for, one at a time.
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, Qwen2Config
+from transformers import Qwen2Config
 
-from qwen2_npu.compat import kv_head_count
+from qwen2_npu.configuration import one_line, read_config, read_object
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.folders import check_readable, is_file, locked
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -32,16 +32,6 @@ STORED: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 """safetensors' names of the same dtypes. What is stored otherwise is quantised."""
-
-POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-"""Fields of a configuration that are whole numbers from 1 on."""
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -61,84 +51,6 @@ class Source(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, one at a time."""
-
-
-# ---- configuration ------------------------------------------------------------------------------------------------
-def check_heads(config: Qwen2Config) -> None:
-    """Refuse sizes that are none, and head counts that do not divide.
-
-    Raises:
-        CheckpointError: with the values.
-    """
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{name}={value!r} is no whole number from 1 on; correct config.json")
-    heads, kv_heads, hidden = config.num_attention_heads, kv_head_count(config), config.hidden_size
-    if kv_heads < 1 or heads % kv_heads:
-        raise CheckpointError(
-            f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: every kv head serves the "
-            "same number of query heads; correct config.json"
-        )
-    if getattr(config, "head_dim", None) is None and hidden % heads:
-        raise CheckpointError(f"num_attention_heads={heads} does not divide hidden_size={hidden}; correct config.json")
-
-
-def read_config(folder: Path, **changes: Any) -> Qwen2Config:
-    """The folder's config.json as a ``Qwen2Config``.
-
-    Args:
-        changes: fields that take another value than the file gives, as transformers' ``from_pretrained`` takes them.
-
-    Raises:
-        CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, heads that do not
-            divide.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"model path {str(folder)!r} is no folder: pass a local Hugging Face checkpoint folder (nothing is "
-            "downloaded; fetch one with `hf download Qwen/Qwen2-7B-Instruct --local-dir DIR`)"
-        )
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no Hugging Face checkpoint folder")
-    values = _read_object(path)
-    model_type = values.get("model_type")
-    if model_type != "qwen2":
-        raise CheckpointError(
-            f"{path} has model_type={model_type!r}; this model serves 'qwen2' (Qwen2 dense sizes and Qwen1.5)"
-        )
-    quantized = values.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(
-            f"{path} describes weights quantised with {method!r}; use the checkpoint in bf16, fp16 or fp32"
-        )
-    try:
-        config = Qwen2Config.from_pretrained(folder, local_files_only=True, **changes)
-    except Exception as error:  # 5.x validates with exception types of its own
-        raise CheckpointError(f"{path} is refused by transformers: {_one_line(error)}; correct it") from error
-    check_heads(config)
-    return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: there is none in it.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__} in place of a JSON object; fetch it again")
-    return values
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -185,25 +97,40 @@ class StateDictSource:
 
 
 class SafetensorsSource:
-    """One or several safetensors files of a folder."""
+    """One or several safetensors files of a folder.
+
+    They are opened at once and stay so until they are read: what replaces them meanwhile is not met.
+
+    Raises:
+        CheckpointError: a file cannot be read, is quantised, or has a tensor that another one has as well.
+    """
 
     def __init__(self, folder: Path, config: Qwen2Config, files: Sequence[str]) -> None:
         self.config = config
         self.where = str(folder)
         self._folder = folder
-        self._files: dict[str, list[str]] = {}
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtype: torch.dtype | None = None
         for file in files:
-            with _reading(folder / file) as shard:
-                self._files[file] = list(shard.keys())
-                for name in self._files[file]:
-                    tensor = shard.get_slice(name)
-                    dtype = STORED.get(tensor.get_dtype())
-                    if dtype is None:
-                        raise _not_floating(folder / file, name, tensor.get_dtype())
-                    self._dtype = self._dtype or dtype
-                    self._shapes[name] = tuple(tensor.get_shape())
+            path = folder / file
+            with _reading(path):
+                self._open[file] = shard = safe_open(path, framework="pt", device="cpu")
+                for name in list(shard.keys()):
+                    self._add(file, name, shard.get_slice(name))
+
+    def _add(self, file: str, name: str, tensor: Any) -> None:
+        dtype = STORED.get(tensor.get_dtype())
+        if dtype is None:
+            raise _not_floating(self._folder / file, name, tensor.get_dtype())
+        if (first := self._file_of.setdefault(name, file)) != file:
+            raise CheckpointError(
+                f"{self.where}: tensor {name} is in {first} and in {file}, which are not of one checkpoint; fetch all "
+                "files again"
+            )
+        self._dtype = self._dtype or dtype
+        self._shapes[name] = tuple(tensor.get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -212,9 +139,10 @@ class SafetensorsSource:
         return self._dtype or torch.float32
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file, names in self._files.items():
-            with _reading(self._folder / file) as shard:
-                for name in names:
+        for file in dict.fromkeys(self._file_of.values()):
+            with _reading(self._folder / file):
+                shard = self._open.pop(file, None) or safe_open(self._folder / file, framework="pt", device="cpu")
+                for name in list(shard.keys()):
                     yield name, shard.get_tensor(name)
 
 
@@ -231,40 +159,25 @@ def open_checkpoint(
         CheckpointError: what is wrong with it.
     """
     folder = Path(path).expanduser()
-    config = read_config(folder) if config is None else config
-    name = _default_weights(folder) if weights_file is None else weights_file
-    if not (folder / name).is_file():
-        raise CheckpointError(f"weights_file={name!r}: {folder / name} does not exist; name a file of that folder")
-    files = _indexed_files(folder / name) if name.endswith(".index.json") else [name]
-    if all(file.endswith(".safetensors") for file in files):
-        return SafetensorsSource(folder, config, files)
-    state_dict: dict[str, torch.Tensor] = {}
-    for file in files:
-        state_dict |= _unpickled(folder / file)
-    return StateDictSource(config, state_dict, where=str(folder))
-
-
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The folder's generation_config.json, if it has one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    _read_object(path)
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # 5.x validates with exception types of its own
-        raise CheckpointError(f"{path} is refused by transformers: {_one_line(error)}; correct or delete it") from error
+    with locked(folder, shared=True):
+        config = read_config(folder) if config is None else config
+        name = _default_weights(folder) if weights_file is None else weights_file
+        if not is_file(folder / name):
+            raise CheckpointError(f"weights_file={name!r}: {folder / name} does not exist; name a file of that folder")
+        files = _indexed_files(folder / name) if name.endswith(".index.json") else [name]
+        if all(file.endswith(".safetensors") for file in files):
+            return SafetensorsSource(folder, config, files)
+        state_dict: dict[str, torch.Tensor] = {}
+        for file in files:
+            state_dict |= _unpickled(folder / file)
+        return StateDictSource(config, state_dict, where=str(folder))
 
 
 def _default_weights(folder: Path) -> str:
-    for name in (INDEX_FILE, SINGLE_FILE):
-        if (folder / name).is_file():
+    for name in (SINGLE_FILE, INDEX_FILE):  # the order of transformers
+        if is_file(folder / name):
             return name
-    pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
+    pickled = next((name for name in PICKLED if is_file(folder / name)), None)
     hint = (
         "; fetch them again"
         if pickled is None
@@ -281,7 +194,7 @@ def _indexed_files(index: Path) -> list[str]:
     Raises:
         CheckpointError: it names none, or missing ones.
     """
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     named = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not named or not all(isinstance(file, str) for file in named):
         raise CheckpointError(
@@ -289,7 +202,7 @@ def _indexed_files(index: Path) -> list[str]:
             "fetch it again"
         )
     files = sorted(set(named))
-    missing = [file for file in files if not (index.parent / file).is_file()]
+    missing = [file for file in files if not is_file(index.parent / file)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(files)} shards named by {index} are missing, first {missing[0]}; fetch the rest"
@@ -298,11 +211,12 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    check_readable(path)
     try:
         state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as a torch state dict: {_one_line(error)}; fetch it again"
+            f"{path} cannot be read as a torch state dict: {one_line(error)}; fetch it again"
         ) from error
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"{path} holds a {type(state_dict).__name__} in place of a state dict; fetch it again")
@@ -317,11 +231,12 @@ def _not_floating(where: str | Path, name: str, stored: object) -> CheckpointErr
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _reading(path: Path) -> Iterator[None]:
+    """Name what goes wrong while a file of weights is read."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as shard:
-            yield shard
+        yield
     except (SafetensorError, OSError) as error:
+        check_readable(path)
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or damaged ({error}); fetch this file again"
         ) from error

@@ -96,25 +96,28 @@ def command(
     import torch
 
     from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
+    from qwen2_npu.configuration import read_config
     from qwen2_npu.conformance import tiny
-    from qwen2_npu.conformance.accuracy.model_pair import load_tokenizer
+    from qwen2_npu.tokenizer import chat_text, load_tokenizer
 
     options.quiet_transformers()
     folder = model_path or tiny.path()
     target = options.check_device(device)
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
     graph.check_mode(mode, torch.device(target), optimizations)
+    # Before the weights, which take long. (transformers reads config.json for the tokenizer, too.)
+    read_config(Path(folder))
+    tokenizer = load_tokenizer(Path(folder))
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
     if sample and temperature is None:
         own = model.generation_config.temperature
         check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")
-    tokenizer = load_tokenizer(Path(folder))
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json): fetch it with the checkpoint")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    texts = [_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
     compile_model(model, mode)
     interrupts.check()
@@ -155,11 +158,3 @@ def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
             super().put(value)
 
     return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-
-
-def _chat(tokenizer: Any, prompt: str) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("--chat: this checkpoint's tokenizer has no chat template; leave --chat out")
-    return str(
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    )

@@ -100,10 +100,13 @@ def compiler_config(options: GraphOptions) -> Any:
 def keep_input_guards(guards: Sequence[Any]) -> list[bool]:
     """Guards as few as possible: on the inputs and their shapes, not on the hundreds of attributes of the model.
 
-    The model does not change under a compiled step: ``compile_model`` makes new ones where it is called again.
+    The model does not change under a compiled step: ``compile_model`` makes new ones where it is called again. Only its
+    rotary table may grow.
     """
     return [
-        guard.guard_type == "SHAPE_ENV" or not (guard.is_global or guard.name.startswith("L['self']"))
+        guard.guard_type == "SHAPE_ENV"
+        or guard.name.endswith(("._buffers['cos']", "._buffers['sin']"))
+        or not (guard.is_global or guard.name.startswith("L['self']"))
         for guard in guards
     ]
 
@@ -135,12 +138,12 @@ class CachedStep:
     callable and a folder of its own.
     """
 
-    def __init__(self, step: Step, config: Any, dynamic: bool, folder: Path) -> None:
+    def __init__(self, step: Any, config: Any, dynamic: bool, folder: Path) -> None:
         self.step, self.config, self.dynamic, self.folder = step, config, dynamic, folder
         self.graphs: dict[str, Step] = {}
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
-        name = shape_name(arguments)
+        name = shape_name((arguments, self.step.__self__.model.rotary.cos))
         if name not in self.graphs:
             from torchair.inference import cache_compile
 

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, H hidden, I intermediate, D head_dim.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -85,12 +86,22 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+TABLE_ROWS = 131072
+"""Positions that a rotary table has at least, unless the model has fewer: as many as a checkpoint usually has."""
+
+_GROWING = threading.Lock()
+
+
 class RotaryTable(nn.Module):
     """cos and sin of every position, computed once in float32 and rounded to the model's dtype, as the stock model
     does.
 
+    A configuration may promise any number of positions. Those beyond :data:`TABLE_ROWS` are computed when they are
+    needed, in powers of two: few tables in the life of a model, since graphs are compiled for the table there is.
+
     Attributes:
-        cos, sin: (max_position_embeddings, D), both halves alike; None until :meth:`prepare`.
+        positions: those of the model.
+        cos, sin: (rows, D), both halves alike; None until :meth:`prepare`.
     """
 
     cos: torch.Tensor | None
@@ -98,9 +109,9 @@ class RotaryTable(nn.Module):
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
-        self.config = config
         self.positions: int = config.max_position_embeddings
         self.head_dim = head_dim(config)
+        self.frequencies = rope_frequencies(config)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
@@ -110,16 +121,31 @@ class RotaryTable(nn.Module):
         self.cos = self.sin = None
         return self
 
-    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Build the table for ``dtype`` and ``device`` unless it is there. Outside of any graph."""
-        if self.cos is not None and self.cos.dtype == dtype and self.cos.device == device:
+    def prepare(self, dtype: torch.dtype, device: torch.device, positions: int = 0) -> None:
+        """Build the table for ``dtype``, ``device`` and that many positions unless it is there. Outside of any graph.
+
+        Args:
+            positions: those needed, as far as the model has them; more may be there.
+        """
+        if self._serves(dtype, device, positions):
             return
-        with torch.inference_mode(False):  # it outlives the call
-            inv_freq, scaling = rope_frequencies(self.config)
-            angles = torch.outer(torch.arange(self.positions, dtype=torch.float32, device="cpu"), inv_freq)
+        with _GROWING, torch.inference_mode(False):  # it outlives the call
+            if self._serves(dtype, device, positions):  # another thread has built it
+                return
+            rows = min(self.positions, max(TABLE_ROWS, 1 << (positions - 1).bit_length()))
+            inv_freq, scaling = self.frequencies
+            angles = torch.outer(torch.arange(rows, dtype=torch.float32, device="cpu"), inv_freq)
             angles = torch.cat((angles, angles), dim=-1)
-            self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
             self.sin = (angles.sin() * scaling).to(device=device, dtype=dtype)
+            self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
+
+    def _serves(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        table = self.cos
+        return (
+            table is not None
+            and (table.dtype, table.device) == (dtype, device)
+            and table.shape[0] >= min(positions, self.positions)
+        )
 
     def forward(self, position_ids: torch.Tensor, head_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at ``position_ids`` (B, S), with an axis for the heads at ``head_axis``."""

@@ -12,8 +12,10 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu import checkpoint, sources
 from qwen2_npu.compat import set_torch_dtype
+from qwen2_npu.configuration import read_config, read_generation_config
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.folders import locked
 from qwen2_npu.optimizations import Optimizations
 
 if TYPE_CHECKING:
@@ -122,12 +124,13 @@ class CheckpointIO:
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
-        configuration = _configuration(folder if config is None else config, changes)
         target = one_device(device, device_map)
-        source = sources.open_checkpoint(folder, config=configuration, weights_file=weights_file)
-        generation_config = generation_config or sources.read_generation_config(folder)
+        with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
+            settings = _configuration(folder if config is None else config, changes)
+            source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
+            generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
         model: Any = checkpoint.build(
-            lambda: cls(configuration, optimizations),
+            lambda: cls(settings, optimizations),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
             device=target,
@@ -171,7 +174,8 @@ class CheckpointIO:
     ) -> None:
         """Write the ordinary Hugging Face layout, tensors bit-identical to what was loaded (in the dtype held).
 
-        Every file is written beside its place and moved there when complete: a failure leaves what was there before.
+        The folder loads as the checkpoint that was there or as the new one, whenever the process is killed or fails:
+        see :mod:`qwen2_npu.saving`.
 
         Args:
             is_main_process: False where another process writes the same model: nothing is written then.
@@ -234,7 +238,7 @@ def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) 
         TypeError: a change of a field that there is not, or of a configuration that the caller has in hand.
     """
     if isinstance(given, (str, Path)):
-        config = sources.read_config(Path(given).expanduser(), **changes)
+        config = read_config(Path(given).expanduser(), **changes)
         unknown = [name for name in changes if not hasattr(config, name)]
         reason = "it is neither a keyword of transformers nor a field of config.json"
     elif isinstance(given, Qwen2Config):

@@ -35,15 +35,15 @@ from qwen2_npu.compat import (
     sliding_windows,
     unchanged_on_error,
 )
+from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
-from qwen2_npu.models.layers import MLP, Linear, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import MLP, TABLE_ROWS, Linear, RMSNorm, RotaryTable
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import check_heads
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
@@ -154,7 +154,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     _supports_cache_class = True
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
-        check_heads(config)
+        check_fields(config)
         check_config(config)
         config = copy.deepcopy(config)
         config._attn_implementation = (
@@ -217,6 +217,17 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if not self.optimizations.fixed_kv_cache:
             return growing_cache()
         return FixedKVCache(self.cache_shape(batch_size, capacity))
+
+    def _prepare_rotary(
+        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None
+    ) -> None:
+        """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
+        then has one table from its first step to its last, and one graph."""
+        rotary = self.model.rotary
+        needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
+        if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
+            needed = max(needed, int(position_ids.max()) + 1)
+        rotary.prepare(self.dtype, device, needed)
 
     # ---- the two steps that are compiled -------------------------------------------------------------------------
     def prefill_step(
@@ -304,7 +315,6 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         looked_into = past == 0 or tokens > 1 or table.device.type == "cpu"
         if input_ids is not None and looked_into:
             arguments.check_vocabulary(input_ids, self.vocab_size)
-        self.model.rotary.prepare(self.dtype, given.device)
         over_all = labels is not None and labels.shape[1] == tokens
         kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens)
         one = isinstance(kept, torch.Tensor) and kept.dim() == 0
@@ -326,6 +336,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             if cache is None and use_cache:
                 capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
                 cache = FixedKVCache(self._cache_shape(batch, capacity))
+            self._prepare_rotary(given.device, past + tokens, cache, position_ids)
             logits = self._forward_fixed(given, rows, position_ids, cache, wanted, recording)
         else:
             if attention_mask is not None and (past == 0 or tokens > 1):
@@ -334,6 +345,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             looked_into = looked_into or past + tokens > positions
             arguments.check_positions(positions, longest, position_ids if looked_into else None)
             cache = growing_cache() if cache is None and use_cache else cache
+            self._prepare_rotary(given.device, past + tokens, cache, position_ids)
             with unchanged_on_error(cache):
                 logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
         if one:

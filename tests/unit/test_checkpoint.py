@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM, checkpoint, sources
+from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, checkpoint, sources
+from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
+from qwen2_npu.models import qwen2
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -102,6 +107,55 @@ def test_old_extras_are_accepted(folder):
     tensors = load_file(shard) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
     save_file(tensors, shard, metadata={"format": "pt"})
     Qwen2ForCausalLM.from_pretrained(folder)
+
+
+# ---- before anything is built ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4, "head_dim": 32}], ids=str
+)
+@pytest.mark.parametrize("step", ["", *LADDER])
+def test_shapes_follow_from_the_configuration(changes, step):
+    """What is compared with a folder before a model is built is what the model then has, with any switches."""
+    if changes.get("head_dim") and not HEAD_DIM_IS_FREE:
+        pytest.skip("transformers 4.37.0 has no head_dim of its own")
+    model = Qwen2ForCausalLM(small_config(**changes), Optimizations.up_to(step) if step else Optimizations.none())
+    layout = checkpoint.stock_layout(model)
+    assert checkpoint.stock_shapes(model.config) == {name: rows.shape for name, rows in layout.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.stock_state_dict().items()} == checkpoint.stock_shapes(
+        model.config
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_hidden_layers": 20_000},
+            "num_hidden_layers=20000, and there are tensors of 3 layers; fetch it again, or",
+        ),
+        ({"num_hidden_layers": 4}, "12 tensors missing, first model.layers.3.input_layernorm.weight"),
+        ({"num_hidden_layers": 2}, "12 tensors unexpected, first model.layers.2.input_layernorm.weight"),
+        ({"vocab_size": 2_000_000_000}, "2 tensors mis-shaped, first model.embed_tokens.weight has shape (199, 256)"),
+        ({"intermediate_size": 2_000_000_000}, "9 tensors mis-shaped, first model.layers.0.mlp.gate_proj.weight"),
+        ({"hidden_size": 2_000_000_000}, "tensors mis-shaped, first model.embed_tokens.weight"),
+        ({"tie_word_embeddings": True, "num_hidden_layers": 2}, "12 tensors unexpected, first model.layers.2."),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message, monkeypatch):
+    def built(*args: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(qwen2, "Qwen2Model", built)
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    values.pop("layer_types", None)
+    path.write_text(json.dumps(values))
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        Qwen2ForCausalLM.from_pretrained(folder)
+    assert time.perf_counter() - started < 5
+    assert "does not fit its configuration" in str(caught.value)
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

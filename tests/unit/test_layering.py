@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "optimizations", "devices"),
     ("ops",),
     ("emulator",),
-    ("compat", "cache", "sources", "checkpoint"),
+    ("compat", "cache", "fields", "folders", "configuration", "sources", "saving", "checkpoint", "tokenizer"),
     ("models",),
     ("graph",),
     ("conformance",),

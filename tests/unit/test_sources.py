@@ -151,10 +151,7 @@ def rewrite(folder, change):
         (break_config_list, r"config\.json holds a list in place of a JSON object; fetch it again"),
         (break_quantised_by_name, r"quantised with 'gptq'; use the checkpoint in bf16"),
         (break_no_heads, r"num_attention_heads=0|num_attention_heads.* 0"),
-        (
-            break_hidden_size,
-            r"json is refused by transformers: .*hidden_size|hidden_size='abc' is no whole number",
-        ),
+        (break_hidden_size, r"config\.json: hidden_size='abc' must be an integer from 1 to \d+; correct it"),
         (break_int8, r"model-00001-of-.*: .* is stored as I8, which is quantised.*; use the checkpoint in bf16"),
         (break_generation_config, r"generation_config\.json is no valid JSON .*; fetch it again"),
         (break_generation_config_list, r"generation_config\.json holds a list .*; fetch it again"),
@@ -170,6 +167,36 @@ def test_broken_folders_are_one_clear_error(folder, breakage, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         Qwen2ForCausalLM.from_pretrained(path)
     assert "\n" not in str(caught.value)
+
+
+# ---- files of more than one checkpoint ------------------------------------------------------------------------------
+def test_a_tensor_in_two_shards(folder):
+    """Shards of two ways to split a checkpoint: the names are all there, and one tensor twice."""
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"tensor \S+ is in {first.name} and in {second.name}, which are not of one"
+    ):
+        Qwen2ForCausalLM.from_pretrained(folder)
+
+
+def test_a_whole_file_comes_before_an_index_as_for_transformers(folder):
+    whole = {name: tensor + 1 for name, tensor in stock_weights(small_stock()).items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    for loaded in (Qwen2ForCausalLM.from_pretrained(folder), type(small_stock()).from_pretrained(folder)):
+        assert torch.equal(loaded.model.norm.weight, whole["model.norm.weight"])
+
+
+def test_what_replaces_a_shard_meanwhile_is_not_met(folder):
+    source = sources.open_checkpoint(folder)
+    expected = stock_weights(small_stock())
+    other = {name: tensor + 1 for name, tensor in expected.items()}
+    for shard in folder.glob("*.safetensors"):
+        replaced = {name: other[name] for name in load_file(shard)}
+        save_file(replaced, folder / "new", metadata={"format": "pt"})
+        (folder / "new").rename(shard)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.tensors())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in source.tensors()), "the second time it is there"
 
 
 def test_unknown_dtype_names_the_supported_ones(folder):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qwen2_npu.checkpoint import skeleton
+from qwen2_npu.configuration import read_generation_config
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
@@ -23,7 +24,8 @@ from qwen2_npu.conformance.accuracy.locate_error import Build, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import open_checkpoint, parse_dtype, read_generation_config
+from qwen2_npu.sources import open_checkpoint, parse_dtype
+from qwen2_npu.tokenizer import load_tokenizer
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
@@ -78,7 +80,7 @@ class Subject:
         source = open_checkpoint(folder)
         # What does not fit is found here, and named, before the stock model meets it in its own way.
         skeleton(lambda: Qwen2ForCausalLM(source.config), source)
-        read_generation_config(folder)
+        read_generation_config(folder, source.config.vocab_size)
         tokenizer = load_tokenizer(folder)
         check_texts(source.config, tokenizer, decode_steps, str(folder))
         parsed = parse_dtype(dtype) or source.stored_dtype()
@@ -303,20 +305,3 @@ def check_texts(config: Any, tokenizer: Any, decode_steps: int, where: str) -> N
             f"{where}: max_position_embeddings={config.max_position_embeddings}, and the texts it is compared on need "
             f"{needed}: raise it in a copy of config.json; the comparison holds at any position"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it has none.
-
-    Raises:
-        CheckpointError: there is one, but it cannot be read.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise types of their own
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {reason}; fetch its files again") from error

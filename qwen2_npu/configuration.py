@@ -1,0 +1,174 @@
+"""config.json and generation_config.json of a checkpoint folder, every fault in them named."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, Qwen2Config
+
+from qwen2_npu.compat import check_config, head_dim, kv_head_count
+from qwen2_npu.errors import CheckpointError
+from qwen2_npu.fields import CONFIG, GENERATION, check_numbers
+from qwen2_npu.folders import SAVING, is_file, is_folder, unreadable
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+DEEPEST = 100
+"""Levels of nesting in a JSON file; libraries that walk through more run out of stack."""
+
+PUT_IN = ("pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""Fields of generation_config.json with tokens that ``generate`` puts into a text itself."""
+
+UNSERVED = ("assistant_early_exit", "is_assistant")
+"""Fields of generation_config.json for a way to generate that this model does not have."""
+
+
+def check_fields(config: Qwen2Config) -> None:
+    """Refuse sizes and token ids that no model has, and head counts that do not divide.
+
+    Raises:
+        CheckpointError: with the values.
+    """
+    check_numbers(vars(config), GENERATION | CONFIG, where="", way_out="correct config.json")
+    heads, kv_heads, hidden = config.num_attention_heads, kv_head_count(config), config.hidden_size
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: every kv head serves the "
+            "same number of query heads; correct config.json"
+        )
+    if getattr(config, "head_dim", None) is None and hidden % heads:
+        raise CheckpointError(f"num_attention_heads={heads} does not divide hidden_size={hidden}; correct config.json")
+    if head_dim(config) % 2:
+        raise CheckpointError(
+            f"head_dim={head_dim(config)} (hidden_size / num_attention_heads unless given) is odd, and rotary "
+            "positions turn pairs of values; correct config.json"
+        )
+    if (padding := getattr(config, "pad_token_id", None)) is not None and padding >= config.vocab_size:
+        raise CheckpointError(
+            f"pad_token_id={padding} is outside the vocabulary of vocab_size={config.vocab_size}; correct config.json"
+        )
+
+
+def read_config(folder: Path, **changes: Any) -> Qwen2Config:
+    """The folder's config.json as a ``Qwen2Config``.
+
+    Args:
+        changes: fields that take another value than the file gives, as transformers' ``from_pretrained`` takes them.
+
+    Raises:
+        CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, numbers that no
+            model has.
+        UnsupportedError: what this model does not compute.
+    """
+    if not is_folder(folder):
+        raise CheckpointError(
+            f"model path {str(folder)!r} is no folder: pass a local Hugging Face checkpoint folder (nothing is "
+            "downloaded; fetch one with `hf download Qwen/Qwen2-7B-Instruct --local-dir DIR`)"
+        )
+    path = folder / CONFIG_FILE
+    if not is_file(path):
+        raise _no_config(folder)
+    values = read_object(path)
+    model_type = values.get("model_type")
+    if model_type != "qwen2":
+        raise CheckpointError(
+            f"{path} has model_type={reprlib.repr(model_type)}; this model serves 'qwen2' (Qwen2 dense sizes and "
+            "Qwen1.5)"
+        )
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{path} describes weights quantised with {reprlib.repr(method)}; use the checkpoint in bf16, fp16 or fp32"
+        )
+    # Before transformers: it makes lists of the lengths that are given.
+    check_numbers(values | changes, GENERATION | CONFIG, where=f"{path}: ", way_out="correct it")
+    try:
+        config = Qwen2Config.from_pretrained(folder, local_files_only=True, **changes)
+    except Exception as error:  # 5.x validates with exception types of its own
+        raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error
+    check_fields(config)
+    check_config(config)
+    return config
+
+
+def _no_config(folder: Path) -> CheckpointError:
+    try:
+        saving = any(path.name.startswith(SAVING) for path in folder.iterdir())
+    except OSError:
+        saving = False
+    reason = (
+        "a save into it was interrupted, or is under way: save the model again, or wait"
+        if saving
+        else "it is no Hugging Face checkpoint folder"
+    )
+    return CheckpointError(f"{folder} has no config.json: {reason}")
+
+
+def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | None:
+    """The folder's generation_config.json, if it has one.
+
+    Args:
+        vocab_size: of the model: tokens that are put into a text belong to it.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds numbers that cannot be generated with.
+    """
+    path = folder / GENERATION_CONFIG_FILE
+    if not is_file(path):
+        return None
+    values = read_object(path)
+    check_numbers(values, GENERATION, where=f"{path}: ", way_out="correct it, or delete the file")
+    for name in PUT_IN:
+        if max(_listed(values.get(name)), default=-1) >= vocab_size:
+            raise CheckpointError(
+                f"{path}: {name}={reprlib.repr(values[name])} is outside the vocabulary of vocab_size={vocab_size}; "
+                "correct it, or delete the file"
+            )
+    for name in UNSERVED:
+        if values.get(name) is not None and values[name] is not False:
+            raise CheckpointError(f"{path}: {name}={reprlib.repr(values[name])} is not served by this model; remove it")
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # 5.x validates with exception types of its own
+        raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct or delete it") from error
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: there is none in it, or it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON ({one_line(error)}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__} in place of a JSON object; fetch it again")
+    level: list[Any] = [values]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    if level:
+        raise CheckpointError(f"{path} is nested more than {DEEPEST} levels deep; fetch it again")
+    return values
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, or its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

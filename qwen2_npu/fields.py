@@ -1,0 +1,116 @@
+"""Which numbers config.json and generation_config.json may hold: a table for each."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from qwen2_npu.errors import CheckpointError
+
+LARGEST = 2**31 - 1
+"""The largest integer: sizes, counts and token ids beyond it belong to no model."""
+
+LARGEST_REAL = 1e6
+"""The largest real number: products with a larger one may overflow."""
+
+
+class Number(NamedTuple):
+    """What a field takes: a number from ``low`` to ``high``.
+
+    Attributes:
+        real: whether it may have a fraction.
+        null: whether the field may be null.
+        listed: whether the field may, or must, be a list of such numbers.
+        length: of that list; None for any.
+    """
+
+    low: float
+    high: float = LARGEST
+    real: bool = False
+    null: bool = False
+    listed: Literal["no", "may", "must"] = "no"
+    length: int | None = None
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value``, as JSON gives it, is such a number."""
+        if value is None:
+            return self.null
+        if isinstance(value, list):
+            fits = self.length in (None, len(value))
+            return self.listed != "no" and fits and all(self._is_one(each) for each in value)
+        return self.listed != "must" and self._is_one(value)
+
+    def _is_one(self, value: Any) -> bool:
+        kinds = (int, float) if self.real else (int,)
+        return type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        one = f"{'a number' if self.real else 'an integer'} from {self.low:g} to {self.high:.10g}"
+        count = "" if self.length is None else f"{self.length} "
+        text = {
+            "no": one,
+            "may": f"{one}, or a list of such",
+            "must": f"a list of {count}numbers, each {one}",
+        }[self.listed]
+        return f"{text}, or null" if self.null else text
+
+
+def _count(low: int, high: int = LARGEST) -> Number:
+    return Number(low, high, null=True)
+
+
+def _real(low: float, high: float = LARGEST_REAL) -> Number:
+    return Number(low, high, real=True, null=True)
+
+
+TOKEN = Number(-1, null=True)  # -1 stands for none in some files
+TOKENS = TOKEN._replace(listed="may")
+TOKEN_LIST = TOKEN._replace(listed="must")
+
+GENERATION: dict[str, Number] = {
+    **dict.fromkeys(("pad_token_id", "forced_bos_token_id"), TOKEN),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), TOKENS),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKEN_LIST),
+    **dict.fromkeys(("max_length", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _count(0)),
+    "encoder_no_repeat_ngram_size": _count(0, 10_000),  # a list of that length is made at every step
+    **dict.fromkeys(("max_new_tokens", "max_cache_len", "prefill_chunk_size", "max_matching_ngram_size"), _count(1)),
+    **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens"), _count(1)),
+    **dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), _count(1)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), _count(1, 10_000)),
+    **dict.fromkeys(("temperature", "max_time", "penalty_alpha", "diversity_penalty"), _real(0)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _real(0)),
+    **dict.fromkeys(("length_penalty", "guidance_scale"), _real(-LARGEST_REAL)),
+    **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), _real(0, 1)),
+    "assistant_confidence_threshold": _real(0, 1),
+    "assistant_ensemble_weight": _real(1e-6, 1 - 1e-6),
+    "exponential_decay_length_penalty": _real(0)._replace(listed="must", length=2),
+}
+"""Fields of generation_config.json. config.json may hold them, too."""
+
+CONFIG: dict[str, Number] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), Number(1)),
+    "num_hidden_layers": Number(1, 100_000),  # transformers makes a list of that length
+    "num_key_value_heads": _count(1),
+    "head_dim": _count(1),
+    "max_position_embeddings": Number(1),
+    "sliding_window": _count(1),
+    "max_window_layers": Number(0),
+    "rms_norm_eps": Number(0, LARGEST_REAL, real=True),
+    "initializer_range": Number(0, LARGEST_REAL, real=True),
+    "attention_dropout": Number(0, 1, real=True),
+    "num_labels": _count(0, 100_000),  # transformers makes a dictionary of that size
+}
+"""Fields of config.json."""
+
+
+def check_numbers(values: Mapping[str, Any], table: Mapping[str, Number], *, where: str, way_out: str) -> None:
+    """Refuse the first field that holds something else than its number.
+
+    Raises:
+        CheckpointError: naming the field, its value and what it takes.
+    """
+    for name, number in table.items():
+        if name in values and not number.takes(values[name]):
+            raise CheckpointError(f"{where}{name}={reprlib.repr(values[name])} must be {number}; {way_out}")

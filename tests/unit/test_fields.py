@@ -1,0 +1,137 @@
+"""Every number of config.json and generation_config.json with every kind of value: refused by name, or it works."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2Config
+
+from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.fields import CONFIG, GENERATION, Number
+from tests.unit.small import V4, small_config, small_stock
+
+VALUES: tuple[Any, ...] = (
+    "abc", "5", 1.5, True, [1, 2], [], ["a"], {"a": 1}, -1, -7, 0, 1, 2**31 - 1, 10**30, None, math.nan, math.inf,
+    1e308,
+)  # fmt: skip
+"""What may stand in place of a number."""
+
+NO_NUMBERS = {
+    "do_sample", "early_stopping", "use_cache", "use_mtp", "cache_implementation", "cache_config", "stop_strings",
+    "renormalize_logits", "remove_invalid_values", "sequence_bias", "bad_words_ids", "force_words_ids", "constraints",
+    "token_healing", "watermarking_config", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "return_dict_in_generate", "is_assistant", "assistant_early_exit", "num_assistant_tokens_schedule",
+    "speculation_type", "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "dola_layers",
+    "generation_kwargs", "_from_model_config", "transformers_version",
+}  # fmt: skip
+"""The other fields of a ``GenerationConfig``."""
+
+ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+ROPE_FIELDS = ("rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("origin")
+    config = small_config(num_hidden_layers=1, hidden_size=64, intermediate_size=32, vocab_size=61, eos_token_id=5)
+    small_stock(config).save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def check(origin: Path, folder: Path, file: str, name: str, change: dict[str, Any]) -> None:
+    """Refused in one line that names file and field; or by transformers' ``generate`` as a ValueError; or it works."""
+    values = json.loads((origin / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps(values | change), encoding="utf-8")
+    try:
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+    except (CheckpointError, UnsupportedError) as error:
+        message = str(error)
+        fits = name in message or (name in CONFIG and "does not fit its configuration" in message)
+        if "\n" in message or len(message) > 600 or not fits:
+            pytest.fail(f"{change}: {message}")
+        return
+    limit = {} if "max_new_tokens" in change else {"max_new_tokens": 2}
+    with warnings.catch_warnings(action="ignore"), suppress(ValueError):
+        model.generate(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3), do_sample=True, **limit)
+
+
+@pytest.fixture
+def folder(origin: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(origin, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_config(origin, folder, name):
+    for value in VALUES:
+        check(origin, folder, "config.json", name, {name: value})
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", pytest.param("config.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_config(origin, folder, file, name):
+    for value in VALUES:
+        check(origin, folder, file, name, {name: value})
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+def test_tokens_in_config(origin, folder, name):
+    for value in VALUES:
+        check(origin, folder, "config.json", name, {name: value})
+
+
+@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
+def test_frequencies_that_are_no_numbers(folder):
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("attention_factor", "factor"):
+        (folder / "config.json").write_text(json.dumps(values | {"rope_parameters": ROPE | {name: math.nan}}))
+        with pytest.raises(UnsupportedError, match=r"^rope_parameters=\{.*they are not finite\); correct it in config"):
+            Qwen2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
+@pytest.mark.parametrize("name", ROPE_FIELDS)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_rope_parameters(origin, folder, key, name):
+    for value in VALUES:
+        check(origin, folder, "config.json", "rope", {"rope_parameters": None, key: ROPE | {name: value}})
+
+
+def test_every_number_of_transformers_is_in_a_table():
+    """What the installed version has, so that a new one is met here first."""
+    assert set(vars(GenerationConfig())) <= set(GENERATION) | NO_NUMBERS
+    numbers = {name for name, value in vars(Qwen2Config()).items() if type(value) in (int, float)}
+    assert numbers <= set(CONFIG) | set(GENERATION) | {"rope_theta", "chunk_size_feed_forward"}
+
+
+@pytest.mark.parametrize(
+    ("number", "taken", "refused", "text"),
+    [
+        (Number(1), [1, 2**31 - 1], [0, 1.0, True, None, [1]], "an integer from 1 to 2147483647"),
+        (Number(0, 1, real=True, null=True), [0, 0.5, None], [-0.1, 1.5, math.nan], "a number from 0 to 1, or null"),
+        (
+            Number(-1, 9, listed="may"),
+            [3, [], [3, -1]],
+            [[3, "a"], [[3]], {}],
+            "an integer from -1 to 9, or a list of such",
+        ),
+        (
+            Number(0, 9, listed="must", length=2),
+            [[1, 2]],
+            [1, [1], [1, 2, 3]],
+            "a list of 2 numbers, each an integer from 0 to 9",
+        ),
+    ],
+)
+def test_what_a_number_takes(number, taken, refused, text):
+    assert all(number.takes(value) for value in taken)
+    assert not any(number.takes(value) for value in refused)
+    assert str(number) == text

@@ -1,0 +1,153 @@
+"""Tokenizers as they come: with files missing or broken, and chat templates that do anything but render."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from qwen2_npu.cli import main
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.tokenizer import chat_text, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.path(), tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def vocabulary_alone(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    (folder / "tokenizer.json").unlink()
+
+
+def without(*names: str, after: Callable[[Path], None] = lambda folder: None) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        after(folder)
+        for name in names:
+            (folder / name).unlink()
+
+    return spoil
+
+
+def containing(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None  # type: ignore[func-returns-value]
+
+
+def empty_vocabulary(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    edit(path, model=model | {"vocab": {}, "merges": []}, added_tokens=[])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("tokenizer.json"), "its tokenizer has no tokenizer.json; fetch it from where"),
+        (without("merges.txt", after=vocabulary_alone), "its tokenizer has no merges.txt; fetch it from where"),
+        (without("vocab.json", after=vocabulary_alone), "its tokenizer has no vocab.json; fetch it from where"),
+        (empty_vocabulary, "its tokenizer makes no token of a letter; fetch its files again"),
+        (containing("tokenizer.json", "{}"), "its tokenizer cannot be read: "),
+        (containing("tokenizer.json", ""), "its tokenizer cannot be read: "),
+        (containing("tokenizer_config.json", "[]"), "its tokenizer cannot be read: "),
+        (containing("tokenizer_config.json", '{"a":' * 10**5), "its tokenizer cannot be read: "),
+    ],
+)
+def test_a_tokenizer_that_is_broken(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(folder)
+    assert str(caught.value).startswith(f"{folder}: {message}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="its tokenizer"):
+        Subject.of_checkpoint(folder)
+    result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x"])
+    assert (result.exit_code, result.output) == (2, f"error: {caught.value}\n")
+
+
+@pytest.mark.parametrize("change", [without("tokenizer_config.json"), vocabulary_alone])
+def test_a_tokenizer_in_fewer_or_other_files(folder, change):
+    text = tiny.prompts()[0]
+    expected = load_tokenizer(folder)(text)["input_ids"]
+    change(folder)
+    assert load_tokenizer(folder)(text)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("broken", ["config.json", "folder"])
+def test_another_fault_is_not_called_the_tokenizer_s(folder, broken):
+    if broken == "folder":
+        shutil.rmtree(folder)
+    else:
+        (folder / "config.json").write_text("{")
+        edit(folder / "tokenizer_config.json", tokenizer_class=None)
+    result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x"])
+    assert result.exit_code == 2
+    assert ("config.json is no valid JSON" if broken == "config.json" else "is no folder") in result.output
+
+
+def test_no_tokenizer_at_all(folder):
+    without("tokenizer.json", "tokenizer_config.json")(folder)
+    assert load_tokenizer(folder) is None
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for x in %}", "fails: TemplateSyntaxError: Expected an expression"),
+        ("{{ raise_exception('only\nsystem') }}", "fails: TemplateError: only system"),
+        ("{{ messages[7].content }}", "fails: UndefinedError: list object has no element 7"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails: OverflowError: Range too big"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
+        ("{{ ''.__class__.__mro__[1] }}", "fails: SecurityError: "),
+        ([{"name": "tools", "template": "x"}], "fails: ValueError: "),
+        (5, "fails: TypeError: "),
+        ("{% if false %}x{% endif %}", "makes nothing of the prompt"),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True], ids=["in_tokenizer_config", "apart"])
+def test_a_template_that_is_broken(folder, template, fault, apart):
+    path = folder / "tokenizer_config.json"
+    edit(path, chat_template=template)
+    if apart and isinstance(template, str):
+        edit(path, chat_template="{{ messages[0].content }}")
+        path = folder / "chat_template.jinja"
+        path.write_text(template, encoding="utf-8")
+    result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x", "--chat"])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {path}: its chat template {fault}")
+    assert result.output.endswith("; correct it, fetch the file again, or leave --chat out\n")
+    assert result.output.count("\n") == 1
+
+
+def test_no_template(folder):
+    edit(folder / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(UnsupportedError, match="has no chat template; leave --chat out"):
+        chat_text(load_tokenizer(folder), "x")
+
+
+def test_nothing_to_render_it_with(monkeypatch):
+    tokenizer = load_tokenizer(tiny.path())
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UnsupportedError, match=r"need jinja2: pip install 'jinja2>=3\.1'"):
+        chat_text(tokenizer, "x")
+
+
+def test_a_template_that_renders():
+    assert chat_text(load_tokenizer(tiny.path()), "Who are you?").count("Who are you?") == 1
