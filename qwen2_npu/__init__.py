@@ -1,13 +1,15 @@
 """Qwen2 for Ascend NPUs, with the suite that proves what it computes.
 
 The package's public names are lazy: ``import qwen2_npu`` imports neither torch nor transformers, so that an emulated
-device can be activated first.
+device can be activated first. Where torch_npu is installed and no NPU is, importing torch afterwards activates it.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from qwen2_npu.emulator import automatic
 
 if TYPE_CHECKING:
     from qwen2_npu.cache import FixedKVCache
@@ -26,6 +28,8 @@ _HOME_OF = {
 }
 
 __all__ = ["LADDER", "FixedKVCache", "Optimizations", "Qwen2ForCausalLM", "__version__", "compile_model"]
+
+automatic.arm()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ changes a time (``*_us``), copy it to qwen2_npu/conformance/machine/hardware.py:
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ are held out.
 - {fitted}
 - {held_out}
 
-Efficiencies: {efficiencies}.
+{efficiencies}
 
 | table | label | batch | mode | phase | documented ms | predicted ms | error | |
 |---|---|---|---|---|---|---|---|---|
@@ -99,7 +100,9 @@ def markdown(efficiencies: Efficiencies) -> str:
         collective=cost_model.COLLECTIVE_CONFIGURATION,
         fitted=_errors("fitted", [abs(p.error) for p in made if p.fitted]),
         held_out=_errors("held out", [abs(p.error) for p in made if not p.fitted]),
-        efficiencies=", ".join(f"{name} {value:g}" for name, value in asdict(efficiencies).items()),
+        efficiencies=textwrap.fill(
+            f"Efficiencies: {', '.join(f'{name} {value:g}' for name, value in asdict(efficiencies).items())}.", 120
+        ),
     )
     return head + "".join(f"| {' | '.join(_cells(p))} |\n" for p in made)
 

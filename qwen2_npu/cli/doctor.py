@@ -18,7 +18,7 @@ from qwen2_npu import emulator
 from qwen2_npu.cli import options
 from qwen2_npu.conformance.files import check_writable
 from qwen2_npu.conformance.machine.packages import cann_version, package_version
-from qwen2_npu.emulator import compiler, cuda_build
+from qwen2_npu.emulator import compiler, cuda_build, environment
 from qwen2_npu.errors import UnsupportedError
 
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
@@ -104,6 +104,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     yield from _packages()
     yield _cann()
+    yield from _plain_python()
     try:
         emulator.activate_where_needed()
     except emulator.EmulatorError as error:  # importing torch would fail, or end the process
@@ -186,6 +187,17 @@ def _cann() -> Finding:
         "not found",
         "for Ascend NPUs: install the CANN toolkit and kernels, then `source …/ascend-toolkit/set_env.sh`",
     )
+
+
+def _plain_python() -> Iterator[Finding]:
+    """A line where torch_npu is installed and CANN is not: ``import torch`` fails there unless something helps it."""
+    helped = environment.announced() is not None or emulator.is_active()
+    if package_version("torch_npu") is not None and not environment.signs_of_npu() and not helped:
+        yield Finding(
+            "plain python",
+            "cannot `import torch`: torch_npu is installed and CANN is not",
+            "use emulated cards: `import qwen2_npu` before torch, or `qwen2-npu emulate -- python script.py`",
+        )
 
 
 def cann_advice(cann: str, torch_npu: str | None) -> str:

@@ -76,7 +76,8 @@ def activate_where_needed() -> bool:
         Whether the emulator is active now.
 
     Raises:
-        EmulatorError: it is needed and cannot be provided, or torch cannot be imported beside the real NPU's torch_npu.
+        EmulatorError: it is needed and cannot be provided, QWEN2_NPU_AUTO_EMULATE=0 forbids it, or torch cannot be
+            imported beside the real NPU's torch_npu.
     """
     from qwen2_npu.emulator import cuda_build, environment
 
@@ -84,6 +85,7 @@ def activate_where_needed() -> bool:
         if environment.signs_of_npu():
             cuda_build.refuse_beside_npu()
         else:
+            environment.refuse_unasked()
             activate()
     return is_active()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from qwen2_npu.emulator.settings import VARIABLE, EmulatorError, Settings
+from qwen2_npu.emulator.settings import AUTOMATIC, VARIABLE, EmulatorError, Settings
 
 BOOTSTRAP = Path(__file__).parent / "bootstrap"
 """Folder of the ``sitecustomize.py`` that every Python with it on its path runs when it starts."""
@@ -50,4 +50,20 @@ def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
         raise EmulatorError(
             f"a real CANN or NPU is here ({', '.join(found)}): the emulator is for machines without; "
             "leave activate() or `emulate` out and use device 'npu' as it is"
+        )
+
+
+def refuse_unasked(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise where the user wants an error, not an emulated card that nobody has asked for.
+
+    Raises:
+        EmulatorError: QWEN2_NPU_AUTO_EMULATE is 0, or is neither 0 nor 1.
+    """
+    value = environment.get(AUTOMATIC) or "1"
+    if value not in ("0", "1"):
+        raise EmulatorError(f"{AUTOMATIC}={value!r}: give 1 (the default) or 0")
+    if value == "0" and announced(environment) is None:
+        raise EmulatorError(
+            f"torch_npu is installed, there is no NPU or CANN here, and {AUTOMATIC}=0 forbids to emulate one: "
+            "unset it, or start the program with `qwen2-npu emulate -- …`"
         )

@@ -10,6 +10,9 @@ from typing import Any
 VARIABLE = "QWEN2_NPU_EMULATOR"
 """Environment variable: the settings as JSON, for child processes."""
 
+AUTOMATIC = "QWEN2_NPU_AUTO_EMULATE"
+"""Environment variable: 0 keeps the emulator from being activated unless somebody asks for it."""
+
 GIB = 1 << 30
 
 HBM_GIB = {"Ascend910B1": 64, "Ascend910B2": 64, "Ascend910B3": 64, "Ascend910B4": 32, "Ascend910B4-1": 64}

@@ -79,7 +79,7 @@ def test_a_failure_is_pip_s_own(indexes: Path) -> None:
 
 
 def test_one_index_everywhere() -> None:
-    script, readme = SCRIPT.read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+    script, page = SCRIPT.read_text(encoding="utf-8"), (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     assert f'CPU_INDEX = "{cuda_build.CPU_INDEX}"' in script
-    assert f"--index-url {cuda_build.CPU_INDEX}" in readme
+    assert f"--index-url {cuda_build.CPU_INDEX}" in page
     assert f'"torch=={RELEASE}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

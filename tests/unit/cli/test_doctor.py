@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,10 @@ from click.testing import CliRunner
 from qwen2_npu import compat, emulator
 from qwen2_npu.cli import doctor, main
 from qwen2_npu.conformance.machine.bug_report import bundle
-from qwen2_npu.emulator import compiler
+from qwen2_npu.emulator import compiler, environment
+from qwen2_npu.emulator.settings import VARIABLE, Settings
+
+ROOT = Path(doctor.__file__).parents[2]
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -76,6 +82,32 @@ def test_the_emulated_device_is_called_emulated() -> None:
     else:
         assert "EMULATED" not in found["npu"].state
         assert not found["emulator"].state.startswith("active")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize("announced", [True, False])
+def test_that_plain_python_cannot_import_torch_is_said(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, real: bool, announced: bool
+) -> None:
+    monkeypatch.setattr(doctor, "package_version", {"torch_npu": "2.13.0"}.get if installed else {}.get)
+    monkeypatch.setattr(environment, "signs_of_npu", lambda: ["/dev/davinci_manager"] if real else [])
+    monkeypatch.setattr(environment, "announced", lambda: Settings() if announced else None)
+    monkeypatch.setattr(emulator, "is_active", lambda: announced)
+    found = list(doctor._plain_python())
+    assert bool(found) is (installed and not real and not announced)
+    for finding in found:
+        assert finding.state == "cannot `import torch`: torch_npu is installed and CANN is not"
+        assert "`import qwen2_npu` before torch" in finding.advice
+
+
+@pytest.mark.skipif(not emulator.is_active(), reason="there are no emulated cards here")
+def test_the_doctor_of_a_plain_python_names_its_state() -> None:
+    names = ("PYTHONPATH", VARIABLE)
+    clean = {name: value for name, value in os.environ.items() if name not in names} | {"PYTHONPATH": str(ROOT)}
+    code = "from qwen2_npu.cli import doctor\nprint(next(doctor._plain_python()).state)"
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+    assert done.stdout.startswith("cannot `import torch`"), done.stderr
 
 
 @pytest.fixture

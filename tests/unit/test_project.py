@@ -1,0 +1,106 @@
+"""What the field expects around a project: that it is there, and that it agrees with the rest."""
+
+from __future__ import annotations
+
+import configparser
+import logging
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def tox(section: str, key: str) -> list[str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "tox.ini", encoding="utf-8")
+    return [line.strip() for line in parser[section][key].splitlines() if line.strip()]
+
+
+def load(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_ci_runs_the_readme_s_second_command() -> None:
+    """In an environment of its own: everything else is the same."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\.venv/bin/pip install (.*) && \.venv/bin/(.*)$", readme, re.MULTILINE)
+    assert command == ("tox", "tox")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    install, run = script[-2:]
+    # tox.ini asks for that version, too, and tox would install it by itself.
+    assert re.fullmatch(r'\.tox/ci/bin/python -m pip install --quiet "(tox\S*)"', install)
+    assert f'"{tox("tox", "requires")[0]}"' in install
+    assert run == ".tox/ci/bin/python -m tox"
+    assert not [line for line in script if re.search(r"(TOX_|TOXENV|\s-e\s)", line)], "all environments, as in tox.ini"
+
+
+def test_every_environment_of_ci_is_what_contributing_says() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in [*tox("tox", "env_list")[0].split(", "), "nightly"]:
+        assert re.search(rf"^\|.*`{name}`", text, re.MULTILINE), name
+
+
+def test_checks_before_a_commit_are_those_of_lint() -> None:
+    (repository,) = load(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local", "the project's own versions"
+    hooks = [hook["entry"].removeprefix("python -m ").removesuffix(" --force-exclude") for hook in repository["hooks"]]
+    lint = [re.sub(r" (--check|\.)(?= |$)", "", command) for command in tox("testenv:lint", "commands")]
+    assert hooks == lint
+
+
+def test_one_version_of_each_tool_everywhere() -> None:
+    test = pyproject()["project"]["optional-dependencies"]["test"]
+    pins = {pin for pin in tox("testenv:lint", "deps") if pin.startswith(("ruff", "mypy"))}
+    assert pins == {pin for pin in test if pin.startswith(("ruff", "mypy"))}
+    assert all("==" in pin for pin in pins)
+
+
+def test_types_are_for_users_too() -> None:
+    assert (ROOT / "qwen2_npu" / "py.typed").exists()
+    assert "py.typed" in pyproject()["tool"]["setuptools"]["package-data"]["qwen2_npu"]
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_asks_for_the_doctor_s_archive(name: str) -> None:
+    form = load(f".github/ISSUE_TEMPLATE/{name}.yml")
+    assert form["name"]
+    assert form["description"]
+    for part in form["body"]:
+        assert part["type"] in ("textarea", "dropdown", "input", "markdown")
+        assert part["attributes"]["label"]
+    assert "`qwen2-npu doctor --bundle bundle.zip`" in str(form)
+    ids = [part["id"] for part in form["body"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:])
+    kinds = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_logs_can_be_tested(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("qwen2_npu.somewhere").warning("seen")
+    assert caplog.messages == ["seen"]
+
+
+def test_pre_commit_s_file_is_what_git_would_commit() -> None:
+    """A file that .gitignore hides would be missing for everybody else."""
+    names = [".pre-commit-config.yaml", "CONTRIBUTING.md", "CHANGELOG.md", "qwen2_npu/py.typed", "examples/generate.py"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    hidden = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True)
+    assert hidden.stdout == ""
