@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from qwen2_npu.conformance.graph import baselines
-from qwen2_npu.conformance.graph.baselines import BATCH, CAPACITY, PAST, Documented
+from qwen2_npu.conformance.graph.baselines import BATCH, CAPACITY, PAST, DocumentedGraph
 from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
 from qwen2_npu.conformance.graph.lowering import Lowered, lower
 from qwen2_npu.conformance.sizes import SIZES
@@ -34,18 +34,18 @@ LAYER_KERNELS = {128: 14, 64: 13}
 
 
 @cache
-def lowered(graph: Documented, layers: int) -> Lowered:
+def lowered(graph: DocumentedGraph, layers: int) -> Lowered:
     config = SIZES[graph.size].config(layers=layers)
     return lower(config, graph.phase, graph.batch, CAPACITY, graph.optimizations, prompt=graph.prompt)
 
 
 @cache
-def census_of(graph: Documented) -> LayeredCensus:
+def census_of(graph: DocumentedGraph) -> LayeredCensus:
     return of_layers(lowered(graph, FEW), lowered(graph, MORE))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_census_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
+def test_census_is_the_baseline(graph: DocumentedGraph, pytestconfig: pytest.Config) -> None:
     found = census_of(graph)
     if pytestconfig.option.update_graphs:
         baselines.update(graph, found, pytestconfig.option.update_graphs)
@@ -54,19 +54,19 @@ def test_census_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) 
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_invariants(graph: Documented) -> None:
+def test_invariants(graph: DocumentedGraph) -> None:
     problems = invariants.problems(lowered(graph, FEW), graph.optimizations, SIZES[graph.size].vocab)
     assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("graph", FINAL)
-def test_kernels_of_a_layer(graph: Documented) -> None:
+def test_kernels_of_a_layer(graph: DocumentedGraph) -> None:
     layer = census_of(graph).layer
     assert layer.cost.launches <= LAYER_KERNELS[SIZES[graph.size].head_dim], layer.operators
 
 
 @pytest.mark.parametrize("graph", [param for param in FINAL if param.values[0].phase == "decode"])
-def test_decode_moves_the_weights_and_the_live_cache_and_little_else(graph: Documented) -> None:
+def test_decode_moves_the_weights_and_the_live_cache_and_little_else(graph: DocumentedGraph) -> None:
     size = SIZES[graph.size]
     cost = census_of(graph).of(size.layers).cost
     # Every weight but the embedding table, of which a row per token is read; a tied table is read as lm_head.

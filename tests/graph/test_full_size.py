@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qwen2_npu.conformance.graph import baselines
-from qwen2_npu.conformance.graph.baselines import Documented
+from qwen2_npu.conformance.graph.baselines import DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
@@ -42,7 +42,7 @@ FINAL = [graph for graph in baselines.documented() if graph.step == LADDER[-1]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", FINAL, ids=str)
-def test_full_size(graph: Documented) -> None:
+def test_full_size(graph: DocumentedGraph) -> None:
     """In a process of its own, whose peak memory is measured. No weight is allocated."""
     command = [sys.executable, "-c", CODE, str(graph)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qwen2_npu.conformance.graph import baselines
-from qwen2_npu.conformance.graph.baselines import BATCH, GRAPH_SIZES, Documented
+from qwen2_npu.conformance.graph.baselines import BATCH, GRAPH_SIZES, DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.graph.cost import Cost
 from qwen2_npu.conformance.sizes import SIZES
@@ -62,7 +62,7 @@ are attended, not only the live ones, which costs more than the copies did.
 
 def census_of(size: str, phase: Phase, step: str, batch: int = BATCH) -> Census:
     """Of the full-size graph, from its baseline."""
-    census = baselines.load(Documented(size, phase, batch, step))
+    census = baselines.load(DocumentedGraph(size, phase, batch, step))
     assert census is not None, f"{size}-{phase}-b{batch}-{step} has no baseline"
     return census.of(SIZES[size].layers)
 
@@ -75,7 +75,7 @@ def cost_of(size: str, phase: Phase, step: str, batch: int = BATCH) -> Cost:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="graphs are lowered by torch_npu's torchair")
 @pytest.mark.parametrize("graph", SWEEP, ids=str)
-def test_cost_is_the_baseline(graph: Documented, pytestconfig: pytest.Config) -> None:
+def test_cost_is_the_baseline(graph: DocumentedGraph, pytestconfig: pytest.Config) -> None:
     found = graph.lower()
     if pytestconfig.option.update_graphs:
         baselines.update(graph, found, pytestconfig.option.update_graphs)
@@ -91,7 +91,7 @@ def test_recording_latencies_records_no_graph(
 ) -> None:
     found: list[str] = []
     monkeypatch.setattr(baselines, "update", lambda graph, census, reason: found.append(reason))
-    monkeypatch.setattr(Documented, "lower", baselines.load)
+    monkeypatch.setattr(DocumentedGraph, "lower", baselines.load)
     options: Any = {"update_baselines": None, "update_graphs": None, option: "a reason"}
     config: Any = SimpleNamespace(option=SimpleNamespace(**options))
     test_cost_is_the_baseline(SWEEP[0], config)

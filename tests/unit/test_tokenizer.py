@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.tokenizer import chat_text, load_tokenizer
 
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_is_broken(folder, spoil, message):
     assert str(caught.value).startswith(f"{folder}: {message}")
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="its tokenizer"):
-        Subject.of_checkpoint(folder)
+        ModelPair.of_checkpoint(folder)
     result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x"])
     assert (result.exit_code, result.output) == (2, f"error: {caught.value}\n")
 

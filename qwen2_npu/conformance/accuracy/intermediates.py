@@ -47,7 +47,7 @@ class Point:
 
 
 @dataclass
-class Capture:
+class PassRecorder:
     """Points of one forward pass in order of execution.
 
     Args:
@@ -80,10 +80,10 @@ class Capture:
 
 
 @contextmanager
-def capturing(model: Any, *, new: list[int], total: list[int]) -> Iterator[Capture]:
+def capturing(model: Any, *, new: list[int], total: list[int]) -> Iterator[PassRecorder]:
     """Capture the forward passes run inside: meant for one, uncompiled."""
     optimizations = getattr(model, "optimizations", None)
-    capture = Capture(new=new, total=total, left=bool(optimizations and optimizations.fixed_kv_cache))
+    capture = PassRecorder(new=new, total=total, left=bool(optimizations and optimizations.fixed_kv_cache))
     config = model.config
     groups = config.num_attention_heads // config.num_key_value_heads
     watch = _Watch(capture, groups)
@@ -99,7 +99,7 @@ def capturing(model: Any, *, new: list[int], total: list[int]) -> Iterator[Captu
 class _Watch(TorchFunctionMode):
     """Takes down operators by name, and the arguments of the attention computation."""
 
-    def __init__(self, capture: Capture, groups: int) -> None:
+    def __init__(self, capture: PassRecorder, groups: int) -> None:
         super().__init__()
         self.capture = capture
         self.groups = groups
@@ -144,7 +144,7 @@ def _to_bsnd(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor.transpose(1, 2) if layout == "BNSD" else tensor
 
 
-def _hooks(model: Any, capture: Capture, watch: _Watch) -> Iterator[Any]:
+def _hooks(model: Any, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
     """Registers the hooks; yields their handles."""
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -165,7 +165,7 @@ def _hooks(model: Any, capture: Capture, watch: _Watch) -> Iterator[Any]:
     yield _on_output(model.lm_head, capture, None, ("lm_head",))
 
 
-def _norm(module: Any, layer: int | None, name: str, capture: Capture) -> Iterator[Any]:
+def _norm(module: Any, layer: int | None, name: str, capture: PassRecorder) -> Iterator[Any]:
     def hook(module: Any, args: Any, output: Any) -> None:
         # Ours returns (normed, sum); the stock norm is given the sum.
         normed, total = output if isinstance(output, tuple) else (output, args[0])
@@ -177,7 +177,7 @@ def _norm(module: Any, layer: int | None, name: str, capture: Capture) -> Iterat
     yield module.register_forward_hook(hook)
 
 
-def _projections(attention: Any, layer: int, capture: Capture, watch: _Watch) -> Iterator[Any]:
+def _projections(attention: Any, layer: int, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
     if hasattr(attention, "qkv_proj"):
         yield _on_output(attention.qkv_proj, capture, layer, ("q_proj", "k_proj", "v_proj"), attention.widths)
     else:
@@ -190,7 +190,7 @@ def _projections(attention: Any, layer: int, capture: Capture, watch: _Watch) ->
     yield attention.register_forward_pre_hook(enter)
 
 
-def _output_projection(module: Any, layer: int, capture: Capture, watch: _Watch) -> Iterator[Any]:
+def _output_projection(module: Any, layer: int, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
     def before(module: Any, args: Any) -> None:
         watch.layer = None
         capture.add(layer, "attention", args[0])
@@ -200,7 +200,7 @@ def _output_projection(module: Any, layer: int, capture: Capture, watch: _Watch)
 
 
 def _on_output(
-    module: Any, capture: Capture, layer: int | None, names: tuple[str, ...], widths: list[int] | None = None
+    module: Any, capture: PassRecorder, layer: int | None, names: tuple[str, ...], widths: list[int] | None = None
 ) -> Any:
     """Takes down a linear's output, split into its named parts."""
 

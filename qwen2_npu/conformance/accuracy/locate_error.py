@@ -19,7 +19,7 @@ from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
-from qwen2_npu.conformance.accuracy.intermediates import Capture, Point, capturing
+from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
@@ -46,7 +46,7 @@ SMALL_OPERATORS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class ErrorLocation:
     """The first place where the optimised model leaves what the dtype explains."""
 
     path: str
@@ -71,7 +71,7 @@ class Explanation:
 
     step: str | None
     optimizations: tuple[str, ...]
-    finding: Finding | None
+    finding: ErrorLocation | None
     failures: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -148,7 +148,7 @@ def trace_model(model: Any, batch: Batch, baseline_trace: teacher_forcing.Trace)
 
 def locate(
     optimised: Any, baseline: Any, reference: Any, batch: Batch, forced: Array, dtype: torch.dtype
-) -> Finding | None:
+) -> ErrorLocation | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none."""
     runs = [_captures(model, batch, forced) for model in (optimised, baseline)]
     with exact(reference):
@@ -161,7 +161,7 @@ def locate(
             if place in stock_points and place in true_points:
                 error = _error(point, stock_points[place], true_points[place], dtype)
                 if not error.within:
-                    return Finding(path, point.layer, point.name, point.operators, error)
+                    return ErrorLocation(path, point.layer, point.name, point.operators, error)
     return None
 
 
@@ -172,12 +172,12 @@ def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorR
 
 
 @torch.no_grad()
-def _captures(model: Any, batch: Batch, forced: Array) -> list[Capture]:
+def _captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
     """One capture per forward pass: the prefill, then every decode step."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
     lengths = batch.lengths
-    captures: list[Capture] = []
+    captures: list[PassRecorder] = []
     if getattr(model, "compiled_steps", None):
         model.compiled_steps = {}  # hooks and modes see eager execution only
     cache: dict[str, Any] = teacher_forcing.preallocated(model, len(lengths), mask.shape[1] + forced.shape[1])

@@ -33,7 +33,7 @@ SAMPLE_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Sample:
+class GreedyText:
     """One prompt continued greedily by both models. ``divergence``: what happened where they part, empty if nowhere."""
 
     prompt: str
@@ -44,7 +44,7 @@ class Sample:
 
 
 @dataclass
-class Subject:
+class ModelPair:
     """See the module's text. Batches are traced on first use and kept.
 
     Attributes:
@@ -69,7 +69,7 @@ class Subject:
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         decode_steps: int = DECODE_STEPS,
-    ) -> Subject:
+    ) -> ModelPair:
         """A checkpoint folder; None for the tiny one of the package.
 
         Raises:
@@ -110,7 +110,7 @@ class Subject:
         device: str = "cpu",
         decode_steps: int = DECODE_STEPS,
         seed: int = 0,
-    ) -> Subject:
+    ) -> ModelPair:
         """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
         config = small_config(shape)
         state = random_state_dict(config, seed=seed, dtype=dtype)
@@ -206,7 +206,7 @@ class Subject:
             self.dtype,
         )
 
-    def samples(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int = SAMPLE_TOKENS) -> list[Sample]:
+    def samples(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int = SAMPLE_TOKENS) -> list[GreedyText]:
         """Greedy continuations of ``prompts``, one left-padded batch through ``generate`` of both models."""
         if self.tokenizer is None or not prompts:
             return []
@@ -224,7 +224,7 @@ class Subject:
         found = text.explain_divergences(got, expected, batch, self.baseline, self.reference)
         by_row = {divergence.row: divergence for divergence in found}
         return [
-            Sample(
+            GreedyText(
                 prompt=prompt,
                 baseline=self.tokenizer.decode(expected[row], skip_special_tokens=True),
                 optimised=self.tokenizer.decode(got[row], skip_special_tokens=True),

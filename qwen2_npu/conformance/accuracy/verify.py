@@ -19,7 +19,7 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
-from qwen2_npu.conformance.accuracy.model_pair import Build, Sample, Subject
+from qwen2_npu.conformance.accuracy.model_pair import Build, GreedyText, ModelPair
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class StepResult:
     """One step of the ladder, cumulative, over all batch shapes."""
 
     step: str
@@ -99,8 +99,8 @@ class Verification:
     model: str
     dtype: str
     reference_dtype: str
-    rows: list[Row]
-    samples: list[Sample]
+    rows: list[StepResult]
+    samples: list[GreedyText]
     perplexity: text.Perplexity | None
     mode: str = "eager"
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -164,12 +164,12 @@ def verify(
         check_mode(mode, torch.device(device), optimizations)
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
-    subject = Subject.of_checkpoint(model_path, dtype=dtype, device=device)
+    subject = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device)
     eager = subject.build
     if mode != "eager":
         subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
     baseline_rate = _rate([subject.traces(shape)[0] for shape in BATCH_SHAPES])
-    rows: list[Row] = []
+    rows: list[StepResult] = []
     for done, (step, optimizations) in enumerate(presets.items(), start=1):
         progress(step, done, total)
         rows.append(_row(subject, step, optimizations, baseline_rate, eager))
@@ -190,7 +190,7 @@ def verify(
     return result
 
 
-def _row(subject: Subject, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> Row:
+def _row(subject: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> StepResult:
     """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
     model = subject.build(optimizations)
     results = {shape: subject.compare(model, shape) for shape in BATCH_SHAPES}
@@ -200,7 +200,7 @@ def _row(subject: Subject, step: str, optimizations: Optimizations, baseline_rat
     if failed is not None:
         reason = subject.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
-    return Row(
+    return StepResult(
         step=step,
         comparisons={shape: comparison for shape, (comparison, _) in results.items()},
         tokens_per_second=_rate([trace for _, trace in results.values()]),

@@ -42,7 +42,7 @@ GRAPH_SIZES = ("0.5B", "1.5B", "7B", "72B-tp8")
 
 
 @dataclass(frozen=True)
-class Documented:
+class DocumentedGraph:
     """One graph that has a baseline. ``original``: every switch off, which is the stock computation."""
 
     size: str
@@ -74,15 +74,15 @@ class Documented:
         )
 
 
-def documented() -> Iterator[Documented]:
+def documented() -> Iterator[DocumentedGraph]:
     """The ladder at batch 4 for every size, then the sweeps; the sizes with tables from ``original`` on."""
     phases: tuple[Phase, ...] = PHASES
     for size in GRAPH_SIZES:
         for phase in phases:
             for step in (ORIGINAL, *LADDER) if size in SWEEPS else LADDER:
-                yield Documented(size, phase, BATCH, step)
+                yield DocumentedGraph(size, phase, BATCH, step)
             for batch in SWEEPS.get(size, ()):
-                yield Documented(size, phase, batch, SWEEP_STEP)
+                yield DocumentedGraph(size, phase, batch, SWEEP_STEP)
 
 
 def path_of(size: str, folder: Path = FOLDER) -> Path:
@@ -90,14 +90,14 @@ def path_of(size: str, folder: Path = FOLDER) -> Path:
     return folder / f"{size}.json"
 
 
-def load(graph: Documented, folder: Path = FOLDER) -> LayeredCensus | None:
+def load(graph: DocumentedGraph, folder: Path = FOLDER) -> LayeredCensus | None:
     """The baseline; None where there is none."""
     content = _read(path_of(graph.size, folder))
     found = content["graphs"].get(graph.key)
     return None if found is None else LayeredCensus.from_json(found)
 
 
-def update(graph: Documented, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:
+def update(graph: DocumentedGraph, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:
     """Replace the baseline; atomic, and safe beside other processes.
 
     The file's own reason and versions are those of its first record; each graph changed since then has its own.
@@ -121,7 +121,7 @@ def update(graph: Documented, census: LayeredCensus, reason: str, folder: Path =
         write_json(path, {**first, "changed": dict(sorted(changed.items())), "graphs": graphs})
 
 
-def provenance(graph: Documented, folder: Path = FOLDER) -> str:
+def provenance(graph: DocumentedGraph, folder: Path = FOLDER) -> str:
     """Why its baseline is what it is, and what lowered it, in words."""
     content = _read(path_of(graph.size, folder))
     why = content.get("changed", {}).get(graph.key, content)
@@ -142,7 +142,7 @@ def difference(expected: LayeredCensus, found: LayeredCensus) -> str:
     return "\n".join(difflib.unified_diff(before, after, "baseline", "lowered now", lineterm="", n=2))
 
 
-def verdict(graph: Documented, found: LayeredCensus, folder: Path = FOLDER) -> str:
+def verdict(graph: DocumentedGraph, found: LayeredCensus, folder: Path = FOLDER) -> str:
     """Empty if the graph is as its baseline says; else what differs and the way out."""
     expected = load(graph, folder)
     if expected is None:

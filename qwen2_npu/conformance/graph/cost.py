@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from qwen2_npu.conformance.graph.lowering import Lowered
-from qwen2_npu.conformance.graph.shapes import Operation, Value, operations
+from qwen2_npu.conformance.graph.shapes import GraphValue, Operation, operations
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cost:
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
 
-def moved(values: Iterable[Value]) -> Cost:
+def moved(values: Iterable[GraphValue]) -> Cost:
     """The cost of reading or writing ``values`` once."""
     total = {"weight": 0, "cache": 0, "activation": 0, "constant": 0}
     for value in values:
@@ -79,13 +79,13 @@ def _inner_size(op: Operation) -> int:
 
 def _gather(op: Operation) -> Cost:
     table, out = op.given[0], op.outputs[0]
-    rows = Value(out.shape, table.dtype, table.origin)
+    rows = GraphValue(out.shape, table.dtype, table.origin)
     return moved([rows, *op.given[1:], out])
 
 
 def _scatter(op: Operation) -> Cost:
     cache, _, updates = op.given
-    return moved([*op.given[1:], Value(updates.shape, updates.dtype, cache.origin)])
+    return moved([*op.given[1:], GraphValue(updates.shape, updates.dtype, cache.origin)])
 
 
 def _incremental_attention(op: Operation) -> Cost:
@@ -93,7 +93,7 @@ def _incremental_attention(op: Operation) -> Cost:
     query, key = op.given[:2]
     batch, slots, kv_heads, size = key.shape
     live = batch * slots if op.live_slots is None else op.live_slots
-    kv = Value((live, kv_heads, size), key.dtype, key.origin)
+    kv = GraphValue((live, kv_heads, size), key.dtype, key.origin)
     heads, head_dim = query.shape[-2:]
     rest = [v for v in op.given[3:] if v.origin != "constant"]
     return Cost(flops=4 * heads * head_dim * live) + moved([query, kv, kv, *rest, *op.outputs])
@@ -109,10 +109,10 @@ def _prompt_attention(op: Operation) -> Cost:
     return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([query, key, *rest, *op.outputs])
 
 
-def _seen(value: Value, pairs: int) -> Value:
+def _seen(value: GraphValue, pairs: int) -> GraphValue:
     """Of a mask larger than the (Sq, Skv) it stands for, as the compressed one is for short prompts, that much."""
     if value.dtype == torch.bool and value.elements > pairs:
-        return Value((pairs,), value.dtype, value.origin)
+        return GraphValue((pairs,), value.dtype, value.origin)
     return value
 
 

@@ -33,7 +33,7 @@ LENGTHS = "actual_seq_lengths"
 
 
 @dataclass(frozen=True)
-class Value:
+class GraphValue:
     """A tensor of the graph. ``origin``: what it is, or is a view of."""
 
     shape: tuple[int, ...]
@@ -61,12 +61,12 @@ class Operation:
     """
 
     node: Node
-    inputs: tuple[Value | None, ...]
-    outputs: tuple[Value, ...]
+    inputs: tuple[GraphValue | None, ...]
+    outputs: tuple[GraphValue, ...]
     live_slots: int | None = None
 
     @property
-    def given(self) -> list[Value]:
+    def given(self) -> list[GraphValue]:
         """The inputs that are fed."""
         return [value for value in self.inputs if value is not None]
 
@@ -86,7 +86,7 @@ def operations(lowered: Lowered) -> list[Operation]:
     caches = cache_inputs(nodes)
     constants: dict[Edge, torch.Tensor] = {}
     tensors: dict[Edge, torch.Tensor] = {}
-    values: dict[Edge, Value] = {}
+    values: dict[Edge, GraphValue] = {}
     result: list[Operation] = []
     for node in nodes:
         if node.type in STRUCTURE:
@@ -98,7 +98,7 @@ def operations(lowered: Lowered) -> list[Operation]:
                 tensors[edge], origin = constants[edge].to("meta"), "constant"
             else:
                 tensors[edge], origin = _data(node, lowered, node.name in caches)
-            values[edge] = Value(tuple(tensors[edge].shape), tensors[edge].dtype, origin)  # type: ignore[arg-type]
+            values[edge] = GraphValue(tuple(tensors[edge].shape), tensors[edge].dtype, origin)  # type: ignore[arg-type]
             continue
         kernel = operators.find(node).bind(node, constants)
         if all(edge is None or edge in constants for edge in node.inputs):  # GE folds it when it compiles
@@ -106,7 +106,7 @@ def operations(lowered: Lowered) -> list[Operation]:
             for index, tensor in enumerate(folded):
                 edge = Edge(node.name, index)
                 constants[edge], tensors[edge] = tensor, tensor.to("meta")
-                values[edge] = Value(tuple(tensor.shape), tensor.dtype, "constant")
+                values[edge] = GraphValue(tuple(tensor.shape), tensor.dtype, "constant")
             continue
         outputs = _outputs(kernel([None if edge is None else tensors[edge] for edge in node.inputs]))
         inputs = tuple(None if edge is None else values[edge] for edge in node.inputs)
@@ -114,7 +114,7 @@ def operations(lowered: Lowered) -> list[Operation]:
         described = []
         for index, tensor in enumerate(outputs):
             edge = Edge(node.name, index)
-            tensors[edge], values[edge] = tensor, Value(tuple(tensor.shape), tensor.dtype, origin)
+            tensors[edge], values[edge] = tensor, GraphValue(tuple(tensor.shape), tensor.dtype, origin)
             described.append(values[edge])
         result.append(Operation(node, inputs, tuple(described), _live_slots(node, tensors, lowered.batch)))
     return result
@@ -153,7 +153,7 @@ def _live_slots(node: Node, tensors: dict[Edge, torch.Tensor], batch: int) -> in
     return sum(lengths) * (batch if len(lengths) == 1 else 1)
 
 
-def _origin_of_result(node: Node, inputs: tuple[Value | None, ...]) -> Origin:
+def _origin_of_result(node: Node, inputs: tuple[GraphValue | None, ...]) -> Origin:
     first = inputs[0] if inputs else None
     if first is not None and (node.type in VIEWS or (node.type == "Scatter" and first.origin == "cache")):
         return first.origin

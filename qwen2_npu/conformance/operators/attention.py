@@ -60,7 +60,7 @@ def per_row(lengths: Sequence[int] | None, batch: int, default: int) -> list[int
 
 
 @dataclass(frozen=True)
-class Row:
+class AttendedRow:
     """One (batch row, head): out (Sq,D), its bound, the log-sum-exp (Sq) and its bound."""
 
     out: FloatArray
@@ -78,7 +78,7 @@ def attend(
     dtype: str,
     fill: float | None = None,
     float16_scores: bool = False,
-) -> Row:
+) -> AttendedRow:
     """Attention of one head: q (Sq,D), k and v (Skv,D), keep (Sq,Skv) bool.
 
     Args:
@@ -116,4 +116,4 @@ def attend(
 
     lse = np.where(empty, np.inf, top + np.log(np.where(empty, 1.0, total)))
     lse_bound = np.where(empty, 0.0, spread / (1 - spread) + sums + 4 * U32 * (1 + np.abs(lse)))
-    return Row(out, bound, lse[:, 0], lse_bound[:, 0])
+    return AttendedRow(out, bound, lse[:, 0], lse_bound[:, 0])

@@ -21,7 +21,7 @@ Implementation = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Mismatch:
+class ElementMismatch:
     """The worst element of one output, or what is wrong with the output as a whole."""
 
     output: str
@@ -31,12 +31,12 @@ class Mismatch:
         return f"output {self.output!r}: {self.problem}"
 
 
-def compare(expected: Expected, got: FloatArray) -> Mismatch | None:
+def compare(expected: Expected, got: FloatArray) -> ElementMismatch | None:
     """The worst element, unless |got - value| <= bound where defined and all are finite where the golden is."""
     if expected.value is None:
         return None
     if got.shape != expected.value.shape:
-        return Mismatch(expected.name, f"shape {got.shape}, expected {expected.value.shape}")
+        return ElementMismatch(expected.name, f"shape {got.shape}, expected {expected.value.shape}")
     if got.size == 0:
         return None
     value, bound = (
@@ -52,7 +52,9 @@ def compare(expected: Expected, got: FloatArray) -> Mismatch | None:
             if defined[index]
             else "not defined by the documentation, but must be finite"
         )
-        return Mismatch(expected.name, f"{int(lost.sum())} elements not finite, first at {index}: {got[index]}, {want}")
+        return ElementMismatch(
+            expected.name, f"{int(lost.sum())} elements not finite, first at {index}: {got[index]}, {want}"
+        )
     with np.errstate(invalid="ignore"):
         error = np.where(got == value, 0.0, np.abs(got - value))
     wrong = defined & ~(error <= bound)
@@ -61,7 +63,7 @@ def compare(expected: Expected, got: FloatArray) -> Mismatch | None:
     with np.errstate(over="ignore"):
         excess = np.where(wrong, error / np.maximum(bound, np.finfo(np.float64).tiny), -1.0)
     worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(excess)), excess.shape))
-    return Mismatch(
+    return ElementMismatch(
         expected.name,
         f"{int(wrong.sum())} of {int(defined.sum())} elements out of bounds, worst at {worst}: "
         f"got {float(got[worst])!r}, want {float(value[worst])!r}, "
@@ -69,10 +71,10 @@ def compare(expected: Expected, got: FloatArray) -> Mismatch | None:
     )
 
 
-def compare_all(expected: Sequence[Expected], got: Sequence[FloatArray]) -> list[Mismatch]:
+def compare_all(expected: Sequence[Expected], got: Sequence[FloatArray]) -> list[ElementMismatch]:
     """The mismatches of all outputs; a wrong number of outputs is one, too."""
     if len(expected) != len(got):
-        return [Mismatch("*", f"{len(got)} outputs, expected {len(expected)}")]
+        return [ElementMismatch("*", f"{len(got)} outputs, expected {len(expected)}")]
     return [found for want, have in zip(expected, got, strict=True) if (found := compare(want, have))]
 
 

@@ -102,7 +102,7 @@ def census_of(row: Row) -> Census:
         LookupError: it has no baseline.
     """
     what, size = row.configuration, shard_of(row.configuration)
-    layered = baselines.load(baselines.Documented(size.name, row.phase, what.batch, what.step))
+    layered = baselines.load(baselines.DocumentedGraph(size.name, row.phase, what.batch, what.step))
     if layered is None:
         raise LookupError(f"{row.id}: no graph of {size.name}, batch {what.batch}, {what.step} in {baselines.FOLDER}")
     return layered.of(size.layers)

@@ -15,7 +15,7 @@ from qwen2_npu.conformance.machine.hardware import Hardware
 from qwen2_npu.conformance.perf import lower_bound
 from qwen2_npu.conformance.perf.documented import Documented, other_stock, stock_name, why_not_row
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
-from qwen2_npu.conformance.perf.memory import Memory
+from qwen2_npu.conformance.perf.memory import MemoryFormula
 from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS
 from qwen2_npu.conformance.perf.recorded import STATISTICS, Baseline, protocol
 from qwen2_npu.conformance.perf.rows import Row
@@ -31,7 +31,7 @@ def limit_ms(number: Documented) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LatencyComparison:
     """One figure of the row beside what it was held against. ``low`` is None where only slower fails."""
 
     against: str
@@ -62,7 +62,7 @@ class Verdict:
     self_test: bool
     summary: Summary
     floor_ms: float | None
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: list[LatencyComparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ class Against:
     recorded: Baseline | None = None
     card: Hardware | None = None
     why_no_card: str = ""
-    memory: Memory | None = None
+    memory: MemoryFormula | None = None
     elsewhere: Sequence[str] = ()
 
 
@@ -153,7 +153,7 @@ def _check_floor(verdict: Verdict, against: Against, strict: bool) -> None:
         )
 
 
-def _check_memory(verdict: Verdict, peak: int | None, memory: Memory | None, strict: bool) -> None:
+def _check_memory(verdict: Verdict, peak: int | None, memory: MemoryFormula | None, strict: bool) -> None:
     if memory is None:
         return
     if peak is None:
@@ -177,7 +177,7 @@ def _compare_documented(verdict: Verdict, measurement: Measurement, against: Aga
     if number.note:
         verdict.notes.append(number.note)
     verdict.comparisons.append(
-        Comparison(
+        LatencyComparison(
             f"documented on {conditions.machine}, SKU {conditions.sku}",
             "mean",
             verdict.summary.mean,
@@ -227,5 +227,5 @@ def _compare_recorded(verdict: Verdict, measurement: Measurement, baseline: Base
         against = f"recorded in {len(baseline.runs)} runs for {baseline.reason!r}"
         measured = getattr(verdict.summary, statistic)
         verdict.comparisons.append(
-            Comparison(against, statistic, measured, interval.centre, interval.low, interval.high)
+            LatencyComparison(against, statistic, measured, interval.centre, interval.low, interval.high)
         )

@@ -34,7 +34,7 @@ SLACK = 256 << 20
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryFormula:
     """Bytes on one card."""
 
     weights: int
@@ -77,7 +77,7 @@ def memory_of(
     cards: int = 1,
     positions: int = POSITIONS,
     float32_logits: bool = False,
-) -> Memory:
+) -> MemoryFormula:
     """The formula.
 
     Args:
@@ -92,7 +92,7 @@ def memory_of(
     tables = 2 * positions * shard.head_dim * BYTES if fixed else 0
     tables += COMPRESSED_MASK if "last_token_logits" in on else 0
     elements = _elements_per_token(shard, on, batch, tokens, float32_logits)
-    return Memory(
+    return MemoryFormula(
         weights=BYTES * shard.parameters,
         cache=BYTES * batch * slots * kv_per_token(shard),
         tables=tables,

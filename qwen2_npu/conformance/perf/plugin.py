@@ -19,7 +19,7 @@ from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS
 from qwen2_npu.conformance.perf.replay import Replay
 from qwen2_npu.conformance.perf.rows import Mode, Row, user_rows
 from qwen2_npu.conformance.perf.runner import DeviceRunner, Request, Runner
-from qwen2_npu.conformance.perf.session import EVERY_ROW, EveryRowWasJudged, LatencyGate, Options
+from qwen2_npu.conformance.perf.session import EVERY_ROW, EveryRowWasJudged, GateOptions, LatencyGate
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
 
@@ -160,7 +160,7 @@ def gate_of(config: pytest.Config) -> LatencyGate:
     """The session's gate."""
     if GATE not in config.stash:
         option = config.option
-        options = Options(option.gate, option.gate_rows, option.update_baselines, _is_parallel(config))
+        options = GateOptions(option.gate, option.gate_rows, option.update_baselines, _is_parallel(config))
         config.stash[GATE] = LatencyGate(
             options,
             runner_of(config),

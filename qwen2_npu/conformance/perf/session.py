@@ -16,7 +16,7 @@ from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Docu
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge
 from qwen2_npu.conformance.perf.ledger import Ledger
 from qwen2_npu.conformance.perf.measurement import Measurement
-from qwen2_npu.conformance.perf.memory import Memory, memory_of
+from qwen2_npu.conformance.perf.memory import MemoryFormula, memory_of
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.replay import Replay
 from qwen2_npu.conformance.perf.rows import Configuration, Row
@@ -27,7 +27,7 @@ PARALLEL = "xdist is active, and times of parallel tests mean nothing: drop -n"
 
 
 @dataclass(frozen=True)
-class Options:
+class GateOptions:
     """The session's options.
 
     Attributes:
@@ -48,7 +48,7 @@ class LatencyGate:
 
     def __init__(
         self,
-        options: Options,
+        options: GateOptions,
         runner: Runner,
         user_rows: Sequence[Row] = (),
         baselines: Path = BASELINES,
@@ -143,7 +143,7 @@ class LatencyGate:
             verdict.failures.append(unusable)
         return verdict
 
-    def _memory(self, row: Row, measurement: Measurement) -> Memory | None:
+    def _memory(self, row: Row, measurement: Measurement) -> MemoryFormula | None:
         identity = self.runner.fingerprint.identity
         if identity.get("device") != "npu":  # elsewhere the operators are made of others, with memory of their own
             return None

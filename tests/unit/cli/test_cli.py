@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from qwen2_npu import Qwen2ForCausalLM, emulator
 from qwen2_npu.cli import CLOSED_PIPE, COMMANDS, main
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.optimizations import MODES, MODES_OF
 from tests.accuracy.faults import FAULTS
@@ -135,7 +135,7 @@ def test_a_mode_of_another_device_is_refused_before_a_model_is_built(
 ) -> None:
     if kind == "npu" and not emulator.is_active():
         pytest.skip("there are no emulated cards here")
-    for target, name in ((Subject, "of_checkpoint"), (Qwen2ForCausalLM, "from_pretrained"), (Weights, "build")):
+    for target, name in ((ModelPair, "of_checkpoint"), (Qwen2ForCausalLM, "from_pretrained"), (Weights, "build")):
         monkeypatch.setattr(target, name, lambda *given, **named: pytest.fail("a model was built"))
     if command[0] != "generate":
         command += ("--json", str(tmp_path / "result.json"))

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from qwen2_npu import Qwen2ForCausalLM, emulator
 from qwen2_npu.cli import INTERRUPTED, interrupts, main
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.machine.environment import Environment
 from qwen2_npu.conformance.perf import documented, protocol
 from qwen2_npu.emulator import install
@@ -102,7 +102,7 @@ def folder(tmp_path: Path) -> Path:
 
 @EVERY
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Subject, "of_checkpoint"), (Environment, "of")], ids=["early", "after the last step"]
+    ("owner", "name"), [(ModelPair, "of_checkpoint"), (Environment, "of")], ids=["early", "after the last step"]
 )
 def test_verify_neither_passes_nor_writes(
     owner: type, name: str, lose: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch

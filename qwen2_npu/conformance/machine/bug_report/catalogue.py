@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Result:
+class SampleResult:
     """One sample.
 
     Attributes:
@@ -54,7 +54,7 @@ def run(
     device: str,
     operators: Sequence[Operator] = tuple(CATALOGUE.values()),
     progress: Progress = lambda label, done, total: None,
-) -> list[Result]:
+) -> list[SampleResult]:
     """Every sample of ``operators`` in every dtype."""
     cases = [(record, sample, dtype) for record in operators for sample in record.samples for dtype in record.dtypes]
     found = []
@@ -64,11 +64,11 @@ def run(
     return found
 
 
-def run_sample(record: Operator, sample: Sample, dtype: str, device: str) -> Result:
+def run_sample(record: Operator, sample: Sample, dtype: str, device: str) -> SampleResult:
     """One sample; whatever the device raises is its problem."""
     skip = record.skip(sample.name, dtype, device)
     if skip is not None:
-        return Result(record.name, sample.name, dtype, skipped=f"{skip.what}: {skip.reason}")
+        return SampleResult(record.name, sample.name, dtype, skipped=f"{skip.what}: {skip.reason}")
     arguments = record.arguments(sample.parameters, dtype, sample.seed)
     expected = record.golden(arguments, dtype)
     start = time.perf_counter()
@@ -82,9 +82,9 @@ def run_sample(record: Operator, sample: Sample, dtype: str, device: str) -> Res
         problems += side_effects(record, before, tensors, outputs)
     except Exception as error:  # the device's own errors have many types
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-        return Result(record.name, sample.name, dtype, problems=(text,), seconds=time.perf_counter() - start)
+        return SampleResult(record.name, sample.name, dtype, problems=(text,), seconds=time.perf_counter() - start)
     measured = list(_errors(expected, got))
-    return Result(
+    return SampleResult(
         record.name,
         sample.name,
         dtype,
@@ -109,7 +109,7 @@ def _errors(expected: Sequence[Expected], got: Sequence[FloatArray]) -> Iterator
             yield float(error.max()), float(share.max())
 
 
-def totals(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+def totals(results: Sequence[SampleResult]) -> dict[str, dict[str, Any]]:
     """Operator -> how many samples passed, failed and were skipped, and the worst share of a bound."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:

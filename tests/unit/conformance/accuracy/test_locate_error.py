@@ -12,17 +12,17 @@ from qwen2_npu import Optimizations
 from qwen2_npu.conformance.accuracy import locate_error
 from qwen2_npu.conformance.accuracy.intermediates import capturing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
-from qwen2_npu.conformance.accuracy.model_pair import Subject
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 
 DECODE_STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return Subject.of_shape("qwen2-0.5b", decode_steps=DECODE_STEPS)
+def subject() -> ModelPair:
+    return ModelPair.of_shape("qwen2-0.5b", decode_steps=DECODE_STEPS)
 
 
-def damaged(subject: Subject, parameter: str) -> locate_error.Build:
+def damaged(subject: ModelPair, parameter: str) -> locate_error.Build:
     def build(optimizations: Optimizations) -> Any:
         model = subject.build(optimizations)
         parameters = dict(model.named_parameters())
@@ -43,7 +43,7 @@ def damaged(subject: Subject, parameter: str) -> locate_error.Build:
         ("model.norm.weight", "norm (npu_add_rms_norm)"),
     ],
 )
-def test_layer_and_operator_are_named(subject: Subject, parameter: str, place: str) -> None:
+def test_layer_and_operator_are_named(subject: ModelPair, parameter: str, place: str) -> None:
     optimizations = Optimizations.up_to("add_rms_norm")
     model = damaged(subject, parameter)(optimizations)
     baseline, _ = subject.traces("ragged")
@@ -55,20 +55,20 @@ def test_layer_and_operator_are_named(subject: Subject, parameter: str, place: s
     assert finding.path == "prefill"
 
 
-def test_step_is_bisected(subject: Subject) -> None:
+def test_step_is_bisected(subject: ModelPair) -> None:
     """gate_up_proj exists from fused_gate_up on only."""
     build = damaged(subject, "model.layers.1.mlp.gate_up_proj.weight")
     message = subject.failure(Optimizations.all(), "one", build=build)
     assert message.startswith("step fused_gate_up, layer 1, gate_proj (linear)")
 
 
-def test_damage_without_any_optimisation_is_said_to_be_so(subject: Subject) -> None:
+def test_damage_without_any_optimisation_is_said_to_be_so(subject: ModelPair) -> None:
     message = subject.failure(Optimizations.all(), "one", build=damaged(subject, "model.embed_tokens.weight"))
     assert message.startswith("with every optimisation off")
 
 
 @pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
-def test_undamaged_models_have_no_finding_anywhere(subject: Subject, optimizations: Optimizations) -> None:
+def test_undamaged_models_have_no_finding_anywhere(subject: ModelPair, optimizations: Optimizations) -> None:
     baseline, _ = subject.traces("ragged")
     assert subject.failure(optimizations, "ragged") == ""
     assert subject.explain(optimizations, "ragged") is None
@@ -85,7 +85,7 @@ def test_undamaged_models_have_no_finding_anywhere(subject: Subject, optimizatio
     )
 
 
-def test_all_models_have_the_same_points(subject: Subject) -> None:
+def test_all_models_have_the_same_points(subject: ModelPair) -> None:
     batch = subject.batch("ragged")
     places = []
     for model in (subject.baseline, subject.build(Optimizations.none()), subject.build(Optimizations.all())):
@@ -97,7 +97,7 @@ def test_all_models_have_the_same_points(subject: Subject) -> None:
     assert all(shape[0] == sum(batch.lengths) for shape in places[0].values())
 
 
-def test_divergence_of_free_running_tokens(subject: Subject) -> None:
+def test_divergence_of_free_running_tokens(subject: ModelPair) -> None:
     baseline, reference = subject.traces("four")
     chosen = baseline.forced.copy()
     assert locate_error.divergences(chosen, baseline, reference) == []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import stock
-from qwen2_npu.conformance.accuracy.model_pair import PERPLEXITY_WINDOW, Subject
+from qwen2_npu.conformance.accuracy.model_pair import PERPLEXITY_WINDOW, ModelPair
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_stock
 
@@ -84,7 +84,7 @@ def test_named_before_the_stock_model_is_loaded(
     monkeypatch.setattr(stock, "stock_from_pretrained", loaded)
     spoil(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        Subject.of_checkpoint(folder)
+        ModelPair.of_checkpoint(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -92,14 +92,14 @@ def test_named_before_the_stock_model_is_loaded(
 def test_a_few_positions_suffice_without_a_tokenizer(tmp_path: Path) -> None:
     small_stock().save_pretrained(tmp_path, safe_serialization=True)
     edit_config(tmp_path, max_position_embeddings=32)
-    Subject.of_checkpoint(tmp_path)
+    ModelPair.of_checkpoint(tmp_path)
     edit_config(tmp_path, max_position_embeddings=28)
     with pytest.raises(CheckpointError, match="max_position_embeddings=28, and the texts it is compared on need 29"):
-        Subject.of_checkpoint(tmp_path)
+        ModelPair.of_checkpoint(tmp_path)
 
 
 def test_padding_is_a_token_that_the_model_knows() -> None:
-    subject = Subject.of_checkpoint()
+    subject = ModelPair.of_checkpoint()
     assert subject.pad_token_id == subject.tokenizer.pad_token_id
     subject.tokenizer.pad_token_id = None
     subject.baseline.generation_config.eos_token_id = 10**6

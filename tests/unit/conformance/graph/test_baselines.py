@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from qwen2_npu.conformance.graph import baselines
-from qwen2_npu.conformance.graph.baselines import Documented
+from qwen2_npu.conformance.graph.baselines import DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census, LayeredCensus
 from qwen2_npu.conformance.graph.cost import Cost
 
-GRAPH = Documented("7B", "decode", 4, "swiglu")
+GRAPH = DocumentedGraph("7B", "decode", 4, "swiglu")
 
 
 def layered(launches: int = 14) -> LayeredCensus:

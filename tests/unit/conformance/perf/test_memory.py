@@ -62,7 +62,7 @@ def peak_of(size: Size, step: str, fault: Any = None, **build: Any) -> int:
     return peak - held
 
 
-def formula(size: Size, step: str) -> memory.Memory:
+def formula(size: Size, step: str) -> memory.MemoryFormula:
     return memory_of(size, step, BATCH, TOKENS, STEPS, float32_logits=LOGITS_IN_FLOAT32)
 
 

@@ -14,7 +14,7 @@ from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import Inputs
 from tests.unit.conformance.report.synthetic import CHANGED_GRAPH, CaseText, Night, write_junit
 
-GRAPH = baselines.Documented("7B", "decode", 4, "swiglu")
+GRAPH = baselines.DocumentedGraph("7B", "decode", 4, "swiglu")
 
 
 def claims(tmp_path: Path, *cases: CaseText) -> dict[str, Claim]:

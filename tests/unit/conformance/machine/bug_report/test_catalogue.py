@@ -27,7 +27,7 @@ def test_every_sample_in_every_dtype() -> None:
     assert catalogue.totals(results)["npu_swiglu"]["passed"] == len(results)
 
 
-def with_operator(monkeypatch: pytest.MonkeyPatch, operator: Any) -> catalogue.Result:
+def with_operator(monkeypatch: pytest.MonkeyPatch, operator: Any) -> catalogue.SampleResult:
     monkeypatch.setattr(catalogue, "operator_of", lambda name: operator)
     return catalogue.run_sample(SWIGLU, SAMPLE, "bfloat16", "cpu")
 
