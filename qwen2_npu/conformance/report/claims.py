@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -43,6 +45,28 @@ class Value:
             percent = (self.number / other.number - 1) * 100
             change = f" ({percent:+.0f}\u00a0%)" if abs(percent) >= 10 else f" ({percent:+.1f}\u00a0%)"
         return f"{plain_number(other.number)} → {self}{change}"
+
+
+REASONS = 5
+"""Reasons that are listed by themselves; see :func:`without_result`."""
+
+NO_FILE = "no file of this run has a result for it"
+
+_COUNTED = re.compile(r"\d+ skipped: ")
+
+
+def without_result(claims: Iterable[Claim]) -> list[tuple[str, int]]:
+    """Why claims neither passed nor failed: each reason, and of how many claims; the most frequent one first."""
+    counts: Counter[str] = Counter()
+    for claim in claims:
+        if claim.status in (Status.NOT_RUN, Status.NOT_COMPARABLE):
+            because = claim.message or (claim.reference if claim.status is Status.NOT_COMPARABLE else NO_FILE)
+            said = _COUNTED.sub("", because.split("\n")[0], count=1).removeprefix(f"{claim.status}: ")
+            counts[f"{claim.status}: {said}"] += 1
+    found = counts.most_common(REASONS)
+    if rest := counts.total() - sum(count for _, count in found):
+        found.append(("for other reasons: see the list of all checks", rest))
+    return found
 
 
 def plain_number(number: float) -> str:

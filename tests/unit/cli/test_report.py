@@ -45,7 +45,7 @@ def test_check_fails_what_failed_and_what_is_no_longer_run(tmp_path: Path) -> No
     result = run("--results", slow, "--history", tmp_path / "h", "--check")
     assert (result.exit_code, result.output.splitlines()[0]) == (
         1,
-        f"1 claim regressed since {commit_of(0)[:10]} (2026-10-01)",
+        f"1 check regressed since {commit_of(0)[:10]} (2026-10-01)",
     )
     assert run("--results", slow, "--history", tmp_path / "h").exit_code == 0
     lost = Night(2).write(tmp_path / "2")

@@ -11,7 +11,7 @@ from tests.unit.conformance.report.synthetic import SLOW, CaseText, Night, commi
 
 def test_names_the_rows_the_amounts_and_the_commits(night) -> None:  # type: ignore[no-untyped-def]
     text = markdown(night.results, night.history)
-    assert text.startswith("## 4 claims regressed")
+    assert text.startswith("## 4 checks regressed")
     row = next(line for line in text.splitlines() if f"`latency/{SLOW}`" in line)
     for part in ("23.4 → 27.1 ms (+16 %)", commit_of(9)[:10], commit_of(10)[:10], "real NPU"):
         assert part in row
