@@ -53,7 +53,9 @@ class Run:
     def name(self) -> str:
         """Of its file; sorts by date."""
         made = re.sub(r"[^0-9T]", "", self.provenance.created[:19])
-        return f"{made}-{self.provenance.commit[:12] if self.provenance.commit else 'unknown'}-{self.digest}"
+        # A commit comes from a file: it must not lead out of the folder.
+        commit = re.sub(r"[^0-9A-Za-z]", "", self.provenance.commit or "")[:12] or "unknown"
+        return f"{made}-{commit}-{self.digest}"
 
     @property
     def digest(self) -> str:

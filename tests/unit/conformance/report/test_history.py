@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,12 @@ def test_twice_is_once_and_oldest_first(tmp_path: Path) -> None:
         history.append(tmp_path / "history", results(tmp_path / f"n{number}", Night(number)))
     runs, _ = history.load(tmp_path / "history")
     assert [run.provenance.commit for run in runs] == [commit_of(0), commit_of(3)]
+
+
+def test_a_commit_that_is_a_path_stays_in_the_folder() -> None:
+    for commit in ("../../../../etc/x", "/etc/x", "a\x00b", ".."):
+        name = Run(replace(Night(0).provenance, commit=commit), {}).name
+        assert re.fullmatch(r"20261001T020000-\w+-\w+", name), name
 
 
 def test_a_self_test_stays_out(tmp_path: Path) -> None:
