@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import Inputs, finite
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import ORIGINAL
 
@@ -40,7 +40,7 @@ def _of(content: Mapping[str, Any], result: Result) -> Iterator[Claim]:
             label=labels().get(result["step"], ""),
             subject=f"{_what(result)}",
             verified=verified,
-            value=Value(ms, "ms"),
+            value=Value(finite(ms), "ms"),
             message="\n".join(problems) or NOT_GATED,
         )
 

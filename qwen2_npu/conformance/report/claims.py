@@ -117,6 +117,18 @@ class Claim:
     message: str = ""
     place: Place | None = None
 
+    def check(self) -> None:
+        """That every field, which may come from a file, has its type.
+
+        Raises:
+            ValueError: naming the claim and the field.
+        """
+        for field in ("id", "area", "title", "step", "label", "subject", "verified", "reference", "message"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{self.id}: {field} is {str(getattr(self, field))[:40]!r} and must be text")
+        if self.value is not None and not isinstance(self.value.number, int | float):
+            raise ValueError(f"{self.id}: {str(self.value.number)[:40]!r} must be a number")
+
     @property
     def where(self) -> Where:
         return where(self.verified)

@@ -12,7 +12,7 @@ from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import Inputs, finite
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.conformance.report.suites import LATENCY
 
@@ -123,7 +123,7 @@ def _facts(info: dict[str, Any], transformers: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "status": status,
         "subject": f"{info['weights']} weights, {info['input_tokens']} tokens + {info['decode_steps']} steps",
-        "value": Value(info["mean_ms"], "ms"),
+        "value": Value(finite(info["mean_ms"]), "ms"),
         "message": "\n".join([*info["failures"], *info["notes"]]),
     }
     if number is None or not reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,10 +180,12 @@ def _trend(change: Change, this: Run, history: Sequence[Run]) -> str:
     for run in history:
         entry = run.entries.get(change.claim.id)
         same = entry is not None and entry.subject == change.claim.subject and entry.verified == change.claim.verified
-        if _comparable(run, this) and same and entry is not None and entry.value is not None:
+        if not (_comparable(run, this) and same and entry is not None and entry.value is not None):
+            continue
+        if math.isfinite(entry.value.number):
             values.append((entry.value.number, entry.status is Status.PASS))
     now = change.claim.value
-    if now is None or not values:
+    if now is None or not math.isfinite(now.number) or not values:
         return ""
     good = change.claim.status is Status.PASS and change.kind is not Kind.DRIFTED
     return trend([*values, (now.number, good)], f"{change.claim.title} over the last runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import qwen2_npu
@@ -122,7 +123,7 @@ def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
 
 def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
     """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
-    known = [f"tests.{suite}.{path.stem}" for suite in SUITES for path in sorted((TESTS / suite).glob("test_*.py"))]
+    known = _modules()
     by_module: dict[str, list[tuple[junit.Case, str]]] = {name: [] for name in known}
     for case, text in cases:
         by_module.setdefault(case.module, []).append((case, text))
@@ -134,6 +135,14 @@ def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         yield Tally.of(rest).say(
             Claim(f"files/{module}", FILES, f"{title}{': its other tests' if len(rest) < len(about) else ''}")
         )
+
+
+@cache
+def _modules() -> tuple[str, ...]:
+    """The test files of the suites."""
+    return tuple(
+        f"tests.{suite}.{path.stem}" for suite in SUITES for path in sorted((TESTS / suite).glob("test_*.py"))
+    )
 
 
 def path(module: str) -> str:

@@ -53,7 +53,7 @@ def test_a_self_test_stays_out(tmp_path: Path) -> None:
 
 def test_an_unknown_commit_stays_out(tmp_path: Path) -> None:
     (tmp_path / "verify.json").write_text(json.dumps(Night(0).verification()), encoding="utf-8")
-    with pytest.raises(ValueError, match="no input states its commit"):
+    with pytest.raises(ValueError, match="no file of this run states its commit"):
         history.append(tmp_path / "history", Results.of(tmp_path))
 
 
