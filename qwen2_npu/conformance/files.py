@@ -138,9 +138,10 @@ def _check_replaceable(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a device or a pipe: name a regular file")
-    if path.exists() and path.parent.stat().st_mode & stat.S_ISVTX:
+    if path.exists():
+        folder = path.parent.stat()
         # As in /tmp: only its owner, or the folder's, may replace a file.
-        if os.geteuid() not in (0, path.parent.stat().st_uid, path.lstat().st_uid):
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, folder.st_uid, path.lstat().st_uid):
             raise PermissionError(errno.EPERM, "the file of that name belongs to another user")
 
 

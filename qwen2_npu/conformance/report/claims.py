@@ -100,8 +100,8 @@ class Claim:
         label: the guide's own name of the row.
         subject: what exactly was tested (weights, dtype, length): results of other subjects are not compared.
         verified: on what, in the run's own words; see :func:`where`.
-        reference: what the value was held against.
-        message: why it does not pass, or what else must be said.
+        reference: what the value was compared with.
+        message: why it does not pass, or a remark.
     """
 
     id: str

@@ -2,7 +2,7 @@
 
     history/<date>-<commit>-<fingerprint>.json
 
-Only runs of the same fingerprint are ever compared; the others are there to say that they exist.
+Only runs of the same fingerprint are compared; the page lists the others.
 """
 
 from __future__ import annotations

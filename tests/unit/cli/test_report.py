@@ -183,6 +183,8 @@ def test_an_unreadable_file_is_a_problem_of_that_file(quiet: Path) -> None:
 
 def test_a_results_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     result = run("--results", tmp_path / "none", "--output", tmp_path / "page.html")
-    assert f"There was no folder {tmp_path / 'none'}: name the folder of the run's files with --results." in result.output
+    assert (
+        f"There was no folder {tmp_path / 'none'}: name the folder of the run's files with --results." in result.output
+    )
     Night(0).write(tmp_path / "some")
     assert "There was no folder" not in run("--results", tmp_path / "some").output

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from qwen2_npu.conformance.machine.verified import Where, how_verified, where
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
+from qwen2_npu.conformance.machine.verified import Where, how_verified, place, where, written
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number, without_result, worst
 
 
@@ -28,7 +29,21 @@ def test_one_never_passes_for_another(verified: str | None, expected: Where) -> 
 
 
 def test_the_environment_says_it_in_these_words() -> None:
-    assert where(how_verified("cpu")) is Where.CPU
+    assert where(how_verified("cpu")) is place("cpu") is Where.CPU
+    assert where(how_verified("cuda:1")) is place("cuda:1") is Where.CUDA
+    assert where(how_verified("mps")) is place("mps") is Where.NOT_SAID
+
+
+@pytest.mark.parametrize("kind", set(Where) - {Where.NOT_SAID})
+def test_what_files_hold_is_read_back(kind: Where) -> None:
+    assert where(written(kind, "details")) is kind
+    assert Fingerprint({"verified": written(kind, "details")}).where is kind
+
+
+@pytest.mark.parametrize(("emulated", "expected"), [(True, Where.EMULATED), (False, Where.NPU)])
+def test_the_emulator_s_npu_is_not_a_real_one(emulated: bool, expected: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2_npu.emulator.is_active", lambda: emulated)
+    assert where(how_verified("npu:0")) is place("npu:0") is expected
 
 
 def test_the_worst_of_several() -> None:

@@ -48,9 +48,12 @@ def test_nothing_was_run(tmp_path: Path) -> None:
 # ---- hostile files --------------------------------------------------------------------------------------------------
 MARKUP = st.text(st.sampled_from("<>&|`\\*_[](){}#!~-+.:/\n\r\t\x00\x1b\x85\u2028\u202e\ud800 ab1"), max_size=40)
 EXAMPLES = (
-    "<script>alert(1)</script>", "</td></table><img src=x onerror=alert(1)>", "[a](javascript:alert(1))", "![a](http://b)",
-    "a | b \\| c \\\\| d", "`a` ``b`` `", "\n\n# a\n\n- b\n\n---\n", "http://evil.example www.evil.example", "&lt;b&gt;",
-    "<http://evil.example>", "**a** __b__ ~~c~~ $d$", "[a]: http://b", "\\", "a\\", "<!-- ", "&#60;b>", "\x1b[31mred", "\ud800",
+    "<script>alert(1)</script>", "</td></table><img src=x onerror=alert(1)>", "[a](javascript:alert(1))",
+    "![a](http://b)",
+    "a | b \\| c \\\\| d", "`a` ``b`` `", "\n\n# a\n\n- b\n\n---\n", "http://evil.example www.evil.example",
+    "&lt;b&gt;",
+    "<http://evil.example>", "**a** __b__ ~~c~~ $d$", "[a]: http://b", "\\", "a\\", "<!-- ",
+    "&#60;b>", "\x1b[31mred", "\ud800",
 )  # fmt: skip
 HOSTILE = st.one_of(st.sampled_from(EXAMPLES), MARKUP, st.text(max_size=30))
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
