@@ -25,12 +25,12 @@ from qwen2_npu.cli import options
 @click.option(
     "--check",
     is_flag=True,
-    help="Exit with 1 where anything failed, regressed, or is no longer run, and where nothing passed.",
+    help="Exit with 1 if anything failed, regressed or is no longer run, or if nothing passed.",
 )
 def command(
     results: Path, history: Path | None, append: bool, output: Path | None, summary: Path | None, check: bool
 ) -> None:
-    """Make one self-contained page: what regressed, by how much, since which commit, and everything else that is known.
+    """Make one self-contained page: what regressed, by how much, since which commit, and all other results.
 
     \b
     A run's files come from
@@ -40,9 +40,9 @@ def command(
         pytest tests/perf --junitxml=report/perf.xml --benchmark-json=report/benchmark.json
         qwen2-npu bench --json report/bench.json
     or, all but the last, from `qwen2-npu nightly`. What is missing is shown as "not run". Without --check the exit
-    status says only whether the page was made.
+    status is 0 if the page was made, whatever it shows.
     """
-    from qwen2_npu.conformance.files import write_text
+    from qwen2_npu.conformance.files import check_writable, write_text
     from qwen2_npu.conformance.report.changes import Kind, changes
     from qwen2_npu.conformance.report.history import Run, load
     from qwen2_npu.conformance.report.history import append as remember
@@ -51,15 +51,20 @@ def command(
     from qwen2_npu.conformance.report.results import Results
     from qwen2_npu.conformance.report.summary import markdown
 
-    found = Results.of(results)
+    target, found = output or results / PAGE, Results.of(results)
+    missing = not results.exists()
+    for path in (target, summary):
+        if path is not None:
+            check_writable(path)
     runs, problems = load(history or results / "history")
-    target = output or results / PAGE
     write_text(target, render(found, runs, problems))
     if summary is not None:
         write_text(summary, markdown(found, runs, problems))
     changed = changes(found.claims, Run.of(found), runs)
     said = verdict(found, changed, problems)
     click.echo(f"{said.text}\nPage: {target}")
+    if missing:
+        click.echo(f"There was no folder {results}: name the folder of the run's files with --results.", err=True)
     if append:
         click.echo(f"History: {remember(history or results / 'history', found)}")
     if check and (not found.passed or said.style == "fail" or any(change.kind is Kind.LOST for change in changed)):

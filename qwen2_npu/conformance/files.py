@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +18,135 @@ import qwen2_npu
 BASELINES = Path(qwen2_npu.__file__).parents[1] / "baselines"
 """The repository's folder of baselines; an installed wheel has none."""
 
+_WAYS_OUT = {
+    errno.EACCES: "change the permissions of its folder",
+    errno.ENOSPC: "free space on its disk",
+    errno.EDQUOT: "free space in your disk quota",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What to do instead of choosing another place, by the number of the error."""
+
 
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that its result could not be written.
 
     Raises:
-        OSError: naming ``path``.
+        OSError: naming ``path``, and what to do.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    try:
+    with _named(path):
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
-    except OSError as error:
-        raise type(error)(f"{path} cannot be written ({error.strerror or error}): name another place") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write beside ``path`` and move into place. Numbers that JSON has no name for become strings ("nan", "inf").
+    """Write beside ``path`` and move into place. Numbers that JSON cannot hold become strings ("nan", "inf").
 
     Raises:
-        OSError: the folder cannot be made or written; ``path`` is then as it was.
+        OSError: naming ``path``, and what to do; the file is then as it was.
     """
     write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside ``path`` and move into place.
+    """Write beside ``path`` and move into place. Characters that UTF-8 cannot hold are written as ``\\udXXX``.
 
     Raises:
-        OSError: the folder cannot be made or written; ``path`` is then as it was.
+        OSError: naming ``path``, and what to do; the file is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, which takes its place when the block ends without an error.
+
+    Raises:
+        OSError: naming ``path``, and what to do; the file is then as it was.
+    """
+    with _named(path):
+        _check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.fsync(handle)  # else a crash of the machine could leave an empty file in the place of the old one
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, in which only standard numbers may stand.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, not UTF-8, nested too deeply, or holds text that is not Unicode.
+    """
+    if not path.is_file() and path.exists():
+        raise ValueError("it is not a regular file")
+    data = path.read_bytes()
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from error
+    try:
+        content = json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a surrogate pair, which is not Unicode text") from error
+    return content
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"it holds {constant}, which is not valid JSON")
+
+
+def why(error: OSError) -> str:
+    """The reason alone, without the number and the path that Python puts around it."""
+    return error.strerror or str(error)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the system, with the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise  # it is named already
+        way_out = _WAYS_OUT.get(error.errno, "")
+        message = f"{path} cannot be written ({why(error)}): {f'{way_out}, or ' if way_out else ''}name another place"
+        raise type(error)(message) from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """That a file could stand in the place of what is at ``path``."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a device or a pipe: name a regular file")
+    if path.exists():
+        folder = path.parent.stat()
+        # As in /tmp: only its owner, or the folder's, may replace a file.
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, folder.st_uid, path.lstat().st_uid):
+            raise PermissionError(errno.EPERM, "the file of that name belongs to another user")
 
 
 def plain(value: Any) -> Any:
-    """``value`` with the numbers that JSON has no name for as strings, and tuples as lists."""
+    """``value`` with the numbers that JSON cannot hold as strings, and tuples as lists."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.machine.hardware import HARDWARE, Hardware
+from qwen2_npu.conformance.machine.verified import Where
 
 DOCUMENTED_FAMILY = "Ascend910B"
 """The guide says Atlas 800I A2 and no SKU: any card of the family counts."""
@@ -15,7 +16,7 @@ def not_comparable(fingerprint: Fingerprint, machine: str) -> str | None:
     product = identity.get("product")
     matches = (
         identity.get("device") == "npu"
-        and str(identity.get("verified", "")).startswith("npu")
+        and fingerprint.where is Where.NPU
         and str(identity.get("soc") or "").startswith(DOCUMENTED_FAMILY)
         and identity.get("machine") in ("aarch64", "arm64")
         and ("Atlas" not in str(product) or machine in str(product))

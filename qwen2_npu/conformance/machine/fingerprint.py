@@ -22,7 +22,7 @@ import psutil
 from qwen2_npu import emulator
 from qwen2_npu.conformance.machine.host import Host
 from qwen2_npu.conformance.machine.packages import cann_version, package_version
-from qwen2_npu.conformance.machine.verified import how_verified
+from qwen2_npu.conformance.machine.verified import Where, how_verified, where
 
 VERSIONS = ("torch", "torch_npu", "transformers", "deepspeed")
 SETTINGS = (
@@ -49,6 +49,11 @@ class Fingerprint:
         """Twelve hexadecimal digits that stand for the identity."""
         text = json.dumps(dict(self.identity), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def where(self) -> Where:
+        """What computes there."""
+        return where(self.identity.get("verified"))
 
     @property
     def name(self) -> str:

@@ -16,6 +16,9 @@ PREFIX = "qwen2_npu."
 """Of the properties in JUnit files."""
 
 
+_NAMES = {str: "text", bool: "true or false", Mapping: "an object"}
+
+
 @dataclass(frozen=True)
 class Provenance:
     """``identity``: the fingerprint's. None or empty is what nothing said."""
@@ -48,7 +51,21 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """The reverse of :meth:`to_json`; what is missing stays unsaid."""
+        """The reverse of :meth:`to_json`; what is missing stays unsaid.
+
+        Raises:
+            ValueError: a value of the wrong type.
+        """
+        for name, kind in (
+            ("commit", str),
+            ("created", str),
+            ("verified", str),
+            ("dirty", bool),
+            ("identity", Mapping),
+        ):
+            value = data.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {str(value)[:40]!r} and must be {_NAMES[kind]}")
         return cls(
             commit=data.get("commit"),
             dirty=data.get("dirty"),
@@ -73,12 +90,14 @@ class Provenance:
         commit, ours = content.get("commit_info") or {}, content.get("machine_info", {}).get("qwen2_npu", {})
         known = commit.get("id") not in (None, "unknown", "unversioned")
         identity = ours.get("identity") or {}
-        return cls(
-            commit=commit["id"] if known else None,
-            dirty=commit.get("dirty") if known else None,
-            created=content.get("datetime") or "",
-            verified=identity.get("verified") or "",
-            identity=identity,
+        return cls.from_json(
+            {
+                "commit": commit["id"] if known else None,
+                "dirty": commit.get("dirty") if known else None,
+                "created": content.get("datetime"),
+                "verified": identity.get("verified"),
+                "identity": identity,
+            }
         )
 
 

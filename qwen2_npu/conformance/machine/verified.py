@@ -9,7 +9,7 @@ from qwen2_npu.conformance.machine.packages import cann_version, package_version
 
 
 class Where(StrEnum):
-    """What computed a result. One never passes for another."""
+    """What computed a result. A result of one must never be shown as a result of another."""
 
     NPU = "real NPU"
     EMULATED = "emulated"
@@ -17,20 +17,39 @@ class Where(StrEnum):
     CUDA = "cuda"
     NOT_SAID = "not said"
 
+    @property
+    def device(self) -> str:
+        """As ``--device`` takes it; empty for ``NOT_SAID``."""
+        return _DEVICES.get(self, "")
 
-_FIRST_WORD = {"npu": Where.NPU, "emulated": Where.EMULATED, "cpu": Where.CPU, "cuda": Where.CUDA}
+
+_DEVICES = {Where.NPU: "npu", Where.EMULATED: "emulated", Where.CPU: "cpu", Where.CUDA: "cuda"}
+"""The first word of the text in files, and the device's name for ``--device``."""
+
+_WHERES = {word: kind for kind, word in _DEVICES.items()}
 
 
 def where(verified: str | None) -> Where:
-    """Of the text that :func:`how_verified` makes; ``NOT_SAID`` for any other text."""
-    return _FIRST_WORD.get((verified or "").split(" ")[0], Where.NOT_SAID)
+    """Of the text in a file, see :func:`written`; ``NOT_SAID`` for any other text."""
+    return _WHERES.get((verified or "").split(" ")[0], Where.NOT_SAID)
+
+
+def written(kind: Where, details: str) -> str:
+    """The text that files hold; :func:`where` reads it."""
+    return f"{kind.device} ({details})"
+
+
+def place(device: str) -> Where:
+    """What computes on ``device`` in this process; ``NOT_SAID`` for a device that this project does not know."""
+    kind = device.split(":")[0]
+    return Where.EMULATED if kind == "npu" and emulator.is_active() else _WHERES.get(kind, Where.NOT_SAID)
 
 
 def how_verified(device: str) -> str:
     """What a result on ``device`` was computed by: ``emulated (…)``, ``npu (CANN …)``, ``cpu`` or ``cuda``."""
-    kind = device.split(":")[0]
-    if kind != "npu":
-        return f"{kind} (portable kernels)"
-    if emulator.is_active():
-        return f"emulated (torch_npu {package_version('torch_npu')}, torchair)"
-    return f"npu (CANN {cann_version() or 'unknown'})"
+    kind = place(device)
+    if kind is Where.NPU:
+        return written(kind, f"CANN {cann_version() or 'unknown'}")
+    if kind is Where.EMULATED:
+        return written(kind, f"torch_npu {package_version('torch_npu')}, torchair")
+    return f"{device.split(':')[0]} (portable kernels)"

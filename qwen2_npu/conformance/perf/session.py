@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from qwen2_npu.conformance.machine import comparable, fingerprint
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.perf import benchmark_json, documented
 from qwen2_npu.conformance.perf.documented import BASELINES, BaselineError, Documented
 from qwen2_npu.conformance.perf.gate import Against, Verdict, judge
@@ -92,13 +93,12 @@ class LatencyGate:
     def why_not_configuration(self, configuration: Configuration, *, documented_row: bool) -> str | None:
         """Why nothing measured here could be compared; None where it can."""
         conditions = next(iter(self.documented.values())).conditions
-        identity = self.runner.fingerprint.identity
         if documented_row:
             foreign = comparable.not_comparable(self.runner.fingerprint, conditions.machine)
             if foreign is not None:
                 return foreign
-        elif str(identity.get("verified", "")).startswith("emulated"):
-            return "an emulated NPU computes on the CPU: its latency is no NPU's"
+        elif self.runner.fingerprint.where is Where.EMULATED:
+            return "an emulated NPU computes on the CPU: its latency is not the latency of an NPU"
         return self.runner.why_not(configuration)
 
     def _why_not(self, row: Row) -> str | None:

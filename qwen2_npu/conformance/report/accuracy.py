@@ -20,7 +20,7 @@ PERPLEXITY = "perplexity"
 
 
 def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
-    """What every run should say, not yet said."""
+    """What every run should check, without a result yet."""
     for mode in modes:
         for step in LADDER:
             yield Claim(
@@ -32,7 +32,7 @@ def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
                 place=Place("ladder", step, AREA, f"verify {mode}"),
             )
         for what in (TEXT, PERPLEXITY):
-            yield Claim(f"accuracy/{mode}/{what}", AREA, f"{what}, {mode}: as the stock model's")
+            yield Claim(f"accuracy/{mode}/{what}", AREA, f"{what}, {mode}: the same as the stock model's")
 
 
 def claims(inputs: Inputs) -> list[Claim]:

@@ -1,8 +1,8 @@
 """What a run changed: what regressed, by how much, against which last-good commit.
 
 An earlier run counts only with the same fingerprint, and a claim only with the same subject and the same kind of
-device. A claim that passes may still have slowed down: its value is held against the *best* five consecutive runs that
-there are, by the latency gate's own prediction interval. Recent runs would not do: they forget a slow-down by
+device. A claim that passes may still have slowed down: its value is compared with the *best* five consecutive
+runs, by the latency gate's own prediction interval. Recent runs would not do: they forget a slow-down by
 themselves. Two runs in a row must be outside: in simulated noise of 1 %, one alone is outside in 2 of 100 runs.
 """
 
@@ -35,7 +35,7 @@ class Change:
     """One claim's change.
 
     Attributes:
-        last_good: the newest comparable run that was as it should be; None where there is none.
+        last_good: the newest comparable run that passed; None where there is none.
         first_bad: the run after it; None where it is this one.
         good_value: the claim's value at ``last_good``.
         note: what else is known.
@@ -102,7 +102,7 @@ def _changes_of(claim: Claim, this: Run, comparable: Sequence[Run], others: Sequ
             bad_run, bad = past[-1]
             yield Change(claim, Kind.FIXED, bad_run, good_value=bad.value, note=f"failed at {bad_run.commit}")
     elif comparable:
-        # It says nothing now, so neither subject nor device can differ: the last run that said something counts.
+        # Without a result now, subject and device are not known: the last run with a result counts.
         last = [(run, run.entries[claim.id]) for run in comparable if claim.id in run.entries]
         passed = [(run, entry) for run, entry in last if entry.status is Status.PASS]
         if passed and last[-1][1].status is not Status.NOT_COMPARABLE:

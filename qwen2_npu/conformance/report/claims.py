@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -45,6 +47,28 @@ class Value:
         return f"{plain_number(other.number)} → {self}{change}"
 
 
+REASONS = 5
+"""Reasons that are listed by themselves; see :func:`without_result`."""
+
+NO_FILE = "no file of this run has a result for it"
+
+_COUNTED = re.compile(r"\d+ skipped: ")
+
+
+def without_result(claims: Iterable[Claim]) -> list[tuple[str, int]]:
+    """Why claims neither passed nor failed: each reason, and of how many claims; the most frequent one first."""
+    counts: Counter[str] = Counter()
+    for claim in claims:
+        if claim.status in (Status.NOT_RUN, Status.NOT_COMPARABLE):
+            because = claim.message or (claim.reference if claim.status is Status.NOT_COMPARABLE else NO_FILE)
+            said = _COUNTED.sub("", because.split("\n")[0], count=1).removeprefix(f"{claim.status}: ")
+            counts[f"{claim.status}: {said}"] += 1
+    found = counts.most_common(REASONS)
+    if rest := counts.total() - sum(count for _, count in found):
+        found.append(("for other reasons: see the list of all checks", rest))
+    return found
+
+
 def plain_number(number: float) -> str:
     """Four digits at most, and no exponent where it can be read without."""
     if not math.isfinite(number):
@@ -76,8 +100,8 @@ class Claim:
         label: the guide's own name of the row.
         subject: what exactly was tested (weights, dtype, length): results of other subjects are not compared.
         verified: on what, in the run's own words; see :func:`where`.
-        reference: what the value was held against.
-        message: why it does not pass, or what else must be said.
+        reference: what the value was compared with.
+        message: why it does not pass, or a remark.
     """
 
     id: str
@@ -92,6 +116,18 @@ class Claim:
     reference: str = ""
     message: str = ""
     place: Place | None = None
+
+    def check(self) -> None:
+        """That every field, which may come from a file, has its type.
+
+        Raises:
+            ValueError: naming the claim and the field.
+        """
+        for field in ("id", "area", "title", "step", "label", "subject", "verified", "reference", "message"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{self.id}: {field} is {str(getattr(self, field))[:40]!r} and must be text")
+        if self.value is not None and not isinstance(self.value.number, int | float):
+            raise ValueError(f"{self.id}: {str(self.value.number)[:40]!r} must be a number")
 
     @property
     def where(self) -> Where:

@@ -16,7 +16,7 @@ from qwen2_npu.conformance.report.charts.ladder import Point, ladder
 from qwen2_npu.conformance.report.charts.rows import LEFT, RIGHT
 from qwen2_npu.conformance.report.charts.sweep import sweep
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import Inputs, finite
 from qwen2_npu.conformance.report.labels import STEPS, labels
 from qwen2_npu.conformance.report.latency import is_held
 from qwen2_npu.optimizations import LADDER, PHASES
@@ -193,7 +193,7 @@ def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.Step]]]:
 
 def _step(row: Mapping[str, Any]) -> accuracy.Step:
     unexcused = sum(len(batch["unexcused"]) for batch in row["batches"].values())
-    return accuracy.Step(float(row["rms_ratio"]), row["excused"], unexcused, row["positions"])
+    return accuracy.Step(float(row["rms_ratio"]), int(finite(row["excused"])), unexcused, int(finite(row["positions"])))
 
 
 @dataclass(frozen=True)

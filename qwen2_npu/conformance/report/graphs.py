@@ -18,7 +18,7 @@ LADDER_BATCH = 4
 """Of the ladder's tables; graphs of other batches belong to a sweep."""
 
 LOWERS = {"test_census_is_the_baseline", "test_cost_is_the_baseline"}
-"""Tests that lower the graph and hold it against its census. Without one of them nothing says what it is now."""
+"""Tests that lower the graph and compare it with its census. Without one of them the graph has no result."""
 
 
 def claims(inputs: Inputs) -> list[Claim]:
@@ -34,7 +34,7 @@ def _claim(graph: Graph, cases: list[tuple[junit.Case, str]]) -> Claim:
     claim = Claim(
         id=f"graphs/{graph}",
         area=AREA,
-        title=f"{graph.size}, batch {graph.batch}, {graph.phase}, {graph.step}: as its census",
+        title=f"{graph.size}, batch {graph.batch}, {graph.phase}, {graph.step}: the same kernels as in its census",
         step=graph.step,
         label=labels().get(graph.step, ""),
         place=_place(graph),

@@ -2,21 +2,23 @@
 
     history/<date>-<commit>-<fingerprint>.json
 
-Only runs of the same fingerprint are ever compared; the others are there to say that they exist.
+Only runs of the same fingerprint are compared; the page lists the others.
 """
 
 from __future__ import annotations
 
-import json
+import fnmatch
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.files import read_json, why, write_json
 from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
+from qwen2_npu.conformance.report.inputs import reason, text
 from qwen2_npu.conformance.report.results import Results
 
 SCHEMA = 1
@@ -53,7 +55,9 @@ class Run:
     def name(self) -> str:
         """Of its file; sorts by date."""
         made = re.sub(r"[^0-9T]", "", self.provenance.created[:19])
-        return f"{made}-{self.provenance.commit[:12] if self.provenance.commit else 'unknown'}-{self.digest}"
+        # A commit comes from a file: it must not lead out of the folder.
+        commit = re.sub(r"[^0-9A-Za-z]", "", self.provenance.commit or "")[:12] or "unknown"
+        return f"{made}-{commit}-{self.digest}"
 
     @property
     def digest(self) -> str:
@@ -82,7 +86,7 @@ class Run:
         """The reverse of :meth:`to_json`.
 
         Raises:
-            ValueError: another schema, or something that is none of ours.
+            ValueError: another schema, or a value of the wrong type.
         """
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
@@ -104,28 +108,37 @@ def _entry_from_json(data: Mapping[str, Any]) -> Entry:
     value = data["value"]
     return Entry(
         Status(data["status"]),
-        data["verified"],
-        data["subject"],
-        None if value is None else Value(float(value[0]), value[1], value[2]),  # "nan" is a string in JSON
+        text(data["verified"]),
+        text(data["subject"]),
+        None if value is None else Value(float(value[0]), text(value[1]), bool(value[2])),  # "nan" is a string in JSON
     )
 
 
 def load(folder: Path) -> tuple[list[Run], list[str]]:
     """All runs, oldest first, and the files that could not be read."""
-    runs, problems = [], []
-    for path in sorted(folder.glob("*.json")):
+    runs: list[Run] = []
+    problems: list[str] = []
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return runs, problems
+    except OSError as error:
+        return runs, [f"the history folder {folder} cannot be read ({why(error)}): nothing is compared with it"]
+    for name in fnmatch.filter(names, "[!.]*.json"):
         try:
-            runs.append(Run.from_json(json.loads(path.read_text(encoding="utf-8"))))
+            runs.append(Run.from_json(read_json(folder / name)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            problems.append(f"history: {path.name} cannot be read ({error}): it is left out")
+            problems.append(f"history: {name} cannot be read ({reason(error)}): it is left out")
     return sorted(runs, key=lambda run: run.provenance.created), problems
 
 
 def append(folder: Path, results: Results) -> Path:
-    """Remember this run. Doing it twice leaves one file.
+    """Add this run to the history. Doing it twice leaves one file.
+
+    Several processes may do it at once: each run has a file of its own, which is whole or absent.
 
     Raises:
-        ValueError: a run that must not be compared with others: what it is of is not known, or it is a self-test.
+        ValueError: the run cannot be compared with others: its commit or machine is not known, or it is a self-test.
         OSError: the folder cannot be written.
     """
     reasons = list(_not_to_remember(results))
@@ -143,7 +156,7 @@ def _not_to_remember(results: Results) -> Iterator[str]:
     provenance = results.provenance
     for what in ("commit", "created", "identity"):
         if not getattr(provenance, what):
-            yield f"no input states its {what}; run it through `qwen2-npu nightly`, which writes run.json"
+            yield f"no file of this run states its {what}; use `qwen2-npu nightly`, which writes run.json"
     yield from (problem for problem in results.problems if " is of commit " in problem)
     if all(claim.status is Status.NOT_RUN for claim in results.claims):
         yield "nothing was run"

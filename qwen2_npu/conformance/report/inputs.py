@@ -1,14 +1,16 @@
-"""The files of a run, found and parsed. A damaged one is a problem of the run, never a gap that nobody sees."""
+"""The files of a run, found and parsed. A file that cannot be read is a problem of the run, which the page shows."""
 
 from __future__ import annotations
 
-import json
+import fnmatch
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qwen2_npu.conformance.files import read_json, why
 from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report import junit
 
@@ -44,27 +46,36 @@ class Inputs:
 
     @classmethod
     def of(cls, folder: Path) -> Inputs:
-        """Everything in ``folder``; an empty or missing one gives inputs without anything."""
-        found = cls(folder)
-        for path in sorted(folder.glob(VERIFY)):
-            found._add(path, _verification, lambda path, content: found.verifications.update({path.name: content}))
-        for path in sorted(folder.glob(JUNIT)):
-            found._add(path, junit.read, lambda path, content: found.sessions.append(content))
-        for path in sorted(folder.glob(BENCHMARK)):
-            found._add(path, _benchmark, lambda path, content: found.benchmarks.update({path.name: content}))
-        for path in sorted(folder.glob(BENCH)):
-            found._add(path, _bench, lambda path, content: found.benches.update({path.name: content}))
-        if (folder / RUN).exists():
-            found._add(folder / RUN, _object, lambda path, content: found.run.update(content))
-        if (folder / PREDICTIONS).exists():
-            found._add(folder / PREDICTIONS, _predictions, lambda path, content: setattr(found, "predictions", content))
-        return found
+        """Everything in ``folder``; an empty or missing one gives inputs without anything.
 
-    def _add(self, path: Path, read: Callable[[Path], Content], keep: Callable[[Path, Content], None]) -> None:
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        found = cls(folder)
         try:
-            keep(path, read(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self.problems.append(f"{path.name} cannot be read: {error}")
+            names = sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return found
+        except OSError as error:
+            message = (
+                f"the results folder {folder} cannot be read ({why(error)}): change its permissions, or name another"
+            )
+            raise type(error)(f"{message} with --results") from error
+
+        def add(pattern: str, read: Callable[[Path], Content], keep: Callable[[str, Content], None]) -> None:
+            for name in fnmatch.filter(names, pattern):
+                try:
+                    keep(name, read(folder / name))
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    found.problems.append(f"{name} cannot be read: {reason(error)}")
+
+        add(VERIFY, _verification, lambda name, content: found.verifications.update({name: content}))
+        add(JUNIT, junit.read, lambda name, content: found.sessions.append(content))
+        add(BENCHMARK, _benchmark, lambda name, content: found.benchmarks.update({name: content}))
+        add(BENCH, _bench, lambda name, content: found.benches.update({name: content}))
+        add(RUN, _object, lambda name, content: found.run.update(content))
+        add(PREDICTIONS, _predictions, lambda name, content: setattr(found, "predictions", content))
+        return found
 
     def one_by_one(self) -> Iterator[tuple[str, Inputs, Callable[[], object]]]:
         """Every file's name, inputs that hold it alone, and how to leave it out. For asking each what it can say."""
@@ -87,7 +98,7 @@ class Inputs:
         found += [(name, Provenance.of_benchmark(content)) for name, content in self.benchmarks.items()]
         found += [(name, Provenance.from_json(content["provenance"])) for name, content in self.benches.items()]
         found += [
-            (name, Provenance(created=content["created"], verified=content["environment"]["verified"]))
+            (name, Provenance(created=text(content["created"]), verified=text(content["environment"]["verified"])))
             for name, content in self.verifications.items()
         ]
         return found
@@ -101,8 +112,41 @@ class Inputs:
         ]
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be used, in words that need no knowledge of Python."""
+    if isinstance(error, OSError):
+        return why(error)
+    return f"it misses {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+
+
+def text(value: Any) -> str:
+    """``value``, which must be text.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} must be text")
+    return value
+
+
+LARGEST = 1e12
+"""Far above every number of a run, and small enough to be drawn."""
+
+
+def finite(value: Any) -> float:
+    """``value``, which must be a number that a chart can show.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise ValueError(f"{str(value)[:40]!r} must be a number of at most {LARGEST:g}")
+    return value
+
+
 def _object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
@@ -133,4 +177,4 @@ def _bench(path: Path) -> dict[str, Any]:
 
 
 def _predictions(path: Path) -> dict[str, float]:
-    return {entry["row_id"]: float(entry["predicted_ms"]) for entry in json.loads(path.read_text(encoding="utf-8"))}
+    return {text(entry["row_id"]): finite(entry["predicted_ms"]) for entry in read_json(path)}

@@ -53,13 +53,15 @@ def read(path: Path) -> Session:
     Raises:
         ValueError: it is damaged: the session that wrote it was killed, or it is something else.
     """
+    if not path.is_file() and path.exists():
+        raise ValueError("it is not a regular file")
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is no JUnit file ({error}): the pytest that wrote it did not end") from error
+    except (ElementTree.ParseError, LookupError) as error:
+        raise ValueError(f"{path} is not a complete JUnit file ({error}): was pytest stopped while it ran?") from error
     suites = list(root.iter("testsuite"))
     if not suites:
-        raise ValueError(f"{path} is no JUnit file: it holds no testsuite")
+        raise ValueError(f"{path} is not a JUnit file: it holds no testsuite")
     properties = {name: value for suite in suites for name, value in _properties(suite)}
     cases = tuple(_case(element) for suite in suites for element in suite.iter("testcase"))
     return Session(path, properties, suites[0].get("timestamp", ""), cases)

@@ -12,15 +12,15 @@ from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import Inputs, finite
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.conformance.report.suites import LATENCY
 
 AREA = "Latency"
 
-SELF_TEST = "a self-test: its latencies were injected, nothing was measured"
+SELF_TEST = "a self-test: its latencies were injected, not measured"
 NOT_COMPARABLE = "not comparable"
-"""How the gate's reason begins where nothing measured here could be held against the tables."""
+"""How the gate's reason begins where nothing measured here can be compared with the tables."""
 
 NOT_HELD = "compared with nothing documented"
 """How a claim says that its value may not stand beside its row's documented number."""
@@ -81,7 +81,7 @@ def _from_tests(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
         message = case.message
         if case.outcome == "passed":
             # A pass whose figures are missing is not shown as one.
-            facts = {"status": Status.NOT_RUN, "message": "its test passed, and no benchmark file holds its figures"}
+            facts = {"status": Status.NOT_RUN, "message": "its test passed, but no benchmark file holds its numbers"}
         elif case.outcome == "failed":
             facts = {"status": Status.FAIL, "message": message}
         elif message.startswith(NOT_COMPARABLE):
@@ -120,12 +120,12 @@ def _facts(info: dict[str, Any], transformers: str) -> dict[str, Any]:
         f"{entry['statistic']} against {entry['baseline_ms']:.4g} ms {entry['against']}, limit {entry['high']:.4g} ms"
         for entry in compared
     )
-    # A row that was held against nothing has not passed anything.
+    # A row that was compared with nothing has not passed.
     status = Status.FAIL if not info["passed"] else Status.PASS if compared else Status.NOT_COMPARABLE
     facts: dict[str, Any] = {
         "status": status,
         "subject": f"{info['weights']} weights, {info['input_tokens']} tokens + {info['decode_steps']} steps",
-        "value": Value(info["mean_ms"], "ms"),
+        "value": Value(finite(info["mean_ms"]), "ms"),
         "message": "\n".join([*info["failures"], *info["notes"]]),
     }
     if number is None or not reason:

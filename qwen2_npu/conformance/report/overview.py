@@ -23,7 +23,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One or more claims. ``empty``: nobody claims anything there."""
+    """One or more claims. ``empty``: there is no claim."""
 
     text: str
     style: str
@@ -96,7 +96,7 @@ def _wheres(group: str, column: str, cells: Mapping[tuple[str, str, str], list[C
 
 def _cell(claims: list[Claim], changed: Mapping[str, Change]) -> Cell:
     if not claims:
-        return Cell("", "empty", "nothing is claimed here", empty=True)
+        return Cell("", "empty", "no check belongs here", empty=True)
     status = worst(claim.status for claim in claims)
     change = next((changed[claim.id] for claim in claims if claim.id in changed), None)
     passed = sum(claim.status is Status.PASS for claim in claims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from qwen2_npu.conformance.report.changes import Change, Kind, changes
 from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
 from qwen2_npu.conformance.report.charts.kernels import ALL_KINDS
 from qwen2_npu.conformance.report.charts.trend import trend
-from qwen2_npu.conformance.report.claims import Claim, Status
+from qwen2_npu.conformance.report.claims import Claim, Status, without_result
 from qwen2_npu.conformance.report.history import Run
 from qwen2_npu.conformance.report.overview import CLASSES, GLYPHS, anchor, overviews
 from qwen2_npu.conformance.report.predictions import predictions
@@ -24,6 +25,9 @@ HERE = Path(__file__).parent
 TEMPLATE, STYLE = "page.html.j2", "page.css"
 
 RUNS_SHOWN = 20
+
+NO_RESULT = {Status.NOT_RUN: "were not run", Status.NOT_COMPARABLE: "cannot be compared here"}
+"""How the first line counts what neither passed nor failed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def _context(results: Results, history: Sequence[Run], problems: Sequence[str]) 
         "comparable": [run for run in history if _comparable(run, this)],
         "overviews": overviews(results.claims, found),
         "counts": results.counts(),
+        "no_result": without_result(results.claims),
         "areas": _areas(results.claims),
         "runs": [_remembered(run, this) for run in _newest(history, this)],
         "differences": _differences(history, this),
@@ -107,27 +112,29 @@ def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] =
     if regressed := kinds[Kind.REGRESSED]:
         runs = [change.last_good for change in regressed if change.last_good is not None]
         oldest = min(runs, key=lambda run: run.provenance.created)
-        parts.append(f"{_claims(len(regressed))} regressed since {oldest.commit} ({oldest.date})")
+        parts.append(f"{_checks(len(regressed))} regressed since {oldest.commit} ({oldest.date})")
     if failing := kinds[Kind.FAILING]:
-        parts.append(f"{_claims(len(failing))} {_verb(len(failing), 'fail')}, with no earlier good run")
+        parts.append(f"{_checks(len(failing))} {_verb(len(failing), 'fail')} and passed in no earlier run")
     if bad_files := [*results.problems, *problems]:
         parts.append(f"{len(bad_files)} {'problem' if len(bad_files) == 1 else 'problems'} with the files")
     if lost := kinds[Kind.LOST]:
-        parts.append(f"{len(lost)} passed before and {'was' if len(lost) == 1 else 'were'} not run")
+        parts.append(f"{_checks(len(lost))} passed before and {'was' if len(lost) == 1 else 'were'} not run")
     if drifted := kinds[Kind.DRIFTED]:
-        parts.append(f"{len(drifted)} {_verb(len(drifted), 'pass')} but got worse")
+        parts.append(f"{_checks(len(drifted))} {_verb(len(drifted), 'pass')} but got worse")
     if parts:
         failed = counts[Status.FAIL] or results.problems or problems
         return Verdict("; ".join(parts), "fail" if failed else "warn")
     if not counts[Status.PASS]:
         return Verdict("Nothing was run", "warn")
-    if missing := counts[Status.NOT_RUN] + counts[Status.NOT_COMPARABLE]:
-        return Verdict(f"Nothing failed; {missing} of {len(results.claims)} claims say nothing", "warn")
-    return Verdict(f"All {len(results.claims)} claims pass", "pass")
+    missing = [f"{counts[status]} {text}" for status, text in NO_RESULT.items() if counts[status]]
+    if missing:
+        passed = f"{counts[Status.PASS]} of {len(results.claims)} checks passed"
+        return Verdict(f"Nothing failed; {', '.join([passed, *missing])}", "warn")
+    return Verdict(f"All {len(results.claims)} checks pass", "pass")
 
 
-def _claims(count: int) -> str:
-    return f"{count} claim{'' if count == 1 else 's'}"
+def _checks(count: int) -> str:
+    return f"{count} check{'' if count == 1 else 's'}"
 
 
 def _verb(count: int, verb: str) -> str:
@@ -173,10 +180,12 @@ def _trend(change: Change, this: Run, history: Sequence[Run]) -> str:
     for run in history:
         entry = run.entries.get(change.claim.id)
         same = entry is not None and entry.subject == change.claim.subject and entry.verified == change.claim.verified
-        if _comparable(run, this) and same and entry is not None and entry.value is not None:
+        if not (_comparable(run, this) and same and entry is not None and entry.value is not None):
+            continue
+        if math.isfinite(entry.value.number):
             values.append((entry.value.number, entry.status is Status.PASS))
     now = change.claim.value
-    if now is None or not values:
+    if now is None or not math.isfinite(now.number) or not values:
         return ""
     good = change.claim.status is Status.PASS and change.kind is not Kind.DRIFTED
     return trend([*values, (now.number, good)], f"{change.claim.title} over the last runs")

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import accuracy, suites
 from qwen2_npu.conformance.report.claims import Claim
 
@@ -31,7 +30,7 @@ def command(claim: Claim, identity: Mapping[str, Any]) -> str:
     kind, _, rest = claim.id.partition("/")
     if kind not in _ALONE:
         return ""
-    device = "" if claim.where is Where.NOT_SAID else f" --device {claim.verified.partition(' ')[0]}"
+    device = f" --device {claim.where.device}" if claim.where.device else ""
     text = _ALONE[kind].format(device=device, name=_name(kind, rest))
     cores = identity.get("affinity")
     return f"taskset -c {cores} {text}" if kind == "latency" and cores else text

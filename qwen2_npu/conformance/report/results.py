@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen2_npu.conformance.machine.provenance import Provenance, merged
 from qwen2_npu.conformance.report import accuracy, bench, figures, graphs, latency, stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import Inputs, reason
 
 AREAS = (accuracy, suites, graphs, latency, bench, stages)
 
@@ -17,15 +17,23 @@ AREAS = (accuracy, suites, graphs, latency, bench, stages)
 def _fault(alone: Inputs) -> str:
     """Why one file, well-formed as it is, does not hold what its name says; empty where it does."""
     try:
-        alone.stated()
+        sorted(provenance.fingerprint.digest for _, provenance in alone.stated())  # raises for text that is not Unicode
         for area in AREAS:
-            area.claims(alone)
+            for claim in area.claims(alone):
+                claim.check()
+        _self_test(alone)
         figures.steps(alone)
         bench.tables(alone)
     except Exception as error:  # the page must be made whatever a file holds
-        what = f"it misses {error}" if isinstance(error, KeyError) else str(error)
-        return f"not what this version writes ({what})"
+        return f"not what this version writes ({reason(error)})"
     return ""
+
+
+def _self_test(inputs: Inputs) -> bool:
+    return any(
+        content.get("self_test") or any((b.get("extra_info") or {}).get("self_test") for b in content["benchmarks"])
+        for content in inputs.benchmarks.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,7 @@ class Results:
     @property
     def self_test(self) -> bool:
         """Whether latencies of this run were injected."""
-        return any(
-            content.get("self_test") or any((b.get("extra_info") or {}).get("self_test") for b in content["benchmarks"])
-            for content in self.inputs.benchmarks.values()
-        )
+        return _self_test(self.inputs)
 
     def counts(self) -> dict[Status, int]:
         """Claims per status."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import qwen2_npu
 from qwen2_npu.conformance.graph import committed
-from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.machine.verified import Where, where, written
 from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import Inputs
@@ -41,7 +42,7 @@ class Tally:
 
     @classmethod
     def of(cls, cases: Iterable[tuple[junit.Case, str]]) -> Tally:
-        """Any failure fails it; skipped tests alone are no pass."""
+        """Any failure fails it; skipped tests alone do not pass."""
         known = list(cases)
         outcomes = Counter(case.outcome for case, _ in known)
         failed = [case for case, _ in known if case.outcome == "failed"]
@@ -61,7 +62,7 @@ class Tally:
         return ", ".join(f"{self.outcomes[kind]} {kind}" for kind in kinds if self.outcomes[kind])
 
     def say(self, claim: Claim) -> Claim:
-        """The claim with what the cases say; untouched where there is none."""
+        """The claim with the result of the cases; unchanged where there are none."""
         if not self.outcomes:
             return claim
         return claim.found(self.status, verified=self.verified, reference=str(self), message=self.message)
@@ -110,7 +111,7 @@ def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
             continue
         text = case.properties.get("ratio", "")
         if where(verified) is Where.EMULATED:
-            verified = "cpu (the emulated NPU's own times are nobody's)"  # as that test does it
+            verified = written(Where.CPU, "this test measures the portable kernels")
         claim = Claim(f"relative/{case.parameters}", RATIOS, f"{case.parameters}: not slower than required")
         said = Tally.of([(case, verified)]).say(claim)
         number = text.split(" ")[0]
@@ -122,7 +123,7 @@ def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
 
 def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
     """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
-    known = [f"tests.{suite}.{path.stem}" for suite in SUITES for path in sorted((TESTS / suite).glob("test_*.py"))]
+    known = _modules()
     by_module: dict[str, list[tuple[junit.Case, str]]] = {name: [] for name in known}
     for case, text in cases:
         by_module.setdefault(case.module, []).append((case, text))
@@ -134,6 +135,12 @@ def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         yield Tally.of(rest).say(
             Claim(f"files/{module}", FILES, f"{title}{': its other tests' if len(rest) < len(about) else ''}")
         )
+
+
+@cache
+def _modules() -> tuple[str, ...]:
+    """The test files of the suites."""
+    return tuple(f"tests.{suite}.{path.stem}" for suite in SUITES for path in sorted((TESTS / suite).glob("test_*.py")))
 
 
 def path(module: str) -> str:

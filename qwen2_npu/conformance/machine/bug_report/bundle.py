@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.conformance.files import plain
+from qwen2_npu.conformance.files import plain, replacing
 from qwen2_npu.conformance.machine.bug_report import logs
 from qwen2_npu.conformance.machine.bug_report.redaction import Redaction, variables
 from qwen2_npu.conformance.machine.environment import Environment
@@ -58,7 +57,7 @@ def write(
         The names of its files.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: naming ``path``, and what to do.
     """
     clean = redaction or Redaction.of_machine()
     files: dict[str, Any] = {"README.txt": README, "doctor.txt": findings}
@@ -70,17 +69,9 @@ def write(
             problems.append(traceback.format_exc())
     if problems:
         files["problems.txt"] = "\n".join(problems)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in files.items():
-                archive.writestr(name, _written(name, content, clean))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, _written(name, content, clean))
     return list(files)
 
 

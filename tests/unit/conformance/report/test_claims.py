@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from qwen2_npu.conformance.machine.verified import Where, how_verified, where
-from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number, worst
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
+from qwen2_npu.conformance.machine.verified import Where, how_verified, place, where, written
+from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number, without_result, worst
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,21 @@ def test_one_never_passes_for_another(verified: str | None, expected: Where) -> 
 
 
 def test_the_environment_says_it_in_these_words() -> None:
-    assert where(how_verified("cpu")) is Where.CPU
+    assert where(how_verified("cpu")) is place("cpu") is Where.CPU
+    assert where(how_verified("cuda:1")) is place("cuda:1") is Where.CUDA
+    assert where(how_verified("mps")) is place("mps") is Where.NOT_SAID
+
+
+@pytest.mark.parametrize("kind", set(Where) - {Where.NOT_SAID})
+def test_what_files_hold_is_read_back(kind: Where) -> None:
+    assert where(written(kind, "details")) is kind
+    assert Fingerprint({"verified": written(kind, "details")}).where is kind
+
+
+@pytest.mark.parametrize(("emulated", "expected"), [(True, Where.EMULATED), (False, Where.NPU)])
+def test_the_emulator_s_npu_is_not_a_real_one(emulated: bool, expected: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2_npu.emulator.is_active", lambda: emulated)
+    assert where(how_verified("npu:0")) is place("npu:0") is expected
 
 
 def test_the_worst_of_several() -> None:
@@ -54,6 +69,24 @@ def test_change(now: float, then: float, expected: str) -> None:
 
 def test_numbers_are_short() -> None:
     assert [plain_number(x) for x in (0.000123, 1.5, 1234.5, 1e9)] == ["0.000123", "1.5", "1234", "1e+09"]
+
+
+def test_why_there_is_no_result() -> None:
+    def one(status: Status, message: str = "", reference: str = "") -> Claim:
+        return Claim("a", "b", "c", status, message=message, reference=reference)
+
+    claims = [
+        *[one(Status.PASS, "fine"), one(Status.FAIL, "wrong"), one(Status.NOT_RUN, reference="documented 24 ms")],
+        *[one(Status.NOT_RUN, "3 skipped: needs an NPU\nmore"), one(Status.NOT_RUN, "1 skipped: needs an NPU")],
+        one(Status.NOT_COMPARABLE, "not comparable: needs an Atlas"),
+    ]
+    assert without_result(claims) == [
+        ("not run: needs an NPU", 2),
+        ("not run: no file of this run has a result for it", 1),
+        ("not comparable: needs an Atlas", 1),
+    ]
+    many = [one(Status.NOT_RUN, str(number)) for number in range(9)]
+    assert without_result(many)[-1] == ("for other reasons: see the list of all checks", 4)
 
 
 def test_an_unsaid_claim_was_not_run() -> None:

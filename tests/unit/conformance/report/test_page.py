@@ -73,16 +73,16 @@ def test_every_claim_has_its_row(page: str, night) -> None:  # type: ignore[no-u
 
 
 def test_the_first_screen_says_what_regressed_by_how_much_since_which_commit(page: str) -> None:
-    first = text_of(page).partition("Every claim at a glance")[0]
-    assert f"4 claims regressed since {commit_of(9)[:10]} (2026-10-10); 1 passed before and was not run;" in first
-    assert "1 passes but got worse" in first
+    first = text_of(page).partition("All checks in one table")[0]
+    assert f"4 checks regressed since {commit_of(9)[:10]} (2026-10-10); 1 check passed before and was not run;" in first
+    assert "1 check passes but got worse" in first
     assert "7B, batch 4, graph, fused_qkv: decode qkv融合" in first
     assert "23.4 → 27.1 ms (+16 %)" in first
     assert commit_of(9)[:10] in first
     assert commit_of(10)[:10] in first
     pinned = f"taskset -c {IDENTITY['affinity']} "
     pinned += f"pytest -q tests/perf/test_latency.py --device npu --gate --gate-rows={SLOW}"
-    assert f"Again: {pinned}" in first
+    assert f"Run this check again: {pinned}" in first
     assert f"git bisect start {commit_of(10)[:12]} {commit_of(9)[:12]} and git bisect run {pinned}" in first
     assert "compared with 11 earlier runs of this fingerprint" in first
 
@@ -119,7 +119,7 @@ def test_an_empty_run_is_not_green(tmp_path: Path) -> None:
     first = text_of(made).partition("The ladder: documented")[0]
     assert "Nothing was run" in first
     assert "✓" not in first.replace("✓ pass ·", "").replace("✓ 0 pass", "")
-    assert "not run: no verify*.json" in text_of(made)
+    assert "not run: the results folder holds no verify*.json" in text_of(made)
     assert "not run: this run lowered no graph" in text_of(made)
 
 
@@ -134,12 +134,33 @@ def test_without_its_libraries_the_way_to_get_them(
         render(night.results, night.history)
 
 
+def test_a_count_of_zero_has_no_colour(page: str, tmp_path: Path) -> None:
+    """Neither a red "0 FAIL" nor a green "0 pass"."""
+    (tmp_path / "predictions.json").write_text("[]", encoding="utf-8")
+    empty = render(Results.of(tmp_path), [])
+    assert '<span class="muted">✗ 0 FAIL</span>' in empty
+    assert '<span class="muted">✓ 0 pass</span>' in empty
+    for made in (page, empty):
+        assert not re.search(r'<(\w+) class="[^"]*\b(pass|fail|warn|amount)\b[^"]*"[^>]*>\W*(0\b|–<)', made)
+    assert '<span class="fail">✗ 4 FAIL</span>' in page
+
+
+def test_why_checks_have_no_result(page: str) -> None:
+    first = text_of(page).partition("All checks in one table")[0]
+    assert "40 × not run: needs tensor parallel: 72B runs on 8 cards" in first
+    assert "27 × not run: no file of this run has a result for it" in first
+
+
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 def test_verdicts(tmp_path: Path) -> None:
     quiet = Results.of(Night(0).write(tmp_path / "quiet"))
     said = verdict(quiet, [])
     assert said.style == "warn", "72B was not run"
-    assert said.text.startswith("Nothing failed; ")
+    assert said.text == "Nothing failed; 143 of 209 checks passed, 66 were not run"
+    numbers = [int(number) for number in re.findall(r"\d+", said.text)]
+    assert numbers == [quiet.counts()[Status.PASS], len(quiet.claims), quiet.counts()[Status.NOT_RUN]]
+    some = tuple(c.found(Status.NOT_COMPARABLE) if i < 3 else c for i, c in enumerate(quiet.claims))
+    assert verdict(replace(quiet, claims=some), []).text.endswith(" 66 were not run, 3 cannot be compared here")
     assert verdict(quiet, [], ["history: x cannot be read"]).style == "fail"
     assert verdict(Results.of(tmp_path / "none"), []).text == "Nothing was run"
 
