@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.models import layers, qwen2
 from tests.graph.counting import GraphCounter
 from tests.graph.support import build, generate, prompt
 
@@ -50,6 +51,25 @@ def test_more_buckets_than_dynamo_would_allow(device: str) -> None:
             assert torch.equal(generate(model, call, 2), tokens)
         assert counter.compiled == len(calls) + 1, counter.describe()  # and one for decode
         assert counter.runs == 2 * len(calls), counter.describe()
+
+
+@pytest.mark.parametrize("step", ["flash_attention", pytest.param(LADDER[-1], marks=pytest.mark.slow)])
+def test_a_longer_rotary_table_needs_new_graphs(step: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with more positions than its table has at first: graphs are for the table there is, none for another."""
+    for module in (layers, qwen2):
+        monkeypatch.setattr(module, "TABLE_ROWS", 64)
+    short, long = (prompt(device, 2, 9), 4), (prompt(device, 2, 127), 5)
+    calls = ((short, 2), (long, 4), (short, 6), (long, 6), (short, 6))
+    eager = build(device, Optimizations.up_to(step))
+    expected = {tokens: generate(eager, call, tokens) for call, tokens in (short, long)}
+    rows = []
+    with GraphCounter() as counter:
+        model = compile_model(build(device, Optimizations.up_to(step)), "torchair")
+        for (call, tokens), graphs in calls:
+            assert torch.equal(generate(model, call, tokens), expected[tokens])
+            assert counter.compiled == graphs, counter.describe()
+            rows.append(len(model.model.rotary.cos))
+    assert rows == [128, 256, 256, 256, 256]
 
 
 def test_the_caches_are_updated_where_they_are(device: str) -> None:

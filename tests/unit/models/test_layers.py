@@ -1,15 +1,20 @@
-"""Every weight goes through ops.linear; the rotary table outlives conversions of the model without losing digits."""
+"""Every weight goes through ops.linear; the rotary table is right after conversions of the model, and when it grows."""
 
 from __future__ import annotations
+
+import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.models import layers
+from qwen2_npu.models import layers, qwen2
 from qwen2_npu.models.layers import RotaryTable
-from tests.unit.small import small_config
+from tests.unit.small import V4, small_config, small_stock, stock_weights
+
+FLOAT32, CPU = torch.float32, torch.device("cpu")
 
 
 @pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
@@ -41,3 +46,112 @@ def test_a_table_built_in_inference_mode_is_an_ordinary_tensor():
     with torch.inference_mode():
         table.prepare(torch.float32, torch.device("cpu"))
     assert not table.cos.is_inference()
+
+
+# ---- a table that grows ---------------------------------------------------------------------------------------------
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "factor": 4.0, "original_max_position_embeddings": 128, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    },
+}  # fmt: skip
+
+
+def config_of(rope: str, positions: int) -> Any:
+    if V4:
+        if rope != "default":
+            pytest.skip("transformers 4.37.0's model has no rope scaling")
+        return small_config(max_position_embeddings=positions)
+    parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}
+    return small_config(max_position_embeddings=positions, rope_parameters=parameters)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_that_grew_has_the_numbers_of_one_that_was_whole(rope, dtype, monkeypatch):
+    config = config_of(rope, 3000)
+    whole = RotaryTable(config)
+    whole.prepare(dtype, CPU)
+    assert whole.cos.shape == (3000, 64)
+    monkeypatch.setattr(layers, "TABLE_ROWS", 64)
+    table = RotaryTable(config)
+    for needed, rows in ((0, 64), (64, 64), (65, 128), (100, 128), (1000, 1024), (3, 1024), (2999, 3000), (4000, 3000)):
+        table.prepare(dtype, CPU, needed)
+        assert table.cos.shape == table.sin.shape == (rows, 64)
+        assert torch.equal(table.cos, whole.cos[:rows])
+        assert torch.equal(table.sin, whole.sin[:rows])
+
+
+def test_a_table_is_kept_while_it_serves(monkeypatch):
+    """Graphs hold its address."""
+    monkeypatch.setattr(layers, "TABLE_ROWS", 64)
+    table = RotaryTable(small_config())
+    table.prepare(FLOAT32, CPU, 100)
+    cos, sin = table.cos, table.sin
+    for needed in (0, 100, 128):
+        table.prepare(FLOAT32, CPU, needed)
+        assert table.cos is cos
+        assert table.sin is sin
+
+
+def test_threads_that_need_tables_of_different_sizes(monkeypatch):
+    monkeypatch.setattr(layers, "TABLE_ROWS", 8)
+    for _ in range(20):
+        table = RotaryTable(small_config())
+        failures: list[str] = []
+
+        def use(needed: int, table: RotaryTable = table, failures: list[str] = failures) -> None:
+            table.prepare(FLOAT32, CPU, needed)
+            if min(len(table.cos), len(table.sin)) < needed:
+                failures.append(f"{needed} needed, {len(table.cos)} and {len(table.sin)} there")
+
+        threads = [threading.Thread(target=use, args=(needed,)) for needed in (500, 9, 250, 30, 120)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+
+
+@pytest.mark.parametrize("positions", [10**7, 2**31 - 1])
+def test_positions_that_nobody_asked_for_cost_nothing(positions):
+    config = small_config(max_position_embeddings=positions, num_hidden_layers=1)
+    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)))
+    ids = torch.arange(1, 9)[None]
+    model.generate(ids, max_new_tokens=2)
+    assert model.model.rotary.cos.shape == (layers.TABLE_ROWS, 64)
+    if positions == 10**7:
+        far = torch.arange(140_000, 140_008)[None]
+        logits = model(ids, position_ids=far).logits
+        with torch.no_grad():
+            expected = small_stock(config)(ids, position_ids=far).logits
+        assert (logits - expected).abs().max() < 1e-3
+        assert model.model.rotary.cos.shape == (2**18, 64)
+
+
+@pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
+@pytest.mark.parametrize("far", [False, True], ids=["counted", "given"])
+def test_every_way_to_beyond_the_first_table(optimizations, far, monkeypatch):
+    """A long prompt, a long generation, and positions that are given from the prompt on or in a decode step alone."""
+    config = small_config(num_hidden_layers=1)
+    weights = stock_weights(small_stock(config))
+    whole, growing = (Qwen2ForCausalLM.from_state_dict(config, weights, optimizations=optimizations) for _ in "ab")
+    ids = torch.arange(1, 41)[None]
+
+    def run(model: Qwen2ForCausalLM) -> list[torch.Tensor]:
+        results = [model(ids).logits, model.generate(ids[:, :5], max_new_tokens=60, do_sample=False)]
+        cache = model.allocate_cache(1, 50)
+        positions = torch.arange(5)[None] + (200 if far else 0)
+        results.append(model(ids[:, :5], past_key_values=cache, position_ids=positions).logits)
+        for position in (5, 77, 400) if far else (5, 6, 7):
+            given = torch.tensor([[position]])
+            results.append(model(ids[:, :1], past_key_values=cache, position_ids=given).logits)
+        return results
+
+    expected = run(whole)
+    for module in (layers, qwen2):
+        monkeypatch.setattr(module, "TABLE_ROWS", 16)
+    assert all(torch.equal(one, other) for one, other in zip(run(growing), expected, strict=True))
+    assert 16 < len(growing.model.rotary.cos) <= len(whole.model.rotary.cos)
