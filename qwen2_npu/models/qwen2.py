@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -311,8 +312,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             )
         use_cache = config.use_cache if use_cache is None else use_cache
         positions = self.model.rotary.positions
-        # A decode step must not wait for a device: its values are checked where the device is the CPU.
-        looked_into = past == 0 or tokens > 1 or table.device.type == "cpu"
+        # A decode step must not wait for a device. On the CPU its values are looked into once they have failed.
+        looked_into = past == 0 or tokens > 1
         if input_ids is not None and looked_into:
             arguments.check_vocabulary(input_ids, self.vocab_size)
         over_all = labels is not None and labels.shape[1] == tokens
@@ -337,7 +338,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
                 cache = FixedKVCache(self._cache_shape(batch, capacity))
             self._prepare_rotary(given.device, past + tokens, cache, position_ids)
-            logits = self._forward_fixed(given, rows, position_ids, cache, wanted, recording)
+            run = partial(self._forward_fixed, given, rows, position_ids, cache, wanted, recording)
         else:
             if attention_mask is not None and (past == 0 or tokens > 1):
                 arguments.check_mask_values(attention_mask)
@@ -346,8 +347,15 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             arguments.check_positions(positions, longest, position_ids if looked_into else None)
             cache = growing_cache() if cache is None and use_cache else cache
             self._prepare_rotary(given.device, past + tokens, cache, position_ids)
+            run = partial(self._forward_growing, given, attention_mask, position_ids, cache, wanted, recording)
+        try:
             with unchanged_on_error(cache):
-                logits = self._forward_growing(given, attention_mask, position_ids, cache, wanted, recording)
+                logits = run()
+        except IndexError:
+            if input_ids is not None:
+                arguments.check_vocabulary(input_ids, self.vocab_size)
+            arguments.check_positions(positions, longest, position_ids)
+            raise
         if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]
