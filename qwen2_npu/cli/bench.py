@@ -29,7 +29,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
 
 
 def _threads(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """Not more than the cores: a measurement gains nothing from them, and very many cannot be made at all."""
+    """Refuse more threads than cores: they only take turns, and very many cannot be made at all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if value is not None and value > cores:
         raise click.BadParameter(f"{value} threads: this process may use {cores} cores; give 1 to {cores}")

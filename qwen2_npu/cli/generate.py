@@ -12,11 +12,11 @@ from qwen2_npu.cli import interrupts, options
 from qwen2_npu.optimizations import Optimizations
 
 TEMPERATURES = (1e-30, 1e30)
-"""Logits divided by less overflow float32, and by more they are all 0: no probabilities come of either."""
+"""The smallest and the largest: logits divided by less overflow float32, and by more every token is as likely."""
 
 
 def check_temperature(value: float, name: str = "--temperature") -> None:
-    """Refuse what no probabilities can be computed with.
+    """Refuse a temperature outside of :data:`TEMPERATURES`.
 
     Raises:
         ValueError: with what to take.

@@ -70,7 +70,7 @@ def tokens_of(input_ids: Any, inputs_embeds: Any) -> torch.Tensor:
 def check_tensors(
     table: torch.Tensor, cache: Any, input_ids: Any, inputs_embeds: Any, mask: Any, labels: Any
 ) -> torch.Tensor:
-    """Everything that ``forward`` is given but the values of ids and positions; the tokens, see :func:`tokens_of`.
+    """Check all that ``forward`` is given but positions and the values of ids; return what :func:`tokens_of` does.
 
     Args:
         table: (V, H) the model's own embeddings.
@@ -90,25 +90,25 @@ def check_tensors(
     return given
 
 
-def check_prompt(arguments: dict[str, Any], device: torch.device, *, continues: bool) -> None:
-    """What ``generate`` is given, before transformers meets it. Synchronises where there is a mask.
+def check_prompt(call: dict[str, Any], device: torch.device, *, continues: bool) -> None:
+    """Check what ``generate`` is given before transformers meets it. Synchronises where there is a mask.
 
     Args:
-        arguments: by name.
+        call: its arguments by name.
         device: the model's. transformers moves ``input_ids`` to it, and nothing else.
         continues: whether there is a cache, whose tokens the mask may cover while ``input_ids`` leave them out.
 
     Raises:
         ValueError: what does not fit, with what does.
     """
-    embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
-    input_ids = arguments.get("inputs", arguments.get("input_ids"))
+    embeds, mask = call.get("inputs_embeds"), call.get("attention_mask")
+    input_ids = call.get("inputs", call.get("input_ids"))
     if embeds is not None:
         tokens_of(None, embeds)
     elif input_ids is not None:
         tokens_of(input_ids, None)
-    if arguments.get("position_ids") is not None:
-        _check_tensor("position_ids", arguments["position_ids"], "(batch, tokens)")
+    if call.get("position_ids") is not None:
+        _check_tensor("position_ids", call["position_ids"], "(batch, tokens)")
     if mask is None:
         return
     _check_tensor("attention_mask", mask, "(batch, tokens) of 0 and 1")
@@ -285,11 +285,11 @@ def check_capacity(positions: int, needed: int) -> None:
 
 
 def live_tokens(mask: torch.Tensor | None, total: int, limit: int) -> int:
-    """Tokens of the longest row, padding left out where that is the question: it takes no position.
+    """Tokens of the longest row; its padding, which takes no position, is left out where ``total`` is above ``limit``.
 
     Args:
-        mask: (B, W) of the first W of ``total`` tokens per row; those after it all count.
-        limit: up to here ``total`` itself is the answer; above, the mask is looked into, which synchronises.
+        mask: (B, W) of the first W of ``total`` tokens per row; those after it all count. It is looked into above the
+            limit alone: that synchronises.
     """
     if mask is None or total <= limit:
         return total

@@ -119,7 +119,7 @@ class GenerationHooks:
         if not self.optimizations.fixed_kv_cache:
             return growing_cache()
         capacity = max(tokens, min(tokens + 1, self.config.max_position_embeddings))
-        shape, call = self._cache_shape(rows, capacity), self._call()
+        shape, call = self.cache_shape(rows, capacity), self._call()
         if call is None:  # nobody would give it back
             return FixedKVCache(shape)
         cache = self._pool.take(shape)

@@ -185,16 +185,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
 
     # ---- caches --------------------------------------------------------------------------------------------------
     def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
-        """Shape, and so the memory, of the fixed cache for ``batch_size`` rows of ``capacity`` tokens.
-
-        Raises:
-            ValueError: ``capacity`` is beyond the model's positions.
-        """
-        arguments.check_capacity(self.config.max_position_embeddings, capacity)
-        return self._cache_shape(batch_size, capacity)
-
-    def _cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
-        """Also of prompts whose padding is wider than the model has positions."""
+        """Shape, and so the memory, of the fixed cache for ``batch_size`` rows of ``capacity`` tokens."""
         return CacheShape.of(
             self.config,
             batch_size=batch_size,
@@ -217,6 +208,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         """
         if not self.optimizations.fixed_kv_cache:
             return growing_cache()
+        arguments.check_capacity(self.config.max_position_embeddings, capacity)
         return FixedKVCache(self.cache_shape(batch_size, capacity))
 
     def _prepare_rotary(
@@ -322,11 +314,14 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         wanted = kept.reshape(1) if isinstance(kept, torch.Tensor) and one else kept
         record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
         recording = record if output_attentions or output_hidden_states else None
-        if self.optimizations.fixed_kv_cache:
-            if cache is not None and not isinstance(cache, FixedKVCache):
-                raise UnsupportedError(
-                    f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache on pass one of allocate_cache()"
-                )
+        fixed = self.optimizations.fixed_kv_cache
+        if cache is not None and isinstance(cache, FixedKVCache) != fixed:
+            raise UnsupportedError(
+                f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache {'on' if fixed else 'off'} pass one of "
+                "allocate_cache()"
+            )
+        if fixed:
+            assert cache is None or isinstance(cache, FixedKVCache)
             if cache is not None:
                 cache.check_room(batch, tokens)
             before = [0] * batch if cache is None else cache.lengths
@@ -336,8 +331,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             arguments.check_positions(positions, longest, position_ids if looked_into else None)
             if cache is None and use_cache:
                 capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
-                cache = FixedKVCache(self._cache_shape(batch, capacity))
-            self._prepare_rotary(given.device, past + tokens, cache, position_ids)
+                cache = FixedKVCache(self.cache_shape(batch, capacity))
+            self._prepare_rotary(given.device, past + tokens, cache, position_ids if looked_into else None)
             run = partial(self._forward_fixed, given, rows, position_ids, cache, wanted, recording)
         else:
             if attention_mask is not None and (past == 0 or tokens > 1):
@@ -346,7 +341,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             looked_into = looked_into or past + tokens > positions
             arguments.check_positions(positions, longest, position_ids if looked_into else None)
             cache = growing_cache() if cache is None and use_cache else cache
-            self._prepare_rotary(given.device, past + tokens, cache, position_ids)
+            self._prepare_rotary(given.device, past + tokens, cache, position_ids if looked_into else None)
             run = partial(self._forward_growing, given, attention_mask, position_ids, cache, wanted, recording)
         try:
             with unchanged_on_error(cache):
@@ -355,7 +350,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             if input_ids is not None:
                 arguments.check_vocabulary(input_ids, self.vocab_size)
             arguments.check_positions(positions, longest, position_ids)
-            raise
+            self._prepare_rotary(given.device, past + tokens, cache, position_ids)  # for positions beyond the cache's
+            logits = run()
         if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]

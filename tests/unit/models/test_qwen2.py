@@ -339,6 +339,10 @@ def test_another_kind_of_cache(full, ids):
 
     with pytest.raises(UnsupportedError, match=r"DynamicCache; with fixed_kv_cache on pass one of allocate_cache"):
         full(ids, past_key_values=DynamicCache())
+    growing = Qwen2ForCausalLM(small_config(num_hidden_layers=1), Optimizations.none())
+    for call, more in ((growing.forward, {}), (growing.generate, {"max_new_tokens": 2})):
+        with pytest.raises(UnsupportedError, match=r"FixedKVCache; with fixed_kv_cache off pass one of allocate_cache"):
+            call(ids, past_key_values=full.allocate_cache(3, 64), **more)
 
 
 def test_another_activation():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -78,14 +80,16 @@ def test_as_many_tokens_as_positions_are_measured(build: Any) -> None:
 # ---- faults -------------------------------------------------------------------------------------------------------
 def test_a_cache_that_does_not_grow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that forgets what it wrote: every decode step is timed at the prompt's length."""
-    right = FixedKVCache.end
+    right = FixedKVCache.step
 
-    def end(cache: FixedKVCache, new_tokens: int, new_lengths: list[int] | None = None) -> None:
-        right(cache, new_tokens, new_lengths)
-        if new_tokens == 1:
+    @contextmanager
+    def step(cache: FixedKVCache, new_lengths: list[int], tokens: int, *, masks: bool = True) -> Iterator[list[int]]:
+        with right(cache, new_lengths, tokens, masks=masks) as past:
+            yield past
+        if tokens == 1:
             cache.crop(-1)
 
-    monkeypatch.setattr(FixedKVCache, "end", end)
+    monkeypatch.setattr(FixedKVCache, "step", step)
     found = measure(ours(), batch=1, input_tokens=8, decode_steps=4)
     wanted = "the KV cache does not grow by one token per step: before step 2 it holds 8 tokens, not 9"
     assert wanted in found.faults()
