@@ -80,9 +80,9 @@ class ModelPair:
         source = open_checkpoint(folder)
         # What does not fit is found here, and named, before the stock model meets it in its own way.
         skeleton(lambda: Qwen2ForCausalLM(source.config), source)
-        read_generation_config(folder, source.config.vocab_size)
         tokenizer = load_tokenizer(folder)
         check_texts(source.config, tokenizer, decode_steps, str(folder))
+        read_generation_config(folder, source.config.vocab_size)
         parsed = parse_dtype(dtype) or source.stored_dtype()
         baseline = stock.stock_from_pretrained(folder, dtype=parsed, device=device)
         check_finite(baseline.state_dict(), str(folder))
