@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from qwen2_npu.emulator.settings import AUTOMATIC, VARIABLE, EmulatorError, Settings
@@ -16,6 +17,24 @@ RUNTIME = {
     "TASK_QUEUE_ENABLE": "0",
 }
 """What torch_npu itself must find, in this process and in children."""
+
+TOOLKIT_VARIABLE = "ASCEND_HOME_PATH"
+
+TOOLKIT = Path(__file__).parent / "cann"
+"""The folder that TOOLKIT_VARIABLE names on emulated cards: it exists, and holds no part of CANN."""
+
+
+@contextlib.contextmanager
+def toolkit_after() -> Iterator[None]:
+    """Name TOOLKIT in TOOLKIT_VARIABLE once the block is done, and nothing inside the block.
+
+    The block imports torch_npu, which looks for the parts of CANN where the variable is set. Programs such as DeepSpeed
+    read the variable afterwards and need it set. What it holds before is no CANN (``refuse_beside_cann``): it names
+    TOOLKIT in child processes, or a folder that does not exist.
+    """
+    os.environ.pop(TOOLKIT_VARIABLE, None)
+    yield
+    os.environ[TOOLKIT_VARIABLE] = str(TOOLKIT)
 
 
 def announce(settings: Settings, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -39,8 +58,8 @@ def announced(environment: Mapping[str, str] = os.environ) -> Settings | None:
 def signs_of_npu(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Paths that say a real CANN or card is here."""
     signs = [Path("/dev/davinci_manager"), Path("/usr/local/Ascend/ascend-toolkit/latest")]
-    signs += [Path(environment[name]) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if environment.get(name)]
-    return list(dict.fromkeys(str(sign) for sign in signs if sign.exists()))
+    signs += [Path(environment[name]) for name in (TOOLKIT_VARIABLE, "ASCEND_TOOLKIT_HOME") if environment.get(name)]
+    return list(dict.fromkeys(str(sign) for sign in signs if sign.exists() and sign.resolve() != TOOLKIT.resolve()))
 
 
 def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:

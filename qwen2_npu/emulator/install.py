@@ -28,7 +28,7 @@ def install(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _around_torch_npu() -> Iterator[None]:
-    with notices.without_toolkit_warning(), cuda_build.without_clash():
+    with environment.toolkit_after(), notices.without_toolkit_warning(), cuda_build.without_clash():
         yield
 
 

@@ -18,6 +18,7 @@ from qwen2_npu.emulator import cache, compiler, cuda_build, symbols
 from qwen2_npu.emulator.settings import EmulatorError
 
 SOURCES = tuple(sorted((Path(__file__).parent / "cann").glob("*.c")))
+HEADERS = tuple(sorted((Path(__file__).parent / "cann").glob("*.h")))
 
 MAIN = "libascendcl.so"
 
@@ -62,7 +63,8 @@ def build() -> Path:
 def _key() -> str:
     """Names what a build depends on: wheel, torch, machine, and this project's own sources."""
     digest = hashlib.sha256()
-    for source in (*SOURCES, Path(__file__), Path(cache.__file__), Path(compiler.__file__), Path(symbols.__file__)):
+    modules = (Path(str(module.__file__)) for module in (cache, compiler, symbols))
+    for source in (*SOURCES, *HEADERS, Path(__file__), *modules):
         try:
             digest.update(source.read_bytes())
         except OSError as error:

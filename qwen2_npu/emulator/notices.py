@@ -18,7 +18,7 @@ ERRORS_ONLY = 2
 
 @contextlib.contextmanager
 def without_toolkit_warning() -> Iterator[None]:
-    """torch_npu prints while imported that ASCEND_HOME_PATH is not set; here it cannot be."""
+    """Hide torch_npu's notice that ASCEND_HOME_PATH is not set while it is imported (see ``environment``)."""
     with contextlib.redirect_stdout(cast(TextIO, _Filter(sys.stdout))):
         yield
 

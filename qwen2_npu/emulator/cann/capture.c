@@ -3,31 +3,12 @@
  * What is captured, and its replay, lives in Python (qwen2_npu/emulator/aclgraph); the functions here call it. One
  * capture at a time. A stream belongs to it from its start, or from the moment it waits for an event of it.
  */
-#include <pthread.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "emulator.h"
 
-typedef int aclError;
-
-enum {
-    OK = 0,
-    ERROR_INVALID_PARAM = 107000,
-    ERROR_STREAM_CAPTURED = 107027,
-    ERROR_NOT_CAPTURED = 107029,
-    ERROR_NOT_WHILE_CAPTURED = 107030,
-    ERROR_UNMATCHED = 107036,
-    ERROR_UNSUPPORTED = 207000,
-    ERROR_INVALIDATED = 507903,
-};
-
-enum { NONE = 0, ACTIVE = 1, INVALIDATED = 2 };   /* aclmdlRICaptureStatus */
 enum { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 }; /* aclmdlRICaptureMode */
 enum { GREATER_OR_EQUAL = 0, EQUAL = 1, AND = 2, NOR = 3 }; /* what aclrtValueWait waits for */
 
-/* In Python: each returns OK or an error whose text it has set. */
+/* In Python: each returns OK, or an error whose text it has set with emu_set_error. */
 typedef struct {
     aclError (*begin)(int64_t model);
     aclError (*end)(int64_t model, int32_t valid);
@@ -44,8 +25,6 @@ typedef struct {
     aclError (*update_begin)(int64_t group);
     aclError (*update_end)(void);
 } CaptureHooks;
-
-void emu_set_error(const char *text);
 
 static CaptureHooks hooks;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -79,21 +58,10 @@ static void add(List *list, void *item) {
     list->items[list->count++] = item;
 }
 
-static aclError refuse(aclError code, const char *format, ...) {
-    char text[512];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    emu_set_error(text);
-    return code;
-}
-
 void emu_set_capture_hooks(const CaptureHooks *given) { hooks = *given; }
 
 /* ---- for the other files and for Python ------------------------------------------------------------------------- */
 
-/* Whether ``stream`` is captured: NONE, ACTIVE or INVALIDATED. */
 int emu_stream_status(const void *stream) {
     return model_under_way && holds(&streams, stream) ? status_of_capture : NONE;
 }
@@ -102,23 +70,21 @@ void emu_invalidate_capture(void) {
     if (model_under_way) status_of_capture = INVALIDATED;
 }
 
-/* A call that must wait for ``stream`` (NULL: for whatever this thread captures) ends the capture. */
 aclError emu_refuse_to_wait(const void *stream, const char *call) {
     int captured = stream ? emu_stream_status(stream) != NONE
                           : model_under_way && mode_of_thread != RELAXED &&
                                 pthread_equal(capturing_thread, pthread_self());
     if (!captured) return replays_wait ? hooks.settle() : OK;
     emu_invalidate_capture();
-    return refuse(ERROR_NOT_WHILE_CAPTURED,
-                  "%s waits for the device while a graph is captured on the stream: nothing runs until it is replayed",
-                  call);
+    return emu_fail(ERROR_NOT_WHILE_CAPTURED,
+                    "%s waits for the device while a graph is captured on the stream: nothing runs until it is "
+                    "replayed", call);
 }
 
 aclError emu_refuse_event(const void *event, const char *call) {
     return emu_refuse_to_wait(model_under_way && holds(&events, event) ? streams.items[0] : "", call);
 }
 
-/* These say whether the call belongs to a capture, and was dealt with. */
 aclError emu_capture_copy(void *stream, void *target, const void *source, size_t count, int *handled) {
     *handled = emu_stream_status(stream) == ACTIVE;
     return *handled ? hooks.copy(target, source, count) : OK;
@@ -135,14 +101,13 @@ int emu_capture_record(void *stream, void *event) {
     return 1;
 }
 
-/* A stream that waits for an event of the capture joins it, or comes back to it. */
 void emu_capture_wait(void *stream, void *event) {
     if (model_under_way && holds(&events, event)) add(&streams, stream);
 }
 
 void emu_set_replays_wait(int32_t waiting) { replays_wait = waiting; }
 
-/* ---- allocations: a replay uses addresses, and must not use what has been given back ----------------------------- */
+/* ---- allocations ----------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *start;
@@ -192,13 +157,12 @@ uint64_t emu_find_allocation(const void *address, int32_t *device) {
     return serial;
 }
 
-/* ---- CANN's functions --------------------------------------------------------------------------------------------- */
+/* ---- CANN's functions -------------------------------------------------------------------------------------------- */
 
-aclError aclmdlRICaptureBegin(void *stream, int32_t mode) {
-    (void)mode;
-    if (!hooks.begin) return refuse(ERROR_UNSUPPORTED, "graph capture needs torch_npu imported in the emulator");
+aclError aclmdlRICaptureBegin(void *stream, UNUSED int32_t mode) {
+    if (!hooks.begin) return emu_fail(ERROR_UNSUPPORTED, "graph capture needs torch_npu imported in the emulator");
     if (model_under_way)
-        return refuse(ERROR_STREAM_CAPTURED, "a capture is under way: the emulator captures one graph at a time");
+        return emu_fail(ERROR_STREAM_CAPTURED, "a capture is under way: the emulator captures one graph at a time");
     streams.count = events.count = 0;
     add(&streams, stream);
     capturing_thread = pthread_self();
@@ -211,14 +175,14 @@ aclError aclmdlRICaptureBegin(void *stream, int32_t mode) {
 
 aclError aclmdlRICaptureEnd(void *stream, void **model) {
     *model = NULL;
-    if (!model_under_way) return refuse(ERROR_NOT_CAPTURED, "no graph is captured on this stream");
-    if (stream != streams.items[0]) return refuse(ERROR_UNMATCHED, "the capture began on another stream");
+    if (!model_under_way) return emu_fail(ERROR_NOT_CAPTURED, "no graph is captured on this stream");
+    if (stream != streams.items[0]) return emu_fail(ERROR_UNMATCHED, "the capture began on another stream");
     int valid = status_of_capture == ACTIVE;
     int64_t ended = model_under_way;
     model_under_way = 0;
     aclError error = hooks.end(ended, valid);
     if (error != OK) return error;
-    if (!valid) return refuse(ERROR_INVALIDATED, "the capture was ended by an error before this call");
+    if (!valid) return emu_fail(ERROR_INVALIDATED, "the capture was ended by an error before this call");
     *model = (void *)(intptr_t)ended;
     return OK;
 }
@@ -242,7 +206,7 @@ aclError aclmdlRIGetId(void *model, uint32_t *id) { *id = (uint32_t)(intptr_t)mo
 aclError aclmdlRIExecuteAsync(void *model, void *stream) {
     if (emu_stream_status(stream) != NONE) {
         emu_invalidate_capture();
-        return refuse(ERROR_UNSUPPORTED, "the emulator replays no graph while it captures another");
+        return emu_fail(ERROR_UNSUPPORTED, "the emulator replays no graph while it captures another");
     }
     return hooks.execute((int64_t)(intptr_t)model);
 }
@@ -250,24 +214,22 @@ aclError aclmdlRIExecuteAsync(void *model, void *stream) {
 aclError aclmdlRIDestroy(void *model) { return hooks.destroy ? hooks.destroy((int64_t)(intptr_t)model) : OK; }
 
 aclError aclmdlRICaptureTaskGrpBegin(void *stream) {
-    if (emu_stream_status(stream) != ACTIVE) return refuse(ERROR_NOT_CAPTURED, "a task group outside a capture");
-    return hooks.group_begin() ? OK : refuse(ERROR_INVALID_PARAM, "a task group inside another");
+    if (emu_stream_status(stream) != ACTIVE) return emu_fail(ERROR_NOT_CAPTURED, "a task group outside a capture");
+    return hooks.group_begin() ? OK : emu_fail(ERROR_INVALID_PARAM, "a task group inside another");
 }
 
 aclError aclmdlRICaptureTaskGrpEnd(void *stream, void **handle) {
-    if (emu_stream_status(stream) != ACTIVE) return refuse(ERROR_NOT_CAPTURED, "a task group outside a capture");
+    if (emu_stream_status(stream) != ACTIVE) return emu_fail(ERROR_NOT_CAPTURED, "a task group outside a capture");
     int64_t group = hooks.group_end();
     *handle = (void *)(intptr_t)group;
-    return group ? OK : refuse(ERROR_INVALID_PARAM, "the end of a task group that was not begun");
+    return group ? OK : emu_fail(ERROR_INVALID_PARAM, "the end of a task group that was not begun");
 }
 
-aclError aclmdlRICaptureTaskUpdateBegin(void *stream, void *handle) {
-    (void)stream;
+aclError aclmdlRICaptureTaskUpdateBegin(UNUSED void *stream, void *handle) {
     return hooks.update_begin ? hooks.update_begin((int64_t)(intptr_t)handle) : ERROR_UNSUPPORTED;
 }
 
-aclError aclmdlRICaptureTaskUpdateEnd(void *stream) {
-    (void)stream;
+aclError aclmdlRICaptureTaskUpdateEnd(UNUSED void *stream) {
     return hooks.update_end ? hooks.update_end() : ERROR_UNSUPPORTED;
 }
 
@@ -283,8 +245,7 @@ int emu_value_is_there(const uint64_t *address, uint64_t value, uint32_t how) {
     }
 }
 
-aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, void *stream) {
-    (void)flag;
+aclError aclrtValueWrite(void *address, uint64_t value, UNUSED uint32_t flag, void *stream) {
     if (emu_stream_status(stream) == ACTIVE) return hooks.write(address, value);
     *(uint64_t *)address = value;
     return replays_wait ? hooks.written() : OK;
@@ -293,12 +254,9 @@ aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, void *str
 aclError aclrtValueWait(void *address, uint64_t value, uint32_t how, void *stream) {
     if (emu_stream_status(stream) == ACTIVE) return hooks.wait(address, value, how);
     if (emu_value_is_there(address, value, how)) return OK;
-    return refuse(ERROR_UNSUPPORTED,
-                  "a stream waits for an external event that is recorded later: the emulator runs work when it is given");
+    return emu_fail(ERROR_UNSUPPORTED, "a stream waits for an external event that is recorded later: the emulator runs "
+                                       "work when it is given");
 }
 
 /* Whether the operators of a captured stream keep their shapes, for profiling: nothing to do here. */
-aclError aclrtSetStreamAttribute(void *stream, int32_t attribute, void *value) {
-    (void)stream; (void)attribute; (void)value;
-    return OK;
-}
+aclError aclrtSetStreamAttribute(UNUSED void *stream, UNUSED int32_t attribute, UNUSED void *value) { return OK; }

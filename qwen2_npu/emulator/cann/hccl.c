@@ -3,13 +3,11 @@
  *
  * Signatures follow CANN's hccl.h. Functions whose names start with emu_ are this project's own controls.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "emulator.h"
 
 typedef int HcclResult;
 
-enum { SUCCESS = 0, ERROR_PARA = 1, ERROR_MEMORY = 3, ERROR_UNAVAIL = 7 };
+enum { HCCL_SUCCESS = 0, HCCL_E_PARA = 1, HCCL_E_MEMORY = 3, HCCL_E_UNAVAIL = 7 };
 enum { NAME_LENGTH = 128, CONFIG_NAME = 32 /* offset of hcclCommName in HcclCommConfig */ };
 
 /* The handle that torch_npu holds. Python fills in all but the name it is created with. */
@@ -51,17 +49,17 @@ void emu_set_hccl_handlers(const Handlers *given) {
 
 /* ---- communicators -------------------------------------------------------------------------------------------- */
 
-HcclResult HcclGetRootInfo(char *info) { return handlers.root_info ? handlers.root_info(info) : ERROR_UNAVAIL; }
+HcclResult HcclGetRootInfo(char *info) { return handlers.root_info ? handlers.root_info(info) : HCCL_E_UNAVAIL; }
 
 static HcclResult open_comm(uint32_t size, const char *info, uint32_t rank, const char *name, Comm **result) {
-    if (!handlers.open) return ERROR_UNAVAIL;
+    if (!handlers.open) return HCCL_E_UNAVAIL;
     Comm *comm = calloc(1, sizeof *comm);
-    if (!comm) return ERROR_MEMORY;
+    if (!comm) return HCCL_E_MEMORY;
     comm->rank = rank;
     comm->size = size;
     if (name) strncpy(comm->name, name, NAME_LENGTH - 1);
     HcclResult error = handlers.open(comm, info);
-    if (error == SUCCESS) *result = comm;
+    if (error == HCCL_SUCCESS) *result = comm;
     else free(comm);
     return error;
 }
@@ -75,18 +73,18 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t size, const char *info, uint32_t 
 }
 
 HcclResult HcclCommDestroy(Comm *comm) {
-    HcclResult error = handlers.close ? handlers.close(comm) : SUCCESS;
+    HcclResult error = handlers.close ? handlers.close(comm) : HCCL_SUCCESS;
     free(comm);
     return error;
 }
 
 uint32_t HcclGetCommConfigCapability(void) { return 12; /* all of hccl_types.h's HcclCommConfigCapability */ }
-HcclResult HcclGetCommName(Comm *comm, char *name) { strcpy(name, comm->name); return SUCCESS; }
-HcclResult HcclGetRankSize(Comm *comm, uint32_t *size) { *size = comm->size; return SUCCESS; }
-HcclResult HcclGetRankId(Comm *comm, uint32_t *rank) { *rank = comm->rank; return SUCCESS; }
+HcclResult HcclGetCommName(Comm *comm, char *name) { strcpy(name, comm->name); return HCCL_SUCCESS; }
+HcclResult HcclGetRankSize(Comm *comm, uint32_t *size) { *size = comm->size; return HCCL_SUCCESS; }
+HcclResult HcclGetRankId(Comm *comm, uint32_t *rank) { *rank = comm->rank; return HCCL_SUCCESS; }
 
 /* Errors come back from the call itself. */
-HcclResult HcclGetCommAsyncError(Comm *comm, HcclResult *error) { (void)comm; *error = SUCCESS; return SUCCESS; }
+HcclResult HcclGetCommAsyncError(UNUSED Comm *comm, HcclResult *error) { *error = HCCL_SUCCESS; return HCCL_SUCCESS; }
 
 /* ---- groups of sends and receives ------------------------------------------------------------------------------ */
 
@@ -95,27 +93,27 @@ static __thread Call *group;
 
 static HcclResult run(Call call) {
     int point_to_point = call.kind == SEND || call.kind == RECEIVE;
-    if (!handlers.run) return ERROR_UNAVAIL;
+    if (!handlers.run) return HCCL_E_UNAVAIL;
     if (!depth || !point_to_point) return handlers.run(&call, 1);
     if (waiting == room) {
         uint32_t more = room ? 2 * room : 16;
         Call *larger = realloc(group, more * sizeof *group);
-        if (!larger) return ERROR_MEMORY;
+        if (!larger) return HCCL_E_MEMORY;
         group = larger;
         room = more;
     }
     group[waiting++] = call;
-    return SUCCESS;
+    return HCCL_SUCCESS;
 }
 
-HcclResult HcclGroupStart(void) { depth++; return SUCCESS; }
+HcclResult HcclGroupStart(void) { depth++; return HCCL_SUCCESS; }
 
 HcclResult HcclGroupEnd(void) {
-    if (!depth) return ERROR_PARA;
-    if (--depth || !waiting) return SUCCESS;
+    if (!depth) return HCCL_E_PARA;
+    if (--depth || !waiting) return HCCL_SUCCESS;
     uint32_t count = waiting;
     waiting = 0;
-    return handlers.run ? handlers.run(group, count) : ERROR_UNAVAIL;
+    return handlers.run ? handlers.run(group, count) : HCCL_E_UNAVAIL;
 }
 
 typedef struct {
@@ -131,92 +129,82 @@ static HcclResult send_or_receive(int kind, void *buffer, uint64_t count, int dt
                       .comm = comm});
 }
 
-HcclResult HcclSend(void *buffer, uint64_t count, int dtype, uint32_t peer, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclSend(void *buffer, uint64_t count, int dtype, uint32_t peer, Comm *comm, UNUSED void *stream) {
     return send_or_receive(SEND, buffer, count, dtype, peer, comm);
 }
 
-HcclResult HcclRecv(void *buffer, uint64_t count, int dtype, uint32_t peer, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclRecv(void *buffer, uint64_t count, int dtype, uint32_t peer, Comm *comm, UNUSED void *stream) {
     return send_or_receive(RECEIVE, buffer, count, dtype, peer, comm);
 }
 
-HcclResult HcclBatchSendRecv(Item *items, uint32_t count, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclBatchSendRecv(Item *items, uint32_t count, Comm *comm, UNUSED void *stream) {
     HcclResult error = HcclGroupStart();
-    for (uint32_t i = 0; i < count && error == SUCCESS; i++)
+    for (uint32_t i = 0; i < count && error == HCCL_SUCCESS; i++)
         error = send_or_receive(items[i].type ? RECEIVE : SEND, items[i].buffer, items[i].count, items[i].dtype,
                                 items[i].peer, comm);
     HcclResult end = HcclGroupEnd();
-    return error == SUCCESS ? end : error;
+    return error == HCCL_SUCCESS ? end : error;
 }
 
 /* ---- collectives ---------------------------------------------------------------------------------------------- */
 
-HcclResult HcclAllReduce(void *send, void *receive, uint64_t count, int dtype, int op, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclAllReduce(void *send, void *receive, uint64_t count, int dtype, int op, Comm *comm,
+                         UNUSED void *stream) {
     return run((Call){.kind = ALL_REDUCE, .dtype = dtype, .op = op, .count = count, .send = send, .receive = receive,
                       .comm = comm});
 }
 
 HcclResult HcclReduce(void *send, void *receive, uint64_t count, int dtype, int op, uint32_t root, Comm *comm,
-                      void *stream) {
-    (void)stream;
+                      UNUSED void *stream) {
     return run((Call){.kind = REDUCE, .dtype = dtype, .op = op, .peer = root, .count = count, .send = send,
                       .receive = receive, .comm = comm});
 }
 
-HcclResult HcclBroadcast(void *buffer, uint64_t count, int dtype, uint32_t root, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclBroadcast(void *buffer, uint64_t count, int dtype, uint32_t root, Comm *comm, UNUSED void *stream) {
     return run((Call){.kind = BROADCAST, .dtype = dtype, .peer = root, .count = count, .send = buffer,
                       .receive = buffer, .comm = comm});
 }
 
-HcclResult HcclAllGather(void *send, void *receive, uint64_t count, int dtype, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclAllGather(void *send, void *receive, uint64_t count, int dtype, Comm *comm, UNUSED void *stream) {
     return run((Call){.kind = ALL_GATHER, .dtype = dtype, .count = count, .send = send, .receive = receive,
                       .comm = comm});
 }
 
 HcclResult HcclAllGatherV(void *send, uint64_t count, void *receive, const void *counts, const void *offsets,
-                          int dtype, Comm *comm, void *stream) {
-    (void)stream;
+                          int dtype, Comm *comm, UNUSED void *stream) {
     return run((Call){.kind = ALL_GATHER_V, .dtype = dtype, .count = count, .send = send, .receive = receive,
                       .receive_counts = counts, .receive_offsets = offsets, .comm = comm});
 }
 
-HcclResult HcclReduceScatter(void *send, void *receive, uint64_t count, int dtype, int op, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclReduceScatter(void *send, void *receive, uint64_t count, int dtype, int op, Comm *comm,
+                             UNUSED void *stream) {
     return run((Call){.kind = REDUCE_SCATTER, .dtype = dtype, .op = op, .count = count, .send = send,
                       .receive = receive, .comm = comm});
 }
 
 HcclResult HcclReduceScatterV(void *send, const void *counts, const void *offsets, void *receive, uint64_t count,
-                              int dtype, int op, Comm *comm, void *stream) {
-    (void)stream;
+                              int dtype, int op, Comm *comm, UNUSED void *stream) {
     return run((Call){.kind = REDUCE_SCATTER_V, .dtype = dtype, .op = op, .count = count, .send = send,
                       .receive = receive, .send_counts = counts, .send_offsets = offsets, .comm = comm});
 }
 
-HcclResult HcclScatter(void *send, void *receive, uint64_t count, int dtype, uint32_t root, Comm *comm, void *stream) {
-    (void)stream;
+HcclResult HcclScatter(void *send, void *receive, uint64_t count, int dtype, uint32_t root, Comm *comm,
+                       UNUSED void *stream) {
     return run((Call){.kind = SCATTER, .dtype = dtype, .peer = root, .count = count, .send = send, .receive = receive,
                       .comm = comm});
 }
 
 HcclResult HcclAlltoAll(const void *send, uint64_t count, int dtype, void *receive, uint64_t receive_count,
-                        int receive_dtype, Comm *comm, void *stream) {
-    (void)stream;
-    if (count != receive_count || dtype != receive_dtype) return ERROR_PARA;
+                        int receive_dtype, Comm *comm, UNUSED void *stream) {
+    if (count != receive_count || dtype != receive_dtype) return HCCL_E_PARA;
     return run((Call){.kind = ALL_TO_ALL, .dtype = dtype, .count = count, .send = send, .receive = receive,
                       .comm = comm});
 }
 
 HcclResult HcclAlltoAllV(const void *send, const void *send_counts, const void *send_offsets, int dtype, void *receive,
                          const void *receive_counts, const void *receive_offsets, int receive_dtype, Comm *comm,
-                         void *stream) {
-    (void)stream;
-    if (dtype != receive_dtype) return ERROR_PARA;
+                         UNUSED void *stream) {
+    if (dtype != receive_dtype) return HCCL_E_PARA;
     return run((Call){.kind = ALL_TO_ALL_V, .dtype = dtype, .send = send, .receive = receive,
                       .send_counts = send_counts, .send_offsets = send_offsets, .receive_counts = receive_counts,
                       .receive_offsets = receive_offsets, .comm = comm});
@@ -224,14 +212,10 @@ HcclResult HcclAlltoAllV(const void *send, const void *send_counts, const void *
 
 /* counts: a matrix of size x size, row i what rank i sends. */
 HcclResult HcclAlltoAllVC(const void *send, const void *counts, int dtype, void *receive, int receive_dtype, Comm *comm,
-                          void *stream) {
-    (void)stream;
-    if (dtype != receive_dtype) return ERROR_PARA;
+                          UNUSED void *stream) {
+    if (dtype != receive_dtype) return HCCL_E_PARA;
     return run((Call){.kind = ALL_TO_ALL_VC, .dtype = dtype, .send = send, .receive = receive, .send_counts = counts,
                       .comm = comm});
 }
 
-HcclResult HcclBarrier(Comm *comm, void *stream) {
-    (void)stream;
-    return run((Call){.kind = BARRIER, .comm = comm});
-}
+HcclResult HcclBarrier(Comm *comm, UNUSED void *stream) { return run((Call){.kind = BARRIER, .comm = comm}); }

@@ -1,12 +1,7 @@
 /* How many cores work may use: per device, per stream, per thread. Kept and given back; nothing is slower for it. */
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "emulator.h"
 
-typedef int aclError;
-
-enum { OK = 0, ERROR_INVALID_PARAM = 107000 };
-enum { KINDS = 2, MAX_DEVICES = 64 }; /* cube cores, vector cores */
+enum { KINDS = 2 }; /* cube cores, vector cores */
 
 static const uint32_t whole_card[KINDS] = {20, 40};
 
@@ -19,8 +14,6 @@ typedef struct {
     Limits limits;
 } StreamLimits;
 
-void emu_set_error(const char *text);
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Limits devices[MAX_DEVICES];
 static StreamLimits *streams;
@@ -28,8 +21,7 @@ static size_t stream_count;
 static __thread Limits in_thread;
 
 static aclError refused(void) {
-    emu_set_error("no such device, or no such kind of core");
-    return ERROR_INVALID_PARAM;
+    return emu_fail(ERROR_INVALID_PARAM, "no such device, or no such kind of core");
 }
 
 static int valid(int32_t device, int32_t kind) {
@@ -97,8 +89,7 @@ aclError aclrtUseStreamResInCurrentThread(const void *stream) {
     return OK;
 }
 
-aclError aclrtUnuseStreamResInCurrentThread(const void *stream) {
-    (void)stream;
+aclError aclrtUnuseStreamResInCurrentThread(UNUSED const void *stream) {
     in_thread = (Limits){{0, 0}};
     return OK;
 }

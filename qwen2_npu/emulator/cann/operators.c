@@ -3,16 +3,7 @@
  *
  * Signatures follow CANN's acl_base.h and acl_op_compiler.h.
  */
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef int aclError;
-
-enum { OK = 0, ERROR_INVALID_PARAM = 107000, ERROR_EXECUTE = 500002 };
-
-void emu_set_error(const char *text);
+#include "emulator.h"
 
 typedef struct {
     void *data;
@@ -29,10 +20,8 @@ aclError aclDestroyDataBuffer(const Buffer *buffer) { free((void *)buffer); retu
 
 /* inputs: the shape, which the output's buffer tells too, and the value. */
 static aclError fill(int inputs, Buffer *const input[], Buffer *const output[]) {
-    if (inputs != 2 || !input[1]->size || output[0]->size % input[1]->size) {
-        emu_set_error("operator Fill was given what the emulator does not expect");
-        return ERROR_INVALID_PARAM;
-    }
+    if (inputs != 2 || !input[1]->size || output[0]->size % input[1]->size)
+        return emu_fail(ERROR_INVALID_PARAM, "operator Fill was given what the emulator does not expect");
     size_t step = input[1]->size;
     for (size_t at = 0; at < output[0]->size; at += step) memcpy((char *)output[0]->data + at, input[1]->data, step);
     return OK;
@@ -45,24 +34,19 @@ static aclError pad(int inputs, Buffer *const input[], Buffer *const output[]) {
     size_t last = input[1]->size / sizeof *widths - 1;
     int plain = value && value->size;
     for (size_t i = 0; i < last; i++) plain = plain && widths[i] == 0;
-    if (!plain || widths[last] < 0 || y->size != x->size + (size_t)widths[last] * value->size) {
-        emu_set_error("operator PadV3 was given what the emulator does not expect");
-        return ERROR_INVALID_PARAM;
-    }
+    if (!plain || widths[last] < 0 || y->size != x->size + (size_t)widths[last] * value->size)
+        return emu_fail(ERROR_INVALID_PARAM, "operator PadV3 was given what the emulator does not expect");
     memcpy(y->data, x->data, x->size);
     for (size_t at = x->size; at < y->size; at += value->size) memcpy((char *)y->data + at, value->data, value->size);
     return OK;
 }
 
-aclError aclopCompileAndExecute(const char *name, int inputs, const void *const input_desc[], Buffer *const input[],
-                                int outputs, const void *const output_desc[], Buffer *const output[]) {
-    (void)input_desc; (void)outputs; (void)output_desc;
+aclError aclopCompileAndExecute(const char *name, int inputs, UNUSED const void *const input_desc[],
+                                Buffer *const input[], UNUSED int outputs, UNUSED const void *const output_desc[],
+                                Buffer *const output[]) {
     if (!strcmp(name, "Fill")) return fill(inputs, input, output);
     if (!strcmp(name, "PadV3")) return pad(inputs, input, output);
-    char text[256];
-    snprintf(text, sizeof text, "operator %s reached CANN, which the emulator does not have", name);
-    emu_set_error(text);
-    return ERROR_EXECUTE;
+    return emu_fail(ERROR_EXECUTE, "operator %s reached CANN, which the emulator does not have", name);
 }
 
 aclError aclopCompileAndExecuteV2(const char *name, int inputs, const void *const input_desc[], Buffer *const input[],

@@ -6,31 +6,11 @@
  *
  * Signatures follow CANN's acl_rt.h. Functions whose names start with emu_ are this project's own controls.
  */
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "emulator.h"
+
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
-
-typedef int aclError;
-
-enum {
-    OK = 0,
-    ERROR_INVALID_PARAM = 107000,  /* ACL_ERROR_RT_PARAM_INVALID */
-    ERROR_INVALID_DEVICE = 107001, /* ACL_ERROR_RT_INVALID_DEVICEID */
-    ERROR_CONTEXT_NULL = 107002,
-    ERROR_NO_EVENT = 107005,
-    ERROR_MEMORY = 207001, /* ACL_ERROR_RT_MEMORY_ALLOCATION: torch_npu turns it into its out-of-memory error */
-    ERROR_UNSUPPORTED = 207000,
-    ERROR_EXECUTE = 500002,
-};
-
-enum { MAX_DEVICES = 64 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char soc_name[64] = "Ascend910B4";
@@ -44,9 +24,7 @@ static int64_t allocation_to_fail = 0; /* counts down to 1; from then on every a
 static __thread int32_t current_device = -1;
 static __thread char last_error[1024] = "";
 
-#define fail emu_fail /* its name for the other files */
-
-aclError fail(aclError code, const char *format, ...) {
+aclError emu_fail(aclError code, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(last_error, sizeof last_error, format, arguments);
@@ -54,8 +32,8 @@ aclError fail(aclError code, const char *format, ...) {
     return code;
 }
 
-/* For other files and for Python: the text torch_npu adds to the error of the call that fails. */
-void emu_set_error(const char *text) { fail(OK, "%s", text); }
+/* For Python: the text that torch_npu adds to the error of the call that fails. */
+void emu_set_error(const char *text) { emu_fail(OK, "%s", text); }
 
 /* ---- controls ------------------------------------------------------------------------------------------------- */
 
@@ -74,7 +52,7 @@ void emu_fail_allocation(int64_t nth) { allocation_to_fail = nth; }
 
 /* ---- life cycle, devices, contexts ---------------------------------------------------------------------------- */
 
-aclError aclInit(const char *config) { (void)config; return OK; }
+aclError aclInit(UNUSED const char *config) { return OK; }
 aclError aclFinalize(void) { return OK; }
 const char *aclGetRecentErrMsg(void) { return last_error; }
 const char *aclrtGetSocName(void) { return soc_name; }
@@ -85,27 +63,28 @@ static char contexts[MAX_DEVICES]; /* the address is the handle */
 
 aclError aclrtSetDevice(int32_t device) {
     if (device < 0 || (uint32_t)device >= device_count)
-        return fail(ERROR_INVALID_DEVICE, "device %d does not exist: the emulated host has %u", device, device_count);
+        return emu_fail(ERROR_INVALID_DEVICE, "device %d does not exist: the emulated host has %u", device,
+                        device_count);
     current_device = device;
     return OK;
 }
 
 aclError aclrtGetDevice(int32_t *device) {
-    if (current_device < 0) return fail(ERROR_CONTEXT_NULL, "no device is set in this thread");
+    if (current_device < 0) return emu_fail(ERROR_CONTEXT_NULL, "no device is set in this thread");
     *device = current_device;
     return OK;
 }
 
-aclError aclrtResetDevice(int32_t device) { (void)device; return OK; }
+aclError aclrtResetDevice(UNUSED int32_t device) { return OK; }
 
 aclError aclrtGetCurrentContext(void **context) {
     *context = current_device < 0 ? NULL : &contexts[current_device];
-    return current_device < 0 ? fail(ERROR_CONTEXT_NULL, "no context in this thread") : OK;
+    return current_device < 0 ? emu_fail(ERROR_CONTEXT_NULL, "no context in this thread") : OK;
 }
 
 aclError aclrtSetCurrentContext(void *context) {
     char *handle = context;
-    if (handle < contexts || handle >= contexts + MAX_DEVICES) return fail(ERROR_INVALID_PARAM, "not a context");
+    if (handle < contexts || handle >= contexts + MAX_DEVICES) return emu_fail(ERROR_INVALID_PARAM, "not a context");
     current_device = (int32_t)(handle - contexts);
     return OK;
 }
@@ -116,7 +95,7 @@ aclError aclrtCreateContext(void **context, int32_t device) {
     return error;
 }
 
-aclError aclrtDestroyContext(void *context) { (void)context; return OK; }
+aclError aclrtDestroyContext(UNUSED void *context) { return OK; }
 
 aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
     if (flags) *flags = 0;
@@ -128,11 +107,10 @@ aclError aclrtGetLogicDevIdByUserDevId(int32_t user, int32_t *logical) { *logica
 aclError aclrtDeviceGetBareTgid(int32_t *pid) { *pid = (int32_t)getpid(); return OK; }
 
 aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer) { *can = device != peer; return OK; }
-aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) { (void)peer; (void)flags; return OK; }
+aclError aclrtDeviceEnablePeerAccess(UNUSED int32_t peer, UNUSED uint32_t flags) { return OK; }
 
 /* Attributes of an Atlas 800I A2 card; what a caller cannot be told is refused. */
-aclError aclrtGetDeviceInfo(uint32_t device, int32_t attribute, int64_t *value) {
-    (void)device;
+aclError aclrtGetDeviceInfo(UNUSED uint32_t device, int32_t attribute, int64_t *value) {
     switch (attribute) {
         case 1: *value = 6; return OK;    /* AI CPUs */
         case 101: case 102: *value = 20; return OK; /* AI cores, cube cores */
@@ -140,32 +118,18 @@ aclError aclrtGetDeviceInfo(uint32_t device, int32_t attribute, int64_t *value) 
         case 301: *value = (int64_t)hbm_bytes; return OK;
         case 302: *value = 96 << 20; return OK; /* L2 cache */
         case 501: *value = 0; return OK;
-        default: return fail(ERROR_UNSUPPORTED, "device attribute %d is not emulated", attribute);
+        default: return emu_fail(ERROR_UNSUPPORTED, "device attribute %d is not emulated", attribute);
     }
 }
 
-aclError aclGetDeviceCapability(uint32_t device, int32_t info, int64_t *value) {
-    (void)device;
+aclError aclGetDeviceCapability(UNUSED uint32_t device, int32_t info, int64_t *value) {
     switch (info) {
         case 0: *value = 20; return OK; /* AI cores */
         case 1: *value = 40; return OK; /* vector cores */
         case 2: *value = 96 << 20; return OK;
-        default: return fail(ERROR_UNSUPPORTED, "device capability %d is not emulated", info);
+        default: return emu_fail(ERROR_UNSUPPORTED, "device capability %d is not emulated", info);
     }
 }
-
-/* ---- from capture.c: work on a captured stream is recorded, waiting for it is an error --------------------------- */
-
-void emu_note_allocation(const void *start, size_t size, int32_t device);
-void emu_forget_allocation(const void *start);
-aclError emu_refuse_to_wait(const void *stream, const char *call);
-aclError emu_refuse_event(const void *event, const char *call);
-aclError emu_capture_copy(void *stream, void *target, const void *source, size_t count, int *handled);
-aclError emu_capture_fill(void *stream, void *target, int32_t value, size_t count, int *handled);
-int emu_capture_record(void *stream, void *event);
-void emu_capture_wait(void *stream, void *event);
-int emu_stream_status(const void *stream);
-void emu_invalidate_capture(void);
 
 /* ---- memory --------------------------------------------------------------------------------------------------- */
 
@@ -179,7 +143,6 @@ typedef struct {
 
 static Header *header_of(const void *pointer) { return (Header *)((char *)pointer - HEADER); }
 
-/* Count memory against a card, whose size is enforced; pinned host memory (device -1) is free of charge. */
 aclError emu_take_memory(int32_t device, size_t size) {
     if (device < 0) return OK;
     pthread_mutex_lock(&lock);
@@ -192,10 +155,10 @@ aclError emu_take_memory(int32_t device, size_t size) {
         allocations++;
     }
     pthread_mutex_unlock(&lock);
-    if (injected) return fail(ERROR_MEMORY, "allocation of %zu bytes failed by injection", size);
+    if (injected) return emu_fail(ERROR_MEMORY, "allocation of %zu bytes failed by injection", size);
     if (full)
-        return fail(ERROR_MEMORY, "allocation of %zu bytes: %llu of %llu bytes of emulated device %d are used", size,
-                    (unsigned long long)used_bytes[device], (unsigned long long)hbm_bytes, device);
+        return emu_fail(ERROR_MEMORY, "allocation of %zu bytes: %llu of %llu bytes of emulated device %d are used",
+                        size, (unsigned long long)used_bytes[device], (unsigned long long)hbm_bytes, device);
     return OK;
 }
 
@@ -208,13 +171,13 @@ void emu_give_memory(int32_t device, size_t size) {
 
 /* mmap: pages a caller never touches cost nothing, so a caching allocator's large blocks are cheap. */
 static aclError allocate(void **pointer, size_t size, int32_t device) {
-    if (size == 0) return fail(ERROR_INVALID_PARAM, "allocation of zero bytes");
+    if (size == 0) return emu_fail(ERROR_INVALID_PARAM, "allocation of zero bytes");
     aclError error = emu_take_memory(device, size);
     if (error != OK) return error;
     char *base = mmap(NULL, size + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
         emu_give_memory(device, size);
-        return fail(ERROR_MEMORY, "the host has no %zu bytes left for emulated device memory", size);
+        return emu_fail(ERROR_MEMORY, "the host has no %zu bytes left for emulated device memory", size);
     }
     *(Header *)base = (Header){MAGIC, device, size};
     *pointer = base + HEADER;
@@ -224,7 +187,7 @@ static aclError allocate(void **pointer, size_t size, int32_t device) {
 
 static aclError release(void *pointer) {
     Header *header = header_of(pointer);
-    if (header->magic != MAGIC) return fail(ERROR_INVALID_PARAM, "%p was not allocated here", pointer);
+    if (header->magic != MAGIC) return emu_fail(ERROR_INVALID_PARAM, "%p was not allocated here", pointer);
     emu_give_memory(header->device, header->size);
     emu_forget_allocation(pointer);
     header->magic = 0;
@@ -232,8 +195,7 @@ static aclError release(void *pointer) {
     return OK;
 }
 
-aclError aclrtMalloc(void **pointer, size_t size, int32_t policy) {
-    (void)policy;
+aclError aclrtMalloc(void **pointer, size_t size, UNUSED int32_t policy) {
     int32_t device;
     aclError error = aclrtGetDevice(&device);
     return error == OK ? allocate(pointer, size, device) : error;
@@ -242,14 +204,12 @@ aclError aclrtMalloc(void **pointer, size_t size, int32_t policy) {
 aclError aclrtMallocAlign32(void **pointer, size_t size, int32_t policy) { return aclrtMalloc(pointer, size, policy); }
 aclError aclrtFree(void *pointer) { return release(pointer); }
 aclError aclrtMallocHost(void **pointer, size_t size) { return allocate(pointer, size, -1); }
-aclError aclrtMallocHostWithCfg(void **pointer, uint64_t size, void *config) {
-    (void)config;
+aclError aclrtMallocHostWithCfg(void **pointer, uint64_t size, UNUSED void *config) {
     return allocate(pointer, size, -1);
 }
 aclError aclrtFreeHost(void *pointer) { return release(pointer); }
 
-aclError aclrtGetMemInfo(int32_t attribute, size_t *free_bytes, size_t *total) {
-    (void)attribute;
+aclError aclrtGetMemInfo(UNUSED int32_t attribute, size_t *free_bytes, size_t *total) {
     int32_t device = current_device < 0 ? 0 : current_device;
     *total = hbm_bytes;
     *free_bytes = hbm_bytes - used_bytes[device];
@@ -257,25 +217,24 @@ aclError aclrtGetMemInfo(int32_t attribute, size_t *free_bytes, size_t *total) {
 }
 
 static aclError copy(void *target, size_t room, const void *source, size_t count) {
-    if (count > room) return fail(ERROR_INVALID_PARAM, "copy of %zu bytes into %zu", count, room);
+    if (count > room) return emu_fail(ERROR_INVALID_PARAM, "copy of %zu bytes into %zu", count, room);
     memmove(target, source, count);
     return OK;
 }
 
 static aclError fill(void *target, size_t room, int32_t value, size_t count) {
-    if (count > room) return fail(ERROR_INVALID_PARAM, "memset of %zu bytes into %zu", count, room);
+    if (count > room) return emu_fail(ERROR_INVALID_PARAM, "memset of %zu bytes into %zu", count, room);
     memset(target, value, count);
     return OK;
 }
 
-aclError aclrtMemcpy(void *target, size_t room, const void *source, size_t count, int32_t kind) {
-    (void)kind;
+aclError aclrtMemcpy(void *target, size_t room, const void *source, size_t count, UNUSED int32_t kind) {
     aclError error = emu_refuse_to_wait(NULL, "aclrtMemcpy");
     return error == OK ? copy(target, room, source, count) : error;
 }
 
-aclError aclrtMemcpyAsync(void *target, size_t room, const void *source, size_t count, int32_t kind, void *stream) {
-    (void)kind;
+aclError aclrtMemcpyAsync(void *target, size_t room, const void *source, size_t count, UNUSED int32_t kind,
+                          void *stream) {
     int captured;
     aclError error = emu_capture_copy(stream, target, source, count, &captured);
     return captured ? error : copy(target, room, source, count);
@@ -306,8 +265,7 @@ typedef struct {
 
 static int32_t next_stream = 1;
 
-aclError aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag) {
-    (void)priority; (void)flag;
+aclError aclrtCreateStreamWithConfig(void **stream, UNUSED uint32_t priority, UNUSED uint32_t flag) {
     Stream *made = malloc(sizeof *made);
     *made = (Stream){__sync_fetch_and_add(&next_stream, 1), current_device};
     *stream = made;
@@ -318,21 +276,19 @@ aclError aclrtCreateStream(void **stream) { return aclrtCreateStreamWithConfig(s
 aclError aclrtDestroyStream(void *stream) { free(stream); return OK; }
 aclError aclrtDestroyStreamForce(void *stream) { free(stream); return OK; }
 aclError aclrtSynchronizeStream(void *stream) { return emu_refuse_to_wait(stream, "aclrtSynchronizeStream"); }
-aclError aclrtSynchronizeStreamWithTimeout(void *stream, int32_t timeout) {
-    (void)timeout;
+aclError aclrtSynchronizeStreamWithTimeout(void *stream, UNUSED int32_t timeout) {
     return aclrtSynchronizeStream(stream);
 }
 aclError aclrtSynchronizeDevice(void) { return emu_refuse_to_wait(NULL, "aclrtSynchronizeDevice"); }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return aclrtSynchronizeDevice(); }
+aclError aclrtSynchronizeDeviceWithTimeout(UNUSED int32_t timeout) { return aclrtSynchronizeDevice(); }
 aclError aclrtStreamQuery(void *stream, int32_t *status) {
     *status = 0;
     return emu_refuse_to_wait(stream, "aclrtStreamQuery");
 }
 aclError aclrtStreamGetId(void *stream, int32_t *id) { *id = stream ? ((Stream *)stream)->id : 0; return OK; }
-aclError aclrtSetStreamFailureMode(void *stream, uint64_t mode) { (void)stream; (void)mode; return OK; }
+aclError aclrtSetStreamFailureMode(UNUSED void *stream, UNUSED uint64_t mode) { return OK; }
 
-aclError aclrtCreateEventExWithFlag(void **event, uint32_t flag) {
-    (void)flag;
+aclError aclrtCreateEventExWithFlag(void **event, UNUSED uint32_t flag) {
     *event = calloc(1, sizeof(Event));
     return OK;
 }
@@ -349,27 +305,27 @@ aclError aclrtRecordEvent(void *handle, void *stream) {
     return OK;
 }
 
-aclError aclrtResetEvent(void *event, void *stream) { (void)stream; ((Event *)event)->recorded = 0; return OK; }
+aclError aclrtResetEvent(void *event, UNUSED void *stream) { ((Event *)event)->recorded = 0; return OK; }
 aclError aclrtStreamWaitEvent(void *stream, void *event) { emu_capture_wait(stream, event); return OK; }
 aclError aclrtSynchronizeEvent(void *event) { return emu_refuse_event(event, "aclrtSynchronizeEvent"); }
 aclError aclrtQueryEventStatus(void *event, int32_t *status) {
     *status = ((Event *)event)->recorded;
     return emu_refuse_event(event, "aclrtQueryEventStatus");
 }
-aclError aclrtQueryEventWaitStatus(void *event, int32_t *status) { (void)event; *status = 0; return OK; }
+aclError aclrtQueryEventWaitStatus(UNUSED void *event, int32_t *status) { *status = 0; return OK; }
 aclError aclQueryEventRecordedStatus(void *event, int32_t *status) { return aclrtQueryEventStatus(event, status); }
 aclError aclQueryEventWaitStatus(void *event, int32_t *status) { return aclrtQueryEventWaitStatus(event, status); }
 
 aclError aclrtEventGetTimestamp(void *handle, uint64_t *microseconds) {
     Event *event = handle;
-    if (!event->recorded) return fail(ERROR_NO_EVENT, "the event was never recorded");
+    if (!event->recorded) return emu_fail(ERROR_NO_EVENT, "the event was never recorded");
     *microseconds = (uint64_t)event->time.tv_sec * 1000000u + (uint64_t)event->time.tv_nsec / 1000u;
     return OK;
 }
 
 aclError aclrtEventElapsedTime(float *milliseconds, void *start, void *end) {
     Event *first = start, *last = end;
-    if (!first->recorded || !last->recorded) return fail(ERROR_NO_EVENT, "both events must be recorded first");
+    if (!first->recorded || !last->recorded) return emu_fail(ERROR_NO_EVENT, "both events must be recorded first");
     *milliseconds = (float)((double)(last->time.tv_sec - first->time.tv_sec) * 1e3 +
                             (double)(last->time.tv_nsec - first->time.tv_nsec) * 1e-6);
     return OK;
@@ -379,40 +335,37 @@ aclError aclrtEventElapsedTime(float *milliseconds, void *start, void *end) {
 aclError aclrtLaunchHostFunc(void *stream, void (*function)(void *), void *arguments) {
     if (emu_stream_status(stream)) {
         emu_invalidate_capture();
-        return fail(ERROR_UNSUPPORTED, "host functions in captured graphs are not emulated");
+        return emu_fail(ERROR_UNSUPPORTED, "host functions in captured graphs are not emulated");
     }
     function(arguments);
     return OK;
 }
-aclError aclrtLaunchCallback(void (*function)(void *), void *arguments, int32_t block, void *stream) {
-    (void)block;
+aclError aclrtLaunchCallback(void (*function)(void *), void *arguments, UNUSED int32_t block, void *stream) {
     return aclrtLaunchHostFunc(stream, function, arguments);
 }
-aclError aclrtSubscribeReport(uint64_t thread, void *stream) { (void)thread; (void)stream; return OK; }
-aclError aclrtUnSubscribeReport(uint64_t thread, void *stream) { (void)thread; (void)stream; return OK; }
-aclError aclrtProcessReport(int32_t timeout) { (void)timeout; return OK; }
+aclError aclrtSubscribeReport(UNUSED uint64_t thread, UNUSED void *stream) { return OK; }
+aclError aclrtUnSubscribeReport(UNUSED uint64_t thread, UNUSED void *stream) { return OK; }
+aclError aclrtProcessReport(UNUSED int32_t timeout) { return OK; }
 
 /* ---- options, versions, logs ---------------------------------------------------------------------------------- */
 
-size_t aclGetCompileoptSize(int32_t option) { (void)option; return 64; }
-aclError aclGetCompileopt(int32_t option, char *value, size_t length) {
-    (void)option;
+size_t aclGetCompileoptSize(UNUSED int32_t option) { return 64; }
+aclError aclGetCompileopt(UNUSED int32_t option, char *value, size_t length) {
     if (length) value[0] = 0;
     return OK;
 }
-aclError aclSetCompileopt(int32_t option, const char *value) { (void)option; (void)value; return OK; }
-aclError aclrtGetSysParamOpt(int32_t option, int64_t *value) { (void)option; *value = 0; return OK; }
-aclError aclrtSetSysParamOpt(int32_t option, int64_t value) { (void)option; (void)value; return OK; }
-aclError aclrtCtxSetSysParamOpt(int32_t option, int64_t value) { (void)option; (void)value; return OK; }
-aclError aclrtSetDeviceSatMode(int32_t mode) { (void)mode; return OK; }
-aclError aclrtSetOpWaitTimeout(uint32_t timeout) { (void)timeout; return OK; }
-aclError aclrtSetOpExecuteTimeOut(uint32_t timeout) { (void)timeout; return OK; }
+aclError aclSetCompileopt(UNUSED int32_t option, UNUSED const char *value) { return OK; }
+aclError aclrtGetSysParamOpt(UNUSED int32_t option, int64_t *value) { *value = 0; return OK; }
+aclError aclrtSetSysParamOpt(UNUSED int32_t option, UNUSED int64_t value) { return OK; }
+aclError aclrtCtxSetSysParamOpt(UNUSED int32_t option, UNUSED int64_t value) { return OK; }
+aclError aclrtSetDeviceSatMode(UNUSED int32_t mode) { return OK; }
+aclError aclrtSetOpWaitTimeout(UNUSED uint32_t timeout) { return OK; }
+aclError aclrtSetOpExecuteTimeOut(UNUSED uint32_t timeout) { return OK; }
 aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t *actual) { *actual = timeout; return OK; }
-aclError aclrtPeekAtLastError(int32_t level) { (void)level; return OK; }
-aclError aclrtGetLastError(int32_t level) { (void)level; return OK; }
+aclError aclrtPeekAtLastError(UNUSED int32_t level) { return OK; }
+aclError aclrtGetLastError(UNUSED int32_t level) { return OK; }
 
-aclError aclsysGetVersionStr(char *package, char *version) {
-    (void)package;
+aclError aclsysGetVersionStr(UNUSED char *package, char *version) {
     strcpy(version, cann_version);
     return OK;
 }
@@ -423,17 +376,15 @@ typedef struct {
     char reserved[128];
 } PackageVersion;
 
-aclError aclsysGetCANNVersion(int32_t package, PackageVersion *version) {
-    (void)package;
+aclError aclsysGetCANNVersion(UNUSED int32_t package, PackageVersion *version) {
     memset(version, 0, sizeof *version);
     snprintf(version->version, sizeof version->version, "%s", cann_version);
     sscanf(cann_version, "%63[^.].%63[^.].%63s", version->parts[0], version->parts[1], version->parts[2]);
     return OK;
 }
 
-void aclAppLog(int32_t level, const char *function, const char *file, uint32_t line, const char *format, ...) {
-    (void)level; (void)function; (void)file; (void)line; (void)format;
-}
+void aclAppLog(UNUSED int32_t level, UNUSED const char *function, UNUSED const char *file, UNUSED uint32_t line,
+               UNUSED const char *format, ...) {}
 
 /* ---- the secure C functions CANN brings along ------------------------------------------------------------------- */
 
@@ -470,5 +421,5 @@ long emu_nothing(const char *name) {
 
 long emu_refuse(const char *name) {
     trace(name);
-    return fail(ERROR_UNSUPPORTED, "%s is not emulated", name);
+    return emu_fail(ERROR_UNSUPPORTED, "%s is not emulated", name);
 }

@@ -1,23 +1,8 @@
 /* CANN's virtual memory, which torch_npu's expandable segments use: addresses are reserved first, and physical memory,
  * counted against the card, is mapped into them in pieces. Here a mapping makes anonymous memory accessible. */
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "emulator.h"
+
 #include <sys/mman.h>
-
-typedef int aclError;
-
-enum { OK = 0, ERROR_INVALID_PARAM = 107000, ERROR_MEMORY = 207001 };
-
-/* in runtime.c */
-aclError emu_fail(aclError code, const char *format, ...);
-aclError emu_take_memory(int32_t device, size_t size);
-void emu_give_memory(int32_t device, size_t size);
-
-/* in capture.c */
-void emu_note_allocation(const void *start, size_t size, int32_t device);
-void emu_forget_allocation(const void *start);
 
 typedef struct Area {
     void *start;
@@ -64,8 +49,8 @@ static size_t forget(Area **list, void *start) {
     return size;
 }
 
-aclError aclrtReserveMemAddress(void **start, size_t size, size_t alignment, void *wanted, uint64_t flags) {
-    (void)alignment; (void)wanted; (void)flags;
+aclError aclrtReserveMemAddress(void **start, size_t size, UNUSED size_t alignment, UNUSED void *wanted,
+                                UNUSED uint64_t flags) {
     void *area = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (area == MAP_FAILED) return emu_fail(ERROR_MEMORY, "%zu bytes of addresses cannot be reserved", size);
     remember(&reserved, area, size);
@@ -80,8 +65,7 @@ aclError aclrtReleaseMemAddress(void *start) {
     return OK;
 }
 
-aclError aclrtMallocPhysical(void **handle, size_t size, const PhysicalProperties *properties, uint64_t flags) {
-    (void)flags;
+aclError aclrtMallocPhysical(void **handle, size_t size, const PhysicalProperties *properties, UNUSED uint64_t flags) {
     aclError error = emu_take_memory((int32_t)properties->device, size);
     if (error != OK) return error;
     Physical *physical = malloc(sizeof *physical);
@@ -97,8 +81,7 @@ aclError aclrtFreePhysical(void *handle) {
     return OK;
 }
 
-aclError aclrtMapMem(void *start, size_t size, size_t offset, void *handle, uint64_t flags) {
-    (void)flags;
+aclError aclrtMapMem(void *start, size_t size, size_t offset, void *handle, UNUSED uint64_t flags) {
     if (offset || size > ((Physical *)handle)->size)
         return emu_fail(ERROR_INVALID_PARAM, "%zu bytes from %zu on do not fit what was allocated", size, offset);
     if (mprotect(start, size, PROT_READ | PROT_WRITE)) return emu_fail(ERROR_MEMORY, "%p cannot be mapped", start);

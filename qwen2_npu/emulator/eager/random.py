@@ -48,7 +48,12 @@ def draw(generator: torch.Generator) -> torch.Generator:
     words = words.clone()
     words[-1] = offset + STEP
     generator.set_state(words.view(torch.uint8))
-    mixed = (seed + (offset // STEP) * _MIX) & ((1 << 64) - 1)
+    return seeded(seed, offset // STEP)
+
+
+def seeded(seed: int, draws: int) -> torch.Generator:
+    """A CPU generator for the draw that follows ``draws`` others from ``seed``."""
+    mixed = (seed + draws * _MIX) & ((1 << 64) - 1)
     return torch.Generator("cpu").manual_seed(mixed if mixed < 1 << 63 else mixed - (1 << 64))
 
 

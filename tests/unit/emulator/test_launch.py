@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +16,12 @@ import pytest
 from click.testing import CliRunner
 
 from qwen2_npu.cli.emulate import command as cli
-from qwen2_npu.emulator import launch
+from qwen2_npu.emulator import environment, launch
 from qwen2_npu.emulator.__main__ import main as module
 from qwen2_npu.emulator.settings import VARIABLE, Settings
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torch_npu") is None or bool(os.environ.get("ASCEND_HOME_PATH")),
+    importlib.util.find_spec("torch_npu") is None or bool(environment.signs_of_npu()),
     reason="there are no emulated cards here",
 )
 
@@ -30,9 +31,9 @@ MODULE = [sys.executable, "-m", "qwen2_npu.emulator"]
 TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('QWEN2_NPU_EMULATOR'), os.getpid()]))"
 
 
-def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=120)
+def run(command: list[str], timeout: int = 120, **more: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in (VARIABLE, environment.TOOLKIT_VARIABLE)}
+    return subprocess.run(command, env={**clean, **more}, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize("start", [[*CLI, "--", sys.executable], MODULE], ids=["cli", "module"])
@@ -176,3 +177,54 @@ def test_children_of_torchrun(tmp_path):
     done = run([*CLI, "--device-count", "2", "--", *torchrun, str(script), "--flag"], OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--flag"] * 2
+
+
+# What DeepSpeed 0.19 does when it builds its operators for an NPU.
+LOOKS_FOR_CANN = """
+import os, subprocess, sys
+import torch
+assert torch.npu.is_available()
+assert os.path.isdir(os.environ["ASCEND_HOME_PATH"])
+print(float(torch.ones(2, device="npu").sum()))
+sys.stdout.flush()
+if "child" in sys.argv:
+    sys.exit(subprocess.call([*sys.argv[2:], __file__]))
+"""
+
+
+@pytest.mark.parametrize(
+    "inherited", [{}, {"ASCEND_HOME_PATH": "/no/such/folder"}], ids=["unset", "a folder that is gone"]
+)
+def test_programs_that_ask_for_cann_s_folder_and_their_children(inherited, tmp_path):
+    script = tmp_path / "looks.py"
+    script.write_text(LOOKS_FOR_CANN)
+    # The child starts the emulator's launcher itself, with the variable that its parent has set.
+    done = run([*MODULE, str(script), "child", *MODULE], **inherited)
+    assert (done.returncode, done.stdout.split()) == (0, ["2.0", "2.0"]), done.stderr[-3000:]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed_on_two_cards(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, torch, deepspeed, torch.distributed as dist\n"
+        "deepspeed.init_distributed('hccl')\n"
+        "rank = dist.get_rank()\n"
+        "torch.npu.set_device(rank)\n"
+        "x = torch.full((4,), float(rank + 1), device='npu')\n"
+        "dist.all_reduce(x)\n"
+        "assert x.tolist() == [3.0] * 4 and x.device.index == rank, x\n"
+        "dist.destroy_process_group()\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').close()\n"
+    )
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    done = run([*CLI, "--device-count", "2", "--", *launcher, str(script)], timeout=400, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / str(rank)).exists() for rank in range(2))

@@ -197,6 +197,28 @@ def test_no_flag_of_one_machine():
         assert word not in text
 
 
+def test_the_compiler_has_nothing_to_warn_of():
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-fsyntax-only", *map(str, libraries.SOURCES)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("file", [*libraries.SOURCES, *libraries.HEADERS], ids=lambda path: path.name)
+def test_a_change_of_any_c_file_is_another_build(file, tmp_path, monkeypatch):
+    before = libraries._key()
+    changed = tmp_path / file.name
+    changed.write_bytes(file.read_bytes() + b"\n")
+    for name in ("SOURCES", "HEADERS"):
+        files = tuple(changed if path == file else path for path in getattr(libraries, name))
+        monkeypatch.setattr(libraries, name, files)
+    assert libraries._key() != before
+
+
+def test_every_file_in_the_folder_of_c_files_is_known():
+    folder = libraries.SOURCES[0].parent
+    assert sorted(folder.iterdir()) == sorted([*libraries.SOURCES, *libraries.HEADERS])
+
+
 LOAD_AS = """
 import os
 from qwen2_npu.emulator import libraries

@@ -12,10 +12,16 @@ from qwen2_npu.emulator.eager.gradients import gradients
 
 Tensor = torch.Tensor
 
+
+def fast_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x)"""
+    return x * torch.sigmoid(1.702 * x)
+
+
 FFN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "fastgelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "fastgelu": fast_gelu,
     "silu": F.silu,
 }
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -23,23 +23,29 @@ from tests.unit.emulator.ge.operators import (
     test_attention,
     test_creation,
     test_elementwise,
-    test_images,
     test_indexing,
-    test_losses,
     test_normalization,
-    test_padding,
     test_products,
-    test_random,
     test_reductions,
     test_shapes,
 )
+from tests.unit.emulator.ge.operators.beyond_qwen2 import test_activations as more_activations
+from tests.unit.emulator.ge.operators.beyond_qwen2 import (
+    test_convolutions,
+    test_images,
+    test_losses,
+    test_padding,
+    test_random,
+)
+from tests.unit.emulator.ge.operators.beyond_qwen2 import test_normalization as more_normalization
 from tests.unit.emulator.ge.operators.cases import Case
 
 CASES: list[Case] = [
     case
     for module in (
-        test_activations, test_creation, test_elementwise, test_images, test_indexing, test_losses,
-        test_normalization, test_padding, test_products, test_reductions, test_shapes,
+        test_activations, test_creation, test_elementwise, test_indexing, test_normalization, test_products,
+        test_reductions, test_shapes, more_activations, more_normalization, test_convolutions, test_images,
+        test_losses, test_padding,
     )
     for case in module.CASES
 ]  # fmt: skip

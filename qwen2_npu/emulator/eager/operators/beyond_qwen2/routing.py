@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qwen2_npu.emulator.eager.operators.linear import fast_gelu
+
 Tensor = torch.Tensor
 
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     0: lambda x: x,
     1: F.relu,
     2: lambda x: F.gelu(x, approximate="tanh"),
-    4: lambda x: x * torch.sigmoid(1.702 * x),
+    4: fast_gelu,
     5: F.silu,
 }
 """act_type of ``npu_grouped_matmul`` -> function."""

@@ -8,23 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qwen2_npu import ops
 from qwen2_npu.emulator.eager.gradients import gradient
+from qwen2_npu.emulator.eager.operators.linear import fast_gelu
 
 Tensor = torch.Tensor
 
 MASKED = -10000.0
 """What ``npu_scaled_masked_softmax`` puts at masked positions."""
-
-
-def fast_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x)"""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def swiglu(x: Tensor, dim: int = -1) -> Tensor:
-    """silu(first half) · second half, in fp32."""
-    gate, up = x.float().chunk(2, dim)
-    return (F.silu(gate) * up).to(x.dtype)
 
 
 def gelu_mul(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -117,7 +108,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "npu_silu_backward": lambda grad, x, _: backward_of(F.silu)(grad, x),
     "npu_mish": F.mish,
     "npu_mish_backward": backward_of(F.mish),
-    "npu_swiglu_backward": backward_of(swiglu),
+    "npu_swiglu_backward": backward_of(ops.kernels["npu_swiglu"]),
     "npu_geglu": geglu,
     "npu_geglu_grad": _geglu_backward,
     "npu_clipped_swiglu": clipped_swiglu,
