@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
 def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every stock tensor of a model with its shape; a tied lm_head is no tensor of its own."""
+    """Every stock tensor of a model with its shape; a tied lm_head is not a tensor of its own."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, kv_head_count(config)))
     layer: dict[str, tuple[int, ...]] = {
@@ -71,7 +71,7 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
-    """Every stock tensor name with the rows it has in ``model``; a tied lm_head is no tensor of its own."""
+    """Every stock tensor name with the rows it has in ``model``; a tied lm_head is not a tensor of its own."""
     layout: dict[str, Rows] = {}
     shapes = stock_shapes(model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -66,7 +66,7 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     """
     if not is_folder(folder):
         raise CheckpointError(
-            f"model path {str(folder)!r} is no folder: pass a local Hugging Face checkpoint folder (nothing is "
+            f"model path {str(folder)!r} is not a folder: pass a local Hugging Face checkpoint folder (nothing is "
             "downloaded; fetch one with `hf download Qwen/Qwen2-7B-Instruct --local-dir DIR`)"
         )
     path = folder / CONFIG_FILE
@@ -153,7 +153,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({one_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__} in place of a JSON object; fetch it again")
     level: list[Any] = [values]

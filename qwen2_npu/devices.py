@@ -66,7 +66,7 @@ def _is_type(kind: str) -> bool:
 
 
 def _no_such_card(kind: str, number: int) -> str:
-    """Which cards there are, if ``number`` is none of them."""
+    """Which cards there are, if ``number`` is not one of them."""
     if kind == "cpu":
         return "there is one cpu, without a number" if number else ""
     count_them: Any = getattr(getattr(torch, kind, None), "device_count", None)

@@ -112,7 +112,7 @@ class Optimizations:
         """The ladder up to and including ``step``: a row of the guide's tables.
 
         Raises:
-            ValueError: ``step`` is no step of the ladder.
+            ValueError: ``step`` is not a step of the ladder.
         """
         if step not in LADDER:
             raise ValueError(f"no step {step!r} in the ladder; the steps are {', '.join(LADDER)}")

@@ -72,7 +72,7 @@ class StateDictSource:
     """Stock tensors already in memory.
 
     Raises:
-        CheckpointError: something in ``state_dict`` is no tensor of floating-point numbers.
+        CheckpointError: something in ``state_dict`` is not a tensor of floating-point numbers.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ def _indexed_files(index: Path) -> list[str]:
     named = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not named or not all(isinstance(file, str) for file in named):
         raise CheckpointError(
-            f"{index} is no valid index: weight_map={reprlib.repr(weight_map)} is no object of tensor and file names; "
+            f"{index} is not a valid index: weight_map={reprlib.repr(weight_map)} must map tensors to files; "
             "fetch it again"
         )
     files = sorted(set(named))

@@ -162,7 +162,7 @@ def _torch(version: str | None, *, beside_torch_npu: bool) -> tuple[str, str]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """``2.13.0+cpu`` -> (2, 13); empty for what is no version."""
+    """``2.13.0+cpu`` -> (2, 13); empty for what is not a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else ()
 

@@ -30,7 +30,7 @@ def check_temperature(value: float, name: str = "--temperature") -> None:
             f"{name} {value:g} is too small: logits divided by it overflow; leave --sample out, which takes the most "
             f"likely token, or {way_out}"
         )
-    raise ValueError(f"{name} {value:g} is {'too large' if value > high else 'no number'}: {way_out}")
+    raise ValueError(f"{name} {value:g} is {'too large' if value > high else 'not a number'}: {way_out}")
 
 
 def _temperature(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -44,7 +44,7 @@ def _temperature(ctx: click.Context, param: click.Parameter, value: float | None
 
 def _probability(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     if value is not None and math.isnan(value):
-        raise click.BadParameter("nan is no number: give one above 0 and up to 1")
+        raise click.BadParameter("nan is not a number: give one above 0 and up to 1")
     return value
 
 

@@ -214,7 +214,7 @@ def check_cache(cache: Any, batch: int | None = None) -> Any:
         batch: rows of the new tokens, where they are known.
 
     Raises:
-        ValueError: it is no transformers ``Cache``, or a growing one of another number of rows.
+        ValueError: it is not a transformers ``Cache``, or a growing one of another number of rows.
     """
     if cache is None:
         return None

@@ -136,8 +136,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     """A transformers causal language model whose every optimisation is a switch.
 
     Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
-        return
-    what the stock class does. For inference: parameters require no gradient.
+    return what the stock class does. For inference: parameters require no gradient.
 
     Args:
         config: a transformers ``Qwen2Config`` (model_type qwen2: Qwen2 dense sizes and Qwen1.5).
@@ -299,8 +298,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if output_attentions and self.optimizations.fixed_kv_cache:
             raise UnsupportedError(
                 f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention "
-                "weights are not "
-                f"kept; use optimizations with fixed_kv_cache and flash_attention off"
+                "weights are not kept; use optimizations with fixed_kv_cache and flash_attention off"
             )
         use_cache = config.use_cache if use_cache is None else use_cache
         positions = self.model.rotary.positions
@@ -432,7 +430,7 @@ def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, live: torch.Tensor
     that stand after padding, since logits at padding are unspecified.
 
     Args:
-        live: (B, S) 1 where a position is no padding; None where none is.
+        live: (B, S) 1 where a position is not padding; None where none is.
 
     Raises:
         ValueError: labels of another shape than the logits'.

@@ -33,12 +33,12 @@ def nested(levels: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"is no valid JSON \(Expecting value"),
-        ('{"a": 1', r"is no valid JSON \("),
-        ('{"a": ' + "9" * 5000 + "}", r"is no valid JSON \(Exceeds the limit"),
-        ("\x00", r"is no valid JSON \("),
+        ("", r"is not valid JSON \(Expecting value"),
+        ('{"a": 1', r"is not valid JSON \("),
+        ('{"a": ' + "9" * 5000 + "}", r"is not valid JSON \(Exceeds the limit"),
+        ("\x00", r"is not valid JSON \("),
         ("7", r"holds a int in place of a JSON object"),
-        (nested(100_000), r"is no valid JSON \(maximum recursion depth exceeded"),
+        (nested(100_000), r"is not valid JSON \(maximum recursion depth exceeded"),
         (nested(400), r"is nested more than 100 levels deep"),
     ],
     ids=["empty", "cut", "digits", "zeros", "number", "deep", "deeper_than_copies_go"],
@@ -60,7 +60,7 @@ def test_no_object(folder, text, message):
 
 def test_a_file_in_another_encoding(folder):
     (folder / "config.json").write_bytes('{"a": "\u00e9"}'.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"config\.json is no valid JSON \('utf-8' codec can't decode"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON \('utf-8' codec can't decode"):
         read_config(folder)
 
 
@@ -87,7 +87,7 @@ def test_no_folder(folder, name):
     if not name:
         read_config(folder / name)
         return
-    with pytest.raises(CheckpointError, match=r"is no folder: pass a local|cannot be read: File name too long"):
+    with pytest.raises(CheckpointError, match=r"is not a folder: pass a local|cannot be read: File name too long"):
         read_config(folder / name)
 
 

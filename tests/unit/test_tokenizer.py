@@ -98,7 +98,7 @@ def test_another_fault_is_not_called_the_tokenizer_s(folder, broken):
         edit(folder / "tokenizer_config.json", tokenizer_class=None)
     result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x"])
     assert result.exit_code == 2
-    assert ("config.json is no valid JSON" if broken == "config.json" else "is no folder") in result.output
+    assert ("config.json is not valid JSON" if broken == "config.json" else "is not a folder") in result.output
 
 
 def test_no_tokenizer_at_all(folder):

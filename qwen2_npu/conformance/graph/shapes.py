@@ -23,7 +23,7 @@ DATA = frozenset({"Data", "RefData"})
 CONSTANTS = frozenset({"Const"})
 
 STRUCTURE = DATA | CONSTANTS | {"ConstPlaceHolder", "NetOutput"}
-"""Nodes that are no operators."""
+"""Nodes that are not operators."""
 
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "ExpandDims"})
 """Operators that change a shape and move nothing."""

@@ -1,6 +1,6 @@
 """Whether the host can be trusted to launch on time: cores pinned, clocks at their top, nobody else on them.
 
-What the kernel does not say (a virtual machine has no cpufreq) is no warning: it stands as None in the fingerprint.
+What the kernel does not say (a virtual machine has no cpufreq) is not a warning: it stands as None in the fingerprint.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 SYS = Path("/sys/devices/system")
 
 LOWEST_FREQUENCY = 0.8
-"""Of its maximum, for the fastest of the process's cores after a run: below it the host was throttled or "
-"saving power."""
+"""Of its maximum, for the fastest of the process's cores after a run: below it the host was throttled or
+saving power."""
 
 NODES = 1
 """NUMA nodes that the process's cores may span: a thread that moves between nodes leaves its memory behind."""

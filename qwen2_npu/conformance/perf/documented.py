@@ -168,7 +168,7 @@ def _read(path: Path) -> tuple[Documented, ...]:
             "so run from a checkout (pip install -e .)"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BaselineError(f"{path} is no valid TOML: {error}") from error
+        raise BaselineError(f"{path} is not valid TOML: {error}") from error
     try:
         conditions = Conditions(**content["conditions"])
         numbers = [number for table in content["tables"] for number in _table(table, conditions)]
@@ -198,7 +198,7 @@ def _table(table: dict[str, Any], conditions: Conditions) -> list[Documented]:
         for column, ms in zip(table["columns"], line["ms"], strict=True):
             mode, _, phase = column.partition("-")
             if mode not in MODES or phase not in PHASES:
-                raise BaselineError(f"{place}: column {column!r} is none of MODE-PHASE")
+                raise BaselineError(f"{place}: column {column!r} is not MODE-PHASE")
             if type(ms) is not int or ms <= 1:
                 raise BaselineError(f"{place}: {ms!r} ms is a placeholder; the tables hold whole milliseconds above 1")
             configuration = Configuration(table["model"], table["cards"], batch, cast(Mode, mode), step)

@@ -36,8 +36,8 @@ def kv_per_token(size: Size) -> int:
 
 
 def parameters_per_step(size: Size) -> int:
-    """Elements a step reads whole: every weight but an embedding table of its own, of which it reads a "
-    "row per token."""
+    """Elements a step reads whole: every weight but an embedding table of its own, of which it reads a row per
+    token."""
     return size.parameters - (0 if size.tied else size.vocab * size.hidden)
 
 

@@ -114,8 +114,7 @@ class Recorded:
 
         Raises:
             BaselineError: a self-test or a faulty measurement, no reason, or a run that does not fit those recorded
-                under
-                this reason.
+                under this reason.
             OSError: the file cannot be written; it is then as it was.
         """
         if measurement.self_test:

@@ -24,7 +24,7 @@ from qwen2_npu.conformance.machine.verified import Where, where
 from qwen2_npu.conformance.report import inputs
 
 ROOT = Path(qwen2_npu.__file__).parents[1]
-"""The checkout: the suites are no part of an installed wheel."""
+"""The checkout: the suites are not part of an installed wheel."""
 
 CLI = (sys.executable, "-m", "qwen2_npu.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-ra")
@@ -156,7 +156,7 @@ def run(
     interrupted = not _run(first, options, say)
     with suppress(OSError, ValueError):
         provenance = json.loads((options.results / MACHINE).read_text(encoding="utf-8"))
-    # A machine that cannot be named is no real NPU, and every stage shows what is wrong with it.
+    # A machine that cannot be named is not a real NPU, and every stage shows what is wrong with it.
     done += plan(options, provenance.get("verified") or "")
     for stage in done:
         _write(options, provenance, done)

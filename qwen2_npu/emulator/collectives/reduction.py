@@ -39,7 +39,7 @@ NO_PRODUCT = (torch.int16, torch.bfloat16)
 def check(dtype: torch.dtype, operation: str) -> None:
     """Raise CollectiveError for what HCCL refuses on Atlas A2."""
     if operation not in OPERATIONS:
-        raise CollectiveError(Result.PARA, f"reduction {operation!r} is none of HCCL's: {', '.join(OPERATIONS)} are")
+        raise CollectiveError(Result.PARA, f"reduction {operation!r} is not one of HCCL's: {', '.join(OPERATIONS)} are")
     refused = dtype not in COMPUTED_IN or (operation == "prod" and dtype in NO_PRODUCT)
     if refused:
         names = [str(d).removeprefix("torch.") for d in COMPUTED_IN if operation != "prod" or d not in NO_PRODUCT]

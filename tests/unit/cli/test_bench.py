@@ -225,7 +225,7 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Weights, "build", lambda *rest: pytest.fail("a model was built"))
     result = run(*TINY)
     assert result.exit_code == 2
-    assert "documented.toml is no valid TOML" in result.output
+    assert "documented.toml is not valid TOML" in result.output
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_nan_weights_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify", "--model-path", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["verify", "--model-path", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["verify", "--device", "abacus"], "--device abacus: not usable here"),
         (["verify", "--steps", "warp_drive"], "no step warp_drive"),
         (["verify", "--dtype", "int8"], "int8"),
@@ -106,7 +106,7 @@ def test_nan_weights_are_named(tmp_path: Path) -> None:
         (["generate", "--prompt", ""], "--prompt is empty"),
         (["generate", "--prompt", "x", "--top-k", "5"], "--top-k needs --sample"),
         (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_position_embeddings=2048"),
-        (["generate", "--model-path", "/no/such/folder", "--prompt", "x"], "is no folder"),
+        (["generate", "--model-path", "/no/such/folder", "--prompt", "x"], "is not a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str) -> None:

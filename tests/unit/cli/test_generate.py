@@ -55,7 +55,7 @@ def test_the_prompt_is_printed_once_unless_it_is_a_chat(option: list[str]) -> No
     [
         (small_vocabulary, "is outside the vocabulary of 300"),
         (quantise, "is stored as I8, which is quantised or no weight; use the checkpoint in bf16"),
-        (spoil_generation_config, "generation_config.json is no valid JSON"),
+        (spoil_generation_config, "generation_config.json is not valid JSON"),
     ],
 )
 def test_a_checkpoint_that_does_not_serve(folder: Path, spoil, message: str) -> None:
@@ -91,10 +91,10 @@ def test_bad_options(arguments: list[object], message: str) -> None:
         ),
         ("--temperature", "inf", "inf is too large: give 1e-30 to 1e+30"),
         ("--temperature", "1e+39", "1e+39 is too large: give 1e-30 to 1e+30"),
-        ("--temperature", "nan", "nan is no number: give 1e-30 to 1e+30"),
+        ("--temperature", "nan", "nan is not a number: give 1e-30 to 1e+30"),
         ("--temperature", "0", "0.0 is not in the range x>0"),
         ("--temperature", "-1", "-1.0 is not in the range x>0"),
-        ("--top-p", "nan", "nan is no number: give one above 0 and up to 1"),
+        ("--top-p", "nan", "nan is not a number: give one above 0 and up to 1"),
         ("--top-p", "inf", "inf is not in the range"),
         ("--top-k", "nan", "'nan' is not a valid integer range"),
     ],

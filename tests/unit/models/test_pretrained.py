@@ -87,7 +87,7 @@ def test_config_is_one_or_the_folder_of_one(folder, tmp_path):
     for config in (tmp_path, str(tmp_path), small_config(rms_norm_eps=1e-3)):
         assert Qwen2ForCausalLM.from_pretrained(folder, config=config).config.rms_norm_eps == 1e-3
     assert Qwen2ForCausalLM.from_pretrained(folder, config=str(tmp_path), use_cache=False).config.use_cache is False
-    with pytest.raises(CheckpointError, match=r"model path '.*nowhere' is no folder"):
+    with pytest.raises(CheckpointError, match=r"model path '.*nowhere' is not a folder"):
         Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path / "nowhere")
     with pytest.raises(UnsupportedError, match=r"config=LlamaConfig: pass a Qwen2Config, or a folder"):
         Qwen2ForCausalLM.from_pretrained(folder, config=LlamaConfig())

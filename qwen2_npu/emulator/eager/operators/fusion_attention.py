@@ -106,7 +106,7 @@ def hidden(mask: Tensor | None, options: Options, rows: range, keys: int, querie
     if mode in (4, 7, 8):
         return (column > row + from_end + options.after) | (column < row + from_end - options.before)
     if mode not in (0, 1, 5):
-        raise ValueError(f"{options.name}: sparse_mode={mode} is none of 0 to 8")
+        raise ValueError(f"{options.name}: sparse_mode={mode} is not one of 0 to 8")
     given = mask.bool()[..., start:stop, :keys]
     if mode == 0 and (options.before < queries or options.after < keys):
         given = given | (column > row + options.after) | (column < row - options.before)

@@ -124,7 +124,7 @@ def test_a_number_that_stands_in_two_tables_is_the_same() -> None:
         ("batch = 16,", "batch = 32,", "is there twice"),
         ("numbers = 76", "numbers = 77", "holds 76 numbers and declares 77"),
         ("rounding = 0.5", "", "rounding"),
-        ("[conditions]", "[conditions", "no valid TOML"),
+        ("[conditions]", "[conditions", "not valid TOML"),
     ],
 )
 def test_a_damaged_source_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def start(path: Path) -> None:
     ("content", "message"),
     [
         (None, "has no config.json"),
-        ("{", "is no valid JSON"),
+        ("{", "is not valid JSON"),
         (json.dumps({"model_type": "llama"}), "model_type='llama'"),
     ],
     ids=["empty_folder", "damaged", "another_model"],
@@ -37,7 +37,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(content: str | None, message:
         (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(pytest.UsageError, match=message):
         start(tmp_path)
-    with pytest.raises(pytest.UsageError, match="is no folder"):
+    with pytest.raises(pytest.UsageError, match="is not a folder"):
         start(tmp_path / "absent")
 
 

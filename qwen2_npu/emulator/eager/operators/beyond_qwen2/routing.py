@@ -125,7 +125,7 @@ def grouped_matmul(
         biases = list(bias[0].unbind()) if len(bias) == 1 and bias[0].dim() == 2 else bias
     act = ACTIVATIONS.get(act_type or 0)
     if act is None:
-        raise ValueError(f"npu_grouped_matmul: act_type={act_type} is none of {sorted(ACTIVATIONS)}")
+        raise ValueError(f"npu_grouped_matmul: act_type={act_type} is not one of {sorted(ACTIVATIONS)}")
     results = []
     for part, matrix, addend in zip(parts, weights, biases, strict=True):
         y = part.float() @ matrix.float()
