@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.report import own_files
 from qwen2_npu.conformance.report.own_files import LOCK, RECORD, locked
 
 NAMES = ("run.json", "index.html", "perf.xml", "logs/perf.log")
@@ -46,13 +45,13 @@ def test_what_a_run_made_is_removed_by_the_next(tmp_path: Path, killed: bool) ->
     assert not list((tmp_path / "logs").iterdir())
 
 
-def test_a_file_that_a_run_had_no_part_in(tmp_path: Path) -> None:
-    (tmp_path / "pom.xml").write_text("mine", encoding="utf-8")
-    refused(tmp_path, "pom.xml")
-    night_after = tmp_path / "other"
-    night(night_after, *NAMES)
-    (night_after / "verify-mine.json").write_text("mine", encoding="utf-8")
-    refused(night_after, "verify-mine.json")
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("name", ["pom.xml", "verify-x.json", "benchmark-x.json", "bench.json", "predictions.json"])
+def test_a_file_that_the_report_would_read(tmp_path: Path, name: str, earlier: bool) -> None:
+    if earlier:
+        night(tmp_path, *NAMES)
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    refused(tmp_path, name)
 
 
 def test_a_file_that_was_changed_since(tmp_path: Path) -> None:
@@ -151,10 +150,3 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "report").touch()
     with pytest.raises(OSError, match=r"report cannot be written \(File exists\)"), locked(tmp_path / "report"):
         pass
-
-
-def test_patterns_are_those_that_the_report_reads() -> None:
-    from qwen2_npu.conformance.report import inputs
-
-    patterns = {inputs.VERIFY, inputs.JUNIT, inputs.BENCHMARK, inputs.BENCH, inputs.RUN, inputs.PREDICTIONS}
-    assert set(own_files.READ) == patterns
