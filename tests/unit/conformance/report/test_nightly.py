@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -196,6 +197,15 @@ def test_every_suite_and_what_it_leaves() -> None:
     assert [stage.makes for stage in found[3:]] == [("accuracy.xml",), ("graph.xml",), ("perf.xml",)]
     assert "verify torchair" not in commands(CPU)
     assert not any("slow" in command for command in commands(NPU).values())
+
+
+def test_the_documentation_names_every_file() -> None:
+    text = (nightly.ROOT / "docs" / "nightly.md").read_text(encoding="utf-8")
+    table = text.split("| stage | file |")[1].split("\n\n")[0]
+    documented = {name for row in table.splitlines()[2:] for name in re.findall("`([^`]+)`", row.split("|")[2])}
+    options = Options(Path("/r"))
+    made = set(nightly.names([nightly.machine_stage(options), *stages(options, NPU)]))
+    assert documented == {name for name in made if not name.startswith("logs/")} | {"logs/*.log", "history/*.json"}
 
 
 def test_quick_is_the_fast_lane() -> None:
