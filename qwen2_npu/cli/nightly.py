@@ -90,7 +90,7 @@ def command(
 
 def _say(line: str) -> None:
     """Print, where anybody listens: a terminal that is gone, or a full disk below the output, changes no verdict."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: closed, or in an encoding without these characters
         click.echo(line)
 
 

@@ -22,7 +22,7 @@ from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop
 from qwen2_npu.conformance.files import write_json
 from qwen2_npu.conformance.machine.verified import Where, where
 from qwen2_npu.conformance.report import inputs
-from qwen2_npu.conformance.report.own_files import LOGS, cannot_be_written, locked
+from qwen2_npu.conformance.report.own_files import LOGS, locked, not_written
 
 ROOT = Path(qwen2_npu.__file__).parents[1]
 """The checkout: the suites are no part of an installed wheel."""
@@ -211,7 +211,7 @@ def _write(options: Options, provenance: Mapping[str, Any], done: Sequence[Stage
     try:
         write_json(options.results / inputs.RUN, content)
     except OSError as error:
-        return f"{options.results / inputs.RUN} {cannot_be_written(error)}"
+        return not_written(options.results / inputs.RUN, error)
     return ""
 
 
@@ -303,4 +303,4 @@ class _Log:
         try:
             yield
         except OSError as error:
-            self.problem = f"{self._path} {cannot_be_written(error)}"
+            self.problem = not_written(self._path, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -21,6 +22,9 @@ LOGS = "logs"
 READ = (inputs.VERIFY, inputs.JUNIT, inputs.BENCHMARK, inputs.BENCH, inputs.RUN, inputs.PREDICTIONS)
 """What the report reads: a file that is not of this run must not speak for it."""
 
+WAYS_OUT = {errno.EACCES: "change the permissions of its folder", errno.ENOSPC: "free space on its disk"}
+"""What to do, by the number of the error."""
+
 SHOWN = 5
 """Names in a message."""
 
@@ -35,15 +39,15 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(f"{path} {cannot_be_written(error)}") from error
+        raise type(error)(not_written(path, error)) from error
 
 
-def cannot_be_written(error: OSError) -> str:
-    """Why, and what to do about it."""
-    return (
-        f"cannot be written ({error.strerror or error}): make room there, or name a folder with --results that you "
-        "can write"
-    )
+def not_written(path: Path, error: OSError) -> str:
+    """That ``path`` is not written, why, and what to do; an error that says so already is left as it is."""
+    if error.errno is None:
+        return str(error)
+    way_out = WAYS_OUT.get(error.errno)
+    return f"{path} cannot be written ({error.strerror}): {f'{way_out}, or ' if way_out else ''}name another --results"
 
 
 class OwnFiles:
@@ -131,7 +135,7 @@ def locked(folder: Path) -> Iterator[OwnFiles]:
             "or name another --results"
         ) from None
     except OSError as error:
-        raise type(error)(f"{path} {cannot_be_written(error)}") from error
+        raise type(error)(not_written(path, error)) from error
     try:
         yield OwnFiles(folder)
     finally:

@@ -52,16 +52,8 @@ def test_no_number_of_a_command_is_without_limits(name: str) -> None:
             assert isinstance(kind, options.FiniteFloat), option.name
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("bench", "--random-weights=0.5B", f"--threads={10**11}"),
-        ("bench", "--random-weights=0.5B", "--threads=0"),
-        ("nightly", f"--workers={10**6}"),
-        ("nightly", "--workers=-1"),
-    ],
-)
-def test_numbers_that_no_machine_can_serve(arguments: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(main, arguments)
+@pytest.mark.parametrize("workers", [-1, 10**6])
+def test_workers_that_no_machine_can_serve(workers: int) -> None:
+    result = CliRunner().invoke(main, ["nightly", f"--workers={workers}"])
     assert result.exit_code == 2
     assert "is not in the range" in result.output

@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_loses_no_verdict(tmp_path: Path) -> None:
         pytest.skip("a file system cannot be mounted on this machine")
     assert done.returncode == 0, done.stderr
     found = dict(line.split(" ", 3)[1::2] for line in done.stdout.splitlines() if line.startswith("STATUS"))
-    why = "cannot be written (No space left on device): make room there"
+    why = "cannot be written (No space left on device): free space on its disk, or name another"
     assert f"{disk}/logs/talks.log {why}" in found["talks"]
     assert f"{disk}/logs/good.log {why}" in found["good"]
     assert f"{disk}/run.json {why}" in found["run.json"]

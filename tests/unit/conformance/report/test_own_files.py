@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, there: bool) -> None:
     finally:
         os.seteuid(0)
     assert str(folder) in str(error.value)
-    assert "cannot be written (Permission denied): make room there, or name a folder with --results" in str(error.value)
+    assert "cannot be written (Permission denied): change the permissions of its folder, or" in str(error.value)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
