@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from qwen2_npu.cli import options
 
 
 @click.command("nightly")
-@options.results_option("Where everything goes; files of an earlier run there are removed, its history is not.")
+@options.results_option("Where everything goes; what an earlier run made there is removed, its history is not.")
 @options.history_option()
 @click.option("--quick", is_flag=True, help="The fast lane of every suite: minutes, for pull requests.")
 @click.option(
@@ -26,8 +27,14 @@ from qwen2_npu.cli import options
 @click.option(
     "--gate-rows", metavar="PATTERN,…", default="*", show_default=True, help="Latency rows to judge, on a real NPU."
 )
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="pytest processes where no time is measured.")
-@click.option("--minutes", type=float, default=240.0, show_default=True, help="A stage may take.")
+@click.option("--workers", type=click.IntRange(0, 1024), default=0, help="pytest processes where no time is measured.")
+@click.option(
+    "--minutes",
+    type=options.FiniteFloat("a positive number of minutes, at most 525600", min=0, min_open=True, max=525_600),
+    default=240.0,
+    show_default=True,
+    help="A stage may take.",
+)
 @click.option("--machine", type=click.Path(path_type=Path), default=None, hidden=True)
 def command(
     results: Path,
@@ -44,8 +51,10 @@ def command(
     """Run every suite, and make the report whatever happens.
 
     On a real NPU the latency suite runs with --gate. Exit status: 0 everything passed, 1 anything failed, regressed, or
-    is no longer run; the page (index.html) and its summary (summary.md) are made in every case. In a GitHub workflow
-    the summary is shown with the job. docs/nightly.md says how to set up a machine and what to do when a row fails.
+    is no longer run; the page (index.html) and its summary (summary.md) are made in every case. SIGINT (Ctrl-C),
+    SIGTERM and SIGHUP end the running stage with all its processes, and the status is 128 and the signal's number; a
+    second one ends at once. In a GitHub workflow the summary is shown with the job. docs/nightly.md says how to set up
+    a machine and what to do when a row fails.
     """
     if machine is not None:
         _describe(machine, device)
@@ -56,16 +65,43 @@ def command(
     _check(nightly.ROOT)
     results = results.resolve()  # stages run in the checkout's root
     asked = nightly.Options(results, device, model_path and model_path.resolve(), quick, gate_rows, workers, minutes)
-    stages = nightly.run(asked, click.echo)
     report = [*nightly.CLI, "report", "--check", "--results", str(results), "--summary", str(results / SUMMARY)]
     report += ["--history", str(history.resolve())] if history else []
     report += ["--append"] if (not quick if append is None else append) else []
-    made = subprocess.run(report, check=False)
-    _show_in_workflow(results / SUMMARY)
+    made = 1
+
+    def finish() -> None:
+        nonlocal made
+        made = _report(report)
+        if not (results / PAGE).exists():
+            _say(f"error: {results / PAGE} was not made, for the reason above")
+        _show_in_workflow(results / SUMMARY)
+
+    with asked.stop.listening():
+        stages = nightly.run(asked, _say, finish=finish)
     failed = [stage.name for stage in stages if stage.status != 0]
-    click.echo(f"failed: {', '.join(failed)}" if failed else "every stage passed")
-    click.echo(f"Page: {results / PAGE}")
-    sys.exit(1 if failed or made.returncode else 0)
+    _say(f"failed: {', '.join(failed)}" if failed else "every stage passed")
+    _say(f"Page: {results / PAGE}")
+    if asked.stop.number is not None:
+        _say(f"error: {asked.stop.reason}")
+        sys.exit(asked.stop.status)
+    sys.exit(1 if failed or made else 0)
+
+
+def _say(line: str) -> None:
+    """Print, where anybody listens: a terminal that is gone, or a full disk below the output, changes no verdict."""
+    with suppress(OSError, ValueError):  # ValueError: closed, or in an encoding without these characters
+        click.echo(line)
+
+
+def _report(command: Sequence[str]) -> int:
+    """Make the page in a process of its own. A first signal lets it go on; what ends this process ends it, too."""
+    from qwen2_npu.conformance.children import Child
+
+    child = Child(command)
+    for line in child.output:
+        _say(line.rstrip())
+    return child.wait()
 
 
 def _check(root: Path) -> None:
@@ -99,6 +135,10 @@ def _describe(path: Path, device: str | None) -> None:
 def _show_in_workflow(summary: Path) -> None:
     """GitHub shows what a step appends to this file with the job."""
     target = os.environ.get("GITHUB_STEP_SUMMARY")
-    if target and summary.exists():
+    if not target or not summary.exists():
+        return
+    try:
         with open(target, "a", encoding="utf-8") as file:
             file.write(summary.read_text(encoding="utf-8"))
+    except OSError as error:
+        _say(f"error: {target} (GITHUB_STEP_SUMMARY) cannot be written: {error.strerror or error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,35 @@ def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -
         click.BadParameter: an unknown step.
     """
     return None if value is None else names_of(value, LADDER)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number between limits, and a number it is: click's own type lets "nan" through, and "inf" where one is open.
+
+    Args:
+        what: what it must be, for the message: "a positive number of minutes".
+        limits: as :class:`click.FloatRange` takes them.
+    """
+
+    name = "number"
+
+    def __init__(self, what: str, **limits: Any) -> None:
+        super().__init__(**limits)
+        self.what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``value`` as a number.
+
+        Raises:
+            click.BadParameter: it is none, not finite, or out of the limits.
+        """
+        try:
+            number = float(super().convert(value, param, ctx))
+        except click.BadParameter:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value}: must be {self.what}", param, ctx)
+        return number
 
 
 EMULATED = "emulated"

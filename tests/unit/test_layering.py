@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom up: a module imports from its own layer and from those before it."""
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("files", "sizes", "tiny", "operators"),
+    ("children", "files", "sizes", "tiny", "operators"),
     ("machine",),
     ("accuracy",),
     ("graph",),

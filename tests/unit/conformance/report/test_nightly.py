@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qwen2_npu.conformance.report import nightly
@@ -74,7 +78,7 @@ def test_an_interrupt_ends_the_stage_and_leaves_the_rest_unrun(tmp_path: Path, m
     monkeypatch.setattr(nightly, "_run", interrupted)
     long = python("long", "import time; print('started', flush=True); time.sleep(60)")
     done, _ = run(tmp_path, long, python("later", "pass"))
-    assert [stage.status for stage in done] == [0, nightly.INTERRUPTED, None]
+    assert [stage.status for stage in done] == [0, 130, None]
     assert of_run(tmp_path)["later"]["status"] is None
 
 
@@ -84,14 +88,95 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_files_of_an_earlier_run_cannot_speak_for_this_one(tmp_path: Path) -> None:
+    """They are removed before the first stage; what the earlier run did not make stays."""
+    made = ["verify.json", "graph.xml", "benchmark.json", "doctor.zip"]
+    code = f"import os; os.chdir({str(tmp_path)!r}); [open(name, 'w').write('old') for name in {made!r}]"
+    run(tmp_path, python("old", code, *made))
+    assert all((tmp_path / name).exists() for name in (*made, "logs/old.log"))
     (tmp_path / "history").mkdir()
-    old = [tmp_path / name for name in ("verify.json", "graph.xml", "benchmark.json", "index.html", "doctor.zip")]
-    for path in [*old, tmp_path / "history" / "a.json", tmp_path / "mine.txt"]:
-        path.write_text("old", encoding="utf-8")
-    run(tmp_path)
-    assert not any(path.exists() for path in old)
-    assert (tmp_path / "history" / "a.json").exists()
-    assert (tmp_path / "mine.txt").exists()
+    for name in ("history/a.json", "mine.txt", "logs/app.log"):
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    run(tmp_path, python("new", "pass"))
+    assert not any((tmp_path / name).exists() for name in (*made, "logs/old.log"))
+    for name in ("history/a.json", "mine.txt", "logs/app.log"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["pom.xml", "bench.json", "index.html", "doctor.zip", "logs/doctor.log"])
+def test_no_stage_runs_where_a_foreign_file_would_be_lost_or_reported(tmp_path: Path, name: str) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    ran: list[str] = []
+    with pytest.raises(ValueError, match=rf"no nightly run made, .*: {name};"):
+        nightly.run(Options(tmp_path), ran.append)
+    assert not ran
+    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """Not even one that appears while the run lasts."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    results = tmp_path / "report"
+    link = python("link", f"import os; os.symlink({str(mine)!r}, {str(results / 'logs' / 'late.log')!r})")
+    done, _ = run(results, link, python("late", "print('x')"))
+    assert [stage.status for stage in done] == [0, 0, 1]
+    assert str(results / "logs" / "late.log") in done[2].problem
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_stage_ends_when_the_caller_fails(tmp_path: Path) -> None:
+    """What is wrong with the output must not leave the stage running."""
+
+    def broken(line: str) -> None:
+        if line.isdecimal():
+            pids.append(int(line))
+            raise RuntimeError("no terminal")
+
+    pids: list[int] = []
+    stage = python("s", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    with pytest.raises(RuntimeError, match="no terminal"):
+        nightly.run(Options(tmp_path), broken, lambda options, verified: [], lambda _: stage)
+    assert not psutil.pid_exists(pids[0])
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from qwen2_npu.conformance.report import nightly
+from qwen2_npu.conformance.report.nightly import Options, Stage
+
+folder = Path(sys.argv[1])
+stages = [
+    Stage("talks", (sys.executable, "-c", "for i in range(4000): print('line', i, 'x' * 40)")),
+    Stage("good", (sys.executable, "-c", "print('fine')")),
+]
+done = nightly.run(Options(folder), print, lambda options, verified: stages[1:], lambda options: stages[0])
+for stage in done:
+    print("STATUS", stage.name, stage.status, stage.problem.splitlines()[:1])
+"""
+
+
+def test_a_disk_that_fills_up_loses_no_verdict(tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = 'mount -t tmpfs -o size=64k none "$1" || exit 77; exec "$2" -c "$3" "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(disk), sys.executable, FULL_DISK],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("a file system cannot be mounted on this machine")
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(" ", 3)[1::2] for line in done.stdout.splitlines() if line.startswith("STATUS"))
+    why = "cannot be written (No space left on device): free space on its disk, or name another"
+    assert f"{disk}/logs/talks.log {why}" in found["talks"]
+    assert f"{disk}/logs/good.log {why}" in found["good"]
+    assert f"{disk}/run.json {why}" in found["run.json"]
+    assert "line 3999 " in done.stdout, "the stage went on"
+    assert "STATUS talks 1 " in done.stdout
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -112,6 +197,15 @@ def test_every_suite_and_what_it_leaves() -> None:
     assert [stage.makes for stage in found[3:]] == [("accuracy.xml",), ("graph.xml",), ("perf.xml",)]
     assert "verify torchair" not in commands(CPU)
     assert not any("slow" in command for command in commands(NPU).values())
+
+
+def test_the_documentation_names_every_file() -> None:
+    text = (nightly.ROOT / "docs" / "nightly.md").read_text(encoding="utf-8")
+    table = text.split("| stage | file |")[1].split("\n\n")[0]
+    documented = {name for row in table.splitlines()[2:] for name in re.findall("`([^`]+)`", row.split("|")[2])}
+    options = Options(Path("/r"))
+    made = set(nightly.names([nightly.machine_stage(options), *stages(options, NPU)]))
+    assert documented == {name for name in made if not name.startswith("logs/")} | {"logs/*.log", "history/*.json"}
 
 
 def test_quick_is_the_fast_lane() -> None:
