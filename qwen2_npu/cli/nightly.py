@@ -64,7 +64,9 @@ def command(
 
     _check(nightly.ROOT)
     results = results.resolve()  # stages run in the checkout's root
-    asked = nightly.Options(results, device, model_path and model_path.resolve(), quick, gate_rows, workers, minutes)
+    asked = nightly.NightlyOptions(
+        results, device, model_path and model_path.resolve(), quick, gate_rows, workers, minutes
+    )
     report = [*nightly.CLI, "report", "--check", "--results", str(results), "--summary", str(results / SUMMARY)]
     report += ["--history", str(history.resolve())] if history else []
     report += ["--append"] if (not quick if append is None else append) else []
@@ -118,7 +120,7 @@ def _check(root: Path) -> None:
         raise ValueError(
             f"{root} has no folder tests: nightly runs in a checkout (git clone, pip install -e '.[test]')"
         )
-    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+    if any(find_spec(name) is None for name in ("matplotlib", "jinja2", "scipy")):
         raise ValueError(HOW_TO_INSTALL)
 
 

@@ -22,7 +22,7 @@ _KEY = re.compile(r"(?P<phase>prefill|decode)-b(?P<batch>\d+)-(?P<step>\w+)")
 
 
 @dataclass(frozen=True)
-class Graph:
+class CommittedGraph:
     """One graph's census.
 
     Attributes:
@@ -49,7 +49,7 @@ class Graph:
 
 
 @cache
-def graphs(folder: Path = FOLDER) -> tuple[Graph, ...]:
+def graphs(folder: Path = FOLDER) -> tuple[CommittedGraph, ...]:
     """Every graph that has a baseline; none where there is no folder.
 
     Raises:
@@ -66,7 +66,7 @@ def graphs(folder: Path = FOLDER) -> tuple[Graph, ...]:
     return tuple(sorted(found, key=lambda graph: (order.index(graph.size), graph.phase, graph.batch)))
 
 
-def _graph(size: str, key: str, census: dict[str, Any]) -> Graph:
+def _graph(size: str, key: str, census: dict[str, Any]) -> CommittedGraph:
     parts = _KEY.fullmatch(key)
     if parts is None or size not in SIZES:
         raise ValueError(f"{size}-{key} is no SIZE-PHASE-bBATCH-STEP")
@@ -74,7 +74,7 @@ def _graph(size: str, key: str, census: dict[str, Any]) -> Graph:
     for part, times in (("outside", 1), ("layer", layers)):
         for cost in census[part]["costs"].values():
             total.update({name: times * number for name, number in cost.items()})
-    return Graph(
+    return CommittedGraph(
         size,
         parts["phase"],
         int(parts["batch"]),

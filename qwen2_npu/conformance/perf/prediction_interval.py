@@ -64,9 +64,16 @@ def prediction_interval(runs: Sequence[float]) -> Interval:
         raise ValueError(
             f"all {len(runs)} recorded runs are exactly {runs[0]}: a placeholder, no clock repeats itself so"
         )
-    from scipy.special import stdtrit  # Student's quantile; scipy.stats has the same and takes a second to import
-
     logs = [math.log(run) for run in runs]
-    quantile = float(stdtrit(len(runs) - 1, 1 - ERROR_RATE / 2))
+    quantile = _student_quantile(1 - ERROR_RATE / 2, len(runs) - 1)
     half = quantile * statistics.stdev(logs) * math.sqrt(1 + 1 / len(runs))
     return Interval(math.exp(statistics.fmean(logs)), max(math.exp(half), 1 + NARROWEST))
+
+
+def _student_quantile(probability: float, degrees: int) -> float:
+    """t with P(T ≤ t) = ``probability``."""
+    try:
+        from scipy.special import stdtrit  # scipy.stats has the same, and takes a second to import
+    except ImportError as error:
+        raise ValueError("the prediction interval needs scipy: pip install 'qwen2-npu[report]'") from error
+    return float(stdtrit(degrees, probability))

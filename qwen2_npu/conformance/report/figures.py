@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen2_npu.conformance.graph import committed
-from qwen2_npu.conformance.graph.committed import Graph
+from qwen2_npu.conformance.graph.committed import CommittedGraph
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.report.charts import accuracy, kernels, roofline
-from qwen2_npu.conformance.report.charts.ladder import Point, ladder
+from qwen2_npu.conformance.report.charts.ladder import LadderMark, ladder
 from qwen2_npu.conformance.report.charts.rows import LEFT, RIGHT
 from qwen2_npu.conformance.report.charts.sweep import sweep
 from qwen2_npu.conformance.report.claims import Claim, Status
@@ -56,21 +56,21 @@ class Numbers:
         rows = {claim.id.removeprefix("latency/"): claim for claim in claims if claim.id.startswith("latency/")}
         return cls(rows, predicted)
 
-    def point(self, number: Documented) -> Point:
+    def point(self, number: Documented) -> LadderMark:
         """The row, with what was measured only where it may stand beside the documented number."""
         claim = self.claims.get(number.row.id)
-        point = Point(number.ms, predicted=self.predicted.get(number.row.id))
+        point = LadderMark(number.ms, predicted=self.predicted.get(number.row.id))
         return point if claim is None or not is_held(claim) else _measured(claim, point)
 
-    def other_stock(self, number: Documented) -> tuple[str, Point] | None:
+    def other_stock(self, number: Documented) -> tuple[str, LadderMark] | None:
         """What was measured of the stock model of another transformers in place of the row's, under its own name."""
         claim = self.claims.get(number.row.id)
         if claim is None or claim.step == number.row.configuration.step:
             return None
-        return claim.step, _measured(claim, Point())
+        return claim.step, _measured(claim, LadderMark())
 
 
-def _measured(claim: Claim, point: Point) -> Point:
+def _measured(claim: Claim, point: LadderMark) -> LadderMark:
     value = None if claim.value is None else claim.value.number
     return replace(point, measured=value, bad=claim.status is Status.FAIL)
 
@@ -91,7 +91,7 @@ def ladders(numbers: Numbers) -> list[Labelled]:
         steps = [*steps[:1], *others, *steps[1:]]  # below the documented one, with no bar of its own
         svgs = []
         for phase in PHASES:
-            points: dict[tuple[str, str], Point] = {}
+            points: dict[tuple[str, str], LadderMark] = {}
             for n in rows:
                 if n.row.phase != phase:
                     continue
@@ -141,13 +141,14 @@ class Roofline:
 def rooflines(numbers: Numbers) -> Roofline:
     """Every row in graph mode whose graph is in ``baselines/graphs``."""
     card = HARDWARE[DOCUMENTED_SOC]
-    runs: list[roofline.Run] = []
+    runs: list[roofline.RooflinePoint] = []
     rows: dict[str, dict[str, Share]] = {}
     for number, graph in _with_graphs():
         measured = numbers.point(number).measured
         sources = {"documented": number.ms} | ({} if measured is None else {"measured": measured})
         own = {
-            source: roofline.Run(number.row.id, graph.flops, graph.nbytes, ms, source) for source, ms in sources.items()
+            source: roofline.RooflinePoint(number.row.id, graph.flops, graph.nbytes, ms, source)
+            for source, ms in sources.items()
         }
         runs += own.values()
         memory = own["documented"].intensity < card.bf16_peak.value / card.memory_bandwidth.value
@@ -159,7 +160,7 @@ def rooflines(numbers: Numbers) -> Roofline:
     return Roofline(roofline.roofline(runs, card), card, tuple(rows.items()))
 
 
-def _with_graphs() -> Iterator[tuple[Documented, Graph]]:
+def _with_graphs() -> Iterator[tuple[Documented, CommittedGraph]]:
     """Documented rows in graph mode and their lowered graphs, on one card."""
     known = {(graph.size, graph.phase, graph.batch, graph.step): graph for graph in committed.graphs()}
     for number in documented.read():
@@ -179,7 +180,7 @@ def accuracies(inputs: Inputs) -> list[Labelled]:
     return made
 
 
-def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.Step]]]:
+def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.AccuracyBar]]]:
     """Title of every verification, and its steps."""
     made = []
     for content in inputs.verifications.values():
@@ -191,13 +192,15 @@ def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.Step]]]:
     return made
 
 
-def _step(row: Mapping[str, Any]) -> accuracy.Step:
+def _step(row: Mapping[str, Any]) -> accuracy.AccuracyBar:
     unexcused = sum(len(batch["unexcused"]) for batch in row["batches"].values())
-    return accuracy.Step(float(row["rms_ratio"]), int(finite(row["excused"])), unexcused, int(finite(row["positions"])))
+    return accuracy.AccuracyBar(
+        float(row["rms_ratio"]), int(finite(row["excused"])), unexcused, int(finite(row["positions"]))
+    )
 
 
 @dataclass(frozen=True)
-class Census:
+class CensusFigure:
     """The 7B's layers as bars, and every operator of a decode layer as a table."""
 
     bars: Labelled
@@ -209,7 +212,7 @@ class Census:
 CENSUS_SIZE, CENSUS_BATCH = "7B", 4
 
 
-def censuses() -> Census:
+def censuses() -> CensusFigure:
     """Of the committed graphs; the claims say whether a run lowered them to the same."""
     graphs = [g for g in committed.graphs() if (g.size, g.batch) == (CENSUS_SIZE, CENSUS_BATCH)]
     by_phase = {phase: {g.step: g for g in graphs if g.phase == phase} for phase in PHASES}
@@ -229,7 +232,7 @@ def censuses() -> Census:
         counts = tuple((str(graph.layer.get(name, "")), _change(graph.layer, before, name)) for name in operators)
         rows.append((graph.step, labels().get(graph.step, ""), counts, str(graph.launches)))
     title = f"{CENSUS_SIZE}, batch {CENSUS_BATCH}: kernels of one layer"
-    return Census(Labelled(title, _labels(steps), svgs), operators, tuple(rows))
+    return CensusFigure(Labelled(title, _labels(steps), svgs), operators, tuple(rows))
 
 
 def _change(now: Mapping[str, int], before: Mapping[str, int], name: str) -> str:

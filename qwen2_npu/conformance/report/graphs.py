@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qwen2_npu.conformance.graph import committed
-from qwen2_npu.conformance.graph.committed import Graph
+from qwen2_npu.conformance.graph.committed import CommittedGraph
 from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import Inputs
@@ -24,13 +24,13 @@ LOWERS = {"test_census_is_the_baseline", "test_cost_is_the_baseline"}
 def claims(inputs: Inputs) -> list[Claim]:
     """What the run's tests say of every documented graph."""
     cases = inputs.cases()
-    by_graph: dict[str, list[tuple[junit.Case, str]]] = {}
+    by_graph: dict[str, list[tuple[junit.JUnitCase, str]]] = {}
     for case, text in cases:
         by_graph.setdefault(case.parameters, []).append((case, text))
     return [_claim(graph, by_graph.get(str(graph), [])) for graph in committed.graphs()]
 
 
-def _claim(graph: Graph, cases: list[tuple[junit.Case, str]]) -> Claim:
+def _claim(graph: CommittedGraph, cases: list[tuple[junit.JUnitCase, str]]) -> Claim:
     claim = Claim(
         id=f"graphs/{graph}",
         area=AREA,
@@ -49,7 +49,7 @@ def _claim(graph: Graph, cases: list[tuple[junit.Case, str]]) -> Claim:
     return said.found(said.status, value=Value(graph.launches, "kernels"))
 
 
-def _place(graph: Graph) -> Place:
+def _place(graph: CommittedGraph) -> Place:
     if graph.batch != LADDER_BATCH:
         return Place("batch", str(graph.batch), AREA, graph.size)
     return Place("ladder", graph.step, AREA, graph.size)

@@ -103,7 +103,7 @@ class Inputs:
         ]
         return found
 
-    def cases(self) -> list[tuple[junit.Case, str]]:
+    def cases(self) -> list[tuple[junit.JUnitCase, str]]:
         """Every test case, with what its session was verified on."""
         return [
             (case, Provenance.of_properties(session.properties).verified)

@@ -14,7 +14,7 @@ _BAD = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 @dataclass(frozen=True)
-class Case:
+class JUnitCase:
     """One test.
 
     Attributes:
@@ -44,7 +44,7 @@ class Session:
     path: Path
     properties: dict[str, str]
     created: str
-    cases: tuple[Case, ...]
+    cases: tuple[JUnitCase, ...]
 
 
 def read(path: Path) -> Session:
@@ -73,7 +73,7 @@ def _properties(element: ElementTree.Element) -> Iterator[tuple[str, str]]:
             yield entry.get("name", ""), entry.get("value", "")
 
 
-def _case(element: ElementTree.Element) -> Case:
+def _case(element: ElementTree.Element) -> JUnitCase:
     name, _, rest = element.get("name", "").partition("[")
     outcome: Outcome = "passed"
     messages = []
@@ -85,7 +85,7 @@ def _case(element: ElementTree.Element) -> Case:
         # A failure's text is its source and traceback, mostly with the message in it; a skip's only its place.
         whole = text if text.startswith(message) else f"{message}\n{text}"
         messages.append(message if child.tag == "skipped" else whole)
-    return Case(
+    return JUnitCase(
         module=element.get("classname", ""),
         function=name,
         parameters=rest.removesuffix("]"),

@@ -40,7 +40,7 @@ LAST_LINES = 15
 
 
 @dataclass(frozen=True)
-class Options:
+class NightlyOptions:
     """What a run is asked for.
 
     Attributes:
@@ -100,13 +100,13 @@ class Stage:
         }
 
 
-def machine_stage(options: Options) -> Stage:
+def machine_stage(options: NightlyOptions) -> Stage:
     """Says which commit, device and fingerprint all others are of; a process of its own, which leaves no NPU held."""
     device = ("--device", options.device) if options.device else ()
     return Stage("machine", (*CLI, "nightly", "--machine", str(options.results / MACHINE), *device), (MACHINE,))
 
 
-def stages(options: Options, verified: str) -> list[Stage]:
+def stages(options: NightlyOptions, verified: str) -> list[Stage]:
     """What follows the machine's stage.
 
     Args:
@@ -147,10 +147,10 @@ def names(done: Sequence[Stage]) -> list[str]:
 
 
 def run(
-    options: Options,
+    options: NightlyOptions,
     say: Callable[[str], None],
-    plan: Callable[[Options, str], Sequence[Stage]] = stages,
-    machine: Callable[[Options], Stage] = machine_stage,
+    plan: Callable[[NightlyOptions, str], Sequence[Stage]] = stages,
+    machine: Callable[[NightlyOptions], Stage] = machine_stage,
     finish: Callable[[], None] = lambda: None,
 ) -> list[Stage]:
     """All stages. Never raises for what a stage does; an interrupt ends the running stage and skips the rest.
@@ -179,7 +179,10 @@ def run(
 
 
 def _run_all(
-    first: Stage, options: Options, say: Callable[[str], None], plan: Callable[[Options, str], Sequence[Stage]]
+    first: Stage,
+    options: NightlyOptions,
+    say: Callable[[str], None],
+    plan: Callable[[NightlyOptions, str], Sequence[Stage]],
 ) -> list[Stage]:
     done: list[Stage] = [first]
     provenance: dict[str, Any] = {}
@@ -200,7 +203,7 @@ def _run_all(
     return done
 
 
-def _write(options: Options, provenance: Mapping[str, Any], done: Sequence[Stage]) -> str:
+def _write(options: NightlyOptions, provenance: Mapping[str, Any], done: Sequence[Stage]) -> str:
     """run.json as it is known by now. Why it could not be written, or nothing: it is written again after each stage."""
     content = {
         "schema": 1,
@@ -215,7 +218,7 @@ def _write(options: Options, provenance: Mapping[str, Any], done: Sequence[Stage
     return ""
 
 
-def _run(stage: Stage, options: Options, say: Callable[[str], None]) -> bool:
+def _run(stage: Stage, options: NightlyOptions, say: Callable[[str], None]) -> bool:
     """One stage to its end. False where the user interrupted it."""
     stop = options.stop
     if stop.number is not None:

@@ -31,7 +31,7 @@ NO_RESULT = {Status.NOT_RUN: "were not run", Status.NOT_COMPARABLE: "cannot be c
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PageVerdict:
     """The page's first line. ``style``: of the statuses, "warn" where nothing failed and not all was run."""
 
     text: str
@@ -51,7 +51,7 @@ def render(results: Results, history: Sequence[Run], problems: Sequence[str] = (
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise ValueError(HOW_TO_INSTALL.replace("charts need matplotlib", "page needs jinja2")) from error
+        raise ValueError(HOW_TO_INSTALL) from error
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -104,7 +104,7 @@ def _comparable(run: Run, this: Run) -> bool:
     return run.digest == this.digest and run.provenance.created < this.provenance.created
 
 
-def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] = ()) -> Verdict:
+def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] = ()) -> PageVerdict:
     """What happened, in one sentence; the worst first. Only a run in which everything passed is green."""
     counts = results.counts()
     kinds = {kind: [change for change in found if change.kind is kind] for kind in Kind}
@@ -123,14 +123,14 @@ def verdict(results: Results, found: Sequence[Change], problems: Sequence[str] =
         parts.append(f"{_checks(len(drifted))} {_verb(len(drifted), 'pass')} but got worse")
     if parts:
         failed = counts[Status.FAIL] or results.problems or problems
-        return Verdict("; ".join(parts), "fail" if failed else "warn")
+        return PageVerdict("; ".join(parts), "fail" if failed else "warn")
     if not counts[Status.PASS]:
-        return Verdict("Nothing was run", "warn")
+        return PageVerdict("Nothing was run", "warn")
     missing = [f"{counts[status]} {text}" for status, text in NO_RESULT.items() if counts[status]]
     if missing:
         passed = f"{counts[Status.PASS]} of {len(results.claims)} checks passed"
-        return Verdict(f"Nothing failed; {', '.join([passed, *missing])}", "warn")
-    return Verdict(f"All {len(results.claims)} checks pass", "pass")
+        return PageVerdict(f"Nothing failed; {', '.join([passed, *missing])}", "warn")
+    return PageVerdict(f"All {len(results.claims)} checks pass", "pass")
 
 
 def _checks(count: int) -> str:

@@ -41,7 +41,7 @@ class Tally:
     message: str
 
     @classmethod
-    def of(cls, cases: Iterable[tuple[junit.Case, str]]) -> Tally:
+    def of(cls, cases: Iterable[tuple[junit.JUnitCase, str]]) -> Tally:
         """Any failure fails it; skipped tests alone do not pass."""
         known = list(cases)
         outcomes = Counter(case.outcome for case, _ in known)
@@ -74,7 +74,7 @@ def claims(inputs: Inputs) -> list[Claim]:
     return [*_steps(cases), *_operators(cases), *_ratios(cases), *_files(cases)]
 
 
-def _steps(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+def _steps(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
     """The accuracy suite, step by step."""
     for step in LADDER:
         about = [
@@ -91,7 +91,7 @@ def _steps(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         yield Tally.of(about).say(claim)
 
 
-def _operators(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+def _operators(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
     from qwen2_npu.conformance.operators import CATALOGUE
 
     for name in CATALOGUE:
@@ -104,7 +104,7 @@ def _operators(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         yield Tally.of(about).say(claim)
 
 
-def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+def _ratios(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
     """Speed against the stock model in the same run: a ratio with its interval."""
     for case, verified in cases:
         if (case.module, case.function) != RATIO:
@@ -121,10 +121,10 @@ def _ratios(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
         yield said
 
 
-def _files(cases: list[tuple[junit.Case, str]]) -> Iterator[Claim]:
+def _files(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
     """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
     known = _modules()
-    by_module: dict[str, list[tuple[junit.Case, str]]] = {name: [] for name in known}
+    by_module: dict[str, list[tuple[junit.JUnitCase, str]]] = {name: [] for name in known}
     for case, text in cases:
         by_module.setdefault(case.module, []).append((case, text))
     for module, about in by_module.items():
@@ -148,7 +148,7 @@ def path(module: str) -> str:
     return f"{module.replace('.', '/')}.py"
 
 
-def is_claimed(case: junit.Case) -> bool:
+def is_claimed(case: junit.JUnitCase) -> bool:
     """Whether a claim of its own speaks for this test: a step, an operator, a graph, a latency row, a ratio."""
     if case.module.startswith("tests.accuracy."):
         return any(token in LADDER or token.startswith(("npu_", "scatter_update")) for token in case.tokens)

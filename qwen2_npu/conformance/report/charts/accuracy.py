@@ -14,7 +14,7 @@ LIMIT = 1.5
 
 
 @dataclass(frozen=True)
-class Step:
+class AccuracyBar:
     """What `verify` found for one step. ``unexcused``: tokens that differ beyond the noise."""
 
     rms_ratio: float
@@ -23,7 +23,7 @@ class Step:
     positions: int
 
 
-def errors(steps: Sequence[str], found: Mapping[str, Step], width: int) -> str:
+def errors(steps: Sequence[str], found: Mapping[str, AccuracyBar], width: int) -> str:
     """SVG: RMS error over the stock model's, and the limit."""
     made, axes = canvas(len(steps), width)
     heading(axes, "RMS error ÷ stock model's own (limit 1.5)")
@@ -40,7 +40,7 @@ def errors(steps: Sequence[str], found: Mapping[str, Step], width: int) -> str:
     return made.svg("RMS error of every step as a multiple of the stock model's rounding noise")
 
 
-def mismatches(steps: Sequence[str], found: Mapping[str, Step], width: int) -> str:
+def mismatches(steps: Sequence[str], found: Mapping[str, AccuracyBar], width: int) -> str:
     """SVG: positions with another token, excused and not."""
     made, axes = canvas(len(steps), width)
     heading(axes, "positions with another token: excused near-ties, and beyond noise")

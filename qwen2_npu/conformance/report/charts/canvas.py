@@ -20,7 +20,7 @@ COLORS = ("text", "muted", "grid", "documented", "documented-2", "measured", "pr
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 
-HOW_TO_INSTALL = "the charts need matplotlib: pip install 'qwen2-npu[report]'"
+HOW_TO_INSTALL = "the report needs matplotlib, jinja2 and scipy: pip install 'qwen2-npu[report]'"
 
 
 def color(name: str) -> str:

@@ -16,7 +16,7 @@ BAR = 0.3
 
 
 @dataclass(frozen=True)
-class Point:
+class LadderMark:
     """Milliseconds of one row; None where there are none. ``bad``: the measured value fails."""
 
     documented: float | None = None
@@ -29,7 +29,7 @@ class Point:
         return max((value for value in (self.documented, self.measured, self.predicted) if value), default=0.0)
 
 
-def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], Point], title: str, width: int) -> str:
+def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], LadderMark], title: str, width: int) -> str:
     """SVG of one model and phase.
 
     Args:
@@ -39,7 +39,7 @@ def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], Point], title:
     heading(axes, title)
     for row, step in enumerate(steps):
         for mode, name, offset in MODES:
-            point = points.get((step, mode), Point())
+            point = points.get((step, mode), LadderMark())
             y = row + offset
             if point.documented is not None:
                 axes.barh(y, point.documented, height=BAR, color=color(name))
@@ -50,7 +50,7 @@ def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], Point], title:
     return made.svg(f"{title}: documented, measured and predicted milliseconds per step of the ladder")
 
 
-def marks(axes: Any, point: Point, y: float) -> None:
+def marks(axes: Any, point: LadderMark, y: float) -> None:
     """A ring where the model predicts, a dot where the machine measured; red where that fails."""
     if point.predicted is not None:
         axes.plot(
@@ -62,7 +62,7 @@ def marks(axes: Any, point: Point, y: float) -> None:
         axes.plot(point.measured, y, marker="o", markersize=8, color=color(name), clip_on=False)
 
 
-def _label(axes: Any, point: Point, y: float) -> None:
+def _label(axes: Any, point: LadderMark, y: float) -> None:
     if point.measured is not None:
         beside = "" if point.documented is None else f" / {point.documented:.0f}"
         number(axes, point.largest, y, f"{point.measured:.0f}{beside}", "bad" if point.bad else "text")

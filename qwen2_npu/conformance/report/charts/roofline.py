@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 480, 430
 
 
 @dataclass(frozen=True)
-class Run:
+class RooflinePoint:
     """One row: FLOPs and bytes of its lowered graph on one card, and its milliseconds from one source."""
 
     name: str
@@ -38,7 +38,7 @@ class Run:
         return self.teraflops * 1e12 / roof
 
 
-def roofline(runs: Sequence[Run], card: Hardware) -> str:
+def roofline(runs: Sequence[RooflinePoint], card: Hardware) -> str:
     """SVG. Points above the roof would be a timing error, or another card."""
     made = Canvas(WIDTH, HEIGHT)
     axes = made.axes(52, 12, WIDTH - 66, HEIGHT - 56)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwen2_npu.conformance.report.charts.canvas import Canvas, color
-from qwen2_npu.conformance.report.charts.ladder import Point
+from qwen2_npu.conformance.report.charts.ladder import LadderMark
 
 WIDTH, HEIGHT = 280, 220
 
@@ -17,7 +17,7 @@ SERIES = (
 """Field of a point, colour, marker, line."""
 
 
-def sweep(points: Mapping[int, Point], title: str) -> str:
+def sweep(points: Mapping[int, LadderMark], title: str) -> str:
     """SVG of one model and phase. ``points``: batch -> its milliseconds."""
     made = Canvas(WIDTH, HEIGHT)
     axes = made.axes(44, 24, WIDTH - 54, HEIGHT - 62)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from qwen2_npu.conformance.report import nightly
-from qwen2_npu.conformance.report.nightly import Options, Stage, stages
+from qwen2_npu.conformance.report.nightly import NightlyOptions, Stage, stages
 
 NPU, EMULATED, CPU = "npu (CANN 8.2)", "emulated (torch_npu)", "cpu (portable kernels)"
 
@@ -29,7 +29,7 @@ def run(results: Path, *plan: Stage, minutes: float = 1.0) -> tuple[list[Stage],
     lines: list[str] = []
     results.mkdir(exist_ok=True)
     done = nightly.run(
-        Options(results, minutes=minutes), lines.append, lambda options, verified: plan, lambda _: machine
+        NightlyOptions(results, minutes=minutes), lines.append, lambda options, verified: plan, lambda _: machine
     )
     return done, lines
 
@@ -65,7 +65,7 @@ def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_an_interrupt_ends_the_stage_and_leaves_the_rest_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = nightly._run
 
-    def interrupted(stage: Stage, options: Options, say: nightly.Callable[[str], None]) -> bool:
+    def interrupted(stage: Stage, options: NightlyOptions, say: nightly.Callable[[str], None]) -> bool:
         if stage.name != "long":
             return real(stage, options, say)
 
@@ -108,7 +108,7 @@ def test_no_stage_runs_where_a_foreign_file_would_be_lost_or_reported(tmp_path: 
     (tmp_path / name).write_text("mine", encoding="utf-8")
     ran: list[str] = []
     with pytest.raises(ValueError, match=rf"no nightly run made, .*: {name};"):
-        nightly.run(Options(tmp_path), ran.append)
+        nightly.run(NightlyOptions(tmp_path), ran.append)
     assert not ran
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
 
@@ -136,7 +136,7 @@ def test_a_stage_ends_when_the_caller_fails(tmp_path: Path) -> None:
     pids: list[int] = []
     stage = python("s", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     with pytest.raises(RuntimeError, match="no terminal"):
-        nightly.run(Options(tmp_path), broken, lambda options, verified: [], lambda _: stage)
+        nightly.run(NightlyOptions(tmp_path), broken, lambda options, verified: [], lambda _: stage)
     assert not psutil.pid_exists(pids[0])
 
 
@@ -144,14 +144,14 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from qwen2_npu.conformance.report import nightly
-from qwen2_npu.conformance.report.nightly import Options, Stage
+from qwen2_npu.conformance.report.nightly import NightlyOptions, Stage
 
 folder = Path(sys.argv[1])
 stages = [
     Stage("talks", (sys.executable, "-c", "for i in range(4000): print('line', i, 'x' * 40)")),
     Stage("good", (sys.executable, "-c", "print('fine')")),
 ]
-done = nightly.run(Options(folder), print, lambda options, verified: stages[1:], lambda options: stages[0])
+done = nightly.run(NightlyOptions(folder), print, lambda options, verified: stages[1:], lambda options: stages[0])
 for stage in done:
     print("STATUS", stage.name, stage.status, stage.problem.splitlines()[:1])
 """
@@ -181,7 +181,7 @@ def test_a_disk_that_fills_up_loses_no_verdict(tmp_path: Path) -> None:
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 def commands(verified: str, **changes: object) -> dict[str, str]:
-    found: Sequence[Stage] = stages(Options(Path("/r"), **changes), verified)  # type: ignore[arg-type]
+    found: Sequence[Stage] = stages(NightlyOptions(Path("/r"), **changes), verified)  # type: ignore[arg-type]
     return {stage.name: " ".join(stage.command[1:]) for stage in found}
 
 
@@ -192,7 +192,7 @@ def test_latency_is_gated_on_a_real_npu_alone() -> None:
 
 
 def test_every_suite_and_what_it_leaves() -> None:
-    found = stages(Options(Path("/r")), NPU)
+    found = stages(NightlyOptions(Path("/r")), NPU)
     assert [stage.name for stage in found] == ["doctor", "verify eager", "verify torchair", "accuracy", "graph", "perf"]
     assert [stage.makes for stage in found[3:]] == [("accuracy.xml",), ("graph.xml",), ("perf.xml",)]
     assert "verify torchair" not in commands(CPU)
@@ -203,7 +203,7 @@ def test_the_documentation_names_every_file() -> None:
     text = (nightly.ROOT / "docs" / "nightly.md").read_text(encoding="utf-8")
     table = text.split("| stage | file |")[1].split("\n\n")[0]
     documented = {name for row in table.splitlines()[2:] for name in re.findall("`([^`]+)`", row.split("|")[2])}
-    options = Options(Path("/r"))
+    options = NightlyOptions(Path("/r"))
     made = set(nightly.names([nightly.machine_stage(options), *stages(options, NPU)]))
     assert documented == {name for name in made if not name.startswith("logs/")} | {"logs/*.log", "history/*.json"}
 

@@ -16,9 +16,11 @@ from tests.unit.conformance.report.synthetic import IDENTITY, CaseText, Night, w
 NPU = IDENTITY["verified"]
 
 
-def case(outcome: junit.Outcome, name: str = "test_a[x]", module: str = "tests.accuracy.test_ladder") -> junit.Case:
+def case(
+    outcome: junit.Outcome, name: str = "test_a[x]", module: str = "tests.accuracy.test_ladder"
+) -> junit.JUnitCase:
     function, _, parameters = name.removesuffix("]").partition("[")
-    return junit.Case(module, function, parameters, outcome, "why" if outcome != "passed" else "")
+    return junit.JUnitCase(module, function, parameters, outcome, "why" if outcome != "passed" else "")
 
 
 def test_one_failure_fails_the_tally() -> None:

@@ -10,7 +10,7 @@ from qwen2_npu.conformance.accuracy import noise
 from qwen2_npu.conformance.graph import committed
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.report.charts import accuracy, kernels, roofline
-from qwen2_npu.conformance.report.charts.ladder import Point, ladder
+from qwen2_npu.conformance.report.charts.ladder import LadderMark, ladder
 from qwen2_npu.conformance.report.charts.sweep import sweep
 from qwen2_npu.conformance.report.charts.trend import trend
 
@@ -18,7 +18,7 @@ CARD = HARDWARE[DOCUMENTED_SOC]
 
 
 def test_ladder_shows_all_three() -> None:
-    points = {("swiglu", "graph"): Point(24.0, 27.0, 25.5, bad=True), ("swiglu", "eager"): Point(33.0)}
+    points = {("swiglu", "graph"): LadderMark(24.0, 27.0, 25.5, bad=True), ("swiglu", "eager"): LadderMark(33.0)}
     svg = ladder(["swiglu"], points, "decode, ms", 400)
     assert "27 / 24" in svg
     assert ">33<" in svg
@@ -29,16 +29,16 @@ def test_ladder_shows_all_three() -> None:
 
 
 def test_sweep() -> None:
-    svg = sweep({1: Point(23.0, 22.8), 48: Point(45.0, None, 33.0)}, "7B decode, ms")
+    svg = sweep({1: LadderMark(23.0, 22.8), 48: LadderMark(45.0, None, 33.0)}, "7B decode, ms")
     assert ">48<" in svg
     assert "7B decode, ms" in svg
     assert "var(--predicted)" in svg
 
 
 def test_roofline_shares() -> None:
-    memory_bound = roofline.Run("x-decode", flops=10**9, nbytes=8 * 10**9, ms=20.0, source="documented")
+    memory_bound = roofline.RooflinePoint("x-decode", flops=10**9, nbytes=8 * 10**9, ms=20.0, source="documented")
     assert memory_bound.share(CARD) == pytest.approx(8e9 / CARD.memory_bandwidth.value / 0.02)
-    compute_bound = roofline.Run("x-prefill", flops=28 * 10**12, nbytes=10**9, ms=200.0, source="measured")
+    compute_bound = roofline.RooflinePoint("x-prefill", flops=28 * 10**12, nbytes=10**9, ms=200.0, source="measured")
     assert compute_bound.share(CARD) == pytest.approx(0.5)
     svg = roofline.roofline([memory_bound, compute_bound], CARD)
     assert "0.8 TB/s" in svg
@@ -50,7 +50,7 @@ def test_the_limit_is_the_comparison_s_own() -> None:
 
 
 def test_accuracy_errors() -> None:
-    found = {"a": accuracy.Step(1.1, 2, 0, 241), "b": accuracy.Step(math.nan, 0, 7, 241)}
+    found = {"a": accuracy.AccuracyBar(1.1, 2, 0, 241), "b": accuracy.AccuracyBar(math.nan, 0, 7, 241)}
     errors = accuracy.errors(["a", "b", "c"], found, 400)
     assert ">1.10<" in errors
     assert ">nan<" in errors
