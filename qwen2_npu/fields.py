@@ -22,7 +22,7 @@ class Number(NamedTuple):
     Attributes:
         real: whether it may have a fraction.
         null: whether the field may be null.
-        listed: whether the field may, or must, be a list of such numbers.
+        listed: whether the field may be a list of one or several such numbers, or must be a list of any number.
         length: of that list; None for any.
     """
 
@@ -38,7 +38,7 @@ class Number(NamedTuple):
         if value is None:
             return self.null
         if isinstance(value, list):
-            fits = self.length in (None, len(value))
+            fits = self.length in (None, len(value)) and (self.listed == "must" or bool(value))
             return self.listed != "no" and fits and all(self._is_one(each) for each in value)
         return self.listed != "must" and self._is_one(value)
 
@@ -51,7 +51,7 @@ class Number(NamedTuple):
         count = "" if self.length is None else f"{self.length} "
         text = {
             "no": one,
-            "may": f"{one}, or a list of such",
+            "may": f"{one}, or a list of such numbers",
             "must": f"a list of {count}numbers, each {one}",
         }[self.listed]
         return f"{text}, or null" if self.null else text

@@ -45,11 +45,7 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
         NotRestoredError: it failed, and what was there could not be restored.
         OSError: it failed, and what was there is unchanged.
     """
-    if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):  # its parent may not be readable
-            _sync(folder.parent)
-    with _staging(folder) as staging:
+    with _made(folder), _staging(folder) as staging:
         new = staging / "new"
         new.mkdir()
         write(new)
@@ -63,6 +59,23 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
         with locked(folder) as alone:
             _Exchange(folder, staging, new).run()
             _remove_leftovers(folder, alone)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make ``folder`` unless it is there; a failure removes what was made."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if made:
+        with suppress(PermissionError):  # its parent may not be readable
+            _sync(folder.parent)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 # ---- the folder beside -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen2_npu.compat import IS_V4
 from qwen2_npu.configuration import one_line
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.folders import check_readable, is_file, unreadable
@@ -15,7 +16,7 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.m
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 """Files beside them that are read where they are there."""
 
-TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+TEMPLATE_FILES = ("tokenizer_config.json",) if IS_V4 else ("chat_template.jinja", "tokenizer_config.json")
 """Where a chat template is, the first that there is."""
 
 

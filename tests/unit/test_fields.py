@@ -31,7 +31,7 @@ NO_NUMBERS = {
     "token_healing", "watermarking_config", "output_attentions", "output_hidden_states", "output_scores",
     "output_logits", "return_dict_in_generate", "is_assistant", "assistant_early_exit", "num_assistant_tokens_schedule",
     "speculation_type", "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "dola_layers",
-    "generation_kwargs", "_from_model_config", "transformers_version",
+    "generation_kwargs", "forced_decoder_ids", "_commit_hash", "_from_model_config", "transformers_version",
 }  # fmt: skip
 """The other fields of a ``GenerationConfig``."""
 
@@ -78,6 +78,8 @@ def test_config(origin, folder, name):
 @pytest.mark.parametrize("file", ["generation_config.json", pytest.param("config.json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GENERATION)
 def test_generation_config(origin, folder, file, name):
+    if V4 and name == "prompt_lookup_num_tokens":
+        pytest.skip("4.37.0's prompt lookup does not work with this model's cache, whatever the number")
     for value in VALUES:
         check(origin, folder, file, name, {name: value})
 
@@ -119,14 +121,14 @@ def test_every_number_of_transformers_is_in_a_table():
         (Number(0, 1, real=True, null=True), [0, 0.5, None], [-0.1, 1.5, math.nan], "a number from 0 to 1, or null"),
         (
             Number(-1, 9, listed="may"),
-            [3, [], [3, -1]],
-            [[3, "a"], [[3]], {}],
-            "an integer from -1 to 9, or a list of such",
+            [3, [3, -1]],
+            [[], [3, "a"], [[3]], {}],
+            "an integer from -1 to 9, or a list of such numbers",
         ),
         (
             Number(0, 9, listed="must", length=2),
             [[1, 2]],
-            [1, [1], [1, 2, 3]],
+            [1, [], [1], [1, 2, 3]],
             "a list of 2 numbers, each an integer from 0 to 9",
         ),
     ],

@@ -293,6 +293,18 @@ def test_failed_at_any_point(tmp_path, before, after):
     raise AssertionError("there is no end to the changes")
 
 
+def test_failed_where_there_was_no_folder(tmp_path):
+    for at in range(2, 100):
+        with interrupted(at, lambda: OSError(errno.ENOSPC, "No space left on device"), for_good=False) as done:
+            try:
+                NEW.save_pretrained(tmp_path / "folder")
+            except CheckpointError:
+                assert not (tmp_path / "folder").exists(), f"failed at change {at}, {done[at - 1]}"
+                continue
+        assert loaded(tmp_path / "folder", NEW) == "new"
+        return
+
+
 def test_failed_and_not_restored(tmp_path):
     """What cannot be undone is not called unchanged, and what was there can be found."""
     origin, folder = tmp_path / "origin", tmp_path / "folder"

@@ -17,6 +17,7 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.tokenizer import chat_text, load_tokenizer
+from tests.unit.small import V4
 
 
 @pytest.fixture
@@ -116,19 +117,20 @@ def test_no_tokenizer_at_all(folder):
         ("{% for i in range(10 ** 9) %}{% endfor %}", "fails: OverflowError: Range too big"),
         ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
         ("{{ ''.__class__.__mro__[1] }}", "fails: SecurityError: "),
-        ([{"name": "tools", "template": "x"}], "fails: ValueError: "),
+        ([{"name": "tools", "template": "x"}], "fails: TypeError: " if V4 else "fails: ValueError: "),
         (5, "fails: TypeError: "),
         ("{% if false %}x{% endif %}", "makes nothing of the prompt"),
     ],
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["in_tokenizer_config", "apart"])
-def test_a_template_that_is_broken(folder, template, fault, apart):
-    path = folder / "tokenizer_config.json"
-    edit(path, chat_template=template)
-    if apart and isinstance(template, str):
-        edit(path, chat_template="{{ messages[0].content }}")
-        path = folder / "chat_template.jinja"
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"][: 1 if V4 else 2])
+def test_a_template_that_is_broken(folder, template, fault, file):
+    path = folder / file
+    if path.suffix == ".json":
+        edit(path, chat_template=template)
+    elif isinstance(template, str):
         path.write_text(template, encoding="utf-8")
+    else:
+        pytest.skip("the file holds text alone")
     result = CliRunner().invoke(main, ["generate", "--model-path", str(folder), "--prompt", "x", "--chat"])
     assert result.exit_code == 2
     assert result.output.startswith(f"error: {path}: its chat template {fault}")

@@ -118,11 +118,12 @@ def test_threads_that_need_tables_of_different_sizes(monkeypatch):
 @pytest.mark.parametrize("positions", [10**7, 2**31 - 1])
 def test_positions_that_nobody_asked_for_cost_nothing(positions):
     config = small_config(max_position_embeddings=positions, num_hidden_layers=1)
-    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)))
+    weights = stock_weights(small_stock(small_config(num_hidden_layers=1)))
+    model = Qwen2ForCausalLM.from_state_dict(config, weights)
     ids = torch.arange(1, 9)[None]
     model.generate(ids, max_new_tokens=2)
     assert model.model.rotary.cos.shape == (layers.TABLE_ROWS, 64)
-    if positions == 10**7:
+    if positions == 10**7 and not V4:  # 4.37.0's own model computes all of them
         far = torch.arange(140_000, 140_008)[None]
         logits = model(ids, position_ids=far).logits
         with torch.no_grad():
