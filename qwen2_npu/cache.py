@@ -171,10 +171,8 @@ class FixedKVCache(Cache):
         if used + new_tokens > self.shape.capacity:
             raise CacheOverflowError(
                 f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; "
-                "allocate more "
-                f"with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), or raise "
-                "max_new_tokens "
-                f"in generate()"
+                f"allocate more with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens}), or raise "
+                "max_new_tokens in generate()"
             )
 
     def begin(self, new_lengths: list[int]) -> None:
@@ -315,14 +313,14 @@ class FixedKVCache(Cache):
         """Forget the last tokens of every row (assisted decoding).
 
         Args:
-            tokens_to_remove: minus their number; early releases of transformers 5 pass how many tokens per row, padding
-                included, are to stay.
+            tokens_to_remove: their number as a negative number. Early releases of transformers 5 pass a positive one:
+                the tokens per row that are kept, padding included.
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
         if -tokens_to_remove > min(self.lengths):
             raise CacheOverflowError(
-                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer to forget"
+                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer tokens to remove"
             )
         if tokens_to_remove == 0:
             return

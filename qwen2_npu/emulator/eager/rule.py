@@ -1,4 +1,4 @@
-"""The one rule every NPU kernel obeys: compute on the CPU over the same memory, hand back NPU tensors.
+"""The rule of every NPU kernel: compute on the CPU over the same memory, return NPU tensors.
 
 Written and returned arguments come back as the very tensors given; views become views of the given tensor; every
 other result is a new tensor on the card of the arguments. Nothing handed back is a CPU tensor over device memory.
