@@ -344,14 +344,14 @@ class FixedKVCache(Cache):
         """Forget the last tokens of every row (assisted decoding).
 
         Args:
-            tokens_to_remove: minus their number; early releases of transformers 5 pass how many tokens per row, padding
-                included, are to stay.
+            tokens_to_remove: their number as a negative number. Early releases of transformers 5 pass a positive one:
+                the tokens per row that are kept, padding included.
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
         if -tokens_to_remove > min(self.lengths):
             raise CacheOverflowError(
-                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer to forget"
+                f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer tokens to remove"
             )
         if tokens_to_remove == 0:
             return

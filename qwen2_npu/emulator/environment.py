@@ -63,7 +63,7 @@ def signs_of_npu(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise where a real CANN or card is: results must not be taken for one another."""
+    """Raise where a real CANN or card is: emulated results must not be mistaken for real ones."""
     found = signs_of_npu(environment)
     if found:
         raise EmulatorError(

@@ -1,4 +1,4 @@
-"""Faults for tests of tests: an operator that errs or dawdles, a card without memory. In this process, eager.
+"""Faults for tests of tests: wrong results, slow operators, a card without memory. In this process, in eager mode.
 
 Each is a context manager. One that never came to act raises on leaving: a negative control that injects nothing would
 prove nothing. Collectives have theirs in ``collectives.faults``.

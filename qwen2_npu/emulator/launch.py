@@ -16,7 +16,7 @@ from qwen2_npu.emulator import environment
 from qwen2_npu.emulator.settings import GIB, HBM_GIB, MAX_BYTES, MAX_DEVICES, EmulatorError, Settings
 
 CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": ["-h", "--help"]}
-"""Click settings of a command that hands what follows its own options on, untouched."""
+"""Click settings of a command that passes on, unchanged, what follows its own options."""
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit statuses, as a shell gives them."""
@@ -50,7 +50,7 @@ def settings_of(soc: str | None, device_count: int | None, hbm_gib: float | None
     given: dict[str, Any] = {"soc": soc, "device_count": device_count, "cann": cann}
     if hbm_gib is not None:
         if not 1 <= hbm_gib * GIB < MAX_BYTES:  # nan is neither
-            raise EmulatorError(f"--hbm-gib {hbm_gib}: give the memory of a card in GiB, such as 32 or 1.5")
+            raise EmulatorError(f"--hbm-gib {hbm_gib} must be the memory of a card in GiB, such as 32 or 1.5")
         given["hbm_bytes"] = int(hbm_gib * GIB)
     base = environment.announced() or Settings()
     return base.but(**{name: value for name, value in given.items() if value is not None})

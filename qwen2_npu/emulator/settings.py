@@ -50,11 +50,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.soc, str) or self.soc not in HBM_GIB:
-            raise EmulatorError(f"soc={_short(self.soc)} is not emulated; one of {', '.join(HBM_GIB)} is")
+            raise EmulatorError(f"soc={_short(self.soc)} is not emulated; it must be one of {', '.join(HBM_GIB)}")
         if not _is_integer(self.device_count) or not 1 <= self.device_count <= MAX_DEVICES:
-            raise EmulatorError(f"device_count={_short(self.device_count)}: 1 to {MAX_DEVICES} cards can be emulated")
+            raise EmulatorError(f"device_count={_short(self.device_count)} must be an integer from 1 to {MAX_DEVICES}")
         if not _is_integer(self.hbm_bytes) or not 0 <= self.hbm_bytes < MAX_BYTES:
-            raise EmulatorError(f"hbm_bytes={_short(self.hbm_bytes)}: give a size in bytes, or 0 for the SoC's own")
+            raise EmulatorError(f"hbm_bytes={_short(self.hbm_bytes)} must be a size in bytes, or 0 for the SoC's own")
         if not isinstance(self.cann, str) or not _VERSION.fullmatch(self.cann) or len(self.cann) > 32:
             raise EmulatorError(f"cann={_short(self.cann)} is not a version of CANN; one looks like {CANN}")
         if not self.hbm_bytes:
@@ -81,7 +81,7 @@ class Settings:
 
 
 def _is_integer(value: object) -> bool:
-    """bool, too, is a subclass of int, and no number of anything."""
+    """Whether it is an int; bool is a subclass of int, and is refused."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

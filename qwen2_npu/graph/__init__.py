@@ -107,7 +107,7 @@ def parse_dynamic(dynamic: bool | None, needed: bool) -> bool:
         text = os.environ[DYNAMIC_COMPILE]
         source = f"{DYNAMIC_COMPILE}={text!r}"
         if text.lower() not in BOOLEANS:
-            raise UnsupportedError(f"{source}: give True or False")
+            raise UnsupportedError(f"{source} must be True or False")
         dynamic = BOOLEANS[text.lower()]
     chosen = needed if dynamic is None else dynamic
     if needed and not chosen:
@@ -167,7 +167,7 @@ def _compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Call
     """What turns a step into a compiled one."""
     if mode == "inductor":
         if options.cache_dir is not None:
-            raise UnsupportedError(f"cache_dir={str(options.cache_dir)!r}: graphs are kept on disk by torchair alone")
+            raise UnsupportedError(f"cache_dir={str(options.cache_dir)!r}: only torchair keeps graphs on disk")
         from qwen2_npu.graph import inductor
 
         return inductor.compiler(options)

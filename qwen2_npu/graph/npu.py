@@ -50,9 +50,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
     """Compiles a step for ``mode``."""
     if mode == "npugraph_ex":
         if options.cache_dir is not None:
-            raise UnsupportedError(
-                f"cache_dir={str(options.cache_dir)!r}: graphs are kept on disk in mode 'torchair' alone"
-            )
+            raise UnsupportedError(f"cache_dir={str(options.cache_dir)!r}: only mode='torchair' keeps graphs on disk")
         _let_torchair_register_first()
         return lambda step: torch.compile(
             step,

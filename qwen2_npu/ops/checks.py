@@ -21,7 +21,7 @@ def describe(value: object) -> str:
 
 
 def invalid(op: str, argument: str, value: object, supported: str) -> ValueError:
-    """The ValueError of `op` for `argument`: names the operator, the argument, its value and the way out."""
+    """The ValueError of `op` for `argument`: names the operator, the argument, its value and what is supported."""
     return ValueError(f"npu::{op}: {argument} is {describe(value)}; supported: {supported}")
 
 

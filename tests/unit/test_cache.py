@@ -142,7 +142,9 @@ def test_crop_forgets_the_last_tokens():
     cache.crop(-3)
     assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
     assert live_slots(cache.drop_mask) == [[0], [0, 1, 2], [0, 1]]
-    with pytest.raises(CacheOverflowError, match=r"crop\(-2\) of rows of \[1, 3, 2\] tokens: a row has fewer"):
+    with pytest.raises(
+        CacheOverflowError, match=r"crop\(-2\) of rows of \[1, 3, 2\] tokens: a row has fewer tokens to remove"
+    ):
         cache.crop(-2)
 
 
@@ -154,7 +156,7 @@ def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
     assert cache.lengths == [4, 6, 5]
     cache.crop(3)
     assert (cache.lengths, cache.seen_tokens) == ([1, 3, 2], 3)
-    with pytest.raises(CacheOverflowError, match="a row has fewer to forget"):
+    with pytest.raises(CacheOverflowError, match="a row has fewer tokens to remove"):
         cache.crop(1)
 
 

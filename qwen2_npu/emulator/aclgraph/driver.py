@@ -231,7 +231,7 @@ class Driver:
     def _settle(self) -> None:
         if self._waiting and self._updating is None:
             raise ReplayError(
-                "a replay waits for the update of its task groups, and what comes now would wait for it for ever: "
+                "a replay waits for the update of its task groups, and this call would wait for the replay forever: "
                 "update the graph first"
             )
 

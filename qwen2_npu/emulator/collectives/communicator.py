@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 LOOPBACK = "127.0.0.1"
 
 SENDS_ON_THE_WAY = 64
-"""Messages a rank may have sent that nobody has received; a further one waits for the oldest."""
+"""How many messages of a rank may wait for their receivers; one more waits for the oldest."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Communicator:
             return CollectiveError(
                 Result.TIMEOUT,
                 f"{where}: no answer from the other ranks in {seconds:.1f} s; the group's timeout is "
-                f"{self._timeout().total_seconds():g} s. A rank that failed, left, or calls another collective says so "
-                "in its own log",
+                f"{self._timeout().total_seconds():g} s. Look at the other ranks' output: one failed, "
+                "ended, or called another collective",
             )
         return CollectiveError(Result.REMOTE, f"{where}: another rank is gone or disagrees on the sizes ({text})")
 

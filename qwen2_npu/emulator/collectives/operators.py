@@ -110,8 +110,8 @@ def _product(name: str, x1: Tensor, x2: Tensor, bias: Tensor | None, dimensions:
     if x1.dim() not in dimensions or x2.dim() != 2 or x1.shape[-1] != x2.shape[0]:
         wanted = " or ".join(f"{count}-D" for count in dimensions)
         raise RuntimeError(
-            f"{name}: x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} must be {wanted} and 2-D, and the last dimension "
-            "of x1 the first of x2"
+            f"{name}: x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} must be {wanted} and 2-D, and the last "
+            "dimension of x1 must equal the first of x2"
         )
     product = x1.float() @ x2.float()
     if bias is not None:

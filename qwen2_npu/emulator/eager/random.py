@@ -59,7 +59,7 @@ def seeded(seed: int, draws: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def as_default(generator: torch.Generator) -> Iterator[None]:
-    """Let operators that take no generator draw from this one; the CPU's own stands still meanwhile."""
+    """Let operators that take no generator draw from this one; the CPU's own generator does not advance."""
     with _default_in_use:
         before = torch.default_generator.get_state()
         torch.default_generator.set_state(generator.get_state())

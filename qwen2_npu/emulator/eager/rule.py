@@ -1,4 +1,4 @@
-"""The one rule every NPU kernel obeys: compute on the CPU over the same memory, hand back NPU tensors.
+"""The rule of every NPU kernel: compute on the CPU over the same memory, return NPU tensors.
 
 Written and returned arguments come back as the very tensors given; views become views of the given tensor; every
 other result is a new tensor on the card of the arguments. Nothing handed back is a CPU tensor over device memory.
@@ -42,18 +42,7 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
 
     A ``compute`` with the attribute ``draws`` gets the keyword ``generator``: a function that gives a CPU one.
     """
-    plan = Plan.of(op)
-    run = op if compute is None else compute
-    name = op._schema.name.split("::")[1]
-    names, tensors, lists, written, returns = plan.names, plan.tensors, plan.lists, plan.written, plan.returns
-    keyed = {names[index] for index in (*tensors, *lists)}
-    single = len(returns) == 1 and not isinstance(op._schema.returns[0].type, torch.ListType)
-    first = returns[0] if returns else None
-    mixes, host_results = name in MIXES_DEVICES, HOST_RESULTS.get(name, ())
-    device_at, generator_at, resizes = plan.device_at, plan.generator_at, plan.resizes
-    draws = generator_at is None and getattr(compute, "draws", False)
-    seeded = plan.seeded and compute is None
-    prepares = device_at is not None or generator_at is not None or draws or seeded
+    apply = _Rule(Plan.of(op), compute).apply
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if _modes_enabled() or (_any_autocast_enabled() and _autocast_enabled("cpu")):
@@ -62,14 +51,79 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
                 return apply(args, kwargs)
         return apply(args, kwargs)
 
-    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kernel
+
+
+class _Rule:
+    """The rule for one operator; ``apply`` is one call. What does not change between calls is worked out once.
+
+    Attributes:
+        run: what computes the operator on CPU tensors.
+        keyed: names of the arguments that hold tensors.
+        single: there is one result, which is no list. ``first``: the position of the argument it is, None if it is new.
+        mixes: takes CPU tensors beside NPU ones.
+        host_results: which results are on the CPU on every device.
+        draws: ``run`` takes ``generator``. ``seeded``: it draws from the CPU's default generator.
+        prepares: the device or a generator must be replaced in the arguments.
+    """
+
+    __slots__ = (
+        *("draws", "first", "host_results", "keyed", "lists", "mixes", "names", "plan", "prepares", "resizes"),
+        *("returns", "run", "seeded", "single", "tensors", "written"),
+    )
+
+    def __init__(self, plan: Plan, compute: Callable[..., Any] | None) -> None:
+        schema = plan.op._schema
+        name = schema.name.split("::")[1]
+        self.plan = plan
+        self.run = plan.op if compute is None else compute
+        self.names, self.tensors, self.lists = plan.names, plan.tensors, plan.lists
+        self.written, self.returns, self.resizes = plan.written, plan.returns, plan.resizes
+        self.keyed = {plan.names[index] for index in (*plan.tensors, *plan.lists)}
+        self.single = len(plan.returns) == 1 and not isinstance(schema.returns[0].type, torch.ListType)
+        self.first = plan.returns[0] if plan.returns else None
+        self.mixes, self.host_results = name in MIXES_DEVICES, HOST_RESULTS.get(name, ())
+        self.draws = plan.generator_at is None and getattr(compute, "draws", False)
+        self.seeded = plan.seeded and compute is None
+        self.prepares = self.draws or self.seeded or plan.device_at is not None or plan.generator_at is not None
+
+    def apply(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute one call."""
+        cpu_args, cpu_kwargs, views, card = self.lower(args, kwargs)
+        if self.prepares:
+            card = self.prepare(cpu_args, cpu_kwargs, card)
+        try:
+            if tap.listeners or self.seeded:
+                result = self.run_watched_or_seeded(cpu_args, cpu_kwargs, views, card)
+            else:
+                result = self.run(*cpu_args, **cpu_kwargs)
+        except RuntimeError as error:
+            if not self.resizes or "not resizable" not in str(error):
+                raise
+            result = self.run_resizing(args, kwargs, cpu_args, cpu_kwargs)
+        for index in self.written:
+            key = self.names[index]
+            _settle(_get(index, args, kwargs, key), _get(index, cpu_args, cpu_kwargs, key))
+        if self.single:
+            first = self.first
+            if first is None:
+                return _hand_out(result, views, card, self.plan)
+            return args[first] if first < len(args) else kwargs[self.names[first]]
+        return self.hand_back(result, args, kwargs, views, card)
+
+    def lower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Views, int]:
+        """The arguments with CPU views in place of NPU tensors, those views, and the card of the first tensor.
+
+        Raises:
+            RuntimeError: the tensors are on several devices.
+        """
         views: Views = []
         storages: memory.Storages = {}
-        host = mixed = False
+        several = False
         card = UNKNOWN
-        cpu_args = list(args)
+        cpu_args, cpu_kwargs = list(args), kwargs
         count = len(cpu_args)
-        for index in tensors:
+        for index in self.tensors:
             if index >= count:
                 break
             value = args[index]
@@ -82,63 +136,38 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
                 if card == UNKNOWN:
                     card = where
                 elif where != card:
-                    mixed = True
+                    several = True
             elif value.dim():
-                host = True
-        for index in lists:
-            if index < count:
-                cpu_args[index] = _lower(args[index], views, storages)
-        cpu_kwargs = kwargs
-        if kwargs:
-            cpu_kwargs = {
-                key: _lower(value, views, storages) if key in keyed else value for key, value in kwargs.items()
-            }
-        if lists or kwargs:
-            host = host or _on_host(plan, args, kwargs)
+                several = True
+        if self.lists or kwargs:
+            cpu_kwargs = self.lower_lists_and_names(args, kwargs, cpu_args, views, storages)
             cards = {owner.get_device() for _, owner in views}
-            mixed = len(cards) > 1
+            several = several or len(cards) > 1 or _on_host(self.plan, args, kwargs)
             card = views[0][1].get_device() if views else UNKNOWN
-        if (mixed or host) and views and not mixes:
-            raise _mixed(plan, views, host)
-        if prepares:
-            card = prepare(cpu_args, cpu_kwargs, card)
-        try:
-            if tap.listeners:
-                if card == HOST and views:
-                    for tell in tap.leaving:
-                        tell(plan)
-                result = tap.call(plan, run, cpu_args, cpu_kwargs)
-            elif seeded:
-                with random.as_default(random.draw(random.default_generator(card))):
-                    result = run(*cpu_args, **cpu_kwargs)
-            else:
-                result = run(*cpu_args, **cpu_kwargs)
-        except RuntimeError as error:
-            if not resizes or "not resizable" not in str(error):
-                raise
-            for index in written:
-                _put(index, cpu_args, cpu_kwargs, names[index], _blank_like(_get(index, args, kwargs, names[index])))
-            result = run(*cpu_args, **cpu_kwargs)
-        for index in written:
-            key = names[index]
-            _settle(_get(index, args, kwargs, key), _get(index, cpu_args, cpu_kwargs, key))
-        if single:
-            if first is None:
-                return _hand_out(result, views, card, plan)
-            return args[first] if first < count else kwargs[names[first]]
-        if not returns:
-            return None
-        if len(returns) == 1:
-            return [_hand_out(item, views, card, plan) for item in result]
-        return tuple(
-            _hand_out(item, views, HOST if index in host_results else card, plan)
-            if position is None
-            else _get(position, args, kwargs, names[position])
-            for index, (item, position) in enumerate(zip(result, returns, strict=True))
-        )
+        if several and views and not self.mixes:
+            raise _mixed(self.plan, views, _on_host(self.plan, args, kwargs))
+        return cpu_args, cpu_kwargs, views, card
 
-    def prepare(cpu_args: list[Any], cpu_kwargs: dict[str, Any], card: int) -> int:
+    def lower_lists_and_names(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cpu_args: list[Any],
+        views: Views,
+        storages: memory.Storages,
+    ) -> dict[str, Any]:
+        """Replace the tensors in lists in ``cpu_args``; the arguments by name, with theirs replaced."""
+        for index in self.lists:
+            if index < len(args):
+                cpu_args[index] = _lower(args[index], views, storages)
+        if not kwargs:
+            return kwargs
+        keyed = self.keyed
+        return {key: _lower(value, views, storages) if key in keyed else value for key, value in kwargs.items()}
+
+    def prepare(self, cpu_args: list[Any], cpu_kwargs: dict[str, Any], card: int) -> int:
         """Put CPU devices and generators where NPU ones are asked for; returns where results belong."""
+        device_at, generator_at = self.plan.device_at, self.plan.generator_at
         if device_at is not None:
             asked = _get(device_at, cpu_args, cpu_kwargs, "device")
             if asked is not None:
@@ -149,13 +178,43 @@ def kernel_for(op: torch._ops.OpOverload, compute: Callable[..., Any] | None = N
         if card == UNKNOWN:
             card = _current_card()
         if generator_at is not None:
-            random.replace_generator(generator_at, names[generator_at], cpu_args, cpu_kwargs, card)
-        elif draws:
+            random.replace_generator(generator_at, self.names[generator_at], cpu_args, cpu_kwargs, card)
+        elif self.draws:
             index = card
             cpu_kwargs["generator"] = lambda: random.draw(random.default_generator(index))
         return card
 
-    return kernel
+    def run_watched_or_seeded(self, cpu_args: list[Any], cpu_kwargs: dict[str, Any], views: Views, card: int) -> Any:
+        """``run`` through the listeners, if there are any; else with the card's generator as the default one."""
+        if tap.listeners:
+            if card == HOST and views:
+                for tell in tap.leaving:
+                    tell(self.plan)
+            return tap.call(self.plan, self.run, cpu_args, cpu_kwargs)
+        with random.as_default(random.draw(random.default_generator(card))):
+            return self.run(*cpu_args, **cpu_kwargs)
+
+    def run_resizing(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cpu_args: list[Any], cpu_kwargs: dict[str, Any]
+    ) -> Any:
+        """``run`` with tensors of any size in place of the arguments it writes."""
+        for index in self.written:
+            key = self.names[index]
+            _put(index, cpu_args, cpu_kwargs, key, _blank_like(_get(index, args, kwargs, key)))
+        return self.run(*cpu_args, **cpu_kwargs)
+
+    def hand_back(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], views: Views, card: int) -> Any:
+        """No result, a list of them, or several, as the caller gets them."""
+        if not self.returns:
+            return None
+        if len(self.returns) == 1:
+            return [_hand_out(item, views, card, self.plan) for item in result]
+        return tuple(
+            _hand_out(item, views, HOST if index in self.host_results else card, self.plan)
+            if position is None
+            else _get(position, args, kwargs, self.names[position])
+            for index, (item, position) in enumerate(zip(result, self.returns, strict=True))
+        )
 
 
 def _lower(value: Any, views: Views, storages: memory.Storages) -> Any:

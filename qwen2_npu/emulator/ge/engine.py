@@ -210,7 +210,7 @@ def _steps(
 
 
 def _dead(accesses: list[Access], kept: frozenset[int]) -> list[tuple[int, ...]]:
-    """Per step the values whose last reader it is; those nobody reads die where they are made."""
+    """Per step, the values that no later step reads."""
     seen = set(kept)
     dead: list[tuple[int, ...]] = []
     for access in reversed(accesses):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen2_npu.ops.attention.decode import decode_attention
-from qwen2_npu.ops.attention.layouts import check_contiguous, check_geometry, from_heads_first, heads_first
-from qwen2_npu.ops.attention.lengths import check_lengths
-from qwen2_npu.ops.attention.masks import UNBOUNDED, prompt_visibility
-from qwen2_npu.ops.attention.prefill import prefill_attention
+from qwen2_npu.ops.attention.layouts import check_geometry
+from qwen2_npu.ops.attention.masks import UNBOUNDED
+from qwen2_npu.ops.attention.prompt_flash_attention import attend_prompt
 from qwen2_npu.ops.checks import invalid, reject_unsupported
 
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
@@ -91,32 +90,19 @@ def npu_fused_infer_attention_score(
     else:
         if kv_padding_size is not None:
             raise invalid(op, "kv_padding_size", kv_padding_size, "None for more than one query per row")
-        check_contiguous(op, query=query, key=key, value=value)
-        drop, band = prompt_visibility(
+        out, lse = attend_prompt(
             op,
-            atten_mask,
+            query,
+            key,
+            value,
+            size,
+            mask=atten_mask,
             sparse_mode=sparse_mode,
             pre_tokens=pre_tokens,
             next_tokens=next_tokens,
-            batch=size.batch,
-            q_len=size.q_len,
-            kv_len=size.kv_len,
-        )
-        q_lens, kv_lens = actual_seq_lengths, actual_seq_lengths_kv
-        if q_lens is not None:
-            q_lens = check_lengths(op, "actual_seq_lengths", q_lens, size.batch, size.q_len)
-        if kv_lens is not None:
-            kv_lens = check_lengths(op, "actual_seq_lengths_kv", kv_lens, size.batch, size.kv_len)
-        prompt_out, lse = prefill_attention(
-            heads_first(query, input_layout, size.q_heads),
-            heads_first(key, input_layout, size.kv_heads),
-            heads_first(value, input_layout, size.kv_heads),
+            q_lens=actual_seq_lengths,
+            kv_lens=actual_seq_lengths_kv,
             scale=scale,
-            drop=drop,
-            band=band,
-            q_lens=q_lens,
-            kv_lens=kv_lens,
             want_lse=softmax_lse_flag,
         )
-        out = from_heads_first(prompt_out, input_layout)
     return out, torch.empty(0, dtype=torch.float32, device=query.device) if lse is None else lse

@@ -66,24 +66,39 @@ def prefill_attention(
             k, v = k[:, :, :rows], v[:, :, :rows]
         out, lse = attend(q, k, v, scale=scale, causal=True), None
     else:
-        outs, lses = [], []
-        for first, last, low, high in _blocks(rows, cols, band, offset):
-            block, block_k = q[:, :, first:last], k[:, :, low:high]
-            keep = _keep(first, last, low, high, band, offset, kv_column, q.device)
-            if drop is not None:
-                kept = ~drop[:, :, first:last, low:high]
-                keep = kept if keep is None else keep & kept
-            out = attend(block, block_k, v[:, :, low:high], scale=scale, keep=keep)
-            if keep is not None:
-                sighted = keep.any(-1, keepdim=True)
-                out = torch.where(sighted, out, 0)
-            outs.append(out)
-            if want_lse:
-                lse = log_sum_exp(block, block_k, scale=scale, keep=keep)
-                lses.append(lse if keep is None else torch.where(sighted, lse, torch.inf))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-        lse = torch.cat(lses, 2) if want_lse else None
+        out, lse = _in_blocks(q, k, v, scale, drop, band, offset, kv_column, want_lse)
     return _restore_rows(out, lse, full_q, q_lens, kv_lens)
+
+
+def _in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    drop: Tensor | None,
+    band: Band,
+    offset: int | Tensor,
+    kv_column: Tensor | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of blocks of query rows, each over the keys that its band reaches."""
+    outs, lses = [], []
+    for first, last, low, high in _blocks(q.shape[2], k.shape[2], band, offset):
+        block, block_k = q[:, :, first:last], k[:, :, low:high]
+        keep = _keep(first, last, low, high, band, offset, kv_column, q.device)
+        if drop is not None:
+            kept = ~drop[:, :, first:last, low:high]
+            keep = kept if keep is None else keep & kept
+        out = attend(block, block_k, v[:, :, low:high], scale=scale, keep=keep)
+        if keep is not None:
+            sighted = keep.any(-1, keepdim=True)
+            out = torch.where(sighted, out, 0)
+        outs.append(out)
+        if want_lse:
+            lse = log_sum_exp(block, block_k, scale=scale, keep=keep)
+            lses.append(lse if keep is None else torch.where(sighted, lse, torch.inf))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    return out, torch.cat(lses, 2) if want_lse else None
 
 
 def _no_lse(q: Tensor) -> Tensor:

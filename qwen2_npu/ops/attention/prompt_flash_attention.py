@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen2_npu.ops.attention.layouts import check_contiguous, check_geometry, from_heads_first, heads_first
+from qwen2_npu.ops.attention.layouts import Geometry, check_contiguous, check_geometry, from_heads_first, heads_first
 from qwen2_npu.ops.attention.lengths import check_lengths
 from qwen2_npu.ops.attention.masks import UNBOUNDED, prompt_visibility
 from qwen2_npu.ops.attention.prefill import prefill_attention
@@ -72,10 +72,48 @@ def npu_prompt_flash_attention(
         num_key_value_heads=num_key_value_heads,
         max_batch=MAX_BATCH,
     )
+    out, _ = attend_prompt(
+        op,
+        query,
+        key,
+        value,
+        size,
+        mask=atten_mask,
+        sparse_mode=sparse_mode,
+        pre_tokens=pre_tokens,
+        next_tokens=next_tokens,
+        q_lens=actual_seq_lengths,
+        kv_lens=actual_seq_lengths_kv,
+        scale=scale_value,
+    )
+    return out
+
+
+def attend_prompt(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    size: Geometry,
+    *,
+    mask: Tensor | None,
+    sparse_mode: int,
+    pre_tokens: int,
+    next_tokens: int,
+    q_lens: Sequence[int] | None,
+    kv_lens: Sequence[int] | None,
+    scale: float,
+    want_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Check what ``check_geometry`` has not, and compute; also for npu_fused_infer_attention_score.
+
+    Returns:
+        Attention output in `size.layout`; and fp32 (B, N, Sq, 1), the log-sum-exp, or None.
+    """
     check_contiguous(op, query=query, key=key, value=value)
     drop, band = prompt_visibility(
         op,
-        atten_mask,
+        mask,
         sparse_mode=sparse_mode,
         pre_tokens=pre_tokens,
         next_tokens=next_tokens,
@@ -83,19 +121,19 @@ def npu_prompt_flash_attention(
         q_len=size.q_len,
         kv_len=size.kv_len,
     )
-    q_lens, kv_lens = actual_seq_lengths, actual_seq_lengths_kv
     if q_lens is not None:
         q_lens = check_lengths(op, "actual_seq_lengths", q_lens, size.batch, size.q_len)
     if kv_lens is not None:
         kv_lens = check_lengths(op, "actual_seq_lengths_kv", kv_lens, size.batch, size.kv_len)
-    out, _ = prefill_attention(
-        heads_first(query, input_layout, size.q_heads),
-        heads_first(key, input_layout, size.kv_heads),
-        heads_first(value, input_layout, size.kv_heads),
-        scale=scale_value,
+    out, lse = prefill_attention(
+        heads_first(query, size.layout, size.q_heads),
+        heads_first(key, size.layout, size.kv_heads),
+        heads_first(value, size.layout, size.kv_heads),
+        scale=scale,
         drop=drop,
         band=band,
         q_lens=q_lens,
         kv_lens=kv_lens,
+        want_lse=want_lse,
     )
-    return from_heads_first(out, input_layout)
+    return from_heads_first(out, size.layout), lse

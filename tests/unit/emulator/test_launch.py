@@ -106,7 +106,7 @@ def test_memory_that_no_card_has(text):
     for command in (cli, module):
         done = CliRunner().invoke(command, [f"--hbm-gib={text}", "--", "true"])
         assert done.exit_code == 2, done.exception
-        assert done.output.startswith(f"error: --hbm-gib {float(text)}: give the memory of a card in GiB")
+        assert done.output.startswith(f"error: --hbm-gib {float(text)} must be the memory of a card in GiB")
         assert len(done.output.splitlines()) == 1
 
 

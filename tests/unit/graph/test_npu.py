@@ -52,7 +52,7 @@ def test_dynamic_compile_is_parsed(monkeypatch, text, expected):
 
 def test_dynamic_compile_is_never_evaluated(monkeypatch):
     monkeypatch.setenv("DYNAMIC_COMPILE", "__import__('os').getpid()")
-    with pytest.raises(UnsupportedError, match="give True or False"):
+    with pytest.raises(UnsupportedError, match="must be True or False"):
         graph.parse_dynamic(None, needed=False)
 
 
@@ -63,7 +63,7 @@ def test_static_graphs_with_live_lengths_are_refused():
 
 
 def test_a_graph_cache_is_torchairs_alone(model, tmp_path):
-    with pytest.raises(UnsupportedError, match="kept on disk by torchair alone"):
+    with pytest.raises(UnsupportedError, match="only torchair keeps graphs on disk"):
         compile_model(model, "inductor", cache_dir=tmp_path)
 
 

@@ -107,7 +107,7 @@ class Operator:
         for name, value in self.fixed.items():
             if not _same(given.pop(name, value), value):
                 raise UnsupportedGraphError(
-                    f"{node} with {name}={node.attributes[name]!r} is not emulated; {name}={value!r} is"
+                    f"{node} with {name}={node.attributes[name]!r} is not emulated; only {name}={value!r} is"
                 )
         unknown = sorted(given.keys() - self.attributes.keys())
         if unknown:

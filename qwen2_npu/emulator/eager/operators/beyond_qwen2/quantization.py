@@ -30,7 +30,7 @@ def _dtype(operator: str, name: str, number: int | torch.dtype | None, default: 
         return default
     found = number if isinstance(number, torch.dtype) else SCALAR_TYPES.get(number)
     if found is None:
-        raise NotImplementedError(f"{operator}: {name}={number} is not emulated; int8 is")
+        raise NotImplementedError(f"{operator}: {name}={number} is not emulated; only int8 is")
     return found
 
 
@@ -159,7 +159,7 @@ def anti_quant(
 ) -> Tensor:
     """(x + offset) · scale of int8 values."""
     if x.dtype is not torch.int8:
-        raise NotImplementedError(f"npu_anti_quant: {x.dtype} is not emulated; int8 is")
+        raise NotImplementedError(f"npu_anti_quant: {x.dtype} is not emulated; only int8 is")
     wide = x.float() if offset is None else x.float() + offset.float()
     return (wide * scale.float()).to(_dtype("npu_anti_quant", "dst_dtype", dst_dtype, torch.float16))
 

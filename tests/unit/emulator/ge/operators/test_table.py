@@ -212,7 +212,7 @@ def test_any_number_of_inputs_is_collected_by_name() -> None:
         (node("OnTrial", attributes={"scale": 1.0}), "input x is not fed"),
         (node("OnTrial", "x", attributes={"axis": 1}), "lacks attribute scale"),
         (node("OnTrial", "x", attributes={"scale": 1.0, "mood": 2}), "attribute mood is not emulated"),
-        (node("OnTrial", "x", attributes={"scale": 1.0, "mode": 3}), "with mode=3 is not emulated; mode=0 is"),
+        (node("OnTrial", "x", attributes={"scale": 1.0, "mode": 3}), "with mode=3 is not emulated; only mode=0 is"),
     ],
 )
 def test_what_an_operator_cannot_honour_is_refused_when_it_is_bound(made: Node, message: str) -> None:
