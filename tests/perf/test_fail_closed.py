@@ -169,7 +169,8 @@ def test_fewer_than_one_decode_step_is_refused() -> None:
     for steps in ("0", "-1", "few"):
         command = [sys.executable, "-m", "pytest", LATENCY, f"--decode-steps={steps}"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr.strip()) == (4, f"ERROR: --decode-steps {steps}: give 1 or more")
+        said = f"ERROR: --decode-steps {steps}: must be a positive integer, at most 1000000"
+        assert (done.returncode, done.stderr.strip()) == (4, said)
 
 
 def test_a_declared_scope_is_said(tmp_path: Path) -> None:
