@@ -53,7 +53,8 @@ def test_more_buckets_than_dynamo_would_allow(device: str) -> None:
         assert counter.runs == 2 * len(calls), counter.describe()
 
 
-@pytest.mark.parametrize("step", ["flash_attention", pytest.param(LADDER[-1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["flash_attention", LADDER[-1]])
 def test_a_longer_rotary_table_needs_new_graphs(step: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with more positions than its table has at first: graphs are for the table there is, none for another."""
     for module in (layers, qwen2):

@@ -43,11 +43,8 @@ def test_all_are_here() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    # In a process that has imported everything. Without an NPU the graphs are compiled by inductor, in C++.
-    [
-        pytest.param(path, marks=() if path.stem != "count_graphs" or emulator.is_active() else pytest.mark.slow)
-        for path in EXAMPLES
-    ],
+    # In a process that has imported everything; compiling takes seconds.
+    [pytest.param(path, marks=pytest.mark.slow if path.stem == "count_graphs" else ()) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
 def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +88,8 @@ def test_it_imports_this_project_first(path: Path) -> None:
 
 
 @only_emulated
-@pytest.mark.parametrize("name", ["README.md", pytest.param("README.zh-CN.md", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_the_first_script_of_the_readme(name: str, tmp_path: Path) -> None:
     """As it stands there, in a plain Python, with the tiny checkpoint and its prompt in the place of the 7B's."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)[0]

@@ -85,6 +85,7 @@ def test_all_processes_end_with_the_supervisor(parent: subprocess.Popen[str], nu
     assert all_gone([supervisor, *family])
 
 
+@pytest.mark.slow
 def test_the_program_does_not_outlive_a_supervisor_that_is_killed() -> None:
     child = Child([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(120)"])
     assert child.output.readline() == "started\n"

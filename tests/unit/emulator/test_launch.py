@@ -192,6 +192,7 @@ if "child" in sys.argv:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inherited", [{}, {"ASCEND_HOME_PATH": "/no/such/folder"}], ids=["unset", "a folder that is gone"]
 )

@@ -122,6 +122,7 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     assert (runs, problems) == (expected[:4], [])
 
 
+@pytest.mark.slow
 def test_a_killed_append_leaves_the_old_run_or_the_new_one(tmp_path: Path) -> None:
     """Killed after every call of the system that writing consists of."""
     found = results(tmp_path / "a", Night(0))
