@@ -77,12 +77,14 @@ def _write_bundle(path: Path, device: str | None, found: list[Finding]) -> None:
     from rich.console import Console
 
     from qwen2_npu.conformance.machine.bug_report import bundle
+    from qwen2_npu.conformance.report.own_files import rewritten
 
     console = Console(highlight=False)
     text = "\n".join(": ".join(part for part in finding if part) for finding in found) + "\n"
     target = options.check_device(device)
     with options.progress(console, "operators") as progress:
         bundle.write(path, target, text, progress=progress)
+    rewritten(path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "operators.json" in names:

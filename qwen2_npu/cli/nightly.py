@@ -62,14 +62,15 @@ def command(
     from qwen2_npu.conformance.report import nightly
     from qwen2_npu.conformance.report.inputs import PAGE, SUMMARY
 
-    _check(nightly.ROOT)
-    results = results.resolve()  # stages run in the checkout's root
+    results = Path(os.path.realpath(results))  # stages run in the checkout's root
+    append = not quick if append is None else append
+    _check(nightly.ROOT, (history or results / "history") if append else None)
     asked = nightly.NightlyOptions(
         results, device, model_path and model_path.resolve(), quick, gate_rows, workers, minutes
     )
     report = [*nightly.CLI, "report", "--check", "--results", str(results), "--summary", str(results / SUMMARY)]
     report += ["--history", str(history.resolve())] if history else []
-    report += ["--append"] if (not quick if append is None else append) else []
+    report += ["--append"] if append else []
     made = 1
 
     def finish() -> None:
@@ -106,14 +107,19 @@ def _report(command: Sequence[str]) -> int:
     return child.wait()
 
 
-def _check(root: Path) -> None:
+def _check(root: Path, history: Path | None = None) -> None:
     """What would spoil the end of a long run is found at its start.
+
+    Args:
+        history: the folder that the run will be added to.
 
     Raises:
         ValueError: no checkout, or nothing to make the page with.
+        OSError: the history cannot be written.
     """
     from importlib.util import find_spec
 
+    from qwen2_npu.conformance.files import check_folder
     from qwen2_npu.conformance.report.charts.canvas import HOW_TO_INSTALL
 
     if not (root / "tests").is_dir():
@@ -122,6 +128,8 @@ def _check(root: Path) -> None:
         )
     if any(find_spec(name) is None for name in ("matplotlib", "jinja2", "scipy")):
         raise ValueError(HOW_TO_INSTALL)
+    if history is not None:
+        check_folder(history)
 
 
 def _describe(path: Path, device: str | None) -> None:

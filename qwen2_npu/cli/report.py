@@ -9,6 +9,9 @@ import click
 
 from qwen2_npu.cli import options
 
+MARK, HEAD = "<title>qwen2-npu: ", 4096
+"""What tells a page of this command from others, and in how many of its first bytes."""
+
 
 @click.command("report")
 @options.results_option("Folder of verify*.json, JUnit files (*.xml), benchmark*.json, bench.json and run.json.")
@@ -47,6 +50,7 @@ def command(
     from qwen2_npu.conformance.report.history import Run, load
     from qwen2_npu.conformance.report.history import append as remember
     from qwen2_npu.conformance.report.inputs import PAGE
+    from qwen2_npu.conformance.report.own_files import rewritten
     from qwen2_npu.conformance.report.page import render, verdict
     from qwen2_npu.conformance.report.results import Results
     from qwen2_npu.conformance.report.summary import markdown
@@ -56,11 +60,16 @@ def command(
     for path in (target, summary):
         if path is not None:
             check_writable(path)
+    if output is None and not _is_page(target):
+        raise ValueError(f"{target} was not made by this command and would be lost: name a file with --output")
     runs, problems = load(history or results / "history")
     write_text(target, render(found, runs, problems))
     if summary is not None:
         write_text(summary, markdown(found, runs, problems))
     changed = changes(found.claims, Run.of(found), runs)
+    rewritten(target)
+    if summary is not None:
+        rewritten(summary)
     said = verdict(found, changed, problems)
     click.echo(f"{said.text}\nPage: {target}")
     if missing:
@@ -69,3 +78,11 @@ def command(
         click.echo(f"History: {remember(history or results / 'history', found)}")
     if check and (not found.passed or said.style == "fail" or any(change.kind is Kind.LOST for change in changed)):
         sys.exit(1)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether this command made the file, or there is none."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(HEAD)

@@ -56,6 +56,7 @@ def command(
         options.quiet_transformers()
         from qwen2_npu.conformance.accuracy.verify import verify
         from qwen2_npu.conformance.files import check_writable, write_json
+        from qwen2_npu.conformance.report.own_files import rewritten
 
         check_writable(json_path)
         result = verify(
@@ -68,6 +69,7 @@ def command(
         )
         interrupts.check()
         write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
+        rewritten(json_path)
     interrupts.check()
     show(result, console)
     console.print(f"Report: {json_path}", highlight=False)

@@ -33,6 +33,9 @@ LINUX = sys.platform == "linux"
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36
 """Of prctl(2)."""
 
+ONE_HANGUP = 1.0
+"""Seconds in which a second SIGHUP tells of the same event: where a terminal closes, both kernel and shell send it."""
+
 PATIENCE = 10.0
 """Seconds in which killed processes must be gone; one that hangs in a driver is left behind then."""
 
@@ -65,6 +68,8 @@ class Child:
             os.close(watched)
         assert self._process.stdout is not None
         self.output = self._process.stdout
+        self._sweeper = threading.Thread(target=self._sweep, daemon=True)
+        self._sweeper.start()
 
     def end(self) -> None:
         """Kill the program and all its processes; :meth:`wait` waits until they are gone. May be called repeatedly."""
@@ -73,12 +78,19 @@ class Child:
 
     def wait(self) -> int:
         """The exit status; negative for a signal. Not to be called twice."""
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        with suppress(OSError):  # only a supervisor that was killed itself leaves something in its group
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._sweeper.join()
         os.close(self._held)
         self.output.close()
         return self._process.wait()
+
+    def _sweep(self) -> None:
+        """When the supervisor has ended, end its group: only one that was killed itself leaves something there.
+
+        That would hold the output, so that whoever reads it waits for an end that nobody brings about.
+        """
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class Stop:
@@ -90,6 +102,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._since = 0.0
         self._child: Child | None = None
 
     @contextmanager
@@ -109,9 +122,15 @@ class Stop:
                 signal.signal(number, before[number])
 
     def _ask(self, number: int, heard: Sequence[signal.Signals]) -> None:
-        self.number = number
+        if self.number is not None:  # a second SIGHUP: the others have their own effect by now
+            if time.monotonic() - self._since > ONE_HANGUP:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.number, self._since = number, time.monotonic()
         for each in heard:
-            signal.signal(each, signal.SIG_DFL)
+            if not each == number == signal.SIGHUP:
+                signal.signal(each, signal.SIG_DFL)
         if self._child is not None:
             self._child.end()
 

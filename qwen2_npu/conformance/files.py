@@ -40,6 +40,18 @@ def check_writable(path: Path) -> None:
             pass
 
 
+def check_folder(folder: Path) -> None:
+    """The same for a folder in which files will be made. It is made where there is none.
+
+    Raises:
+        OSError: naming ``folder``, and what to do.
+    """
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write beside ``path`` and move into place. Numbers that JSON cannot hold become strings ("nan", "inf").
 

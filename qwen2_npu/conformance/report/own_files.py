@@ -100,6 +100,13 @@ class OwnFiles:
         with suppress(OSError):  # what start() wrote stays, and serves as well
             self._write()
 
+    def renew(self, name: str) -> None:
+        """What this project wrote again stays a file of the run that made it first."""
+        stamp = _stamp(self.folder / name)
+        if self._made.get(name) is not None and stamp is not None:
+            self._made[name] = stamp
+            self._write()
+
     def _is_own(self, name: str) -> bool:
         path = self.folder / name
         if name not in self._made or path.parent not in (self.folder, self.folder / LOGS):
@@ -140,6 +147,19 @@ def locked(folder: Path) -> Iterator[OwnFiles]:
         yield OwnFiles(folder)
     finally:
         lock.release()
+
+
+def rewritten(path: Path) -> None:
+    """Tell the record, where ``path`` is of a nightly run, that a command of this project has written it again.
+
+    Else the next run there would take it for the user's own and be refused, although the documentation says to run
+    `qwen2-npu verify` and `qwen2-npu report` again. While a run is at work, the file is that run's anyway.
+    """
+    files = recorded(path.parent).get("files")
+    if not isinstance(files, dict) or files.get(path.name) is None:
+        return
+    with suppress(OSError, ValueError), locked(path.parent) as own:
+        own.renew(path.name)
 
 
 def recorded(folder: Path) -> Mapping[str, Any]:

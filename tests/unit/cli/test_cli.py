@@ -19,6 +19,7 @@ from qwen2_npu.cli import CLOSED_PIPE, COMMANDS, main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.perf.builds import Weights
+from qwen2_npu.conformance.report import own_files
 from qwen2_npu.optimizations import MODES, MODES_OF
 from tests.accuracy.faults import FAULTS
 from tests.unit.small import small_stock
@@ -66,6 +67,21 @@ def test_verify_without_a_tokenizer(tmp_path: Path) -> None:
     folder = small_folder(tmp_path / "model")
     result = run("verify", "--model-path", folder, "--json", tmp_path / "verify.json", "--steps", "swiglu")
     assert result.exit_code == 0, result.output
+
+
+def test_verify_again_after_a_night(tmp_path: Path) -> None:
+    """As the documentation says: its file stays that night's, or the next one would be refused."""
+    folder = small_folder(tmp_path / "model")
+    path = tmp_path / "report" / "verify.json"
+    with own_files.locked(path.parent) as own:
+        own.start([path.name])
+        path.write_text("of the night", encoding="utf-8")
+        own.finish()
+    assert run("verify", "--model-path", folder, "--json", path, "--steps", "fixed_kv_cache").exit_code == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["passed"]
+    with own_files.locked(path.parent) as own:
+        own.start([path.name])
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("tiny_checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from qwen2_npu import compat, emulator
 from qwen2_npu.cli import doctor, main
 from qwen2_npu.conformance.machine.bug_report import bundle
+from qwen2_npu.conformance.report import own_files
 from qwen2_npu.emulator import compiler, environment
 from qwen2_npu.emulator.settings import VARIABLE, Settings
 
@@ -151,6 +152,20 @@ def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "operators on cpu (portable kernels): 3 passed, 1 failed, 0 skipped" in " ".join(result.output.split())
     with zipfile.ZipFile(path) as archive:
         assert archive.read("doctor.txt").decode().startswith("python: 3")
+
+
+def test_a_bundle_again_after_a_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays that night's, or the next one would be refused."""
+    monkeypatch.setattr(bundle, "parts_of", lambda device, progress: [])
+    path = tmp_path / "doctor.zip"
+    with own_files.locked(tmp_path) as own:
+        own.start([path.name])
+        path.write_text("of the night", encoding="utf-8")
+        own.finish()
+    assert CliRunner().invoke(main, ["doctor", "--bundle", str(path), "--device", "cpu"]).exit_code == 0
+    with own_files.locked(tmp_path) as own:
+        own.start([path.name])
+    assert not path.exists()
 
 
 def test_a_bundle_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

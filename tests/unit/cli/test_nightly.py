@@ -20,6 +20,7 @@ from qwen2_npu.cli import main, nightly
 from qwen2_npu.conformance.report import nightly as engine
 from qwen2_npu.conformance.report.nightly import Stage
 from qwen2_npu.conformance.report.own_files import locked
+from tests.unit.conformance.test_children import GONE, all_gone
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *statuses: int, report: int = 0) -> tuple[int, list[str]]:
@@ -74,6 +75,24 @@ def test_describes_the_machine(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["verified"].startswith("cpu")
 
 
+def test_a_history_that_cannot_be_written_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["nightly", "--results", str(tmp_path / "new"), "--history", str(tmp_path / "file" / "history")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.output == (
+        f"error: {tmp_path}/file/history cannot be written (Not a directory): name another place\n"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_that_are_a_link_to_themselves(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    result = CliRunner().invoke(main, ["nightly", "--no-append", "--results", str(tmp_path / "loop")])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.output.startswith(f"error: {tmp_path}/loop cannot be written (")
+
+
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "-inf", "1e9", "many"])
 def test_minutes_that_no_stage_can_take(minutes: str) -> None:
     result = CliRunner().invoke(main, ["nightly", f"--minutes={minutes}"])
@@ -114,9 +133,6 @@ for name in ("index.html", "summary.md"):
 """
 SLOW_REPORT = "import os, time; print('PIDS', os.getpid(), flush=True); time.sleep(120)"
 
-GONE = 10.0
-"""Seconds in which all processes must be gone."""
-
 
 @contextmanager
 def started(results: Path, report: str = REPORT, long: str = LONG) -> Iterator[subprocess.Popen[str]]:
@@ -138,10 +154,6 @@ def named(process: subprocess.Popen[str]) -> list[psutil.Process]:
             return [psutil.Process(int(pid)) for pid in line.split()[1:]]
         seen.append(line)
     raise AssertionError("".join(seen))
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=GONE)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

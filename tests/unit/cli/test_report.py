@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 
 from qwen2_npu.cli import main
 from qwen2_npu.cli import report as cli_report
+from qwen2_npu.conformance import report
+from qwen2_npu.conformance.report import own_files
 from qwen2_npu.conformance.report.history import load
 from qwen2_npu.emulator.settings import VARIABLE
 from tests.unit.conformance.report.synthetic import SLOW, Night, commit_of
@@ -22,11 +24,13 @@ from tests.unit.emulator.users import OTHER, USER, as_root, as_user, owned
 
 assert cli_report.command.name == "report"
 
+PAGE = "<!DOCTYPE html><title>qwen2-npu: a page</title>"
+
 
 @pytest.fixture(autouse=True)
 def _no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page itself has tests of its own."""
-    monkeypatch.setattr("qwen2_npu.conformance.report.page.render", lambda *arguments: "<!DOCTYPE html>")
+    monkeypatch.setattr("qwen2_npu.conformance.report.page.render", lambda *arguments: PAGE)
 
 
 def run(*arguments: object) -> Result:
@@ -41,6 +45,41 @@ def test_page_history_and_summary(tmp_path: Path) -> None:
     assert (tmp_path / "index.html").exists()
     assert (tmp_path / "s.md").read_text(encoding="utf-8").startswith("## Nothing failed")
     assert len(list((tmp_path / "history").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"<title>my site</title>", b"", b"\xff\xfe"])
+def test_a_page_of_somebody_else_is_not_overwritten(content: bytes, tmp_path: Path) -> None:
+    """The user named the folder, not the file."""
+    theirs = tmp_path / "index.html"
+    theirs.write_bytes(content)
+    result = run("--results", tmp_path)
+    assert (result.exit_code, result.output) == (
+        2,
+        f"error: {theirs} was not made by this command and would be lost: name a file with --output\n",
+    )
+    assert theirs.read_bytes() == content
+    assert run("--results", tmp_path, "--output", tmp_path / "mine.html").exit_code == 0
+    assert run("--results", tmp_path, "--output", theirs).exit_code == 0, "a file that is named is meant"
+    assert run("--results", tmp_path).exit_code == 0, "now it is a page of this command"
+
+
+def test_pages_say_early_whose_they_are() -> None:
+    template = Path(report.__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    assert template.index(cli_report.MARK) < cli_report.HEAD / 2
+
+
+def test_a_page_of_a_night_that_is_made_again_is_still_of_that_night(tmp_path: Path) -> None:
+    """Else the next night is refused: the user would have changed it."""
+    names = ["index.html", "summary.md"]
+    with own_files.locked(tmp_path) as own:
+        own.start(names)
+        for name in names:
+            (tmp_path / name).write_text(PAGE, encoding="utf-8")
+        own.finish()
+    assert run("--results", tmp_path, "--summary", tmp_path / "summary.md").exit_code == 0
+    with own_files.locked(tmp_path) as own:
+        own.start(names)
+    assert not any((tmp_path / name).exists() for name in names)
 
 
 def test_check_fails_what_failed_and_what_is_no_longer_run(tmp_path: Path) -> None:

@@ -52,7 +52,18 @@ def pids_in(line: str) -> list[psutil.Process]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=GONE)[1]
+    """Whether they end. One that is dead holds nothing, even if its new parent takes seconds to notice."""
+    until = time.monotonic() + GONE
+    while (found := any(map(runs, processes))) and time.monotonic() < until:
+        time.sleep(0.002)
+    return not found
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
@@ -85,7 +96,22 @@ def test_all_processes_end_with_the_supervisor(parent: subprocess.Popen[str], nu
     assert all_gone([supervisor, *family])
 
 
-@pytest.mark.slow
+def test_a_supervisor_that_is_killed_leaves_nobody_who_holds_the_output() -> None:
+    """Reading it ends then; it would go on for as long as the program's own child runs."""
+    code = (
+        "import os, subprocess; sleep = subprocess.Popen(['sleep', '120']); "
+        "print('PIDS', os.getpid(), sleep.pid, flush=True); sleep.wait()"
+    )
+    child = Child([sys.executable, "-S", "-c", code])
+    family = pids_in(child.output.readline())
+    psutil.Process(child._process.pid).kill()
+    start = time.monotonic()
+    assert child.output.read() == ""
+    assert time.monotonic() - start < GONE
+    assert child.wait() == -signal.SIGKILL
+    assert all_gone(family)
+
+
 def test_the_program_does_not_outlive_a_supervisor_that_is_killed() -> None:
     child = Child([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(120)"])
     assert child.output.readline() == "started\n"
@@ -161,10 +187,32 @@ def test_a_signal_is_told_and_the_second_has_its_own_effect() -> None:
     stop = Stop()
     before = signal.getsignal(signal.SIGINT)
     with stop.listening():
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
         until = time.monotonic() + 1
         while stop.number is None and time.monotonic() < until:
             pass
-        assert (stop.number, stop.status, stop.reason) == (1, 129, "interrupted by SIGHUP")
+        assert (stop.number, stop.status, stop.reason) == (15, 143, "interrupted by SIGTERM")
         assert all(signal.getsignal(each) is signal.SIG_DFL for each in (1, 2, 15))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+HANGUPS = """
+import signal, time
+from qwen2_npu.conformance import children
+stop = children.Stop()
+with stop.listening():
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.number == signal.SIGHUP
+    assert all(signal.getsignal(each) is signal.SIG_DFL for each in (2, 15))
+    print("one event", flush=True)
+    stop._since -= children.ONE_HANGUP
+    signal.raise_signal(signal.SIGHUP)
+print("not reached")
+"""
+
+
+def test_a_terminal_that_closes_hangs_up_twice() -> None:
+    """By its kernel and by its shell. A later one ends the process, as every second signal does."""
+    done = subprocess.run([sys.executable, "-c", HANGUPS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGHUP, "one event\n"), done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.files import check_writable, read_json, write_json, write_text
+from qwen2_npu.conformance.files import check_folder, check_writable, read_json, write_json, write_text
 from qwen2_npu.conformance.machine.bug_report import bundle
 from tests.unit.emulator.users import OTHER, USER, as_root, as_user, owned
 
@@ -51,6 +51,17 @@ def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path: P
         check_writable(tmp_path / "file" / "report.json")
     check_writable(tmp_path / "new" / "report.json")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@as_root
+def test_a_folder_for_files_that_come_later(everyone: Path) -> None:
+    check_folder(everyone / "new" / "history")
+    assert list((everyone / "new" / "history").iterdir()) == []
+    answer = as_user(USER, lambda: check_folder(everyone / "new" / "history"))
+    assert answer.error == (
+        f"{everyone}/new/history cannot be written (Permission denied): change the permissions of its folder, or name "
+        "another place"
+    )
 
 
 # ---- errors of the system: real users, real limits ------------------------------------------------------------------

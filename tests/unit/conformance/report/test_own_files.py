@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.report.own_files import LOCK, RECORD, locked
+from qwen2_npu.conformance.report.own_files import LOCK, RECORD, locked, rewritten
 
 NAMES = ("run.json", "index.html", "perf.xml", "logs/perf.log")
 
@@ -58,6 +58,64 @@ def test_a_file_that_was_changed_since(tmp_path: Path) -> None:
     night(tmp_path, *NAMES)
     (tmp_path / "index.html").write_text("my page", encoding="utf-8")
     refused(tmp_path, "index.html")
+
+
+@pytest.mark.parametrize("name", ["index.html", "perf.xml"])
+def test_a_file_that_a_command_of_this_project_wrote_again(tmp_path: Path, name: str) -> None:
+    """The documentation says to: `qwen2-npu verify` and `report` after a night."""
+    night(tmp_path, *NAMES)
+    (tmp_path / name).write_text("written again", encoding="utf-8")
+    rewritten(tmp_path / name)
+    night(tmp_path)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_of_the_user_is_not_made_ours_by_writing_it_again(tmp_path: Path) -> None:
+    mine, other = tmp_path / "perf.xml", tmp_path / "new"
+    mine.write_text("mine", encoding="utf-8")
+    rewritten(mine)
+    assert [path.name for path in tmp_path.iterdir()] == ["perf.xml"], "no record where there was no run"
+    mine.unlink()
+    night(tmp_path, "run.json")
+    mine.write_text("mine", encoding="utf-8")
+    rewritten(mine)
+    refused(tmp_path, "perf.xml")
+    rewritten(other / "run.json")
+    assert not other.exists()
+
+
+def test_a_link_in_the_place_of_a_file_is_not_renewed(tmp_path: Path) -> None:
+    folder, mine = tmp_path / "report", tmp_path / "mine"
+    mine.write_text("mine", encoding="utf-8")
+    night(folder, *NAMES)
+    (folder / "perf.xml").unlink()
+    (folder / "perf.xml").symlink_to(mine)
+    rewritten(folder / "perf.xml")
+    refused(folder, "perf.xml")
+    (folder / "perf.xml").unlink()
+    (folder / "perf.xml").write_text("mine", encoding="utf-8")
+    refused(folder, "perf.xml")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"perf.xml": 3}}'])
+def test_writing_again_beside_a_damaged_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / RECORD).write_text(text, encoding="utf-8")
+    (tmp_path / "perf.xml").write_text("mine", encoding="utf-8")
+    rewritten(tmp_path / "perf.xml")
+
+
+def test_writing_again_while_a_run_is_at_work(tmp_path: Path) -> None:
+    """Its stages do: the record is the run's to write."""
+    with locked(tmp_path) as own:
+        own.start(NAMES)
+        (tmp_path / "perf.xml").write_text("made", encoding="utf-8")
+        before = (tmp_path / RECORD).read_bytes()
+        rewritten(tmp_path / "perf.xml")
+        assert (tmp_path / RECORD).read_bytes() == before
+        own.finish()
+        before = (tmp_path / RECORD).read_bytes()
+        rewritten(tmp_path / "perf.xml")
+        assert (tmp_path / RECORD).read_bytes() == before, "another run has it"
 
 
 def test_a_name_that_the_last_run_did_not_make(tmp_path: Path) -> None:
