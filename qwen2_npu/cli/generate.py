@@ -15,7 +15,7 @@ TEMPERATURES = (1e-30, 1e30)
 """The smallest and the largest: logits divided by less overflow float32, and by more every token is as likely."""
 
 
-def check_temperature(value: float, name: str = "--temperature") -> None:
+def check_temperature(value: float, name: str = "") -> None:
     """Refuse a temperature outside of :data:`TEMPERATURES`.
 
     Raises:
@@ -24,13 +24,13 @@ def check_temperature(value: float, name: str = "--temperature") -> None:
     low, high = TEMPERATURES
     if low <= value <= high:
         return
-    way_out = f"give {low:g} to {high:g}"
+    way_out, given = f"give {low:g} to {high:g}", f"{name} {value:g}".strip()
     if value < low:
         raise ValueError(
-            f"{name} {value:g} is too small: logits divided by it overflow; leave --sample out, which takes the most "
+            f"{given} is too small: logits divided by it overflow; leave --sample out, which takes the most "
             f"likely token, or {way_out}"
         )
-    raise ValueError(f"{name} {value:g} is {'too large' if value > high else 'not a number'}: {way_out}")
+    raise ValueError(f"{given} is {'too large' if value > high else 'not a number'}: {way_out}")
 
 
 def _temperature(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
