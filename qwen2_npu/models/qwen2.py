@@ -349,6 +349,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 arguments.check_vocabulary(input_ids, self.vocab_size)
             arguments.check_positions(positions, longest, position_ids)
             self._prepare_rotary(given.device, past + tokens, cache, position_ids)  # for positions beyond the cache's
+            for recorded in record:
+                recorded.clear()
             logits = run()
         if one:
             logits = logits[:, 0]

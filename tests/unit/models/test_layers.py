@@ -148,7 +148,8 @@ def test_every_way_to_beyond_the_first_table(optimizations, far, monkeypatch):
         results.append(model(ids[:, :5], past_key_values=cache, position_ids=positions).logits)
         for position in (5, 77, 400) if far else (5, 6, 7):
             given = torch.tensor([[position]])
-            results.append(model(ids[:, :1], past_key_values=cache, position_ids=given).logits)
+            step = model(ids[:, :1], past_key_values=cache, position_ids=given, output_hidden_states=True)
+            results += [step.logits, torch.tensor(len(step.hidden_states))]
         return results
 
     expected = run(whole)
