@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 if TYPE_CHECKING:
     from qwen2_npu.models.attention import AttentionInputs
-    from qwen2_npu.models.qwen2 import LayerCache
+    from qwen2_npu.models.decoder import LayerCache
 
 DYNAMO = {
     # One graph per shape is what is wanted: dynamo's limits, meant against endless recompilation, would stop at eight.

@@ -1,7 +1,6 @@
-"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: the decoder, and transformers' causal-LM contract
-around it.
+"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: transformers' causal-LM contract around the decoder.
 
-Reading order: :meth:`Qwen2Model.forward` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are
+Reading order: ``decoder.Qwen2Model.forward`` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are
 the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes into their
 arguments.
 
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2Config
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -39,97 +37,17 @@ from qwen2_npu.compat import (
 from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
-from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.models.attention import AttentionInputs
+from qwen2_npu.models.decoder import LayerCache, Qwen2Model, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
-from qwen2_npu.models.layers import MLP, TABLE_ROWS, Linear, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import TABLE_ROWS, Linear
+from qwen2_npu.models.passes import Pass, Prepared, shifted_loss
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
-
-LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
-
-
-class DecoderLayer(nn.Module):
-    """Norm, attention, norm, MLP, with the residual sum threaded through the norms."""
-
-    def __init__(
-        self, config: Qwen2Config, optimizations: Optimizations, layer: int, window: int | None, rotary: RotaryTable
-    ) -> None:
-        super().__init__()
-        fused_norm = optimizations.add_rms_norm
-        self.self_attn = Attention(config, optimizations, layer, window, rotary)
-        self.mlp = MLP(config, optimizations)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-        phase: Phase,
-        inputs: AttentionInputs,
-        cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
-        cache: LayerCache,
-        attentions: list[torch.Tensor | None] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, H): the MLP's result still to be added, and the residual to add it to.
-
-        Args:
-            attentions: a list to which the attention weights, if any, are appended.
-        """
-        hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
-        if attentions is not None:
-            attentions.append(weights)
-        del weights  # (B, N, S, S): not to be held while the MLP runs
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
-
-
-class Qwen2Model(nn.Module):
-    """Embedding, decoder layers and final norm."""
-
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations) -> None:
-        super().__init__()
-        self.shared_cos_sin = optimizations.flash_attention
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None))
-        self.rotary = RotaryTable(config)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, optimizations, layer, window, self.rotary)
-            for layer, window in enumerate(sliding_windows(config))
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        phase: Phase,
-        inputs: AttentionInputs,
-        caches: list[LayerCache],
-        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None = None,
-    ) -> torch.Tensor:
-        """The hidden states (B, S, H) after the final norm.
-
-        Args:
-            tokens: (B, S) token ids, or (B, S, H) embeddings.
-            caches: per layer what its attention reads and writes.
-            record: two lists to which the hidden states and attention weights of every layer are appended.
-        """
-        hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
-        residual: torch.Tensor | None = None
-        attentions = None if record is None else record[1]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            if record is not None:
-                record[0].append(hidden_states if residual is None else residual + hidden_states)
-            hidden_states, residual = layer(hidden_states, residual, phase, inputs, cos_sin, cache, attentions)
-        hidden_states, _ = self.norm(hidden_states, residual)
-        if record is not None:
-            record[0].append(hidden_states)
-        return hidden_states
 
 
 class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -285,98 +203,128 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
         arguments.check_names(others)
-        cache = one_cache(past_key_values, cache)
+        cache = self._check_cache(one_cache(past_key_values, cache))
         table = self.model.embed_tokens.weight
         given = arguments.check_tensors(table, cache, input_ids, inputs_embeds, attention_mask, labels)
-        batch, tokens = given.shape[:2]
+        tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        position_ids = arguments.rows_of_positions(position_ids, attention_mask, given)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        if output_attentions and self.optimizations.fixed_kv_cache:
-            raise UnsupportedError(
-                f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention "
-                "weights are not kept; use optimizations with fixed_kv_cache and flash_attention off"
-            )
+        self._check_outputs(output_attentions)
         use_cache = config.use_cache if use_cache is None else use_cache
-        positions = self.model.rotary.positions
-        # A decode step must not wait for a device. On the CPU its values are looked into once they have failed.
-        looked_into = past == 0 or tokens > 1
-        if input_ids is not None and looked_into:
-            arguments.check_vocabulary(input_ids, self.vocab_size)
         over_all = labels is not None and labels.shape[1] == tokens
         kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens)
         one = isinstance(kept, torch.Tensor) and kept.dim() == 0
         wanted = kept.reshape(1) if isinstance(kept, torch.Tensor) and one else kept
-        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] = ([], [])
-        recording = record if output_attentions or output_hidden_states else None
-        fixed = self.optimizations.fixed_kv_cache
-        if cache is not None and isinstance(cache, FixedKVCache) != fixed:
-            raise UnsupportedError(
-                f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache {'on' if fixed else 'off'} pass one of "
-                "allocate_cache()"
-            )
-        if fixed:
-            assert cache is None or isinstance(cache, FixedKVCache)
-            if cache is not None:
-                cache.check_room(batch, tokens)
-            before = [0] * batch if cache is None else cache.lengths
-            decoding = tokens == 1 and max(before) > 0
-            rows = Rows.of(None if decoding else attention_mask, batch, tokens)
-            longest = max(map(operator.add, before, rows.lengths))
-            arguments.check_positions(positions, longest, position_ids if looked_into else None)
-            if cache is None and use_cache:
-                capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
-                cache = FixedKVCache(self.cache_shape(batch, capacity))
-            self._prepare_rotary(given.device, past + tokens, cache, position_ids if looked_into else None)
-            run = partial(self._forward_fixed, given, rows, position_ids, cache, wanted, recording)
-        else:
-            if attention_mask is not None and (past == 0 or tokens > 1):
-                arguments.check_mask_values(attention_mask)
-            longest = arguments.live_tokens(attention_mask, past + tokens, positions)
-            looked_into = looked_into or past + tokens > positions
-            arguments.check_positions(positions, longest, position_ids if looked_into else None)
-            cache = growing_cache() if cache is None and use_cache else cache
-            self._prepare_rotary(given.device, past + tokens, cache, position_ids if looked_into else None)
-            run = partial(self._forward_growing, given, attention_mask, position_ids, cache, wanted, recording)
+        asked = Pass(
+            given,
+            attention_mask,
+            arguments.rows_of_positions(position_ids, attention_mask, given),
+            past,
+            wanted,
+            ([], []) if output_attentions or output_hidden_states else None,
+        )
+        if input_ids is not None and asked.looked_into:
+            arguments.check_vocabulary(input_ids, self.vocab_size)
+        prepare = self._prepare_fixed if self.optimizations.fixed_kv_cache else self._prepare_growing
+        run, cache, longest = prepare(asked, cache, use_cache)
         try:
             with unchanged_on_error(cache):
                 logits = run()
         except IndexError:
-            if input_ids is not None:
-                arguments.check_vocabulary(input_ids, self.vocab_size)
-            arguments.check_positions(positions, longest, position_ids)
-            self._prepare_rotary(given.device, past + tokens, cache, position_ids)  # for positions beyond the cache's
-            for recorded in record:
-                recorded.clear()
-            logits = run()
+            logits = self._run_again(run, asked, input_ids, cache, longest)
         if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]
         if live is not None and wanted is not None:
             live = live[:, wanted]
+        hidden_states, attentions = asked.record or ([], [])
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else _shifted_loss(logits, labels, live),
+            loss=None if labels is None else shifted_loss(logits, labels, live),
             logits=logits,
-            hidden_states=tuple(record[0]) if output_hidden_states else None,
-            attentions=tuple(w for w in record[1] if w is not None) if output_attentions else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(w for w in attentions if w is not None) if output_attentions else None,
             **{CACHE_NAME: cache if use_cache else None},
         )
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _forward_fixed(
+    def _check_cache(self, cache: Cache | None) -> Cache | None:
+        fixed = self.optimizations.fixed_kv_cache
+        if isinstance(arguments.check_cache(cache), FixedKVCache) != fixed and cache is not None:
+            raise UnsupportedError(
+                f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache {'on' if fixed else 'off'} pass one of "
+                "allocate_cache()"
+            )
+        return cache
+
+    def _check_outputs(self, output_attentions: bool) -> None:
+        if output_attentions and self.optimizations.fixed_kv_cache:
+            raise UnsupportedError(
+                f"output_attentions=True: with {' and '.join(self.optimizations.names()[:2])} on, attention "
+                "weights are not kept; use optimizations with fixed_kv_cache and flash_attention off"
+            )
+
+    def _prepare_fixed(self, asked: Pass, cache: Any, use_cache: bool) -> Prepared:
+        """Over the fixed cache (:class:`FixedKVCache`), allocated here where there is none."""
+        batch, tokens = asked.given.shape[:2]
+        positions = self.model.rotary.positions
+        if cache is not None:
+            cache.check_room(batch, tokens)
+        before = [0] * batch if cache is None else cache.lengths
+        decoding = tokens == 1 and max(before) > 0
+        rows = Rows.of(None if decoding else asked.mask, batch, tokens)
+        longest = max(map(operator.add, before, rows.lengths))
+        seen = asked.position_ids if asked.looked_into else None
+        arguments.check_positions(positions, longest, seen)
+        if cache is None and use_cache:
+            capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
+            cache = FixedKVCache(self.cache_shape(batch, capacity))
+        self._prepare_rotary(asked.given.device, asked.past + tokens, cache, seen)
+        return Prepared(partial(self._forward_fixed, asked, rows, cache), cache, longest)
+
+    def _prepare_growing(self, asked: Pass, cache: Cache | None, use_cache: bool) -> Prepared:
+        """Over the stock growing cache."""
+        tokens, positions = asked.given.shape[1], self.model.rotary.positions
+        total = asked.past + tokens
+        if asked.mask is not None and asked.looked_into:
+            arguments.check_mask_values(asked.mask)
+        longest = arguments.live_tokens(asked.mask, total, positions)
+        seen = asked.position_ids if asked.looked_into or total > positions else None
+        arguments.check_positions(positions, longest, seen)
+        cache = growing_cache() if cache is None and use_cache else cache
+        self._prepare_rotary(asked.given.device, total, cache, seen)
+        run = partial(
+            self._forward_growing, asked.given, asked.mask, asked.position_ids, cache, asked.wanted, asked.record
+        )
+        return Prepared(run, cache, longest)
+
+    def _run_again(
         self,
-        given: torch.Tensor,
-        rows: Rows,
-        position_ids: torch.Tensor | None,
-        cache: FixedKVCache | None,
-        wanted: slice | torch.Tensor | None,
-        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
+        run: Callable[[], torch.Tensor],
+        asked: Pass,
+        input_ids: torch.Tensor | None,
+        cache: Cache | None,
+        longest: int,
     ) -> torch.Tensor:
+        """After an index that a table did not have, on the CPU: say what is wrong, or make the rotary table longer.
+
+        Raises:
+            ValueError: ids or positions that the model does not have.
+        """
+        if input_ids is not None:
+            arguments.check_vocabulary(input_ids, self.vocab_size)
+        arguments.check_positions(self.model.rotary.positions, longest, asked.position_ids)
+        self._prepare_rotary(asked.given.device, asked.past + asked.given.shape[1], cache, asked.position_ids)
+        for recorded in asked.record or ():
+            recorded.clear()
+        return run()
+
+    def _forward_fixed(self, asked: Pass, rows: Rows, cache: FixedKVCache | None) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
+        given, position_ids, wanted, record = asked.given, asked.position_ids, asked.wanted, asked.record
         tokens = given.shape[1]
         if position_ids is not None:
             position_ids = rows.compact(position_ids)
@@ -412,7 +360,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         wanted: slice | torch.Tensor | None,
-        record: tuple[list[torch.Tensor], list[torch.Tensor | None]] | None,
+        record: Record | None,
     ) -> torch.Tensor:
         """Padded rows and the stock growing cache, masked as the stock model does."""
         tokens = given.shape[1]
@@ -425,23 +373,3 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
         )
         return self._logits(hidden_states if wanted is None else hidden_states[:, wanted], None)
-
-
-def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Mean cross-entropy of token i+1 given logits i, float32, -100 ignored: the stock model's loss, without the labels
-    that stand after padding, since logits at padding are unspecified.
-
-    Args:
-        live: (B, S) 1 where a position is not padding; None where none is.
-
-    Raises:
-        ValueError: labels of another shape than the logits'.
-    """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape[:2])}: pass as many")
-    shifted = labels[:, 1:].to(logits.device)
-    if live is not None:
-        shifted = shifted.masked_fill(live[:, :-1] == 0, arguments.IGNORED_LABEL)
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=arguments.IGNORED_LABEL
-    )

@@ -1,0 +1,102 @@
+"""The network below the head: embedding, decoder layers, final norm.
+
+Shapes: B batch, S new tokens, N heads, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Qwen2Config
+from transformers.cache_utils import Cache
+
+from qwen2_npu.compat import sliding_windows
+from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
+from qwen2_npu.optimizations import Optimizations
+
+LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
+"""What the attention of one layer reads and writes."""
+
+Record = tuple[list[torch.Tensor], list[torch.Tensor | None]]
+"""Hidden states and attention weights of every layer."""
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, norm, MLP, with the residual sum threaded through the norms."""
+
+    def __init__(
+        self, config: Qwen2Config, optimizations: Optimizations, layer: int, window: int | None, rotary: RotaryTable
+    ) -> None:
+        super().__init__()
+        fused_norm = optimizations.add_rms_norm
+        self.self_attn = Attention(config, optimizations, layer, window, rotary)
+        self.mlp = MLP(config, optimizations)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        phase: Phase,
+        inputs: AttentionInputs,
+        cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: LayerCache,
+        attentions: list[torch.Tensor | None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, H): the MLP's result still to be added, and the residual to add it to.
+
+        Args:
+            attentions: a list to which the attention weights, if any, are appended.
+        """
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
+        if attentions is not None:
+            attentions.append(weights)
+        del weights  # (B, N, S, S): not to be held while the MLP runs
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Qwen2Model(nn.Module):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations) -> None:
+        super().__init__()
+        self.shared_cos_sin = optimizations.flash_attention
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None))
+        self.rotary = RotaryTable(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, optimizations, layer, window, self.rotary)
+            for layer, window in enumerate(sliding_windows(config))
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        phase: Phase,
+        inputs: AttentionInputs,
+        caches: list[LayerCache],
+        record: Record | None = None,
+    ) -> torch.Tensor:
+        """The hidden states (B, S, H) after the final norm.
+
+        Args:
+            tokens: (B, S) token ids, or (B, S, H) embeddings.
+            caches: per layer what its attention reads and writes.
+            record: two lists to which the hidden states and attention weights of every layer are appended.
+        """
+        hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
+        residual: torch.Tensor | None = None
+        attentions = None if record is None else record[1]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            if record is not None:
+                record[0].append(hidden_states if residual is None else residual + hidden_states)
+            hidden_states, residual = layer(hidden_states, residual, phase, inputs, cos_sin, cache, attentions)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        if record is not None:
+            record[0].append(hidden_states)
+        return hidden_states
