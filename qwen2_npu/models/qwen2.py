@@ -1,8 +1,8 @@
-"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: transformers' causal-LM contract around the decoder.
+"""Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: transformers' causal-LM contract around it.
 
-Reading order: ``decoder.Qwen2Model.forward`` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and ``decode_step`` are
-the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes into their
-arguments.
+Reading order: ``decoder.Qwen2Model.forward`` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and
+``decode_step`` are the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes
+into their arguments.
 
 Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 """
