@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import click
 
 from qwen2_npu import emulator
-from qwen2_npu.cli import interrupts
+from qwen2_npu.cli import interrupts, options
 
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
@@ -123,10 +122,7 @@ def _written(status: Any) -> Any:
         failed = BAD_INPUT
         if not status:
             click.echo(f"error: {error}", err=True)
-    with contextlib.suppress(OSError, AttributeError):  # the stream of a test has no file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+    options.drop_output()
     return status or failed
 
 

@@ -93,8 +93,11 @@ def command(
 
 def _say(line: str) -> None:
     """Print, where anybody listens: a terminal that is gone, or a full disk below the output, changes no verdict."""
-    with suppress(OSError, ValueError):  # ValueError: closed, or in an encoding without these characters
-        click.echo(line)
+    try:
+        with suppress(ValueError):  # closed, or in an encoding without these characters
+            click.echo(line)
+    except OSError:
+        options.drop_output()
 
 
 def _report(command: Sequence[str]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +149,14 @@ def progress(console: Console, label: str) -> Iterator[Callable[[str, int, int],
             bar.update(task, description=label, completed=done, total=total)
 
         yield move
+
+
+def drop_output() -> None:
+    """Nobody reads what is printed: what is left and what comes goes nowhere."""
+    with contextlib.suppress(OSError, AttributeError):  # the stream of a test has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def quiet_transformers() -> None:
