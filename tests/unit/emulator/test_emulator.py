@@ -61,12 +61,16 @@ def test_after_torch_npu_it_is_too_late():
 HIDE = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch_npu' else f(n, *a)"
 
 
+CPU_BUILD = "from qwen2_npu.emulator import cuda_build; cuda_build.installed = lambda: ''"
+"""Beside a real CANN a GPU build is refused: see test_cuda_build.py."""
+
+
 @pytest.mark.parametrize(
     ("preparation", "environment", "expected"),
     [
         ("", {}, "True"),
         (HIDE, {}, "False"),
-        ("", {"ASCEND_HOME_PATH": "/"}, "False"),
+        (CPU_BUILD, {"ASCEND_HOME_PATH": "/"}, "False"),
         ("emulator.activate()", {}, "True"),
     ],
     ids=["needed", "no torch_npu", "a real CANN", "active"],
