@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,9 @@ from qwen2_npu import emulator
 emulator.activate_where_needed()
 import torch
 torch.set_num_threads(1)
-from qwen2_npu.conformance.graph import baselines, census, invariants, lowering
+from qwen2_npu.conformance.graph import baselines, census, lowering
 from qwen2_npu.conformance.sizes import SIZES
+from tests.graph import invariants
 graph = next(graph for graph in baselines.documented() if str(graph) == sys.argv[1])
 size, start = SIZES[graph.size], time.perf_counter()
 lowered = lowering.lower(
@@ -37,6 +39,8 @@ print(json.dumps({
 
 PEAK_GB = 4
 
+ROOT = Path(__file__).parents[2]
+
 FINAL = [graph for graph in baselines.documented() if graph.step == LADDER[-1]]
 
 
@@ -45,7 +49,7 @@ FINAL = [graph for graph in baselines.documented() if graph.step == LADDER[-1]]
 def test_full_size(graph: DocumentedGraph) -> None:
     """In a process of its own, whose peak memory is measured. No weight is allocated."""
     command = [sys.executable, "-c", CODE, str(graph)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     baseline = baselines.load(graph)
