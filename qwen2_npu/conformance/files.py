@@ -18,7 +18,7 @@ import qwen2_npu
 BASELINES = Path(qwen2_npu.__file__).parents[1] / "baselines"
 """The repository's folder of baselines; an installed wheel has none."""
 
-_WAYS_OUT = {
+WAYS_OUT = {
     errno.EACCES: "change the permissions of its folder",
     errno.ENOSPC: "free space on its disk",
     errno.EDQUOT: "free space in your disk quota",
@@ -139,7 +139,7 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise  # it is named already
-        way_out = _WAYS_OUT.get(error.errno, "")
+        way_out = WAYS_OUT.get(error.errno, "")
         message = f"{path} cannot be written ({why(error)}): {f'{way_out}, or ' if way_out else ''}name another place"
         raise type(error)(message) from error
 

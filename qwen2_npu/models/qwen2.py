@@ -320,7 +320,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         self._prepare_rotary(asked.given.device, asked.past + asked.given.shape[1], cache, asked.position_ids)
         for recorded in asked.record or ():
             recorded.clear()
-        return run()
+        with unchanged_on_error(cache):
+            return run()
 
     def _forward_fixed(self, asked: Pass, rows: Rows, cache: FixedKVCache | None) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""

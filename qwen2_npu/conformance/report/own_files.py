@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -13,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.files import WAYS_OUT, write_json
 from qwen2_npu.conformance.report import inputs
 
 RECORD, LOCK = ".nightly.json", ".nightly.lock"
@@ -21,9 +20,6 @@ LOGS = "logs"
 
 READ = (inputs.VERIFY, inputs.JUNIT, inputs.BENCHMARK, inputs.BENCH, inputs.RUN, inputs.PREDICTIONS)
 """What the report reads: a file that is not of this run must not speak for it."""
-
-WAYS_OUT = {errno.EACCES: "change the permissions of its folder", errno.ENOSPC: "free space on its disk"}
-"""What to do, by the number of the error."""
 
 SHOWN = 5
 """Names in a message."""
