@@ -28,8 +28,8 @@ from transformers import Qwen2Config, StaticCache
 from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
+from qwen2_npu.checkpoint.sources import DTYPES
 from qwen2_npu.compat import CACHE_NAME, cache_of
-from qwen2_npu.sources import DTYPES
 
 CANDIDATES = ("stock eager", "stock StaticCache+compile", "ours eager", "ours inductor")
 

@@ -96,9 +96,9 @@ def command(
     import torch
 
     from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
-    from qwen2_npu.configuration import read_config
+    from qwen2_npu.checkpoint.configuration import read_config
+    from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
     from qwen2_npu.conformance import tiny
-    from qwen2_npu.tokenizer import chat_text, load_tokenizer
 
     options.quiet_transformers()
     folder = model_path or tiny.path()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig, Qwen2Config
 
-from qwen2_npu import checkpoint, sources
+from qwen2_npu.checkpoint import sources, weights
+from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
+from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.compat import set_torch_dtype
-from qwen2_npu.configuration import read_config, read_generation_config
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.folders import locked
 from qwen2_npu.optimizations import Optimizations
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class CheckpointIO:
             settings = _configuration(folder if config is None else config, changes)
             source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
-        model: Any = checkpoint.build(
+        model: Any = weights.build(
             lambda: cls(settings, optimizations),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
@@ -156,7 +156,7 @@ class CheckpointIO:
         Raises:
             CheckpointError: missing, unexpected or mis-shaped tensors, or quantised ones.
         """
-        model: Qwen2ForCausalLM = checkpoint.build(
+        model: Qwen2ForCausalLM = weights.build(
             lambda: cls(config, optimizations),
             sources.StateDictSource(config, state_dict),
             dtype=dtype,
@@ -175,7 +175,7 @@ class CheckpointIO:
         """Write the ordinary Hugging Face layout, tensors bit-identical to what was loaded (in the dtype held).
 
         The folder loads as the checkpoint that was there or as the new one, whenever the process is killed or fails:
-        see :mod:`qwen2_npu.saving`.
+        see :mod:`qwen2_npu.checkpoint.saving`.
 
         Args:
             is_main_process: False where another process writes the same model: nothing is written then.
@@ -192,11 +192,11 @@ class CheckpointIO:
         if not is_main_process:
             return
         set_torch_dtype(self.config, self.dtype)
-        checkpoint.save(self, Path(save_directory), max_shard_size=max_shard_size)
+        weights.save(self, Path(save_directory), max_shard_size=max_shard_size)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
         """The weights under the stock class's names: fused ones as views of their parts, tied ones once."""
-        return checkpoint.stock_state_dict(self)
+        return weights.stock_state_dict(self)
 
 
 def effective(

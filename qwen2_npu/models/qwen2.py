@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
+from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.compat import (
     CACHE_NAME,
     LOGITS_IN_FLOAT32,
@@ -34,7 +35,6 @@ from qwen2_npu.compat import (
     sliding_windows,
     unchanged_on_error,
 )
-from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import AttentionInputs

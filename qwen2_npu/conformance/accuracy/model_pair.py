@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2_npu.checkpoint import skeleton
-from qwen2_npu.configuration import read_generation_config
+from qwen2_npu.checkpoint.configuration import read_generation_config
+from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
+from qwen2_npu.checkpoint.tokenizer import load_tokenizer
+from qwen2_npu.checkpoint.weights import skeleton
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
@@ -24,8 +26,6 @@ from qwen2_npu.conformance.accuracy.locate_error import Build, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
-from qwen2_npu.sources import open_checkpoint, parse_dtype
-from qwen2_npu.tokenizer import load_tokenizer
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from qwen2_npu import checkpoint, graph
+from qwen2_npu import graph
+from qwen2_npu.checkpoint import weights
+from qwen2_npu.checkpoint.sources import open_checkpoint, read_config
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
@@ -18,7 +20,6 @@ from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import ORIGINAL, Optimizations
-from qwen2_npu.sources import open_checkpoint, read_config
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -93,7 +94,7 @@ class Weights:
         CheckpointError: what is wrong with the folder, found before any model meets it.
         """
         source = open_checkpoint(path)
-        checkpoint.skeleton(lambda: Qwen2ForCausalLM(source.config), source)
+        weights.skeleton(lambda: Qwen2ForCausalLM(source.config), source)
         return cls(size_of(source.config, path.name), path)
 
     @property
@@ -119,7 +120,7 @@ class Weights:
             ours = Qwen2ForCausalLM.from_pretrained(self.path, dtype=dtype, device=target, optimizations=optimizations)
         else:
             config = self.config()
-            ours = checkpoint.build(
+            ours = weights.build(
                 lambda: Qwen2ForCausalLM(config, optimizations),
                 RandomWeights(config, dtype, target),
                 dtype=dtype,

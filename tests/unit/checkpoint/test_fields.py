@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, Number
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.fields import CONFIG, GENERATION, Number
 from tests.unit.small import V4, small_config, small_stock
 
 VALUES: tuple[Any, ...] = (

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu import Qwen2ForCausalLM, folders
+from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint import folders
+from qwen2_npu.checkpoint.folders import locked
+from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.folders import locked
-from qwen2_npu.tokenizer import load_tokenizer
 from tests.unit.small import V4, small_stock
 
 NOBODY = 65534

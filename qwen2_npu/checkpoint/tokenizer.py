@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen2_npu.checkpoint.configuration import one_line
+from qwen2_npu.checkpoint.folders import check_readable, is_file, unreadable
 from qwen2_npu.compat import IS_V4
-from qwen2_npu.configuration import one_line
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.folders import check_readable, is_file, unreadable
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 """Files that a vocabulary is read from: one of these groups, whole."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, checkpoint, sources
+from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
+from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models import qwen2
@@ -119,9 +120,9 @@ def test_shapes_follow_from_the_configuration(changes, step):
     if changes.get("head_dim") and not HEAD_DIM_IS_FREE:
         pytest.skip("transformers 4.37.0 has no head_dim of its own")
     model = Qwen2ForCausalLM(small_config(**changes), Optimizations.up_to(step) if step else Optimizations.none())
-    layout = checkpoint.stock_layout(model)
-    assert checkpoint.stock_shapes(model.config) == {name: rows.shape for name, rows in layout.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in model.stock_state_dict().items()} == checkpoint.stock_shapes(
+    layout = weights.stock_layout(model)
+    assert weights.stock_shapes(model.config) == {name: rows.shape for name, rows in layout.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.stock_state_dict().items()} == weights.stock_shapes(
         model.config
     )
 
@@ -166,7 +167,7 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*unchanged. Free space"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.tokenizer import chat_text, load_tokenizer
 from tests.unit.small import V4
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import GenerationConfig, Qwen2Config
 
+from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, check_numbers
+from qwen2_npu.checkpoint.folders import SAVING, is_file, is_folder, unreadable
 from qwen2_npu.compat import check_config, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.fields import CONFIG, GENERATION, check_numbers
-from qwen2_npu.folders import SAVING, is_file, is_folder, unreadable
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

@@ -19,9 +19,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen2_npu import Qwen2ForCausalLM, checkpoint, saving
+from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint import saving, weights
+from qwen2_npu.checkpoint.sources import INDEX_FILE
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.sources import INDEX_FILE
 from tests.unit.small import small_config, small_stock, stock_weights
 
 LAYOUTS = {"single": "1GB", "several": "40KB", "many": "20KB"}
@@ -58,7 +59,7 @@ def interrupted(at: int, error: Callable[[], BaseException], *, for_good: bool) 
     with pytest.MonkeyPatch.context() as patch:
         for name in CHANGES:
             patch.setattr(os, name, guarded(name, getattr(os, name)))
-        patch.setattr(checkpoint, "save_file", guarded("save_file", checkpoint.save_file))
+        patch.setattr(weights, "save_file", guarded("save_file", weights.save_file))
         yield done
 
 
@@ -372,7 +373,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
     OLD.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
     (tmp_path / ".saving-dead" / "new").mkdir(parents=True)
     (hers, theirs), (ours, yours) = os.pipe(), os.pipe()
-    write = checkpoint.save_file
+    write = weights.save_file
 
     def slowly(*args: Any, **kwargs: Any) -> None:
         os.write(theirs, b"!")
@@ -381,7 +382,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
 
     with child() as process:
         if process is None:
-            monkeypatch.setattr(checkpoint, "save_file", slowly)
+            monkeypatch.setattr(weights, "save_file", slowly)
             NEW.save_pretrained(tmp_path)
         else:
             os.read(hers, 1)

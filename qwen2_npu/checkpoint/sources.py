@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2Config
 
-from qwen2_npu.configuration import one_line, read_config, read_object
+from qwen2_npu.checkpoint.configuration import one_line, read_config, read_object
+from qwen2_npu.checkpoint.folders import check_readable, is_file, locked
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.folders import check_readable, is_file, locked
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qwen2_npu.configuration import CONFIG_FILE, GENERATION_CONFIG_FILE, read_object
+from qwen2_npu.checkpoint.configuration import CONFIG_FILE, GENERATION_CONFIG_FILE, read_object
+from qwen2_npu.checkpoint.folders import SAVING, locked, try_lock
+from qwen2_npu.checkpoint.sources import INDEX_FILE, SINGLE_FILE
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.folders import SAVING, locked, try_lock
-from qwen2_npu.sources import INDEX_FILE, SINGLE_FILE
 
 LOCK_FILE = "lock"
 """In ``.saving-…``, locked by the process that writes there. (Network file systems have locks for files alone.)"""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2_npu import Qwen2ForCausalLM, sources
+from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint import sources
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import small_stock, stock_weights
 

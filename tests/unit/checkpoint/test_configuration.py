@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwen2_npu import Qwen2ForCausalLM
-from qwen2_npu.configuration import check_fields, read_config, read_generation_config, read_object
+from qwen2_npu.checkpoint.configuration import check_fields, read_config, read_generation_config, read_object
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_config
 

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwen2_npu.checkpoint.configuration import check_fields
+from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
+from qwen2_npu.checkpoint.sources import INDEX_FILE, Source
 from qwen2_npu.compat import check_rope, head_dim, kv_head_count
-from qwen2_npu.configuration import check_fields
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.saving import NotRestoredError, replace_checkpoint
-from qwen2_npu.sources import INDEX_FILE, Source
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
