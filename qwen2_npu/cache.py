@@ -98,6 +98,7 @@ class CacheShape:
         cls,
         config: Any,
         *,
+        kv_heads: int | None = None,
         batch_size: int,
         capacity: int,
         layout: str,
@@ -105,12 +106,16 @@ class CacheShape:
         device: torch.device | str,
         sliding_window: int | None = None,
     ) -> CacheShape:
-        """The shape for ``config``; ``capacity`` is rounded up to its bucket."""
+        """The shape for ``config``; ``capacity`` is rounded up to its bucket.
+
+        Args:
+            kv_heads: those of one rank; all of ``config`` by default.
+        """
         return cls(
             layers=config.num_hidden_layers,
             batch_size=batch_size,
             capacity=round_capacity(capacity),
-            kv_heads=kv_head_count(config),
+            kv_heads=kv_head_count(config) if kv_heads is None else kv_heads,
             head_dim=head_dim(config),
             layout=layout,
             dtype=dtype,

@@ -5,7 +5,7 @@ they are asked for, one at a time.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from transformers import Qwen2Config
 from qwen2_npu.checkpoint.configuration import one_line, read_config, read_object
 from qwen2_npu.checkpoint.folders import check_readable, is_file, locked
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.parallel.sharding import Slice
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -38,6 +39,15 @@ SINGLE_FILE = "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+Cutting = Callable[[str], Slice | None]
+"""Name of a stock tensor -> the part of it that is wanted; None for all of it."""
+
+
+def whole(name: str) -> Slice | None:
+    """All of every tensor."""
+    return None
+
+
 class Source(Protocol):
     """Where stock tensors come from."""
 
@@ -49,8 +59,8 @@ class Source(Protocol):
     def stored_dtype(self) -> torch.dtype:
         """What the weights are stored in."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, one at a time."""
+    def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, or the part of it that ``cut`` says, one at a time."""
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -92,8 +102,9 @@ class StateDictSource:
     def stored_dtype(self) -> torch.dtype:
         return next((tensor.dtype for tensor in self._state_dict.values()), torch.float32)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._state_dict.items()
+    def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._state_dict.items():
+            yield name, part_of(tensor, cut(name))
 
 
 class SafetensorsSource:
@@ -138,12 +149,24 @@ class SafetensorsSource:
     def stored_dtype(self) -> torch.dtype:
         return self._dtype or torch.float32
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
         for file in dict.fromkeys(self._file_of.values()):
             with _reading(self._folder / file):
                 shard = self._open.pop(file, None) or safe_open(self._folder / file, framework="pt", device="cpu")
                 for name in list(shard.keys()):
-                    yield name, shard.get_tensor(name)
+                    part = cut(name)
+                    # A slice reads its rows or columns from the file, and nothing else.
+                    yield name, shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
+
+
+def part_of(tensor: torch.Tensor, part: Slice | None) -> torch.Tensor:
+    """A view of that part of ``tensor``."""
+    return tensor if part is None else tensor[indices(part)]
+
+
+def indices(part: Slice) -> tuple[slice, ...]:
+    """``part`` as what a tensor is indexed with."""
+    return (*(slice(None),) * part.axis, slice(part.start, part.stop))
 
 
 def open_checkpoint(

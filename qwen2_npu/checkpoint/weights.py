@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
-from qwen2_npu.checkpoint.sources import INDEX_FILE, Source
+from qwen2_npu.checkpoint.sources import INDEX_FILE, Cutting, Source
 from qwen2_npu.compat import check_rope, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
+from qwen2_npu.parallel.sharding import Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -70,10 +71,16 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def held_shapes(config: Any, shard: Shard) -> dict[str, tuple[int, ...]]:
+    """The same for the parts that one rank holds."""
+    return {name: shard.shape_of(name, shape, config) for name, shape in stock_shapes(config).items()}
+
+
 def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
     """Every stock tensor name with the rows it has in ``model``; a tied lm_head is not a tensor of its own."""
     layout: dict[str, Rows] = {}
-    shapes = stock_shapes(model.config)
+    ranks: Any = model.ranks
+    shapes = held_shapes(model.config, ranks.shard)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             continue
@@ -112,11 +119,17 @@ def build(factory: Callable[[], ModelT], source: Source, *, dtype: torch.dtype |
     layout = stock_layout(model)
     _materialise(model, dtype or source.stored_dtype(), device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in source.tensors():
+    for name, tensor in source.tensors(cut_for(model)):
         if name in layout:
             parameter, start, shape = layout[name]
             parameters[parameter].data.narrow(0, start, shape[0]).copy_(tensor)
     return model.eval()
+
+
+def cut_for(model: PreTrainedModel) -> Cutting:
+    """Which part of every stock tensor ``model`` holds."""
+    ranks: Any = model.ranks
+    return lambda name: ranks.shard.slice_of(name, model.config)
 
 
 def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -68,12 +68,13 @@ def tokens_of(input_ids: Any, inputs_embeds: Any) -> torch.Tensor:
 
 
 def check_tensors(
-    table: torch.Tensor, cache: Any, input_ids: Any, inputs_embeds: Any, mask: Any, labels: Any
+    table: torch.Tensor, vocabulary: int, cache: Any, input_ids: Any, inputs_embeds: Any, mask: Any, labels: Any
 ) -> torch.Tensor:
     """Check all that ``forward`` is given but positions and the values of ids; return what :func:`tokens_of` does.
 
     Args:
-        table: (V, H) the model's own embeddings.
+        table: (tokens of this rank, H) the model's own embeddings.
+        vocabulary: V.
 
     Raises:
         ValueError: what does not fit, with what does.
@@ -86,7 +87,7 @@ def check_tensors(
     if inputs_embeds is not None:
         check_embeds(inputs_embeds, table)
     if labels is not None:
-        check_labels(labels, table.shape[0])
+        check_labels(labels, vocabulary)
     return given
 
 

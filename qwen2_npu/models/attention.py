@@ -1,6 +1,7 @@
 """Qwen2's attention in the two forms of the ladder: small operators on BNSD, fused operators on BSND.
 
-Shapes: B batch, S new tokens, C slots of the KV cache, N query heads, K kv heads, D head_dim, H hidden.
+Shapes: B batch, S new tokens, C slots of the KV cache, N query heads and K kv heads of this rank, D head_dim, H
+hidden.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import head_dim
 from qwen2_npu.models.layers import Linear, RotaryTable
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import Ranks
 
 Phase = Literal["prefill", "decode", "extend"]
 """prefill: nothing in the cache yet; decode: one token per row; extend: several tokens after what the cache holds."""
@@ -52,18 +54,26 @@ class Attention(nn.Module):
 
     Args:
         window: the layer's sliding window in tokens, None for full attention.
+        ranks: those whose heads are added up after o_proj.
     """
 
     def __init__(
-        self, config: Qwen2Config, optimizations: Optimizations, layer: int, window: int | None, rotary: RotaryTable
+        self,
+        config: Qwen2Config,
+        optimizations: Optimizations,
+        layer: int,
+        window: int | None,
+        rotary: RotaryTable,
+        ranks: Ranks,
     ) -> None:
         super().__init__()
         self.optimizations = optimizations
         self.layer = layer
         self.window = window
         self._rotary = (rotary,)  # in a tuple: one table for the model, not a submodule of every layer
-        self.heads = config.num_attention_heads
-        self.kv_heads = kv_head_count(config)
+        self.ranks = ranks
+        self.heads = ranks.shard.count("query heads", config)
+        self.kv_heads = ranks.shard.count("kv heads", config)
         self.head_dim = head_dim(config)
         self.scale = self.head_dim**-0.5
         self.widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
@@ -101,8 +111,9 @@ class Attention(nn.Module):
         # A decode step goes through o_proj in two dimensions: in three, the graph engine pads the product (the guide's
         # out-of-memory fix).
         if tokens == 1:
-            return self.o_proj(context.reshape(batch, self.widths[0])).unsqueeze(1), weights
-        return self.o_proj(context.reshape(batch, tokens, self.widths[0])), weights
+            summed = self.ranks.all_reduce(self.o_proj(context.reshape(batch, self.widths[0])))
+            return summed.unsqueeze(1), weights
+        return self.ranks.all_reduce(self.o_proj(context.reshape(batch, tokens, self.widths[0]))), weights
 
     def _project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """q (B, S, N, D), k and v (B, S, K, D)."""

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
-from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import Ranks
 
 LayerCache = tuple[torch.Tensor, torch.Tensor] | Cache | None
 """What the attention of one layer reads and writes."""
@@ -26,12 +27,18 @@ class DecoderLayer(nn.Module):
     """Norm, attention, norm, MLP, with the residual sum threaded through the norms."""
 
     def __init__(
-        self, config: Qwen2Config, optimizations: Optimizations, layer: int, window: int | None, rotary: RotaryTable
+        self,
+        config: Qwen2Config,
+        optimizations: Optimizations,
+        layer: int,
+        window: int | None,
+        rotary: RotaryTable,
+        ranks: Ranks,
     ) -> None:
         super().__init__()
         fused_norm = optimizations.add_rms_norm
-        self.self_attn = Attention(config, optimizations, layer, window, rotary)
-        self.mlp = MLP(config, optimizations)
+        self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks)
+        self.mlp = MLP(config, optimizations, ranks)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
 
@@ -62,13 +69,13 @@ class DecoderLayer(nn.Module):
 class Qwen2Model(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations) -> None:
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None))
+        self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, optimizations, layer, window, self.rotary)
+            DecoderLayer(config, optimizations, layer, window, self.rotary, ranks)
             for layer, window in enumerate(sliding_windows(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)

@@ -1,6 +1,6 @@
 """The parts of a decoder layer other than attention, and the rotary table.
 
-Shapes: B batch, S tokens, H hidden, I intermediate, D head_dim.
+Shapes: B batch, S tokens, H hidden, I columns of the MLP on this rank, D head_dim.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import Qwen2Config
 from qwen2_npu.compat import head_dim, rope_frequencies
 from qwen2_npu.ops.linear import linear
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import Ranks
 
 
 class Linear(nn.Linear):
@@ -24,6 +25,26 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
         return linear(input, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """The rows of the embedding table that this rank holds, looked up and added up over the ranks."""
+
+    def __init__(self, config: Qwen2Config, ranks: Ranks) -> None:
+        tokens = ranks.shard.part("vocabulary", config)
+        self.cut = len(tokens) < config.vocab_size
+        padding = None if self.cut else getattr(config, "pad_token_id", None)
+        super().__init__(len(tokens), config.hidden_size, padding)
+        self.first, self.ranks = tokens.start, ranks
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(B, S) token ids -> (B, S, H)."""
+        if not self.cut:
+            return super().forward(input)
+        row = input - self.first
+        elsewhere = (row < 0) | (row >= self.num_embeddings)
+        found = super().forward(row.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.ranks.all_reduce(found)
 
 
 class RMSNorm(nn.Module):
@@ -66,11 +87,12 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up]."""
 
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations) -> None:
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
+        self.ranks = ranks
         self.swiglu = optimizations.swiglu
         self.fused = optimizations.fused_gate_up
-        hidden, intermediate = config.hidden_size, config.intermediate_size
+        hidden, intermediate = config.hidden_size, ranks.shard.count("columns", config)
         if self.fused:
             self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
         else:
@@ -81,9 +103,9 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, H) -> (B, S, H)."""
         if self.swiglu:
-            return self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x), dim=-1))
+            return self.ranks.all_reduce(self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x), dim=-1)))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.silu(gate) * up)
+        return self.ranks.all_reduce(self.down_proj(F.silu(gate) * up))
 
 
 TABLE_ROWS = 131072

@@ -17,6 +17,7 @@ from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import current
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -43,7 +44,9 @@ LOADING_HARMLESS = (
 SAVING_HARMLESS = ("save_peft_format", "save_original_format", "token", "use_auth_token")
 
 _NO_QUANTISATION = Refused("load the checkpoint in bf16, fp16 or fp32")
-_ONE_DEVICE = Refused("the model goes to one device whole; choose it with device='npu:0'")
+_ONE_DEVICE = Refused(
+    "one process uses one device; choose it with device='npu:0', or start a process per card (docs/parallel.md)"
+)
 _NO_OTHER_FORMAT = Refused("only PyTorch weights are read; convert them with transformers")
 _NO_KERNELS = Refused("which operators compute is chosen by optimizations=Optimizations(...)")
 
@@ -59,8 +62,7 @@ LOADING_REFUSED: dict[str, Refused] = {
     "load_in_8bit": _NO_QUANTISATION,
     "load_in_4bit": _NO_QUANTISATION,
     "max_memory": _ONE_DEVICE,
-    "tp_plan": _ONE_DEVICE,
-    "tp_size": _ONE_DEVICE,
+    "tp_plan": Refused("how a model is cut follows from tp_size"),
     "device_mesh": _ONE_DEVICE,
     "distributed_config": _ONE_DEVICE,
     "from_tf": _NO_OTHER_FORMAT,
@@ -80,7 +82,7 @@ SAVING_REFUSED: dict[str, Refused] = {
     "state_dict": Refused("the model's own weights are saved; make a model of others with from_state_dict"),
     "save_function": Refused("leave it out; checkpoints are written as safetensors only"),
     "variant": Refused("leave it out and choose another folder"),
-    "distributed_checkpoint": Refused("leave it out; each process holds the whole model"),
+    "distributed_checkpoint": Refused("leave it out; a model of tp_size=1 writes the whole checkpoint"),
 }
 
 
@@ -101,6 +103,8 @@ class CheckpointIO:
         config: Qwen2Config | str | Path | None = None,
         generation_config: GenerationConfig | None = None,
         subfolder: str = "",
+        tp_size: int | None = None,
+        tp_rank: int | None = None,
         **others: Any,
     ) -> Qwen2ForCausalLM:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
@@ -114,6 +118,9 @@ class CheckpointIO:
             config: instead of the folder's config.json; or the folder of another one.
             generation_config: instead of the folder's generation_config.json.
             subfolder: of the folder, where the checkpoint lies.
+            tp_size: ranks that share the model, each holding its part; only that part is read. None for those of the
+                process group, or one where there is none.
+            tp_rank: which of them; None for that of this process.
             others: fields of the configuration that take another value, ``use_cache=False``; and the remaining keywords
                 of transformers, as far as they ask for nothing that there is not: see the tables of this module.
 
@@ -123,6 +130,7 @@ class CheckpointIO:
             TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
+        ranks = current(tp_size, tp_rank)
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
         target = one_device(device, device_map)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
@@ -130,7 +138,7 @@ class CheckpointIO:
             source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
         model: Any = weights.build(
-            lambda: cls(settings, optimizations),
+            lambda: cls(settings, optimizations, ranks),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
             device=target,
@@ -150,14 +158,17 @@ class CheckpointIO:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         optimizations: Optimizations | None = None,
+        tp_size: int | None = None,
+        tp_rank: int | None = None,
     ) -> Qwen2ForCausalLM:
-        """The model with the weights of a stock state dict (names of the stock class).
+        """The model with the weights of a stock state dict (names of the stock class); see :meth:`from_pretrained`.
 
         Raises:
             CheckpointError: missing, unexpected or mis-shaped tensors, or quantised ones.
         """
+        ranks = current(tp_size, tp_rank)
         model: Qwen2ForCausalLM = weights.build(
-            lambda: cls(config, optimizations),
+            lambda: cls(config, optimizations, ranks),
             sources.StateDictSource(config, state_dict),
             dtype=dtype,
             device=one_device(device, None),
@@ -189,14 +200,28 @@ class CheckpointIO:
         unknown = effective("save_pretrained", others, SAVING_HARMLESS, SAVING_REFUSED)
         if unknown:
             raise TypeError(f"save_pretrained() takes no argument {', '.join(unknown)}")
+        self._check_whole("save_pretrained")
         if not is_main_process:
             return
         set_torch_dtype(self.config, self.dtype)
         weights.save(self, Path(save_directory), max_shard_size=max_shard_size)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
-        """The weights under the stock class's names: fused ones as views of their parts, tied ones once."""
+        """The weights under the stock class's names: fused ones as views of their parts, tied ones once.
+
+        Raises:
+            UnsupportedError: the model is one part of several.
+        """
+        self._check_whole("stock_state_dict")
         return weights.stock_state_dict(self)
+
+    def _check_whole(self: Any, function: str) -> None:
+        shard = self.ranks.shard
+        if shard.size > 1:
+            raise UnsupportedError(
+                f"{function}(): this is part {shard.rank} of {shard.size} of a model; load it with tp_size=1 to have "
+                "all of it"
+            )
 
 
 def effective(

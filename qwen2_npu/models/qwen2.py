@@ -45,6 +45,7 @@ from qwen2_npu.models.layers import TABLE_ROWS, Linear
 from qwen2_npu.models.passes import Pass, Prepared, shifted_loss
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import ALONE, Ranks
 
 DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
@@ -59,9 +60,11 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     Args:
         config: a transformers ``Qwen2Config`` (model_type qwen2: Qwen2 dense sizes and Qwen1.5).
         optimizations: the switches; all of the ladder by default.
+        ranks: those that share the model, one process and card each; this one holds its part of the weights. All of
+            them must make the same calls. One by default.
 
     Raises:
-        UnsupportedError: a configuration this model does not serve.
+        UnsupportedError: a configuration this model does not serve, or that the ranks cannot share.
     """
 
     config_class = Qwen2Config
@@ -71,18 +74,20 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     _tied_weights_keys = TIED_WEIGHTS
     _supports_cache_class = True
 
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None) -> None:
+    def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
         check_config(config)
+        ranks.shard.check(config)
         config = copy.deepcopy(config)
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )
         super().__init__(config)
         self.optimizations = Optimizations.all() if optimizations is None else optimizations
-        self.model = Qwen2Model(config, self.optimizations)
+        self.ranks = ranks
+        self.model = Qwen2Model(config, self.optimizations, ranks)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, ranks.shard.count("vocabulary", config), bias=False)
         windows = {window for window in sliding_windows(config) if window is not None}
         self._window: int | None = min(windows, default=None)
         self._masks = MaskFactory(self.optimizations, self._window)
@@ -105,6 +110,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         """Shape, and so the memory, of the fixed cache for ``batch_size`` rows of ``capacity`` tokens."""
         return CacheShape.of(
             self.config,
+            kv_heads=self.ranks.shard.count("kv heads", self.config),
             batch_size=batch_size,
             capacity=capacity,
             layout="BSND" if self.optimizations.flash_attention else "BNSD",
@@ -158,8 +164,18 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if logit_index is not None:
             index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
-        logits = self.lm_head(hidden_states)
+        logits = self._of_all_ranks(self.lm_head(hidden_states))
         return logits.float() if LOGITS_IN_FLOAT32 else logits
+
+    def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, kept, tokens of this rank) -> (B, kept, V): the same bits on every rank, so that all choose one token."""
+        if logits.shape[-1] < self.vocab_size:
+            return self.ranks.all_gather(logits)
+        return self.ranks.from_first(logits)
+
+    def _of_all_heads(self, attentions: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+        """(B, N, S, T) of every layer that has attention weights, from (B, heads of this rank, S, T)."""
+        return tuple(self.ranks.all_gather(weights, axis=1) for weights in attentions if weights is not None)
 
     # ---- transformers' contract ----------------------------------------------------------------------------------
     def forward(
@@ -205,7 +221,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         arguments.check_names(others)
         cache = self._check_cache(one_cache(past_key_values, cache))
         table = self.model.embed_tokens.weight
-        given = arguments.check_tensors(table, cache, input_ids, inputs_embeds, attention_mask, labels)
+        given = arguments.check_tensors(table, self.vocab_size, cache, input_ids, inputs_embeds, attention_mask, labels)
         tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         config = self.config
@@ -226,7 +242,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             wanted,
             ([], []) if output_attentions or output_hidden_states else None,
         )
-        if input_ids is not None and asked.looked_into:
+        if input_ids is not None and (asked.looked_into or self._hides_wrong_ids):
             arguments.check_vocabulary(input_ids, self.vocab_size)
         prepare = self._prepare_fixed if self.optimizations.fixed_kv_cache else self._prepare_growing
         run, cache, longest = prepare(asked, cache, use_cache)
@@ -245,11 +261,16 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             loss=None if labels is None else shifted_loss(logits, labels, live),
             logits=logits,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(w for w in attentions if w is not None) if output_attentions else None,
+            attentions=self._of_all_heads(attentions) if output_attentions else None,
             **{CACHE_NAME: cache if use_cache else None},
         )
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _hides_wrong_ids(self) -> bool:
+        """Whether a lookup of an id beyond the vocabulary raises no IndexError, though it is made on a CPU."""
+        return self.model.embed_tokens.cut and self.device.type == "cpu"
 
     def _check_cache(self, cache: Cache | None) -> Cache | None:
         fixed = self.optimizations.fixed_kv_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 
 from qwen2_npu import graph
 from qwen2_npu.checkpoint import weights
-from qwen2_npu.checkpoint.sources import open_checkpoint, read_config
+from qwen2_npu.checkpoint.sources import Cutting, open_checkpoint, part_of, read_config, whole
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
@@ -66,10 +67,16 @@ class RandomWeights:
     def stored_dtype(self) -> torch.dtype:
         return self.dtype
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        generator = torch.Generator(self.device)
         for name, shape in self._shapes.items():
             tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-            yield name, tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=self.config.initializer_range)
+            if "norm" in name:
+                tensor.fill_(1.0)
+            else:  # a tensor is the same on all ranks, whatever part of it they take
+                generator.manual_seed(zlib.crc32(name.encode()))
+                tensor.normal_(std=self.config.initializer_range, generator=generator)
+            yield name, part_of(tensor, cut(name))
 
 
 @dataclass(frozen=True)

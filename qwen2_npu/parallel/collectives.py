@@ -1,0 +1,93 @@
+"""What the ranks of a tensor-parallel model say to each other: three collectives, all of them here.
+
+On an NPU they are HCCL's, on a CPU gloo's. They run eagerly and inside compiled graphs: torchair lowers them to
+HcomAllReduce and HcomAllGather.
+
+Shapes: R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.parallel.sharding import WHOLE, Shard
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one model, as one of them sees them.
+
+    Attributes:
+        shard: which of them this one is.
+        group: the ``torch.distributed`` process group; None where there is one rank, and where the part of a model is
+            only looked at: a collective then raises.
+    """
+
+    shard: Shard = WHOLE
+    group: Any = None
+
+    @property
+    def size(self) -> int:
+        return self.shard.size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in the dtype of ``tensor``, which is overwritten."""
+        if self.size == 1:
+            return tensor
+        dist.all_reduce(tensor, group=self._required_group())
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, axis: int = -1) -> torch.Tensor:
+        """The ranks' tensors side by side along ``axis``: the same bits on every rank."""
+        if self.size == 1:
+            return tensor
+        gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self._required_group())
+        return gathered if axis == 0 else torch.cat(gathered.chunk(self.size), dim=axis)
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What rank 0 holds, written into ``tensor``: the same bits on every rank."""
+        if self.size > 1:
+            group = self._required_group()
+            dist.broadcast(tensor, group=group, group_src=0)
+        return tensor
+
+    def _required_group(self) -> Any:
+        assert self.group is not None, "a part of a model computes only together with the others: join a process group"
+        return self.group
+
+
+ALONE = Ranks()
+"""The model on one card: every collective is its argument."""
+
+
+def current(tp_size: int | None, tp_rank: int | None) -> Ranks:
+    """The ranks to load a model for.
+
+    Args:
+        tp_size: how many ranks; None for those of the process group, or one where there is none.
+        tp_rank: which of them; None for that of this process. One that is given need not be: then the part can be
+            looked at, saved or sent, but not computed with.
+
+    Raises:
+        UnsupportedError: ``tp_size`` is not that of the process group.
+    """
+    ready = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if ready else 1
+    size = world if tp_size is None else tp_size
+    if tp_rank is None and size not in (1, world):
+        found = f"the process group has {world}" if ready else "there is no process group"
+        raise UnsupportedError(
+            f"tp_size={size!r}, and {found}: start as many processes (docs/parallel.md), or pass "
+            "tp_rank to load one part"
+        )
+    if tp_rank is None:
+        tp_rank = dist.get_rank() if size > 1 else 0
+    shard = Shard(tp_rank, size)
+    mine = ready and size == world and tp_rank == dist.get_rank()
+    return Ranks(shard, dist.group.WORLD if mine else None)
