@@ -74,13 +74,13 @@ IDS, EMBEDS, TABLE = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, 4), t
 )
 def test_tokens_that_are_none(ids, embeds, message):
     with pytest.raises(ValueError, match=message):
-        arguments.check_tensors(TABLE, None, ids, embeds, None, None)
+        arguments.check_tensors(TABLE, len(TABLE), None, ids, embeds, None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_tokens_that_are_some(dtype):
-    assert arguments.check_tensors(TABLE, None, IDS.to(dtype), None, torch.ones(2, 3), IDS).dtype == dtype
-    assert arguments.check_tensors(TABLE, None, None, EMBEDS, None, IDS[:, :1]) is EMBEDS
+    assert arguments.check_tensors(TABLE, len(TABLE), None, IDS.to(dtype), None, torch.ones(2, 3), IDS).dtype == dtype
+    assert arguments.check_tensors(TABLE, len(TABLE), None, None, EMBEDS, None, IDS[:, :1]) is EMBEDS
 
 
 @pytest.mark.parametrize("value", [-1e9, 2.0, 0.5, float("nan"), float("-inf")])
