@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """Dimensions from the published config.json. ``shards``: cards one layer is split over."""
+    """Dimensions from the published config.json; of a shard, those of one card.
+
+    Attributes:
+        shards: cards one layer is split over.
+        whole: the size that this is a shard of.
+    """
 
     name: str
     hidden: int
@@ -23,14 +28,17 @@ class Size:
     vocab: int
     tied: bool
     shards: int = 1
+    whole: Size | None = None
 
     def shard(self, count: int) -> Size:
         """What one of ``count`` tensor-parallel cards computes: its heads, its part of the MLP, its rows of lm_head.
 
+        The numbers of :mod:`qwen2_npu.parallel.sharding`, without torch.
+
         Raises:
             ValueError: a dimension that ``count`` does not divide.
         """
-        for name in ("heads", "kv_heads", "intermediate", "vocab"):
+        for name in ("heads", "intermediate"):
             if getattr(self, name) % count:
                 raise ValueError(f"{self.name}: {name}={getattr(self, name)} cannot be split over {count} cards")
         return Size(
@@ -39,11 +47,12 @@ class Size:
             intermediate=self.intermediate // count,
             layers=self.layers,
             heads=self.heads // count,
-            kv_heads=self.kv_heads // count,
+            kv_heads=max(1, self.kv_heads // count),
             head_dim=self.head_dim,
-            vocab=self.vocab // count,
+            vocab=self.vocab if self.vocab % count else self.vocab // count,
             tied=self.tied,
             shards=count,
+            whole=self,
         )
 
     @property
@@ -55,13 +64,15 @@ class Size:
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
     def config(self, *, layers: int | None = None, max_position_embeddings: int = 32768) -> Qwen2Config:
-        """As transformers writes it (5.x: head_dim apart from the hidden size).
+        """As transformers writes it (5.x: head_dim apart from the hidden size); of a shard, that of the whole model.
 
         Args:
             layers: fewer layers than the real model has.
         """
         from transformers import Qwen2Config
 
+        if self.whole is not None:
+            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings)
         values: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -90,5 +101,5 @@ SIZES: dict[str, Size] = {
         Size("72B", 8192, 29568, 80, 64, 8, 128, 152064, tied=False),
     )
 }
-SIZES["72B-tp8"] = SIZES["72B"].shard(8)
+SIZES |= {shard.name: shard for shard in (SIZES["7B"].shard(2), SIZES["7B"].shard(4), SIZES["72B"].shard(8))}
 """Name -> size. ``72B-tp8`` is one card of the documented eight."""

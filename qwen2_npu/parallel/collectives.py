@@ -46,9 +46,12 @@ class Ranks:
         """The ranks' tensors side by side along ``axis``: the same bits on every rank."""
         if self.size == 1:
             return tensor
+        axis %= tensor.dim()
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self._required_group())
-        return gathered if axis == 0 else torch.cat(gathered.chunk(self.size), dim=axis)
+        dist.all_gather_single(gathered, tensor.contiguous(), group=self._required_group())
+        shape = list(tensor.shape)
+        shape[axis] *= self.size
+        return gathered.unflatten(0, (self.size, -1)).movedim(0, axis).reshape(shape)
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """What rank 0 holds, written into ``tensor``: the same bits on every rank."""

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 
 from qwen2_npu.conformance.graph import baselines
-from qwen2_npu.conformance.graph.baselines import BATCH, CAPACITY, PAST, DocumentedGraph
+from qwen2_npu.conformance.graph.baselines import BATCH, PAST, DocumentedGraph
 from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
-from qwen2_npu.conformance.graph.lowering import Lowered, lower
+from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
 from tests.graph import invariants
@@ -35,8 +35,7 @@ LAYER_KERNELS = {128: 14, 64: 13}
 
 @cache
 def lowered(graph: DocumentedGraph, layers: int) -> Lowered:
-    config = SIZES[graph.size].config(layers=layers)
-    return lower(config, graph.phase, graph.batch, CAPACITY, graph.optimizations, prompt=graph.prompt)
+    return graph.lowered(layers)
 
 
 @cache

@@ -21,14 +21,12 @@ from qwen2_npu import emulator
 emulator.activate_where_needed()
 import torch
 torch.set_num_threads(1)
-from qwen2_npu.conformance.graph import baselines, census, lowering
+from qwen2_npu.conformance.graph import baselines, census
 from qwen2_npu.conformance.sizes import SIZES
 from tests.graph import invariants
 graph = next(graph for graph in baselines.documented() if str(graph) == sys.argv[1])
 size, start = SIZES[graph.size], time.perf_counter()
-lowered = lowering.lower(
-    size.config(), graph.phase, graph.batch, baselines.CAPACITY, graph.optimizations, prompt=graph.prompt
-)
+lowered = graph.lowered()
 print(json.dumps({
     "seconds": time.perf_counter() - start,
     "census": census.take(lowered).to_json(),

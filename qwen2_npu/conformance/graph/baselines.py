@@ -16,7 +16,8 @@ from typing import Any
 from filelock import FileLock
 
 from qwen2_npu.conformance.files import BASELINES, write_json
-from qwen2_npu.conformance.graph.census import LayeredCensus, of_size
+from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
+from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER, ORIGINAL, PHASES, Optimizations, Phase
@@ -38,7 +39,7 @@ SWEEP_STEP = "fused_qkv"
 SWEEPS: dict[str, tuple[int, ...]] = {"7B": (1, 8, 16, 32, 48), "72B-tp8": (1, 2, 8, 16, 32)}
 """Size -> batches of its sweep, beside 4."""
 
-GRAPH_SIZES = ("0.5B", "1.5B", "7B", "72B-tp8")
+GRAPH_SIZES = ("0.5B", "1.5B", "7B", "7B-tp2", "7B-tp4", "72B-tp8")
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,21 @@ class DocumentedGraph:
         """Tokens of the prompt; in decode, those before the step."""
         return PROMPT if self.phase == "prefill" else PAST
 
-    def lower(self) -> LayeredCensus:
-        """What torchair makes of it now."""
-        return of_size(
-            SIZES[self.size], self.phase, self.batch, self.optimizations, prompt=self.prompt, capacity=CAPACITY
+    def lowered(self, layers: int | None = None) -> Lowered:
+        """What torchair makes of it now, with all layers or so many."""
+        return lower_size(
+            SIZES[self.size],
+            self.phase,
+            self.batch,
+            self.optimizations,
+            prompt=self.prompt,
+            capacity=CAPACITY,
+            layers=layers,
         )
+
+    def census(self) -> LayeredCensus:
+        """The same, counted, from few layers."""
+        return of_layers(self.lowered(FEW), self.lowered(MORE))
 
 
 def documented() -> Iterator[DocumentedGraph]:

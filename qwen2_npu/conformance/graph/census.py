@@ -12,14 +12,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from qwen2_npu.conformance.graph.cost import Cost, cost_of
-from qwen2_npu.conformance.graph.lowering import Lowered, lower
+from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.graph.memory import peak_activation_bytes
 from qwen2_npu.conformance.graph.shapes import operations
-from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import Optimizations, Phase
 
 FEW, MORE = 2, 4
 """Layers of the two graphs whose difference is two layers."""
@@ -166,14 +162,3 @@ def of_layers(few: Lowered, more: Lowered) -> LayeredCensus:
     smaller = take(few)
     layer = take(more).minus(smaller).halved()
     return LayeredCensus(smaller.minus(layer, FEW), layer, peak_activation_bytes(few))
-
-
-def of_size(
-    size: Size, phase: Phase, batch: int, optimizations: Optimizations, *, prompt: int, capacity: int
-) -> LayeredCensus:
-    """Of one step of a documented size in bf16, by lowering it with two and with four layers."""
-    few, more = (
-        lower(size.config(layers=layers), phase, batch, capacity, optimizations, prompt=prompt, dtype=torch.bfloat16)
-        for layers in (FEW, MORE)
-    )
-    return of_layers(few, more)

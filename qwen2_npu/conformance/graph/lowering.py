@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen2_npu.compat import growing_cache, head_dim, kv_head_count
+from qwen2_npu.compat import growing_cache, head_dim
+from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
 from qwen2_npu.graph.steps import DYNAMO, mark_static
 from qwen2_npu.models.inputs import Rows, fixed_cache_step
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations, Phase
+from qwen2_npu.parallel.collectives import ALONE, Ranks
+from qwen2_npu.parallel.sharding import Shard
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -73,6 +77,7 @@ def lower(
     prompt: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     frozen_parameter: bool = True,
+    tp_size: int = 1,
 ) -> Lowered:
     """Lower one step of ``Qwen2ForCausalLM(config, optimizations)``.
 
@@ -80,15 +85,35 @@ def lower(
         capacity: slots of the KV cache.
         prompt: tokens of the prompt (prefill), or live tokens before the step (decode); default: half the capacity.
             Without the fixed cache every decode step is another graph; this is the one after so many tokens.
+        tp_size: lower what the first of so many ranks computes.
     """
     prompt = capacity // 2 if prompt is None else prompt
-    with fake_model(config, optimizations, dtype) as model:
+    with fake_ranks(tp_size) as ranks, fake_model(config, optimizations, dtype, ranks) as model:
         if optimizations.fixed_kv_cache:
             step, arguments = step_arguments(model, phase, batch, capacity, prompt)
         else:
             step, arguments = growing_arguments(model, phase, batch, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
     return describe(raw, config, phase, batch, prompt)
+
+
+def lower_size(
+    size: Size,
+    phase: Phase,
+    batch: int,
+    optimizations: Optimizations,
+    *,
+    prompt: int,
+    capacity: int,
+    layers: int | None = None,
+) -> Lowered:
+    """Lower one step of a documented size, or of one card of several, in bf16.
+
+    Args:
+        layers: fewer than the size has.
+    """
+    config = size.config(layers=layers)
+    return lower(config, phase, batch, capacity, optimizations, prompt=prompt, tp_size=size.shards)
 
 
 def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int) -> Lowered:
@@ -106,7 +131,30 @@ def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, promp
 
 
 @contextmanager
-def fake_model(config: Qwen2Config, optimizations: Optimizations, dtype: torch.dtype) -> Iterator[Qwen2ForCausalLM]:
+def fake_ranks(count: int) -> Iterator[Ranks]:
+    """The first of ``count`` ranks whose collectives send nothing: enough to be lowered.
+
+    Raises:
+        RuntimeError: there are real ranks in this process, which lowering would have to wait for.
+    """
+    if count == 1:
+        yield ALONE
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a process that belongs to a process group cannot lower for others: use another process")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Ranks(Shard(0, count), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_model(
+    config: Qwen2Config, optimizations: Optimizations, dtype: torch.dtype, ranks: Ranks = ALONE
+) -> Iterator[Qwen2ForCausalLM]:
     """The model on a fake NPU, inside its fake tensor mode."""
     import torch_npu  # noqa: F401 - the device
 
@@ -116,7 +164,7 @@ def fake_model(config: Qwen2Config, optimizations: Optimizations, dtype: torch.d
         try:
             # Around the construction alone: dynamo would trace the Python of the default device at every operator.
             with torch.device(DEVICE):
-                model = Qwen2ForCausalLM(config, optimizations).eval()
+                model = Qwen2ForCausalLM(config, optimizations, ranks).eval()
         finally:
             torch.set_default_dtype(before)
         model.model.rotary.prepare(dtype, torch.device(DEVICE))
@@ -150,7 +198,8 @@ def growing_arguments(
     """A step over the stock growing cache, with ``prompt`` tokens in it in decode; logits of all positions."""
     cache, config = growing_cache(), cast("Qwen2Config", model.config)
     if phase == "decode":
-        shape = (batch, kv_head_count(config), prompt, head_dim(config))
+        kv_heads = model.ranks.shard.count("kv heads", config)
+        shape = (batch, kv_heads, prompt, head_dim(config))
         for layer in range(config.num_hidden_layers):
             past = torch.zeros(shape, dtype=model.dtype, device=model.device)
             cache.update(past, past.clone(), layer)

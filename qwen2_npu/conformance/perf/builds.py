@@ -68,13 +68,14 @@ class RandomWeights:
         return self.dtype
 
     def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
-        generator = torch.Generator(self.device)
         for name, shape in self._shapes.items():
             tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
             if "norm" in name:
                 tensor.fill_(1.0)
             else:  # a tensor is the same on all ranks, whatever part of it they take
-                generator.manual_seed(zlib.crc32(name.encode()))
+                generator = (
+                    None if tensor.is_meta else torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+                )
                 tensor.normal_(std=self.config.initializer_range, generator=generator)
             yield name, part_of(tensor, cut(name))
 

@@ -125,8 +125,8 @@ def test_spread_over_accelerators_is_the_current_one(folder, spread):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, r"device_map=\{.*'disk'\}: the model goes to one device"),
-        ({"device": "cpu", "device_map": "cuda:1"}, r"device='cpu', device_map='cuda:1': the model goes to one device"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, r"device_map=\{.*'disk'\}: one process uses one device"),
+        ({"device": "cpu", "device_map": "cuda:1"}, r"device='cpu', device_map='cuda:1': one process uses one device"),
         ({"device": "nope"}, r"device='nope': not usable here"),
         ({"device_map": "nope"}, r"device='nope': not usable here"),
         ({"device": "meta"}, r"device='meta': not usable here"),
