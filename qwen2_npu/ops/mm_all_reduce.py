@@ -18,6 +18,9 @@ from torch import Tensor
 
 from qwen2_npu.ops.checks import check_float, check_same_dtype, invalid, is_plain, reject_unsupported
 
+if torch.distributed.is_available():
+    import torch.distributed._functional_collectives  # the meta kernels of the collectives
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 

@@ -149,7 +149,7 @@ OPERATOR = Operator(
         Invalid("x3_flat", {"x3": lambda x3: x3.reshape(6, 16)}, r"\bx3\b", _BASE),
         Invalid("x3_of_other_dtype", {"x3": np.ones((2, 3, 16), np.int32)}, r"\bx3\b", _BASE),
         Invalid("another_reduction", {"reduce_op": "max"}, "reduce_op", _BASE),
-        Invalid("unknown_group", {"hcom": "nobody"}, "hcom", _BASE),
+        Invalid("unknown_group", {"hcom": "nobody"}, "hcom", _BASE, only_on=("cpu", "cuda")),
         *(Invalid(name, {name: np.ones(16)}, name, _BASE) for name in _SCALES),
         *(Invalid(name, {name: value}, name, _BASE) for name, value in _NUMBERS.items()),
     ),
