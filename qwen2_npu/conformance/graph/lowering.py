@@ -41,6 +41,7 @@ class Lowered:
         nodes: the GE graph's nodes in its order.
         weights: index of every Data node that is a parameter.
         on_host: index of every Data node whose tensor is on the host (the live lengths).
+        ranks: cards that share the model: the size of the groups of its collectives, which few GE operators state.
     """
 
     phase: Phase
@@ -50,6 +51,7 @@ class Lowered:
     nodes: list[Node]
     weights: frozenset[int]
     on_host: frozenset[int]
+    ranks: int = 1
 
 
 class RawGraph(NamedTuple):
@@ -91,7 +93,9 @@ def lower(
     return describe(raw, config, phase, batch, prompt)
 
 
-def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int) -> Lowered:
+def describe(
+    raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1
+) -> Lowered:
     """``raw`` as the lowered step it is."""
     places = raw.proto.attr["_input_placements"].list.i
     return Lowered(
@@ -102,6 +106,7 @@ def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, promp
         nodes=parse(raw.proto),
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
         on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
+        ranks=ranks,
     )
 
 
