@@ -58,7 +58,7 @@ def npu_mm_all_reduce_base(
         _check_group(hcom)
     functional = torch.ops._c10d_functional
     partial = contribution(x1, x2, bias, x3).float()
-    return functional.wait_tensor(functional.all_reduce(partial, reduce_op, hcom)).to(x1.dtype)  # type: ignore[no-any-return]
+    return functional.wait_tensor(functional.all_reduce(partial, reduce_op, hcom)).to(x1.dtype)
 
 
 def communicator_name(group: ProcessGroup, device: torch.device) -> str:
@@ -69,16 +69,14 @@ def communicator_name(group: ProcessGroup, device: torch.device) -> str:
     if device.type != "npu":
         return str(group.group_name)
     # torch_npu names this argument a rank, and takes the card of that number, modulo the cards of the host.
-    card = torch.npu.current_device() if device.index is None else device.index  # type: ignore[attr-defined]
-    return str(group._get_backend(device).get_hccl_comm_name(card))
+    card = torch.npu.current_device() if device.index is None else device.index
+    hccl: Any = group._get_backend(device)
+    return str(hccl.get_hccl_comm_name(card))
 
 
 def contribution(x1: Tensor, x2: Tensor, bias: Tensor | None, x3: Tensor | None) -> Tensor:
     """What one rank gives to the sum: ``x1 @ x2 + bias``, rounded once, plus ``x3``, rounded once."""
-    if bias is None:
-        product = x1 @ x2
-    else:
-        product = (x1.float() @ x2.float() + bias.float()).to(x1.dtype)
+    product = x1 @ x2 if bias is None else (x1.float() @ x2.float() + bias.float()).to(x1.dtype)
     return product if x3 is None else product + x3
 
 
@@ -109,8 +107,9 @@ def check_arguments(
 
 
 def _check_group(hcom: str) -> None:
+    registry: Any = torch._C._distributed_c10d
     try:
-        torch._C._distributed_c10d._resolve_process_group(hcom)
+        registry._resolve_process_group(hcom)
     except RuntimeError as error:
         wanted = "the name of a process group of this process, which communicator_name(group, device) gives"
         raise invalid(OP, "hcom", hcom, wanted) from error

@@ -106,7 +106,9 @@ UNSUPPORTED: Final = MappingProxyType(
         },
         "npu_rotary_mul": _absent("rotate"),
         "npu_mm_all_reduce_base": {
-            **_absent(*_ANTIQUANTISATION, "dequant_scale", "pertoken_scale", "comm_quant_scale_1", "comm_quant_scale_2"),
+            **_absent(
+                *_ANTIQUANTISATION, "dequant_scale", "pertoken_scale", "comm_quant_scale_1", "comm_quant_scale_2"
+            ),
             **_absent("group_sizes", "y_dtype", "x1_dtype", "x2_dtype", "dequant_scale_dtype", "pertoken_scale_dtype"),
             "antiquant_group_size": 0,
             "comm_turn": 0,

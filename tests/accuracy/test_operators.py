@@ -102,7 +102,9 @@ def test_accepts_or_refuses_strided_tensors(record: Operator, device: str) -> No
     """Non-contiguous arguments give the same result, or an error that says so: never a wrong result."""
     sample = record.samples[0]
     try:
-        check(record.name, sample.parameters, record.dtypes_on(device)[0], torch_device(device), sample.seed, strided=True)
+        check(
+            record.name, sample.parameters, record.dtypes_on(device)[0], torch_device(device), sample.seed, strided=True
+        )
     except ValueError as refused:
         if "contiguous" not in str(refused):
             raise

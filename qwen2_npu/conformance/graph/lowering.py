@@ -93,9 +93,7 @@ def lower(
     return describe(raw, config, phase, batch, prompt)
 
 
-def describe(
-    raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1
-) -> Lowered:
+def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1) -> Lowered:
     """``raw`` as the lowered step it is."""
     places = raw.proto.attr["_input_placements"].list.i
     return Lowered(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import OneRank, Arguments, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OneRank, Operator, Sample, Skip
 from qwen2_npu.conformance.operators.rounding import FORMATS, U32, FloatArray, rounded_band
 from qwen2_npu.conformance.operators.tolerance import SECOND_ORDER
 

@@ -17,13 +17,13 @@ def group(device_type: str) -> ProcessGroup:
     import torch
     import torch.distributed as dist
 
-    store = dist.HashStore()
-    name = NAME.format(device_type)
+    store, registry = dist.HashStore(), torch._C._distributed_c10d
+    name: Any = NAME.format(device_type)
     backend, kind = _backend(device_type, dist.PrefixStore(name, store))
     made = dist.ProcessGroup(store, 0, 1)
     made._register_backend(torch.device(device_type), kind, backend)
     made._set_group_name(name)
-    torch._C._distributed_c10d._register_process_group(name, made)
+    registry._register_process_group(name, made)
     return made
 
 
@@ -44,8 +44,10 @@ def _backend(device_type: str, store: Any) -> tuple[Any, Any]:
     if device_type == "npu":
         from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
-        options = ProcessGroupHCCL.Options()
-        return ProcessGroupHCCL(store, 0, 1, options), kinds.CUSTOM
+        return ProcessGroupHCCL(store, 0, 1, ProcessGroupHCCL.Options()), kinds.CUSTOM
     if device_type == "cuda":
-        return dist.ProcessGroupNCCL(store, 0, 1), kinds.NCCL
-    return dist.ProcessGroupGloo(store, 0, 1), kinds.GLOO
+        return dist.ProcessGroupNCCL(store, 0, 1, dist.ProcessGroupNCCL.Options()), kinds.NCCL
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return gloo(store, 0, 1, options), kinds.GLOO

@@ -106,7 +106,9 @@ def fused_products() -> None:
 def fused_product_is_the_portable_one() -> None:
     """npu_mm_all_reduce_base over HCCL gives the bits of this project's CPU kernel over gloo, and its golden's."""
     on_cpu = dist.new_group(backend="gloo")
-    names = [communicator_name(group, torch.device(where)) for group, where in ((dist.group.WORLD, "npu"), (on_cpu, "cpu"))]
+    names = [
+        communicator_name(group, torch.device(where)) for group, where in ((dist.group.WORLD, "npu"), (on_cpu, "cpu"))
+    ]
     record = CATALOGUE["npu_mm_all_reduce_base"]
     for dtype in record.dtypes_on("emulated"):
         every = [record.arguments(PRODUCT, dtype, seed) for seed in range(size())]
