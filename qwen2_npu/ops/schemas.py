@@ -63,6 +63,15 @@ SCHEMAS: Final = MappingProxyType(
         "scatter_update_": "scatter_update_(Tensor(a!) input, Tensor indices, Tensor updates, int axis) -> Tensor(a!)",
         "scatter_update": "scatter_update(Tensor input, Tensor indices, Tensor updates, int axis) -> Tensor",
         "npu_swiglu": "npu_swiglu(Tensor input, int dim=-1) -> Tensor",
+        "npu_mm_all_reduce_base": (
+            'npu_mm_all_reduce_base(Tensor x1, Tensor x2, str hcom, *, str reduce_op="sum", Tensor? bias=None, '
+            "Tensor? antiquant_scale=None, Tensor? antiquant_offset=None, Tensor? x3=None, "
+            "Tensor? dequant_scale=None, Tensor? pertoken_scale=None, Tensor? comm_quant_scale_1=None, "
+            "Tensor? comm_quant_scale_2=None, int antiquant_group_size=0, int comm_turn=0, "
+            "int[]? group_sizes=None, int? y_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
+            "int? dequant_scale_dtype=None, int? pertoken_scale_dtype=None, int comm_quant_mode=0, "
+            "str? comm_mode=None) -> Tensor"
+        ),
     }
 )
 
@@ -96,5 +105,15 @@ UNSUPPORTED: Final = MappingProxyType(
             "value_antiquant_mode": 0,
         },
         "npu_rotary_mul": _absent("rotate"),
+        "npu_mm_all_reduce_base": {
+            **_absent(
+                *_ANTIQUANTISATION, "dequant_scale", "pertoken_scale", "comm_quant_scale_1", "comm_quant_scale_2"
+            ),
+            **_absent("group_sizes", "y_dtype", "x1_dtype", "x2_dtype", "dequant_scale_dtype", "pertoken_scale_dtype"),
+            "antiquant_group_size": 0,
+            "comm_turn": 0,
+            "comm_quant_mode": 0,
+            "comm_mode": None,
+        },
     }
 )

@@ -70,7 +70,7 @@ def test_matches_golden_on_generated_samples(record: Operator, device: str) -> N
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(record.strategy(), st.sampled_from(record.dtypes), st.integers(0, 1 << 16))
+    @given(record.strategy(), st.sampled_from(record.dtypes_on(device)), st.integers(0, 1 << 16))
     def run(parameters: dict[str, Any], dtype: str, seed: int) -> None:
         check(record.name, parameters, dtype, torch_device(device), seed)
 
@@ -82,10 +82,11 @@ def test_refuses(record: Operator, invalid: Invalid, device: str) -> None:
     """The right exception, whose message names the operator and the argument, with nothing written."""
     if invalid.only_on and device not in invalid.only_on:
         pytest.skip(f"checked on {', '.join(invalid.only_on)} only")
-    arguments = record.arguments(invalid.parameters, "float32")
+    dtype = record.dtypes_on(device)[0]
+    arguments = record.arguments(invalid.parameters, dtype)
     for name, change in invalid.change.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
-    tensors = to_tensors(arguments, "float32", torch_device(device))
+    tensors = to_tensors(arguments, dtype, torch_device(device))
     before = {name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(invalid.error) as raised:
         call(operator_of(record.name), tensors)
@@ -101,7 +102,9 @@ def test_accepts_or_refuses_strided_tensors(record: Operator, device: str) -> No
     """Non-contiguous arguments give the same result, or an error that says so: never a wrong result."""
     sample = record.samples[0]
     try:
-        check(record.name, sample.parameters, "float32", torch_device(device), sample.seed, strided=True)
+        check(
+            record.name, sample.parameters, record.dtypes_on(device)[0], torch_device(device), sample.seed, strided=True
+        )
     except ValueError as refused:
         if "contiguous" not in str(refused):
             raise

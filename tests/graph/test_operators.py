@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.conformance.graph.census import take
+from qwen2_npu.conformance.graph.lowering import DEVICE, Lowered, lower_call
+from qwen2_npu.emulator.ge.proto import parse
 from qwen2_npu.ops import SCHEMAS
 
 IN_GRAPHS = sorted(name for name in SCHEMAS if name != "scatter_update_")
@@ -29,3 +33,22 @@ def test_has_a_meta_kernel(name: str) -> None:
 def test_schema_is_the_snapshot(name: str) -> None:
     """The live wheel against what this project was written for."""
     assert str(getattr(torch.ops.npu, name).default._schema) == f"npu::{SCHEMAS[name]}"
+
+
+def test_a_row_parallel_layer_lowers_to_one_kernel() -> None:
+    """The product of nn.Linear's own weight and its all-reduce: one launch, and no copy of the weight."""
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(16, 8, dtype=torch.bfloat16, device=DEVICE), requires_grad=False)
+        x = torch.empty(2, 3, 8, dtype=torch.bfloat16, device=DEVICE)
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.npu.npu_mm_all_reduce_base(x, weight.t(), "a_group")
+
+        raw = lower_call(layer, (x,), dynamic=False)
+    nodes = parse(raw.proto)
+    (product,) = (node for node in nodes if node.type == "MatmulAllReduce")
+    assert (product.attributes["group"], product.attributes["reduce_op"]) == ("a_group", "sum")
+    weights = frozenset(index for index, frozen in enumerate(raw.parameters) if frozen)
+    census = take(Lowered("prefill", 2, 3, 1, nodes, weights, frozenset(), ranks=2))
+    assert census.operators == {"MatmulAllReduce": 1}
+    assert (census.cost.flops, census.cost.weight_bytes, census.cost.link_bytes) == (2 * 6 * 8 * 16, 256, 192)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,7 @@ class Census:
         """As a baseline holds it."""
         return {
             "nodes": self.nodes,
-            "costs": {name: asdict(cost) for name, cost in sorted(self.costs.items())},
+            "costs": {name: cost.to_json() for name, cost in sorted(self.costs.items())},
             "views": dict(sorted(self.views.items())),
         }
 

@@ -1,15 +1,20 @@
-"""What a lowered graph costs: FLOPs, bytes moved, kernel launches.
+"""What a lowered graph costs: FLOPs, bytes moved, bytes sent to other cards, kernel launches.
 
 Counts, not times: from the shapes and dtypes of the real lowered graph, so they are the same on every machine. A
 multiply-add counts as two FLOPs. Every operator reads its inputs and writes its outputs once; what differs is in
 :data:`RULES`: products, attention (charged the live length it is given, or the whole cache where it is given none),
-writes in place and gathers (charged what they touch).
+writes in place and gathers (charged what they touch), and collectives, which also send.
+
+Bytes that each of n cards sends, by the ring algorithms (Thakur, Rabenseifner, Gropp: Optimization of Collective
+Communication Operations in MPICH, 2005; the "bus bandwidth" factors of NCCL's tests): 2·(n - 1)/n of the tensor for an
+all-reduce, which is a reduce-scatter and an all-gather of (n - 1)/n each; the whole tensor for a broadcast, which every
+card but the last passes on. Additions on the way are not counted: they are few beside the bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -24,6 +29,7 @@ class Cost:
     Attributes:
         weight_bytes, cache_bytes, activation_bytes: moved between memory and cores, read and written.
         launches: kernels.
+        link_bytes: sent to other cards.
     """
 
     flops: int = 0
@@ -31,6 +37,7 @@ class Cost:
     cache_bytes: int = 0
     activation_bytes: int = 0
     launches: int = 0
+    link_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return self.combined(other, int.__add__)
@@ -39,9 +46,13 @@ class Cost:
         """``combine`` applied to every number of the two."""
         return Cost(*(combine(getattr(self, field.name), getattr(other, field.name)) for field in fields(Cost)))
 
+    def to_json(self) -> dict[str, int]:
+        """As a baseline holds it: graphs of one card have no ``link_bytes``."""
+        return {name: number for name, number in asdict(self).items() if number or name != "link_bytes"}
+
     @property
     def nbytes(self) -> int:
-        """All bytes moved."""
+        """All bytes moved between memory and cores."""
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
 
@@ -75,6 +86,35 @@ def _inner_size(op: Operation) -> int:
     first = op.given[0]
     transposed = op.node.attributes.get("transpose_x1", op.node.attributes.get("adj_x1", False))
     return first.shape[-2] if transposed else first.shape[-1]
+
+
+def _all_reduce(op: Operation) -> Cost:
+    return _movement(op) + _sent(2 * (op.ranks - 1) * _nbytes(op.outputs), op.ranks)
+
+
+def _product_and_all_reduce(op: Operation) -> Cost:
+    return _product(op) + _sent(2 * (op.ranks - 1) * _nbytes(op.outputs), op.ranks)
+
+
+def _all_gather(op: Operation) -> Cost:
+    return _movement(op) + _sent((op.ranks - 1) * _nbytes(op.outputs), op.ranks)
+
+
+def _reduce_scatter(op: Operation) -> Cost:
+    return _movement(op) + _sent((op.ranks - 1) * _nbytes(op.given), op.ranks)
+
+
+def _broadcast(op: Operation) -> Cost:
+    return _movement(op) + _sent(_nbytes(op.outputs) if op.ranks > 1 else 0)
+
+
+def _sent(nbytes: int, parts: int = 1) -> Cost:
+    """``nbytes / parts`` to other cards, rounded up: a tensor of fewer elements than cards is sent all the same."""
+    return Cost(link_bytes=-(-nbytes // parts))
+
+
+def _nbytes(values: Iterable[GraphValue]) -> int:
+    return sum(value.nbytes for value in values)
 
 
 def _gather(op: Operation) -> Cost:
@@ -126,7 +166,9 @@ Cast ZerosLike Assign Tile Pad PadV3
 MOVEMENT = frozenset(DATA_MOVES.split())
 """Operators that only move data."""
 
-PRODUCTS = frozenset(["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"])
+PRODUCTS = frozenset(
+    ["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatmulAllReduce"]
+)
 
 ATTENTION = frozenset(["IncreFlashAttention", "PromptFlashAttention", "FusedInferAttentionScore"])
 
@@ -136,6 +178,11 @@ RULES: dict[str, Callable[[Operation], Cost]] = {
     **dict.fromkeys(MOVEMENT, _movement),
     **dict.fromkeys(PRODUCTS, _product),
     **dict.fromkeys(GATHERS, _gather),
+    "MatmulAllReduce": _product_and_all_reduce,
+    "HcomAllReduce": _all_reduce,
+    "HcomAllGather": _all_gather,
+    "HcomReduceScatter": _reduce_scatter,
+    "HcomBroadcast": _broadcast,
     "Scatter": _scatter,
     "IncreFlashAttention": _incremental_attention,
     "PromptFlashAttention": _prompt_attention,

@@ -45,6 +45,7 @@ class Lowered:
         nodes: the GE graph's nodes in its order.
         weights: index of every Data node that is a parameter.
         on_host: index of every Data node whose tensor is on the host (the live lengths).
+        ranks: cards that share the model: the size of the groups of its collectives, which few GE operators state.
     """
 
     phase: Phase
@@ -54,6 +55,7 @@ class Lowered:
     nodes: list[Node]
     weights: frozenset[int]
     on_host: frozenset[int]
+    ranks: int = 1
 
 
 class RawGraph(NamedTuple):
@@ -94,7 +96,7 @@ def lower(
         else:
             step, arguments = growing_arguments(model, phase, batch, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
-    return describe(raw, config, phase, batch, prompt)
+    return describe(raw, config, phase, batch, prompt, ranks=tp_size)
 
 
 def lower_size(
@@ -116,7 +118,7 @@ def lower_size(
     return lower(config, phase, batch, capacity, optimizations, prompt=prompt, tp_size=size.shards)
 
 
-def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int) -> Lowered:
+def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1) -> Lowered:
     """``raw`` as the lowered step it is."""
     places = raw.proto.attr["_input_placements"].list.i
     return Lowered(
@@ -127,6 +129,7 @@ def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, promp
         nodes=parse(raw.proto),
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
         on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
+        ranks=ranks,
     )
 
 

@@ -58,12 +58,14 @@ class Operation:
 
     Attributes:
         live_slots: for incremental attention that is given live lengths, their sum over the rows.
+        ranks: for a collective, how many cards take part.
     """
 
     node: Node
     inputs: tuple[GraphValue | None, ...]
     outputs: tuple[GraphValue, ...]
     live_slots: int | None = None
+    ranks: int = 1
 
     @property
     def given(self) -> list[GraphValue]:
@@ -116,7 +118,8 @@ def operations(lowered: Lowered) -> list[Operation]:
             edge = Edge(node.name, index)
             tensors[edge], values[edge] = tensor, GraphValue(tuple(tensor.shape), tensor.dtype, origin)
             described.append(values[edge])
-        result.append(Operation(node, inputs, tuple(described), _live_slots(node, tensors, lowered.batch)))
+        ranks = node.attributes.get("rank_size", lowered.ranks)
+        result.append(Operation(node, inputs, tuple(described), _live_slots(node, tensors, lowered.batch), ranks))
     return result
 
 

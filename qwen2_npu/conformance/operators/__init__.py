@@ -12,6 +12,7 @@ from qwen2_npu.conformance.operators import (
     apply_rotary_pos_emb,
     fused_infer_attention_score,
     incre_flash_attention,
+    mm_all_reduce,
     prompt_flash_attention,
     rms_norm,
     rotary_mul,
@@ -32,6 +33,7 @@ _RECORDS = (
     scatter_update.OUT_OF_PLACE,
     scatter_update.IN_PLACE,
     swiglu.OPERATOR,
+    mm_all_reduce.OPERATOR,
 )
 
 CATALOGUE: dict[str, Operator] = {record.name: record for record in _RECORDS}

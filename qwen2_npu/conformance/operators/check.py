@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Operator, Parameters, is_working
+from qwen2_npu.conformance.operators import one_rank
+from qwen2_npu.conformance.operators.record import Arguments, Expected, OneRank, Operator, Parameters, is_working
 from qwen2_npu.conformance.operators.rounding import Array, FloatArray
 
 if TYPE_CHECKING:
@@ -92,7 +93,12 @@ def to_tensors(arguments: Arguments, dtype: str, device: str = "cpu", strided: b
             made = wide[..., ::2]
         return made
 
-    return {name: tensor(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+    def made(value: Any) -> Any:
+        if isinstance(value, OneRank):
+            return one_rank.communicator_name(device)
+        return tensor(value) if isinstance(value, np.ndarray) else value
+
+    return {name: made(value) for name, value in arguments.items()}
 
 
 def to_array(tensor: torch.Tensor) -> FloatArray:

@@ -22,7 +22,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 Parameters = Mapping[str, Any]
 Arguments = dict[str, Any]
 """Keyword arguments of the operator. float64 arrays stand for tensors of the dtype under test, every other
-array for a tensor of its own dtype; the rest is passed as it is."""
+array for a tensor of its own dtype; OneRank for the name of a process group; the rest is passed as it is."""
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """Stands for the name of a process group of this process alone, which is another one on every device."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Skip:
     def covers(self, sample: str, dtype: str, device: str) -> bool:
         return (
             self.sample == sample
-            and (not self.devices or device in self.devices)
+            and (not self.devices or device.partition(":")[0] in self.devices)
             and (not self.dtypes or dtype in self.dtypes)
         )
 
@@ -111,6 +116,10 @@ class Operator:
 
     def skip(self, sample: str, dtype: str, device: str) -> Skip | None:
         return next((skip for skip in self.skips if skip.covers(sample, dtype, device)), None)
+
+    def dtypes_on(self, device: str) -> tuple[str, ...]:
+        """The dtypes in which ``device`` runs some sample."""
+        return tuple(d for d in self.dtypes if not all(self.skip(sample.name, d, device) for sample in self.samples))
 
 
 def is_working(value: Any) -> bool:

@@ -12,8 +12,12 @@ import torch
 
 from qwen2_npu.emulator.collectives import library
 from qwen2_npu.emulator.collectives.communicator import Communicator
+from qwen2_npu.ops import mm_all_reduce as ops
+from qwen2_npu.ops.checks import invalid
 
 Tensor = torch.Tensor
+
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def mm_all_reduce(
@@ -24,25 +28,20 @@ def mm_all_reduce(
     reduce_op: str = "sum",
     bias: Tensor | None = None,
     x3: Tensor | None = None,
-    comm_turn: int = 0,
-    **others: Any,
+    **unsupported: Any,
 ) -> Tensor:
-    """``all_reduce(x1 @ x2 + bias) + x3``: the bias of every rank is part of the sum.
-
-    Args:
-        x1: (M, K) or (B, M, K), float16 or bfloat16.
-        x2: (K, N), same dtype. bias: (N,). x3: as the result.
-        hcom: name of the communicator.
+    """``all_reduce(x1 @ x2 + bias + x3)``, as ``ops/mm_all_reduce.py`` says, over the communicator ``hcom``.
 
     Raises:
-        NotImplementedError: quantised operands.
-        RuntimeError: shapes, dtypes or a reduction that the operator refuses.
+        ValueError: what the operator refuses. CollectiveError: no such communicator, or a failure of the collective.
     """
-    name = "npu_mm_all_reduce_base"
-    _refuse(name, reduce_op, others)
-    product = _product(name, x1, x2, bias, (2, 3))
-    total = library.find(hcom).all_reduce(product.view(-1)).view_as(product)
-    return total if x3 is None else total + x3
+    ops.check_arguments(x1, x2, reduce_op, bias, x3, unsupported)
+    if x1.dtype not in NARROW:
+        raise invalid(ops.OP, "x1", x1, "dtype bfloat16 or float16 on an NPU")
+    given = ops.contribution(x1, x2, bias, x3)
+    if given.is_meta:  # only the shape is asked for
+        return given
+    return library.find(hcom).all_reduce(given.view(-1)).view_as(given)
 
 
 def all_gather_mm(
@@ -63,7 +62,8 @@ def all_gather_mm(
         x1: (M, K), float16 or bfloat16; x2: (K, N), same dtype. bias: (N,).
 
     Raises:
-        As ``mm_all_reduce``.
+        NotImplementedError: quantised operands.
+        RuntimeError: shapes, dtypes or a reduction that the operator refuses.
     """
     name = "npu_all_gather_base_mm"
     _refuse(name, "sum", {**others, "gather_index": gather_index})
@@ -105,7 +105,7 @@ def _of_size(name: str, hcom: str, world_size: int) -> Communicator:
 
 
 def _product(name: str, x1: Tensor, x2: Tensor, bias: Tensor | None, dimensions: tuple[int, ...]) -> Tensor:
-    if x1.dtype not in (torch.float16, torch.bfloat16) or x2.dtype != x1.dtype:
+    if x1.dtype not in NARROW or x2.dtype != x1.dtype:
         raise RuntimeError(f"{name}: x1 {x1.dtype} and x2 {x2.dtype} must both be float16 or both bfloat16")
     if x1.dim() not in dimensions or x2.dim() != 2 or x1.shape[-1] != x2.shape[0]:
         wanted = " or ".join(f"{count}-D" for count in dimensions)

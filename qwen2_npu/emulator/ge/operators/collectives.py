@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from qwen2_npu.emulator.collectives import operators
-from qwen2_npu.emulator.collectives.communicator import Message
+from qwen2_npu.emulator.collectives.communicator import Communicator, Message
 from qwen2_npu.emulator.collectives.library import find
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 from qwen2_npu.emulator.ge.proto import attribute_dtype
@@ -13,12 +15,12 @@ from qwen2_npu.emulator.ge.proto import attribute_dtype
 
 @operator("HcomAllReduce")
 def all_reduce(x: Tensor, *, reduction: str, group: str, fusion: int = 1, fusion_id: int = -1) -> Tensor:
-    return find(group).all_reduce(_flat(x), reduction).view(x.shape)
+    return _ranks(x, group).all_reduce(_flat(x), reduction).view(x.shape)
 
 
 @operator("HcomAllGather")
 def all_gather(x: Tensor, *, rank_size: int, group: str, fusion: int = 0, fusion_id: int = -1) -> Tensor:
-    return _rows(find(group).all_gather(_flat(x)), x)
+    return _rows(_ranks(x, group, rank_size).all_gather(_flat(x)), x)
 
 
 @operator("HcomAllGatherV")
@@ -33,7 +35,7 @@ def all_gather_v(
 def reduce_scatter(
     x: Tensor, *, reduction: str, group: str, rank_size: int, fusion: int = 0, fusion_id: int = -1
 ) -> Tensor:
-    return _rows(find(group).reduce_scatter(_flat(x), reduction), x)
+    return _rows(_ranks(x, group, rank_size).reduce_scatter(_flat(x), reduction), x)
 
 
 @operator("HcomReduceScatterV")
@@ -48,8 +50,7 @@ def reduce_scatter_v(
 def broadcast(
     x: list[Tensor], *, root_rank: int, group: str, fusion: int = 0, fusion_id: int = -1
 ) -> tuple[Tensor, ...]:
-    comm = find(group)
-    return tuple(comm.broadcast(_flat(one), root_rank).view(one.shape) for one in x)
+    return tuple(_ranks(one, group).broadcast(_flat(one), root_rank).view(one.shape) for one in x)
 
 
 @operator("HcomAllToAll")
@@ -101,7 +102,9 @@ def matmul_all_reduce(
     reduce_op: str = "sum",
     comm_turn: int = 0,
 ) -> Tensor:
-    return operators.mm_all_reduce(x1, x2, group, reduce_op=reduce_op, bias=bias, x3=x3)
+    # GE's tensors are dense; the engine's may be views.
+    x1, x2 = x1.contiguous(), x2 if x2.mT.is_contiguous() else x2.contiguous()
+    return operators.mm_all_reduce(x1, x2, group, reduce_op=reduce_op, bias=bias, x3=x3, comm_turn=comm_turn)
 
 
 @operator("AllGatherMatmul", fixed=NOT_TRANSPOSED)
@@ -133,6 +136,29 @@ def matmul_reduce_scatter(
     rank_size: int = 0,
 ) -> Tensor:
     return operators.mm_reduce_scatter(x1, x2, group, rank_size, reduce_op=reduce_op, bias=bias)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """In place of a communicator of ``size`` ranks where there is no data: the shapes of results, nothing exchanged."""
+
+    size: int
+
+    def all_reduce(self, x: Tensor, operation: str) -> Tensor:
+        return torch.empty_like(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.size * x.numel())
+
+    def reduce_scatter(self, x: Tensor, operation: str) -> Tensor:
+        return x.new_empty(x.numel() // self.size)
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        return torch.empty_like(x)
+
+
+def _ranks(x: Tensor, group: str, size: int = 1) -> Communicator | _Shapes:
+    return _Shapes(size) if x.is_meta else find(group)
 
 
 def _flat(x: Tensor) -> Tensor:

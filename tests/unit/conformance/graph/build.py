@@ -18,11 +18,11 @@ class Graph:
     y = graph.op("Relu", x)
     """
 
-    def __init__(self, *, batch: int = 1, live: int = 1, layers: int = 1) -> None:
+    def __init__(self, *, batch: int = 1, live: int = 1, layers: int = 1, ranks: int = 1) -> None:
         self.nodes: list[Node] = []
         self.weights: set[int] = set()
         self.on_host: set[int] = set()
-        self.about = {"batch": batch, "live": live, "layers": layers}
+        self.about = {"batch": batch, "live": live, "layers": layers, "ranks": ranks}
         self.inputs = 0
 
     def _add(self, type_: str, inputs: tuple[Edge | None, ...] = (), names: tuple[str, ...] = (), **more: Any) -> Edge:

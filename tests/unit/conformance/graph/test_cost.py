@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 
+from qwen2_npu.conformance.graph.census import Census, take
 from qwen2_npu.conformance.graph.cost import Cost, graph_cost
 from tests.unit.conformance.graph.build import Graph
 
@@ -90,3 +94,58 @@ def test_causal_prompt_attention_computes_half():
 
     assert flops(sparse_mode=0, next_tokens=2147483647) == 4 * HEADS * DIM * 8 * 8
     assert flops(sparse_mode=0, next_tokens=0) == 4 * HEADS * DIM * 8 * 9 // 2
+
+
+COLLECTIVES = {
+    # (4, 8) of bf16 on four cards: GE operator -> attributes, bytes of the result, bytes each card sends.
+    "HcomAllReduce": ({"reduction": "sum"}, 64, 2 * 3 * 64 // 4),
+    "HcomAllGather": ({"rank_size": 4}, 4 * 64, 3 * 64),
+    "HcomReduceScatter": ({"reduction": "sum", "rank_size": 4}, 16, 3 * 16),
+    "HcomBroadcast": ({"root_rank": 0}, 64, 64),
+}
+
+
+@pytest.mark.parametrize("operator", COLLECTIVES)
+def test_a_collective_moves_its_tensor_once_and_sends_by_the_ring(operator):
+    attributes, result, sent = COLLECTIVES[operator]
+    graph = Graph(ranks=4)
+    names = "x0" if operator == "HcomBroadcast" else "x"
+    out = graph.op(operator, names, graph.data((4, 8)), group="nobody", **attributes)
+    assert graph_cost(graph.lowered(out)) == Cost(activation_bytes=64 + result, launches=1, link_bytes=sent)
+
+
+@pytest.mark.parametrize("operator", ["HcomAllReduce", "HcomBroadcast"])
+def test_a_collective_of_one_card_sends_nothing(operator):
+    attributes, _, _ = COLLECTIVES[operator]
+    graph = Graph()
+    names = "x0" if operator == "HcomBroadcast" else "x"
+    assert not graph_cost(
+        graph.lowered(graph.op(operator, names, graph.data((4, 8)), group="nobody", **attributes))
+    ).link_bytes
+
+
+def product_and_all_reduce(ranks: int) -> Census:
+    graph = Graph(ranks=ranks)
+    x, w, x3 = graph.data((2, 3, 8)), graph.data((16, 8), weight=True), graph.data((2, 3, 16))
+    transposed = graph.op("Transpose", "x perm", w, graph.const(1, 0))
+    out = graph.op("MatmulAllReduce", "x1 x2 bias x3", x, transposed, None, x3, group="nobody", reduce_op="sum")
+    return take(graph.lowered(out))
+
+
+def test_a_product_with_its_all_reduce_is_one_launch():
+    census = product_and_all_reduce(ranks=4)
+    assert census.operators == {"MatmulAllReduce": 1}
+    assert census.cost == Cost(
+        flops=2 * 6 * 8 * 16,
+        weight_bytes=16 * 8 * BF16,
+        activation_bytes=(6 * 8 + 2 * 6 * 16) * BF16,
+        launches=1,
+        link_bytes=2 * 3 * 6 * 16 * BF16 // 4,
+    )
+
+
+def test_a_census_holds_link_bytes_where_there_are_any():
+    alone, shared = (product_and_all_reduce(ranks) for ranks in (1, 2))
+    assert "link_bytes" not in json.dumps(alone.to_json())
+    assert shared.to_json()["costs"]["MatmulAllReduce"]["link_bytes"] == 6 * 16 * BF16
+    assert [Census.from_json(census.to_json()) for census in (alone, shared)] == [alone, shared]

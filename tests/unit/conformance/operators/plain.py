@@ -112,6 +112,19 @@ def swiglu(fault: str, input: torch.Tensor, dim: int = -1) -> Any:
     return (silu * up.float()).to(input.dtype)
 
 
+def mm_all_reduce(fault: str, x1: torch.Tensor, x2: torch.Tensor, hcom: str, **t: Any) -> Any:
+    product = torch.einsum("...k,kn->...n", x1.double(), x2.double())
+    if fault == "product_rounded_before_bias":
+        product = product.to(x1.dtype).double()
+    if "bias" in t and fault != "bias_forgotten":
+        product = product + t["bias"].double()
+    if fault != "not_rounded_before_x3":
+        product = product.to(x1.dtype).double()
+    if "x3" in t and fault != "x3_forgotten":
+        product = product + t["x3"].double() * (2 if fault == "x3_twice" else 1)
+    return product.to(x1.dtype)
+
+
 def heads_first(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
     if layout.startswith("BNSD"):
         return x
@@ -249,4 +262,5 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "scatter_update": scatter_update,
     "scatter_update_": scatter_update_,
     "npu_swiglu": swiglu,
+    "npu_mm_all_reduce_base": mm_all_reduce,
 }

@@ -72,3 +72,11 @@ def test_every_record_covers_every_dtype_and_says_why_it_skips(record: Operator)
     assert record.invalid
     assert all(skip.reason for skip in record.skips)
     assert all(not skip.sample or skip.sample in {s.name for s in record.samples} for skip in record.skips)
+
+
+def test_a_device_with_a_number_is_skipped_as_its_kind() -> None:
+    """CANN's product with an all-reduce takes no float32; every other operator runs in every dtype everywhere."""
+    for device in ("npu", "npu:1", "emulated", "cpu", "cuda:0"):
+        for name, record in CATALOGUE.items():
+            narrow = name == "npu_mm_all_reduce_base" and device.startswith(("npu", "emulated"))
+            assert record.dtypes_on(device) == (DTYPES[1:] if narrow else DTYPES), (name, device)

@@ -97,6 +97,12 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "scatter_update": faults(*_SCATTER, "in_place"),
     "scatter_update_": faults(*_SCATTER, "out_of_place"),
     "npu_swiglu": faults("halves_swapped", "dim_ignored", "gelu", narrow=("rounded_after_silu",)),
+    "npu_mm_all_reduce_base": faults(
+        "bias_forgotten",
+        "x3_forgotten",
+        "x3_twice",
+        narrow=("product_rounded_before_bias", "not_rounded_before_x3"),
+    ),
 }
 
 

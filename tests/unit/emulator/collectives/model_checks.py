@@ -12,6 +12,10 @@ import torch_npu
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from qwen2_npu.conformance.operators import CATALOGUE, compare
+from qwen2_npu.conformance.operators.check import to_array, to_tensors
+from qwen2_npu.conformance.operators.mm_all_reduce import golden_of_ranks
+from qwen2_npu.ops.mm_all_reduce import communicator_name
 from tests.unit.emulator.collectives.harness import (
     UNIT,
     check,
@@ -72,7 +76,7 @@ def fused_products() -> None:
     name, half = comm_name(), torch.float16
     rows = 2 * size()
     x1, x2, bias = operands("x1", (rows, 8), half), operands("x2", (8, 3), half), operands("bias", (3,), half)
-    x3 = operand("x3", (rows, 3), half)
+    x3 = operands("x3", (rows, 3), half)
     products = [a @ b + c for a, b, c in zip(x1, x2, bias, strict=True)]
     magnitude = sum(np.abs(a) @ np.abs(b) + np.abs(c) for a, b, c in zip(x1, x2, bias, strict=True))
     noise = (8 + size()) * UNIT[torch.float32] * magnitude
@@ -80,9 +84,11 @@ def fused_products() -> None:
     total = sum(products)
     mine = [npu(values[rank()], half) for values in (x1, x2, bias)]
 
-    result = torch_npu.npu_mm_all_reduce_base(mine[0], mine[1], name, bias=mine[2], x3=npu(x3, half))
-    bound = noise + each + UNIT[half] * (np.abs(total) + np.abs(total + x3)) * 1.01
-    expect(result, total + x3, half, bound)
+    result = torch_npu.npu_mm_all_reduce_base(mine[0], mine[1], name, bias=mine[2], x3=npu(x3[rank()], half))
+    given = [product + more for product, more in zip(products, x3, strict=True)]
+    everything = sum(given)
+    bound = noise + each + UNIT[half] * (sum(np.abs(one) for one in given) + np.abs(everything)) * 1.01
+    expect(result, everything, half, bound)
 
     result = torch_npu.npu_mm_reduce_scatter_base(mine[0], mine[1], name, size(), bias=mine[2])
     part = slice(2 * rank(), 2 * rank() + 2)
@@ -94,6 +100,44 @@ def fused_products() -> None:
     expect(gathered, whole, half)
     bound = UNIT[half] * np.abs(exact) + 9 * UNIT[torch.float32] * (np.abs(whole) @ np.abs(x2[rank()]) + 1)
     expect(result, exact, half, bound * 1.01)
+
+
+@check
+def fused_product_is_the_portable_one() -> None:
+    """npu_mm_all_reduce_base over HCCL gives the bits of this project's CPU kernel over gloo, and its golden's."""
+    on_cpu = dist.new_group(backend="gloo")
+    names = [
+        communicator_name(group, torch.device(where)) for group, where in ((dist.group.WORLD, "npu"), (on_cpu, "cpu"))
+    ]
+    record = CATALOGUE["npu_mm_all_reduce_base"]
+    for dtype in record.dtypes_on("emulated"):
+        every = [record.arguments(PRODUCT, dtype, seed) for seed in range(size())]
+        results = [
+            torch.ops.npu.npu_mm_all_reduce_base(**{**to_tensors(every[rank()], dtype, where), "hcom": name})
+            for where, name in zip(("npu", "cpu"), names, strict=True)
+        ]
+        assert torch.equal(results[0].cpu(), results[1]), f"{dtype}: NPU {results[0]}, CPU {results[1]}"
+        (expected,) = golden_of_ranks(every, dtype)
+        assert (problem := compare(expected, to_array(results[1]))) is None, problem
+
+
+PRODUCT = {"rows": [2, 3], "inner": 64, "columns": 24, "bias": True, "x3": True}
+
+
+@check
+def communicator_of_a_group_of_other_ranks() -> None:
+    """Rank 0 of the group is not on card 0: the name must be of this process's card."""
+    last = size() - 1
+    group = dist.new_group([last])
+    x1, x2 = operand("x1", (2, 4), torch.float16, of=last), operand("x2", (4, 3), torch.float16, of=last)
+    if rank() == last:
+        name = communicator_name(group, torch.device("npu"))
+        assert name != communicator_name(dist.group.WORLD, torch.device("npu", rank()))
+        mine = npu(x1, torch.float16), npu(x2, torch.float16)
+        bound = UNIT[torch.float16] * 1.01 * np.abs(x1) @ np.abs(x2)
+        expect(torch_npu.npu_mm_all_reduce_base(*mine, name), x1 @ x2, torch.float16, bound)
+    else:
+        communicator_name(dist.group.WORLD, torch.device("npu", rank()))
 
 
 # ---- GE graphs ----
@@ -215,14 +259,15 @@ def graph_of_messages() -> None:
 
 @slow_check
 def graph_of_fused_products() -> None:
-    name = comm_name()
+    name = communicator_name(dist.group.WORLD, NPU)
 
-    def step(x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def step(x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor, x3: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (
-            torch_npu.npu_mm_all_reduce_base(x1, x2, name, bias=bias),
+            torch_npu.npu_mm_all_reduce_base(x1, x2, name, bias=bias, x3=x3),
+            torch.ops.npu.npu_mm_all_reduce_base(x1, x2.t().contiguous().t(), name),
             torch_npu.npu_mm_reduce_scatter_base(x1, x2, name, size()),
             *torch_npu.npu_all_gather_base_mm(x1, x2, name, size()),
         )
 
-    shapes = {"x1": (2 * size(), 8), "x2": (8, 3), "bias": (3,)}
+    shapes = {"x1": (2 * size(), 8), "x2": (8, 3), "bias": (3,), "x3": (2 * size(), 3)}
     same_in_graph(step, *[npu(operand(k, v, torch.float16), torch.float16) for k, v in shapes.items()])

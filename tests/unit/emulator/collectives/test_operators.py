@@ -12,12 +12,13 @@ A, B = torch.ones(2, 4).half(), torch.ones(4, 3).half()
 @pytest.mark.parametrize(
     ("arguments", "named", "error", "words"),
     [
-        ((A, B), {"dequant_scale": torch.ones(3)}, NotImplementedError, "dequant_scale"),
-        ((A, B), {"comm_quant_mode": 1}, NotImplementedError, "comm_quant_mode"),
-        ((A, B), {"reduce_op": "max"}, RuntimeError, "only 'sum'"),
-        ((A.float(), B.float()), {}, RuntimeError, "float16 or both bfloat16"),
-        ((A, B.bfloat16()), {}, RuntimeError, "float16 or both bfloat16"),
-        ((A, B.t()), {}, RuntimeError, r"\(2, 4\) and x2 \(3, 4\)"),
+        ((A, B), {"dequant_scale": torch.ones(3)}, ValueError, "dequant_scale is a torch.float32 tensor"),
+        ((A, B), {"comm_quant_mode": 1}, ValueError, "comm_quant_mode is 1"),
+        ((A, B), {"comm_turn": 2}, ValueError, "comm_turn is 2"),
+        ((A, B), {"reduce_op": "max"}, ValueError, "reduce_op is 'max'; supported: 'sum'"),
+        ((A.float(), B.float()), {}, ValueError, "x1 is a torch.float32 .* bfloat16 or float16 on an NPU"),
+        ((A, B.bfloat16()), {}, ValueError, "x2 is a torch.bfloat16 .* torch.float16"),
+        ((A, B.t()), {}, ValueError, r"x2 is .* shape \(3, 4\); supported: \(K, N\) with K = 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -28,6 +28,7 @@ LOWERED = {
     "scatter_update": "Scatter",
     "scatter_update_": "Scatter",
     "npu_swiglu": "SwiGlu",
+    "npu_mm_all_reduce_base": "MatmulAllReduce",
 }
 """Operator of the catalogue -> the GE operator it is lowered to."""
 
@@ -50,11 +51,11 @@ def samples() -> list[Any]:
             sample,
             dtype,
             id=f"{name}-{sample.name}-{dtype}",
-            marks=[] if (index, dtype) == (0, "float32") else [pytest.mark.slow],
+            marks=[] if (index, dtype) == (0, record.dtypes_on("emulated")[0]) else [pytest.mark.slow],
         )
         for name, record in CATALOGUE.items()
         for index, sample in enumerate(record.samples)
-        for dtype in record.dtypes
+        for dtype in record.dtypes_on("emulated")
     ]
 
 

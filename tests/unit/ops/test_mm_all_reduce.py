@@ -1,0 +1,119 @@
+"""npu_mm_all_reduce_base on two ranks: threads of this process over real gloo groups, which no other test sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, compare
+from qwen2_npu.conformance.operators.check import to_array, to_tensors
+from qwen2_npu.conformance.operators.mm_all_reduce import golden_of_ranks
+from qwen2_npu.conformance.operators.one_rank import group as one_rank
+from qwen2_npu.ops.mm_all_reduce import communicator_name
+
+npu = torch.ops.npu
+RANKS = 2
+RECORD = CATALOGUE["npu_mm_all_reduce_base"]
+BOTH = {"rows": [2, 3], "inner": 64, "columns": 24, "bias": True, "x3": True}
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[list[dist.ProcessGroup]]:
+    """Per rank its group; in one process every rank's needs a name of its own."""
+    store = dist.HashStore()
+
+    def join(rank: int) -> dist.ProcessGroup:
+        group = dist.ProcessGroup(store, rank, RANKS)
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        gloo = dist.ProcessGroupGloo(store, rank, RANKS, options)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        group._set_group_name(f"two_ranks_{rank}")
+        torch._C._distributed_c10d._register_process_group(group.group_name, group)
+        return group
+
+    made = on_ranks(join)
+    yield made
+    for group in made:
+        torch._C._distributed_c10d._unregister_process_group(group.group_name)
+
+
+def on_ranks(function: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(RANKS) as pool:
+        return list(pool.map(function, range(RANKS)))
+
+
+def results(groups: list[dist.ProcessGroup], every: list[dict[str, Any]], dtype: str) -> list[Tensor]:
+    def run(rank: int) -> Tensor:
+        hcom = communicator_name(groups[rank], torch.device("cpu"))
+        return npu.npu_mm_all_reduce_base(**{**to_tensors(every[rank], dtype), "hcom": hcom})
+
+    return on_ranks(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", [{}, {"bias": True}, {"x3": True}, BOTH], ids=["alone", "bias", "x3", "both"])
+def test_two_ranks_match_the_golden(groups: list[dist.ProcessGroup], given: dict[str, Any], dtype: str) -> None:
+    every = [RECORD.arguments({"rows": [5], "inner": 96, "columns": 33, **given}, dtype, rank) for rank in range(RANKS)]
+    (expected,) = golden_of_ranks(every, dtype)
+    first, second = results(groups, every, dtype)
+    assert torch.equal(first, second)
+    assert first.dtype == getattr(torch, dtype)
+    assert compare(expected, to_array(first)) is None
+
+
+def test_bias_and_x3_count_once_per_rank(groups: list[dist.ProcessGroup]) -> None:
+    """Two ranks that give the same residual get it twice: CANN's formula, and a trap for row-parallel layers."""
+    x1, x2, bias, x3 = torch.zeros(2, 4), torch.zeros(4, 3), torch.full((3,), 10.0), torch.ones(2, 3)
+    found = on_ranks(lambda rank: npu.npu_mm_all_reduce_base(x1, x2, groups[rank].group_name, bias=bias, x3=x3))
+    assert all(torch.equal(one, torch.full((2, 3), 22.0)) for one in found)
+
+
+def test_the_golden_of_two_ranks_sees_x3_added_once(groups: list[dist.ProcessGroup]) -> None:
+    every = [RECORD.arguments(BOTH, "bfloat16", rank) for rank in range(RANKS)]
+    (expected,) = golden_of_ranks(every, "bfloat16")
+    (right, _) = results(groups, every, "bfloat16")
+    late = to_tensors(every[1], "bfloat16")["x3"]
+    assert compare(expected, to_array(right)) is None
+    assert compare(expected, to_array(right - late)) is not None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    hcom = communicator_name(one_rank("cpu"), torch.device("cpu"))
+    weight = torch.randn(8, 16)
+
+    def layer(x: Tensor) -> Tensor:
+        return npu.npu_mm_all_reduce_base(x * 2, weight.t(), hcom) + 1
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (3, 5):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(compiled(x), 2 * x @ weight.t() + 1)
+
+
+def test_fake_tensors_need_no_group() -> None:
+    with FakeTensorMode():
+        x1, x2 = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(8, 5, dtype=torch.bfloat16)
+        found = npu.npu_mm_all_reduce_base(x1, x2, "nobody")
+    assert (found.shape, found.dtype) == ((2, 3, 5), torch.bfloat16)
+
+
+def test_errors() -> None:
+    x1, x2 = torch.ones(2, 4), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"npu_mm_all_reduce_base: hcom is 'nobody'; .* communicator_name\(group"):
+        npu.npu_mm_all_reduce_base(x1, x2, "nobody")
+    with pytest.raises(ValueError, match=r"x1 is .* contiguous memory, not strides \(1, 2\)"):
+        npu.npu_mm_all_reduce_base(torch.ones(4, 2).t(), torch.ones(4, 3), "nobody")
+    with pytest.raises(ValueError, match=r"x2 is .* or its transpose, not strides \(6, 2\)"):
+        npu.npu_mm_all_reduce_base(x1, torch.ones(4, 6)[:, ::2], "nobody")
+    with pytest.raises(ValueError, match="comm_turn is 4; supported: only the default 0"):
+        npu.npu_mm_all_reduce_base(x1, x2, "nobody", comm_turn=4)
