@@ -25,6 +25,9 @@ LADDER: tuple[str, ...] = (
 )
 """The steps in order. Up to ``ifa_tiling`` they are the guide's rows; the rest goes beyond it."""
 
+PARALLEL: tuple[str, ...] = ("mm_all_reduce",)
+"""Steps of a model on several cards alone, after those of the ladder: not in ``all()``."""
+
 VARIANTS: tuple[str, ...] = ("fused_infer_attention",)
 """Switches that replace an operator by another of the same meaning: no step of the ladder, so not in ``all()``."""
 
@@ -36,6 +39,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "fused_infer_attention": ("flash_attention",),
     # npu_swiglu takes gate and up as one tensor: without the fused product they would be copied together first.
     "swiglu": ("fused_gate_up",),
+    # Its product and all-reduce are one operator in the prefill of the fused operators.
+    "mm_all_reduce": ("flash_attention",),
 }
 """Switch -> switches it cannot do without."""
 
@@ -48,6 +53,7 @@ DESCRIPTIONS: dict[str, str] = {
     "ifa_tiling": "incremental attention over the live tokens only (actual_seq_lengths)",
     "fused_gate_up": "one matmul for gate and up",
     "swiglu": "SiLU(gate)·up in one operator",
+    "mm_all_reduce": "prefill on several cards: o_proj and down_proj with their all-reduce in one operator",
     "fused_infer_attention": "npu_fused_infer_attention_score in place of the two flash attention operators",
 }
 
@@ -83,6 +89,7 @@ class Optimizations:
     ifa_tiling: bool = False
     fused_gate_up: bool = False
     swiglu: bool = False
+    mm_all_reduce: bool = False
     fused_infer_attention: bool = False
 
     def __post_init__(self) -> None:
@@ -104,7 +111,7 @@ class Optimizations:
 
     @classmethod
     def all(cls) -> Optimizations:
-        """Every step of the ladder on."""
+        """Every step of the ladder on that one card has."""
         return cls.up_to(LADDER[-1])
 
     @classmethod
@@ -114,9 +121,10 @@ class Optimizations:
         Raises:
             ValueError: ``step`` is not a step of the ladder.
         """
-        if step not in LADDER:
-            raise ValueError(f"no step {step!r} in the ladder; the steps are {', '.join(LADDER)}")
-        return cls(**dict.fromkeys(LADDER[: LADDER.index(step) + 1], True))
+        ladder = (*LADDER, *PARALLEL)
+        if step not in ladder:
+            raise ValueError(f"no step {step!r} in the ladder; the steps are {', '.join(ladder)}")
+        return cls(**dict.fromkeys(ladder[: ladder.index(step) + 1], True))
 
     @classmethod
     def only(cls, step: str) -> Optimizations:
@@ -134,8 +142,9 @@ class Optimizations:
         pending = list(steps)
         while pending:
             name = pending.pop()
-            if name not in LADDER + VARIANTS:
-                raise ValueError(f"no optimisation {name!r}; there are {', '.join(LADDER + VARIANTS)}")
+            known = LADDER + PARALLEL + VARIANTS
+            if name not in known:
+                raise ValueError(f"no optimisation {name!r}; there are {', '.join(known)}")
             switched[name] = True
             if with_requirements:
                 pending.extend(needed for needed in REQUIRES.get(name, ()) if needed not in switched)

@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import head_dim
-from qwen2_npu.models.layers import Linear, RotaryTable
+from qwen2_npu.models.layers import Linear, RotaryTable, RowParallelLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -71,7 +71,6 @@ class Attention(nn.Module):
         self.layer = layer
         self.window = window
         self._rotary = (rotary,)  # in a tuple: one table for the model, not a submodule of every layer
-        self.ranks = ranks
         self.heads = ranks.shard.count("query heads", config)
         self.kv_heads = ranks.shard.count("kv heads", config)
         self.head_dim = head_dim(config)
@@ -83,7 +82,7 @@ class Attention(nn.Module):
             self.q_proj = Linear(config.hidden_size, self.widths[0], bias=True)
             self.k_proj = Linear(config.hidden_size, self.widths[1], bias=True)
             self.v_proj = Linear(config.hidden_size, self.widths[2], bias=True)
-        self.o_proj = Linear(self.widths[0], config.hidden_size, bias=False)
+        self.o_proj = RowParallelLinear(self.widths[0], config.hidden_size, ranks)
 
     def forward(
         self,
@@ -111,9 +110,8 @@ class Attention(nn.Module):
         # A decode step goes through o_proj in two dimensions: in three, the graph engine pads the product (the guide's
         # out-of-memory fix).
         if tokens == 1:
-            summed = self.ranks.all_reduce(self.o_proj(context.reshape(batch, self.widths[0])))
-            return summed.unsqueeze(1), weights
-        return self.ranks.all_reduce(self.o_proj(context.reshape(batch, tokens, self.widths[0]))), weights
+            return self.o_proj(context.reshape(batch, self.widths[0]), phase).unsqueeze(1), weights
+        return self.o_proj(context.reshape(batch, tokens, self.widths[0]), phase), weights
 
     def _project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """q (B, S, N, D), k and v (B, S, K, D)."""

@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
             attentions.append(weights)
         del weights  # (B, N, S, S): not to be held while the MLP runs
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        return self.mlp(hidden_states, phase), residual
 
 
 class Qwen2Model(nn.Module):

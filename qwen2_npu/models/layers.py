@@ -84,12 +84,30 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(total.dtype), total
 
 
+class RowParallelLinear(Linear):
+    """A product whose input is cut over the ranks, and the sum of what they compute: no bias, which would be summed.
+
+    Attributes:
+        hcom: with the mm_all_reduce step, the communicator in which product and sum are one operator; None otherwise.
+    """
+
+    def __init__(self, in_features: int, out_features: int, ranks: Ranks) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.ranks = ranks
+        self.hcom: str | None = None
+
+    def forward(self, input: torch.Tensor, phase: str = "decode") -> torch.Tensor:
+        """(..., K of this rank) -> (..., N), summed over the ranks."""
+        if self.hcom is not None and phase != "decode":
+            return torch.ops.npu.npu_mm_all_reduce_base(input, self.weight.t(), self.hcom)
+        return self.ranks.all_reduce(super().forward(input))
+
+
 class MLP(nn.Module):
     """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up]."""
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
-        self.ranks = ranks
         self.swiglu = optimizations.swiglu
         self.fused = optimizations.fused_gate_up
         hidden, intermediate = config.hidden_size, ranks.shard.count("columns", config)
@@ -98,14 +116,14 @@ class MLP(nn.Module):
         else:
             self.gate_proj = Linear(hidden, intermediate, bias=False)
             self.up_proj = Linear(hidden, intermediate, bias=False)
-        self.down_proj = Linear(intermediate, hidden, bias=False)
+        self.down_proj = RowParallelLinear(intermediate, hidden, ranks)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, phase: str = "decode") -> torch.Tensor:
         """(B, S, H) -> (B, S, H)."""
         if self.swiglu:
-            return self.ranks.all_reduce(self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x), dim=-1)))
+            return self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x), dim=-1), phase)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return self.ranks.all_reduce(self.down_proj(F.silu(gate) * up))
+        return self.down_proj(F.silu(gate) * up, phase)
 
 
 TABLE_ROWS = 131072

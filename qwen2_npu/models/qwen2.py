@@ -77,13 +77,14 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
         check_config(config)
-        ranks.shard.check(config)
+        optimizations = Optimizations.all() if optimizations is None else optimizations
+        ranks.check(config, optimizations)
         config = copy.deepcopy(config)
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )
         super().__init__(config)
-        self.optimizations = Optimizations.all() if optimizations is None else optimizations
+        self.optimizations = optimizations
         self.ranks = ranks
         self.model = Qwen2Model(config, self.optimizations, ranks)
         self.vocab_size = config.vocab_size
@@ -139,11 +140,19 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     ) -> None:
         """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
         then has one table from its first step to its last, and one graph."""
+        self._open_communicator(device)
         rotary = self.model.rotary
         needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
         if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
             needed = max(needed, int(position_ids.max()) + 1)
         rotary.prepare(self.dtype, device, needed)
+
+    def _open_communicator(self, device: torch.device) -> None:
+        """With mm_all_reduce: name the communicator of the ranks to the products, before the first graph."""
+        if self.optimizations.mm_all_reduce and self.model.layers[0].mlp.down_proj.hcom is None:
+            hcom = self.ranks.communicator(device)
+            for layer in self.model.layers:
+                layer.self_attn.o_proj.hcom = layer.mlp.down_proj.hcom = hcom
 
     # ---- the two steps that are compiled -------------------------------------------------------------------------
     def prefill_step(

@@ -15,7 +15,11 @@ import torch
 import torch.distributed as dist
 
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.sharding import WHOLE, Shard
+
+FUSED_SIZES = (2, 4, 8)
+"""Cards that npu_mm_all_reduce_base takes (CANN's documentation), and one, on which there is nothing to reduce."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,24 @@ class Ranks:
         shard: which of them this one is.
         group: the ``torch.distributed`` process group; None where there is one rank, and where the part of a model is
             only looked at: a collective then raises.
+        hcom: name of the group's communicator where it is not to be opened.
     """
 
     shard: Shard = WHOLE
     group: Any = None
+    hcom: str | None = None
+
+    def check(self, config: Any, optimizations: Optimizations) -> None:
+        """Refuse a model or a step that these ranks cannot share.
+
+        Raises:
+            UnsupportedError: heads or columns that they do not divide; a step of several cards on one, or on a number
+                that its operator does not take.
+        """
+        self.shard.check(config)
+        if optimizations.mm_all_reduce and self.size not in FUSED_SIZES:
+            sizes = ", ".join(map(str, FUSED_SIZES))
+            raise UnsupportedError(f"mm_all_reduce with tp_size={self.size}: it takes {sizes} ranks; switch it off")
 
     @property
     def size(self) -> int:
@@ -59,6 +77,12 @@ class Ranks:
             group = self._required_group()
             dist.broadcast(tensor, group=group, group_src=0)
         return tensor
+
+    def communicator(self, device: torch.device) -> str:
+        """What operators that compute and communicate call the group. Opens it: all ranks must ask, in eager code."""
+        from qwen2_npu.ops.mm_all_reduce import communicator_name
+
+        return self.hcom or communicator_name(self._required_group(), device)
 
     def _required_group(self) -> Any:
         assert self.group is not None, "a part of a model computes only together with the others: join a process group"

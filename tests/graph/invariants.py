@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from qwen2_npu.conformance.graph.cost import PRODUCTS
+from qwen2_npu.conformance.graph.cost import COLLECTIVES, PRODUCTS
 from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.graph.shapes import DATA, Operation, cache_inputs, operations
 from qwen2_npu.optimizations import Optimizations
@@ -97,6 +98,9 @@ Less LessEqual Greater GreaterEqual LogicalAnd LogicalOr LogicalNot SelectV2 Sel
 MASK_WORK = frozenset(MASK_OPERATORS.split())
 ANGLE_WORK = frozenset(["Cos", "Sin"])
 
+EMBEDDING_MASK = {"Less": 1, "GreaterEqual": 1, "LogicalOr": 1, "MaskedFill": 2}
+"""Where the embedding table is cut over ranks: which tokens another rank holds, once per step."""
+
 TABLE_READS = 3
 """The embedding, cos and sin."""
 
@@ -108,9 +112,12 @@ def nothing_repeated_in_layers(graph: Graph) -> Problems:
     ]
     if len(gathers) != TABLE_READS:
         yield f"{len(gathers)} reads of tables, expected {TABLE_READS} per step (embedding, cos, sin) for all layers"
+    allowed = Counter(EMBEDDING_MASK if graph.lowered.ranks > 1 else {})
     for op in graph.ops:
         if op.node.type in MASK_WORK | ANGLE_WORK:
-            yield f"{op.node.name} ({op.node.type}): masks and angles are no work of the graph"
+            allowed[op.node.type] -= 1
+            if allowed[op.node.type] < 0:
+                yield f"{op.node.name} ({op.node.type}): masks and angles are no work of the graph"
 
 
 def live_attention(graph: Graph) -> Problems:
@@ -133,7 +140,24 @@ class Invariant:
         return switched and graph.lowered.phase in self.phases
 
 
+def collectives(graph: Graph) -> Problems:
+    """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none."""
+    several, layers = graph.lowered.ranks > 1, graph.lowered.layers
+    fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
+    expected = {
+        "MatmulAllReduce": 2 * layers if fused else 0,
+        "HcomAllReduce": several * (1 if fused else 2 * layers + 1),
+        "HcomAllGather": int(several),
+    }
+    for name, count in expected.items():
+        if (found := len(graph.of_type(name))) != count:
+            yield f"{found} {name}, expected {count} for {graph.lowered.ranks} ranks and {layers} layers"
+    for op in graph.of_type(*(set(COLLECTIVES) - set(expected))):
+        yield f"{op.node.name} ({op.node.type}): a collective that the model does not need"
+
+
 INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(collectives),
     Invariant(kv_in_place, since="flash_attention"),
     Invariant(no_wide_copies),
     Invariant(head_on_last_token, since="last_token_logits"),

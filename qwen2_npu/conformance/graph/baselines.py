@@ -20,7 +20,7 @@ from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_laye
 from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER, ORIGINAL, PHASES, Optimizations, Phase
+from qwen2_npu.optimizations import LADDER, ORIGINAL, PARALLEL, PHASES, Optimizations, Phase
 
 FOLDER = BASELINES / "graphs"
 
@@ -92,6 +92,8 @@ def documented() -> Iterator[DocumentedGraph]:
         for phase in phases:
             for step in (ORIGINAL, *LADDER) if size in SWEEPS else LADDER:
                 yield DocumentedGraph(size, phase, BATCH, step)
+            if SIZES[size].shards > 1 and phase == "prefill":  # in decode it changes nothing
+                yield from (DocumentedGraph(size, phase, BATCH, step) for step in PARALLEL)
             for batch in SWEEPS.get(size, ()):
                 yield DocumentedGraph(size, phase, batch, SWEEP_STEP)
 

@@ -170,6 +170,8 @@ PRODUCTS = frozenset(
     ["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatmulAllReduce"]
 )
 
+COLLECTIVES = frozenset(["MatmulAllReduce", "HcomAllReduce", "HcomAllGather", "HcomReduceScatter", "HcomBroadcast"])
+
 ATTENTION = frozenset(["IncreFlashAttention", "PromptFlashAttention", "FusedInferAttentionScore"])
 
 GATHERS = frozenset(["GatherV2", "IndexByTensor", "GatherElements"])

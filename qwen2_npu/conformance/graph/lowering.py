@@ -149,7 +149,7 @@ def fake_ranks(count: int) -> Iterator[Ranks]:
         raise RuntimeError("a process that belongs to a process group cannot lower for others: use another process")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        yield Ranks(Shard(0, count), dist.group.WORLD)
+        yield Ranks(Shard(0, count), dist.group.WORLD, hcom="lowered")
     finally:
         dist.destroy_process_group()
 
@@ -170,7 +170,7 @@ def fake_model(
                 model = Qwen2ForCausalLM(config, optimizations, ranks).eval()
         finally:
             torch.set_default_dtype(before)
-        model.model.rotary.prepare(dtype, torch.device(DEVICE))
+        model._prepare_rotary(torch.device(DEVICE), 1, None, None)
         yield model
 
 
