@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("emulator",),
     ("compat", "cache"),
+    ("parallel",),
     ("checkpoint",),
     ("models",),
     ("graph",),

@@ -1,0 +1,1 @@
+"""One model on several cards: one process per card (docs/parallel.md)."""
