@@ -210,15 +210,19 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
         with _as_current(Group(dist.get_rank(), dist.get_world_size(), own, store, seconds)) as group:
             yield group
         return
+    from qwen2_npu.parallel.agreement import agree, versions
     from qwen2_npu.parallel.board import Board
     from qwen2_npu.parallel.monitor import Monitor
 
     os.environ.setdefault("LOCAL_SIZE", str(launch.local_size or 1))  # DeepSpeed's operators for the CPU crash without
     for name, (low, high) in HCCL_TIMEOUTS.items():
-        os.environ.setdefault(name, str(round(min(max(seconds, low), high))))
+        # A second less than the group's own: torch_npu warns otherwise.
+        os.environ.setdefault(name, str(round(min(max(seconds - 1, low), high))))
     board = Board.open(launch, seconds)
     with Monitor(launch, board, seconds) as monitor:
         monitor.wait_for_all()
+        facts = Group(launch.rank, launch.world_size, own, board.part("facts"), seconds)
+        agree(versions(), way_out="install the same on all nodes", group=facts)
         dist.init_process_group(
             BACKENDS[own.type],
             store=board.part("group"),
@@ -228,7 +232,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
         )
         end: SystemExit | None = None
         try:
-            with _as_current(Group(launch.rank, launch.world_size, own, board.part("facts"), seconds)) as group:
+            with _as_current(facts) as group:
                 yield group
         except SystemExit as error:
             if error.code:

@@ -46,12 +46,13 @@ class Monitor:
         self._launch, self._board, self._timeout = launch, board, timeout
         self._others = [rank for rank in range(launch.world_size) if rank != launch.rank]
         self._neighbours: dict[int, psutil.Process | None] = {}
-        self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="qwen2_npu ranks", daemon=True)
+        self._ended, self._failing = threading.Event(), threading.Event()
+        self._heard = time.monotonic()
 
     def __enter__(self) -> Self:
         self._board.come()
-        self._watcher.start()
+        for watch in (self._listen, self._guard):
+            threading.Thread(target=watch, name="qwen2_npu ranks", daemon=True).start()
         return self
 
     def wait_for_all(self) -> None:
@@ -83,32 +84,42 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._ended.set()
-        if error is not None:
-            self._fail(error)
+        try:
+            if error is not None:
+                self._failing.set()
+                self._fail(error)
+        finally:
+            self._ended.set()
 
     # ---- this rank failed -------------------------------------------------------------------------------------------
     def _fail(self, error: BaseException) -> NoReturn:
         """Tell the others, and raise what this rank has to say: ``error``, or that another one is to blame."""
-        said: BaseException = error
+        said, traceback = error, error.__traceback__
         try:
             if _of_collectives(error):
                 said = self._blame(error)
-            if not isinstance(said, PeerFailed) and not self._board.fail(_text(said)):
+            if not isinstance(said, PeerFailed) and 0 not in self._dead() and not self._board.fail(_text(said)):
                 said = PeerFailed(self._board.failure())
         except RuntimeError:  # the store is gone
             if _of_collectives(error):
-                said = self._without_store()
+                said = self._without_rank_0()
         if isinstance(said, PeerFailed):
             time.sleep(LINGER)
         _end_children()
         _record(said)
-        raise said from (None if said is error else error)
+        if said is error:
+            raise error.with_traceback(traceback)
+        raise said from error
 
     def _blame(self, error: BaseException) -> BaseException:
-        """Which rank made a collective fail: the one that does not report the same."""
+        """Which rank made a collective fail: the one that does not report the same.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        time.sleep(BEAT / 10)  # a process that was killed takes a moment to be gone
         if dead := self._dead():
-            return RankError(_killed(dead))
+            return self._without_rank_0() if 0 in dead else RankError(_killed(dead))
         self._board.tell("hurt")
         before = {rank: self._board.beats(rank) for rank in self._others}
         until, missing = time.monotonic() + GRACE, self._others
@@ -118,6 +129,7 @@ class Monitor:
             missing = [rank for rank in missing if not self._board.told("hurt", rank)]
             time.sleep(BEAT / 10)
         if gone := [rank for rank in missing if self._board.beats(rank) == before[rank]]:
+            self._kill(gone)
             return RankError(f"{_ranks(gone)} is gone: killed, stopped, or its node is down")
         if missing:
             return RankError(
@@ -130,48 +142,64 @@ class Monitor:
         """Ranks on this node whose processes are gone."""
         return [rank for rank, process in self._neighbours.items() if process is None or _is_gone(process)]
 
-    def _without_store(self) -> BaseException:
+    def _kill(self, ranks: list[int]) -> None:
+        """Those on this node that give no sign of life: the launcher's SIGTERM does not reach a stopped process."""
+        for process in [self._neighbours.get(rank) for rank in ranks]:
+            if process is not None:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+    def _without_rank_0(self) -> BaseException:
         """What to say where rank 0 is gone and the store with it: rank 1 says something."""
         reason = _killed([0]) if 0 in self._dead() else "rank 0 is gone: it failed, was killed, or its node is down"
         return RankError(reason) if self._launch.rank == 1 else PeerFailed(reason)
 
-    # ---- in a thread of its own -------------------------------------------------------------------------------------
-    def _watch(self) -> None:
-        """Give signs of life, and end this process where there is a reason to."""
-        launchers, board = _launchers(), self._board.clone()
+    # ---- in threads of their own ------------------------------------------------------------------------------------
+    def _listen(self) -> None:
+        """Give signs of life, and end this process where another rank failed, or gives none."""
+        board = self._board.clone()
         heard: dict[int, tuple[int, float]] = {}
         while not self._ended.wait(BEAT):
-            if any(_is_gone(launcher) for launcher in launchers):
-                self._end("the launcher is gone: killed, or ended by a signal" if self._launch.local_rank == 0 else "")
+            message, failed = "", 0 in self._dead()
             try:
-                board.beat()
-                failed = bool(board.failure())
-                silent = self._silent(board, heard)
-                says = bool(silent) and not failed and board.fail(silent)
-            except RuntimeError:
-                failed, says, silent = True, False, ""
-            if says:
-                self._end(silent)
-            if failed or silent:
+                if not failed:
+                    board.beat()
+                    failed = bool(board.failure())
+                    silent = self._silent(board, heard)
+                    if silent and not failed and board.fail(message := _no_sign(silent, self._timeout)):
+                        self._kill(silent)
+                        self._end(message)
+                    failed = failed or bool(silent)
+                self._heard = time.monotonic()
+            except RuntimeError:  # the store is gone
+                failed = True
+            if failed and not self._failing.is_set():
                 if self._ended.wait(LINGER):  # the message comes first, and the launcher's signal
                     return
-                self._end("")
+                self._end()
 
-    def _silent(self, board: Board, heard: dict[int, tuple[int, float]]) -> str:
-        """What to say of a rank that gave no sign of life in time. Rank 0 watches the others, and they watch rank 0."""
-        now = time.monotonic()
+    def _silent(self, board: Board, heard: dict[int, tuple[int, float]]) -> list[int]:
+        """Ranks that gave no sign of life in time. Rank 0 looks at the others, and they look at rank 0."""
+        now, silent = time.monotonic(), []
         for rank in self._others if self._launch.rank == 0 else [0]:
             beats = board.beats(rank)
             if beats != heard.get(rank, (0, 0.0))[0]:
                 heard[rank] = beats, now
             elif beats and now - heard[rank][1] > self._timeout and not board.told("left", rank):
-                return (
-                    f"{_ranks([rank])} gave no sign of life for {self._timeout:g} s ({TIMEOUT_VARIABLE}): it hangs, "
-                    "or its node is down"
-                )
-        return ""
+                silent.append(rank)
+        return silent
 
-    def _end(self, message: str) -> NoReturn:
+    def _guard(self) -> None:
+        """End this process where nothing else can: the launcher is gone, or the store does not answer."""
+        launchers = _launchers()
+        while not self._ended.wait(BEAT):
+            if any(_is_gone(launcher) for launcher in launchers):
+                self._end("the launcher is gone: it was killed" if self._launch.local_rank == 0 else "")
+            if time.monotonic() - self._heard > self._timeout + BEAT:
+                self._kill([0])
+                self._end(_no_sign([0], self._timeout) if self._launch.rank == 1 else "")
+
+    def _end(self, message: str = "") -> NoReturn:
         """End this process, whatever its main thread waits for."""
         if message:
             sys.stderr.write(f"error: {message}\n")
@@ -190,6 +218,10 @@ def _text(error: BaseException) -> str:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _no_sign(ranks: list[int], timeout: float) -> str:
+    return f"{_ranks(ranks)} gave no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE}): stopped, or its node is down"
 
 
 def _killed(ranks: list[int]) -> str:
