@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -21,8 +20,6 @@ SHOWN = 60
 
 ABSENT = "none"
 
-_calls = itertools.count()
-
 
 def agree(facts: Mapping[str, Any], *, way_out: str = "give all ranks the same", group: Group | None = None) -> None:
     """Compare ``facts`` with those of the other ranks. Every rank of the group calls it, in the same order.
@@ -38,7 +35,7 @@ def agree(facts: Mapping[str, Any], *, way_out: str = "give all ranks the same",
     group = group or launch.current()
     if group is None or group.store is None:
         return
-    call = next(_calls)
+    call = group.store.add(f"agreements/{group.rank}", 1)
     group.store.set(f"agree/{call}/{group.rank}", json.dumps(dict(facts)))
     said = [json.loads(group.store.get(f"agree/{call}/{rank}")) for rank in range(group.world_size)]
     for rank, own in enumerate(said):

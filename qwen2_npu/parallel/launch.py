@@ -198,14 +198,14 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
         yield _current
         return
     launch, seconds = launched(), timeout()
-    own = own_device(launch, device, given_as=given_as)
     if launch is None or launch.world_size == 1:
-        with _as_current(Group(0, 1, own, timeout=seconds)) as group:
+        with _as_current(Group(0, 1, own_device(launch, device, given_as=given_as), timeout=seconds)) as group:
             yield group
         return
     import torch.distributed as dist
 
     if dist.is_initialized():
+        own = own_device(launch, device, given_as=given_as)
         store = dist.distributed_c10d._get_default_store()
         with _as_current(Group(dist.get_rank(), dist.get_world_size(), own, store, seconds)) as group:
             yield group
@@ -218,7 +218,12 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
     for name, (low, high) in HCCL_TIMEOUTS.items():
         # A second less than the group's own: torch_npu warns otherwise.
         os.environ.setdefault(name, str(round(min(max(seconds - 1, low), high))))
-    board = Board.open(launch, seconds)
+    try:
+        own = own_device(launch, device, given_as=given_as)
+        board = Board.open(launch, seconds)
+    except Exception as error:
+        record_failure(error)
+        raise
     with Monitor(launch, board, seconds) as monitor:
         monitor.wait_for_all()
         facts = Group(launch.rank, launch.world_size, own, board.part("facts"), seconds)
@@ -293,7 +298,7 @@ def own_device(launch: Launch | None, device: str | None, *, given_as: str = "")
         raise PeerFailed(f"there are {count} cards")
     cards = f"there are {count} cards" if count > 1 else "there is 1 card"
     raise UnsupportedError(
-        f"rank {launch.rank} needs {kind}:{launch.local_rank}, and {cards}: start {count} ranks per node "
+        f"rank {launch.rank} needs {kind}:{launch.local_rank}, and {cards}: start at most {count} per node "
         f"(deepspeed --num_gpus {count}, torchrun --nproc_per_node {count})"
     )
 
@@ -306,3 +311,16 @@ def _default_kind() -> str:
         return "cpu"
     importlib.import_module("torch_npu")
     return "npu" if torch.npu.is_available() else "cpu"  # type: ignore[attr-defined]
+
+
+def record_failure(error: BaseException) -> None:
+    """Leave ``error`` where torchrun looks for the first one of a job, which it shows."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def fails() -> None:
+        raise error
+
+    if not isinstance(error, SystemExit | KeyboardInterrupt):
+        with contextlib.suppress(type(error)):
+            fails()

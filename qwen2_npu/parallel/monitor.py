@@ -18,7 +18,7 @@ from typing import NoReturn, Self
 import psutil
 
 from qwen2_npu.parallel.board import Board
-from qwen2_npu.parallel.launch import LINGER, TIMEOUT_VARIABLE, Launch, PeerFailed, RankError
+from qwen2_npu.parallel.launch import LINGER, TIMEOUT_VARIABLE, Launch, PeerFailed, RankError, record_failure
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -106,7 +106,7 @@ class Monitor:
         if isinstance(said, PeerFailed):
             time.sleep(LINGER)
         _end_children()
-        _record(said)
+        record_failure(said)
         if said is error:
             raise error.with_traceback(traceback)
         raise said from error
@@ -235,19 +235,6 @@ def _of_collectives(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in OF_COLLECTIVES)
-
-
-def _record(error: BaseException) -> None:
-    """Leave ``error`` where torchrun looks for the first one of a job, to show it."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    @record
-    def fails() -> None:
-        raise error
-
-    if not isinstance(error, SystemExit | KeyboardInterrupt):
-        with contextlib.suppress(type(error)):
-            fails()
 
 
 def _launchers() -> list[psutil.Process]:
