@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qwen2_npu import emulator
-from qwen2_npu.cli import interrupts, options
+from qwen2_npu.cli import interrupts, options, ranks
 
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
@@ -82,6 +82,9 @@ class _LazyGroup(click.Group):
         """The command, with one line for what is wrong for a user."""
         try:
             return super().invoke(ctx)
+        except click.ClickException:
+            ranks.let_the_first_speak()
+            raise
         except BrokenPipeError:
             raise
         except (ValueError, OSError, MemoryError, emulator.EmulatorError) as error:
@@ -92,6 +95,7 @@ class _LazyGroup(click.Group):
             if ctx.params.get("traceback") or not _is_out_of_memory(error):
                 raise
             message = _out_of_memory(error)
+        ranks.let_the_first_speak()
         interrupts.check()  # an import that was broken off fails in its own words
         click.echo(f"error: {message}", err=True)
         sys.exit(BAD_INPUT)
@@ -144,9 +148,11 @@ def _out_of_memory(error: RuntimeError) -> str:
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qwen2-npu")
 @click.option("--traceback", is_flag=True, help="Show where an error comes from, in place of one line.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False, help="Given by launchers.")
 @click.pass_context
 def main(ctx: click.Context, traceback: bool) -> None:
     """Qwen2 for Ascend NPUs, and the proof that it computes what the stock model computes."""
+    ranks.prepare(ctx.invoked_subcommand)
     if ctx.invoked_subcommand not in (*WITHOUT_TORCH, None):
         emulator.activate_where_needed()  # torch and transformers load torch_npu wherever it is installed
         if not emulator.is_active():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2_npu.cli import interrupts, options
+from qwen2_npu.cli import interrupts, options, ranks
 from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.option("--threads", type=click.IntRange(1), callback=_threads, help="CPU threads.  [default: torch's own]")
 @click.option("--breakdown", is_flag=True, help="Also where the time goes: profile of a decode step, cost model.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here.")
+@ranks.in_ranks
 def command(
     model_path: Path | None,
     random_weights: str | None,
@@ -84,6 +85,7 @@ def command(
         raise click.UsageError("give one of --model-path DIR and --random-weights SIZE")
     if random_weights is not None and random_weights not in [size.name for size in SIZES.values() if size.shards == 1]:
         raise click.UsageError(f"--random-weights {random_weights}: there are 0.5B, 1.5B, 7B and 72B")
+    json_path = json_path if ranks.first() else None
     options.import_first("qwen2_npu.conformance.perf.bench")
     target = options.check_device(device)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen2_npu.cli import interrupts, options
+from qwen2_npu.cli import interrupts, options, ranks
 from qwen2_npu.optimizations import Optimizations
 
 TEMPERATURES = (1e-30, 1e30)
@@ -66,6 +66,7 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_probability, help="With --sample.")
 @click.option("--top-k", type=click.IntRange(min=1), help="With --sample.")
 @click.option("--seed", type=click.IntRange(-(2**63), 2**64 - 1), default=0, show_default=True, help="With --sample.")
+@ranks.in_ranks
 def command(
     model_path: Path | None,
     prompts: tuple[str, ...],

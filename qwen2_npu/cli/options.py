@@ -98,6 +98,20 @@ def check_device(device: str | None) -> str:
     """
     if device is None:
         return default_device()
+    name = device_name(device)
+    from qwen2_npu.devices import usable
+
+    return str(usable(name, given_as=f"--device {device}"))
+
+
+def device_name(device: str | None) -> str:
+    """``device`` as torch would name it, or the default one. Nothing is allocated on it.
+
+    Raises:
+        ValueError: it is the emulated one, and there is none.
+    """
+    if device is None:
+        return default_device()
     # transformers imports torch_npu wherever it is installed: without an NPU even "cpu" needs the emulator then.
     active = emulator.activate_where_needed()
     given_as = f"--device {device}"
@@ -113,10 +127,8 @@ def check_device(device: str | None) -> str:
                     else "torch_npu is missing; pip install torch_npu==2.13.0"
                 )
             )
-        device = f"npu{colon}{number}"
-    from qwen2_npu.devices import usable
-
-    return str(usable(device, given_as=given_as))
+        return f"npu{colon}{number}"
+    return device
 
 
 def import_first(*modules: str) -> None:

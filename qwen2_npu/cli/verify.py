@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen2_npu import emulator
-from qwen2_npu.cli import interrupts, options
+from qwen2_npu.cli import interrupts, options, ranks
 from qwen2_npu.optimizations import LADDER
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
 )
+@ranks.in_ranks
 def command(
     model_path: Path | None,
     device: str | None,
@@ -58,7 +59,8 @@ def command(
         from qwen2_npu.conformance.files import check_writable, write_json
         from qwen2_npu.conformance.report.own_files import rewritten
 
-        check_writable(json_path)
+        if ranks.first():
+            check_writable(json_path)
         result = verify(
             model_path,
             device=options.check_device(device),
@@ -68,8 +70,9 @@ def command(
             progress=progress,
         )
         interrupts.check()
-        write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
-        rewritten(json_path)
+        if ranks.first():
+            write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
+            rewritten(json_path)
     interrupts.check()
     show(result, console)
     console.print(f"Report: {json_path}", highlight=False)

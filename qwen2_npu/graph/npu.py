@@ -7,6 +7,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch.utils import _pytree
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.layout_copies import drop_layout_copies
 from qwen2_npu.graph.steps import Step
+from qwen2_npu.parallel.collectives import ALONE, Ranks
 
 if TYPE_CHECKING:
     from qwen2_npu.graph import GraphOptions
@@ -59,7 +61,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
             fullgraph=True,
             options={"guard_filter_fn": keep_input_guards},
         )
-    config = compiler_config(options)
+    config = compiler_config(options, model.ranks)
     if options.cache_dir is not None:
         folder = options.cache_dir / fingerprint(model)
         return lambda step: CachedStep(step, config, options.dynamic, folder)
@@ -83,7 +85,7 @@ def _let_torchair_register_first() -> None:
     torchair.get_npu_backend()
 
 
-def compiler_config(options: GraphOptions) -> Any:
+def compiler_config(options: GraphOptions, ranks: Ranks = ALONE) -> Any:
     """torchair's ``CompilerConfig`` for ``options``."""
     import torch_npu  # noqa: F401 - puts torchair on the path
     from torchair.configs.compiler_config import CompilerConfig
@@ -91,6 +93,10 @@ def compiler_config(options: GraphOptions) -> Any:
     config = CompilerConfig()
     config.experimental_config.frozen_parameter = options.frozen_parameter
     config.experimental_config.tiling_schedule_optimize = options.tiling_schedule_optimize
+    if ranks.size > 1:
+        # Ranks that run their collectives in different orders wait for each other for ever. Here each one needs the
+        # result of the one before; this order of GE's does not depend on it.
+        config.experimental_config.topology_sorting_strategy = "StableRDFS"
     config.post_grad_custom_post_pass = drop_layout_copies
     return config
 
@@ -115,14 +121,14 @@ def fingerprint(model: Qwen2ForCausalLM) -> str:
 
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for source in sorted(
-        [*package.glob("*.py"), *(package / "models").glob("*.py"), *(package / "graph").glob("*.py")]
-    ):
+    folders = (package, *(package / name for name in ("models", "graph", "parallel")))
+    for source in sorted(source for folder in folders for source in folder.glob("*.py")):
         digest.update(source.read_bytes())
     described = {
         "config": model.config.to_dict(),
         "optimizations": model.optimizations.names(),
         "dtype": str(model.dtype),
+        "shard": asdict(model.ranks.shard),
         "versions": [torch.__version__, torch_npu.__version__, transformers.__version__],
     }
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())

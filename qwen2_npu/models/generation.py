@@ -18,6 +18,7 @@ from qwen2_npu.cache import CacheShape, FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of, growing_cache, one_cache
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
+from qwen2_npu.parallel import generation as parallel
 
 if TYPE_CHECKING:
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -87,6 +88,7 @@ class GenerationHooks:
             ValueError: a prompt of another form than (B, S) ids, an empty one, ids outside the vocabulary, padding on
                 the right, a mask that does not fit, or more tokens than the model has positions; the last new token
                 takes none.
+            UnsupportedError: ranks that share the model were given different arguments.
             CacheOverflowError: a cache passed as ``past_key_values`` (``cache``) is too small.
         """
         cache = arguments.check_cache(one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None)))
@@ -94,6 +96,7 @@ class GenerationHooks:
             kwargs[CACHE_NAME] = cache
         prompt = {**kwargs, "inputs": args[0]} if args else kwargs
         arguments.check_prompt(prompt, self.device, continues=cache is not None)
+        parallel.start(self.ranks, prompt, self.device)
         call = Call(self)
         token = _CALL.set(call)
         try:

@@ -130,9 +130,9 @@ class CheckpointIO:
             TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
-        ranks = current(tp_size, tp_rank)
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
         target = one_device(device, device_map)
+        ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
             source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
@@ -166,12 +166,13 @@ class CheckpointIO:
         Raises:
             CheckpointError: missing, unexpected or mis-shaped tensors, or quantised ones.
         """
-        ranks = current(tp_size, tp_rank)
+        target = one_device(device, None)
+        ranks = current(tp_size, tp_rank, target)
         model: Qwen2ForCausalLM = weights.build(
             lambda: cls(config, optimizations, ranks),
             sources.StateDictSource(config, state_dict),
             dtype=dtype,
-            device=one_device(device, None),
+            device=target,
         )
         return model
 

@@ -9,6 +9,7 @@ Shapes: R ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel import launch
 from qwen2_npu.parallel.sharding import WHOLE, Shard
 
 FUSED_SIZES = (2, 4, 8)
@@ -93,17 +95,21 @@ ALONE = Ranks()
 """The model on one card: every collective is its argument."""
 
 
-def current(tp_size: int | None, tp_rank: int | None) -> Ranks:
+def current(tp_size: int | None, tp_rank: int | None, device: torch.device) -> Ranks:
     """The ranks to load a model for.
 
     Args:
-        tp_size: how many ranks; None for those of the process group, or one where there is none.
+        tp_size: how many ranks; None for those of the process group. Where there is none and a launcher has started
+            this process, it joins one; else there is one rank.
         tp_rank: which of them; None for that of this process. One that is given need not be: then the part can be
             looked at, saved or sent, but not computed with.
+        device: where the model goes.
 
     Raises:
         UnsupportedError: ``tp_size`` is not that of the process group.
     """
+    if tp_rank is None and tp_size != 1:
+        _join(device)
     ready = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if ready else 1
     size = world if tp_size is None else tp_size
@@ -118,3 +124,15 @@ def current(tp_size: int | None, tp_rank: int | None) -> Ranks:
     shard = Shard(tp_rank, size)
     mine = ready and size == world and tp_rank == dist.get_rank()
     return Ranks(shard, dist.group.WORLD if mine else None)
+
+
+def _join(device: torch.device) -> None:
+    """Join the process group of the launcher that started this process, if there is one and nobody has joined it.
+
+    For scripts of a user: the commands of this package are inside of ``launch.joined``, which watches over the ranks.
+    """
+    found = launch.launched()
+    if not dist.is_available() or dist.is_initialized() or found is None or found.world_size == 1:
+        return
+    own = launch.own_device(found, device.type)
+    dist.init_process_group(launch.BACKENDS[own.type], timeout=timedelta(seconds=launch.timeout()))

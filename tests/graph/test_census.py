@@ -33,6 +33,10 @@ LAYER_KERNELS = {128: 14, 64: 13}
 """head_dim -> kernels of one decode layer with every step on, at most: apply_rotary_pos_emb, or rotary_mul."""
 
 
+COLLECTIVE_KERNELS = 4
+"""More on one card of several: two all-reduces, and the Identity that torchair leaves beside each."""
+
+
 @cache
 def lowered(graph: DocumentedGraph, layers: int) -> Lowered:
     return graph.lowered(layers)
@@ -61,7 +65,10 @@ def test_invariants(graph: DocumentedGraph) -> None:
 @pytest.mark.parametrize("graph", FINAL)
 def test_kernels_of_a_layer(graph: DocumentedGraph) -> None:
     layer = census_of(graph).layer
-    assert layer.cost.launches <= LAYER_KERNELS[SIZES[graph.size].head_dim], layer.operators
+    allowed = LAYER_KERNELS[SIZES[graph.size].head_dim]
+    if SIZES[graph.size].shards > 1:
+        allowed += COLLECTIVE_KERNELS
+    assert layer.cost.launches <= allowed, layer.operators
 
 
 @pytest.mark.parametrize("graph", [param for param in FINAL if param.values[0].phase == "decode"])

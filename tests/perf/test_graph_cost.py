@@ -127,8 +127,9 @@ def test_a_fixed_kv_cache_trades_copies_for_slots_that_hold_nothing(size: str) -
     layers, live = SIZES[size].layers, baselines.PAST + 1
     assert before["ConcatV2"].launches - after["ConcatV2"].launches == after["Scatter"].launches == 2 * layers
     assert after["ConcatV2"].nbytes + after["Scatter"].nbytes < before["ConcatV2"].nbytes / 100
-    assert "MaskedFill" not in before
-    assert after["MaskedFill"].launches == layers
+    embedding = 2 if SIZES[size].shards > 1 else 0  # tokens of other cards
+    assert before.get("MaskedFill", Cost()).launches == embedding
+    assert after["MaskedFill"].launches == embedding + layers
     for scores in ("Muls", "SoftmaxV2"):
         assert after[scores].nbytes * live == before[scores].nbytes * baselines.CAPACITY
     for slots in ("BatchMatMul", "BroadcastTo", "Transpose"):

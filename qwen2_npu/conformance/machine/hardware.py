@@ -82,7 +82,7 @@ _ASCEND_910B_LINKS = Figure(
 _FIT = "baselines/cost_model.json, fitted by scripts/fit_cost_model.py on "
 _LAUNCH = Figure(0.0, "s", f"{_FIT}the guide's 7B tables: they leave no time for a launch of its own", "fitted")
 _HOST = Figure(29.42e-6, "s", f"{_FIT}the guide's 7B tables", "fitted")
-_COLLECTIVE = Figure(36.58e-6, "s", f"{_FIT}one configuration of the guide's 72B tables", "fitted")
+_COLLECTIVE = Figure(36.0e-6, "s", f"{_FIT}one configuration of the guide's 72B tables", "fitted")
 
 HARDWARE: dict[str, Hardware] = {
     card.soc: card

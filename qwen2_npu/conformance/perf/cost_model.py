@@ -5,7 +5,7 @@ The counts of ``graphs/cost.py`` over what the card can do (``hardware.py``), ti
     t(operators of one type) = max(FLOPs / (peak · e_compute), bytes / (bandwidth · e_memory)) + launches · t_launch
     t(graph mode)            = Σ t(types) + collectives
     t(single-op mode)        = max(that, launches · t_host): the host issues every operator by itself
-    t(all-reduce of n bytes) = t_collective + 2·(cards − 1)/cards · n / (link bandwidth · e_link)     (ring)
+    t(collective)            = t_collective + bytes sent to other cards / (link bandwidth · e_link)
 
 The efficiencies are fitted on the guide's 7B tables, those of the collective on one configuration of the 72B; every
 other number of the 72B is held out. ``scripts/fit_cost_model.py`` does it and writes ``baselines/cost_model.json``.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.census import Census
-from qwen2_npu.conformance.graph.cost import ATTENTION, PRODUCTS
+from qwen2_npu.conformance.graph.cost import ATTENTION, COLLECTIVES, PRODUCTS, Cost
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
 from qwen2_npu.conformance.perf.documented import BASELINES, Documented, read
 from qwen2_npu.conformance.perf.rows import Configuration, Row
@@ -27,13 +27,8 @@ from qwen2_npu.conformance.sizes import SIZES, Size
 
 PARAMETERS = BASELINES / "cost_model.json"
 
-COLLECTIVES_PER_LAYER = 2
-"""All-reduces of a tensor-parallel layer: after o_proj and after down_proj."""
-
 COLLECTIVE_CONFIGURATION = Configuration("72B", cards=8, batch=4, mode="graph", step="fused_qkv")
 """What the collective's two numbers are fitted on. The guide prints it twice, in the ladder and in the batch sweep."""
-
-BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,8 @@ def parts(census: Census, efficiencies: Efficiencies, hardware: Hardware) -> lis
     """Predicted time per operator type on one card, collectives aside; the longest first."""
     found = []
     for name, cost in census.costs.items():
+        if name in COLLECTIVES:
+            continue
         compute, memory = _rates(name, efficiencies, hardware)
         arithmetic, moving = cost.flops / compute, cost.nbytes / memory
         launches = cost.launches * efficiencies.launch_us * 1e-6
@@ -131,33 +128,31 @@ def _rates(name: str, efficiencies: Efficiencies, hardware: Hardware) -> tuple[f
     return float("inf"), bandwidth * efficiencies.memory
 
 
-def collective_seconds(size: Size, rows: int, efficiencies: Efficiencies, hardware: Hardware) -> float:
-    """All-reduces of one step over ``rows`` tokens; none on one card.
+def collective_seconds(census: Census, efficiencies: Efficiencies, hardware: Hardware) -> float:
+    """Of what the cards send each other in one step; nothing on one card.
 
     Raises:
         ValueError: nothing is known of the card's links.
     """
-    if size.shards == 1:
+    sent = sum((cost for name, cost in census.costs.items() if name in COLLECTIVES), Cost())
+    if not sent.launches:
         return 0.0
     if hardware.link_bandwidth is None:
         raise ValueError(
             f"nothing is known of the links of {hardware.soc}: add them to conformance/machine/hardware.py"
         )
-    nbytes = rows * size.hidden * BF16
-    ring = 2 * (size.shards - 1) / size.shards * nbytes / (hardware.link_bandwidth.value * efficiencies.link)
-    return size.layers * COLLECTIVES_PER_LAYER * (efficiencies.collective_us * 1e-6 + ring)
+    links = hardware.link_bandwidth.value * efficiencies.link
+    return sent.launches * efficiencies.collective_us * 1e-6 + sent.link_bytes / links
 
 
 def predict(row: Row, efficiencies: Efficiencies, hardware: Hardware = HARDWARE[DOCUMENTED_SOC]) -> float:
     """Predicted seconds of a documented row."""
-    census, size, what = census_of(row), shard_of(row.configuration), row.configuration
-    tokens = what.batch * (baselines.PROMPT if row.phase == "prefill" else 1)
+    census = census_of(row)
     device = sum(part.seconds for part in parts(census, efficiencies, hardware))
-    device += collective_seconds(size, tokens, efficiencies, hardware)
-    if what.mode == "graph":
+    device += collective_seconds(census, efficiencies, hardware)
+    if row.configuration.mode == "graph":
         return device
-    issued = census.cost.launches + (0 if size.shards == 1 else size.layers * COLLECTIVES_PER_LAYER)
-    return max(device, issued * efficiencies.host_us * 1e-6)
+    return max(device, census.cost.launches * efficiencies.host_us * 1e-6)
 
 
 def is_fitted(row: Row) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.graph.cost import Cost
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
@@ -92,21 +93,32 @@ def test_what_bounds_an_operator():
     assert found["Cast"].bound == "launch"
 
 
+def of_size(size: str) -> Census:
+    """The decode graph of a size at batch 4 with every step on."""
+    layered = baselines.load(baselines.DocumentedGraph(size, "decode", 4, "swiglu"))
+    assert layered is not None
+    return layered.of(SIZES[size].layers)
+
+
 def test_a_ring_moves_each_byte_nearly_twice_over_the_links():
     shard = SIZES["72B-tp8"]
     slow = replace(PERFECT, link=0.25)
-    one_layer = cost_model.collective_seconds(shard, 4, slow, CARD) / shard.layers
+    census = of_size("72B-tp8")
     nbytes = 4 * shard.hidden * 2
+    logits = 4 * SIZES["72B"].vocab * 2
+    sums = 2 * shard.layers + 1
     assert CARD.link_bandwidth is not None
-    assert one_layer == pytest.approx(2 * (10e-6 + 2 * 7 / 8 * nbytes / (CARD.link_bandwidth.value / 4)))
-    assert cost_model.collective_seconds(SIZES["7B"], 4, slow, CARD) == 0
+    sent = sums * 2 * 7 / 8 * nbytes + 7 / 8 * logits
+    expected = (sums + 1) * 10e-6 + sent / (CARD.link_bandwidth.value / 4)
+    assert cost_model.collective_seconds(census, slow, CARD) == pytest.approx(expected)
+    assert cost_model.collective_seconds(of_size("7B"), slow, CARD) == 0
 
 
 def test_a_card_whose_links_are_not_known_has_no_collective():
     unknown = replace(CARD, link_bandwidth=None)
     with pytest.raises(ValueError, match="nothing is known of the links of Ascend910B4"):
-        cost_model.collective_seconds(SIZES["72B-tp8"], 4, PERFECT, unknown)
-    assert cost_model.collective_seconds(SIZES["7B"], 4, PERFECT, unknown) == 0
+        cost_model.collective_seconds(of_size("72B-tp8"), PERFECT, unknown)
+    assert cost_model.collective_seconds(of_size("7B"), PERFECT, unknown) == 0
 
 
 def test_single_op_mode_waits_for_the_host():
