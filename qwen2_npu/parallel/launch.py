@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -170,8 +171,16 @@ _current: Group | None = None
 
 
 def current() -> Group | None:
-    """The group of the innermost :func:`joined` around the caller; None outside of it."""
-    return _current
+    """The group of the innermost :func:`joined` around the caller, or torch.distributed's own; None where none is."""
+    if _current is not None:
+        return _current
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    import torch
+
+    store = dist.distributed_c10d._get_default_store()
+    return Group(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store, timeout())
 
 
 @contextlib.contextmanager

@@ -234,8 +234,8 @@ def test_a_cast_of_the_weights() -> None:
     def wide() -> Iterator[None]:
         original = MLP.forward
 
-        def forward(self: MLP, x: torch.Tensor) -> torch.Tensor:
-            return original(self, x) + self.gate_up_proj.weight.float().sum().to(x.dtype)
+        def forward(self: MLP, x: torch.Tensor, phase: str) -> torch.Tensor:
+            return original(self, x, phase) + self.gate_up_proj.weight.float().sum().to(x.dtype)
 
         MLP.forward = forward  # type: ignore[method-assign]
         try:

@@ -91,7 +91,7 @@ def test_recording_latencies_records_no_graph(
 ) -> None:
     found: list[str] = []
     monkeypatch.setattr(baselines, "update", lambda graph, census, reason: found.append(reason))
-    monkeypatch.setattr(DocumentedGraph, "lower", baselines.load)
+    monkeypatch.setattr(DocumentedGraph, "census", baselines.load)
     options: Any = {"update_baselines": None, "update_graphs": None, option: "a reason"}
     config: Any = SimpleNamespace(option=SimpleNamespace(**options))
     test_cost_is_the_baseline(SWEEP[0], config)

@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 
-from qwen2_npu.optimizations import DESCRIPTIONS, LADDER, REQUIRES, VARIANTS, Optimizations
+from qwen2_npu.optimizations import DESCRIPTIONS, LADDER, PARALLEL, REQUIRES, VARIANTS, Optimizations
 
 
 def test_presets_are_cumulative():
-    for count, step in enumerate(LADDER, start=1):
+    for count, step in enumerate(LADDER, PARALLEL, start=1):
         assert Optimizations.up_to(step).names() == LADDER[:count]
     assert Optimizations.none().names() == ()
     assert Optimizations.all().names() == LADDER
@@ -30,7 +30,7 @@ def test_impossible_combinations_raise(step, needed):
 
 
 def test_every_combination_is_possible_or_names_what_it_needs():
-    names = LADDER + VARIANTS
+    names = LADDER + PARALLEL + VARIANTS
     for values in itertools.product([False, True], repeat=len(names)):
         switched = dict(zip(names, values, strict=True))
         possible = all(switched[n] for s, needs in REQUIRES.items() if switched[s] for n in needs)
@@ -43,7 +43,7 @@ def test_every_combination_is_possible_or_names_what_it_needs():
 
 def test_every_switch_is_described_and_frozen():
     fields = {field.name for field in dataclasses.fields(Optimizations)}
-    assert fields == set(LADDER + VARIANTS) == set(DESCRIPTIONS)
+    assert fields == set(LADDER + PARALLEL + VARIANTS) == set(DESCRIPTIONS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Optimizations.all().swiglu = False  # type: ignore[misc]
 

@@ -15,6 +15,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
     "cache writes": ("Scatter", "ScatterUpdate"),
     "activation": ("Swish", "SwiGlu", "Silu", "Sigmoid"),
+    "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
         "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "Pack",
         "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
