@@ -169,7 +169,7 @@ class ModelPair:
         """Why ``optimizations`` fail on the batch of that shape; None if, built again, they do not.
 
         Args:
-            build: in place of the subject's own, for models that are compiled or tampered with.
+            build: in place of the pair's own, for models that are compiled or tampered with.
         """
         baseline_trace, reference_trace = self.traces(shape)
         return locate_error.explain(
