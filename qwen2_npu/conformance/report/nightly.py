@@ -19,10 +19,10 @@ from typing import Any
 
 import qwen2_npu
 from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop
-from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.files import not_written, write_json
 from qwen2_npu.conformance.machine.verified import Where, where
 from qwen2_npu.conformance.report import inputs
-from qwen2_npu.conformance.report.own_files import LOGS, locked, not_written
+from qwen2_npu.conformance.report.own_files import ELSEWHERE, LOGS, locked
 
 ROOT = Path(qwen2_npu.__file__).parents[1]
 """The checkout: the suites are not part of an installed wheel."""
@@ -214,7 +214,7 @@ def _write(options: NightlyOptions, provenance: Mapping[str, Any], done: Sequenc
     try:
         write_json(options.results / inputs.RUN, content)
     except OSError as error:
-        return not_written(options.results / inputs.RUN, error)
+        return not_written(options.results / inputs.RUN, error, ELSEWHERE)
     return ""
 
 
@@ -306,4 +306,4 @@ class _Log:
         try:
             yield
         except OSError as error:
-            self.problem = not_written(self._path, error)
+            self.problem = not_written(self._path, error, ELSEWHERE)
