@@ -88,6 +88,7 @@ for arguments in json.load(sys.stdin):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_pytest_finds_what_the_commands_name() -> None:
     """In one process: collecting imports nearly everything, which takes seconds."""
     commands = [
