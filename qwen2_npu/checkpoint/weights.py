@@ -34,7 +34,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-class Rows(NamedTuple):
+class StackedRows(NamedTuple):
     """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model."""
 
     parameter: str
@@ -70,9 +70,9 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
+def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
     """Every stock tensor name with the rows it has in ``model``; a tied lm_head is not a tensor of its own."""
-    layout: dict[str, Rows] = {}
+    layout: dict[str, StackedRows] = {}
     shapes = stock_shapes(model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if model.config.tie_word_embeddings and name == "lm_head.weight":
@@ -82,7 +82,7 @@ def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
         for part in FUSED.get(module, (module,)):
             stock = ".".join([*scope, part, kind])
             rows = shapes[stock][0] if module in FUSED else parameter.shape[0]
-            layout[stock] = Rows(name, start, (rows, *parameter.shape[1:]))
+            layout[stock] = StackedRows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
 

@@ -16,11 +16,11 @@ from typing import Any
 from qwen2_npu.emulator import runtime
 from qwen2_npu.emulator.settings import EmulatorError
 
-Change = Callable[[Any], Any]
+ChangeInPlace = Callable[[Any], Any]
 
 
 @dataclass
-class Fault:
+class OperatorFault:
     """A fault in force. ``calls`` of the operator so far; ``happened``: how many disturbed; ``seen``: all operators."""
 
     operator: str
@@ -40,7 +40,7 @@ class Fault:
 
 
 @contextlib.contextmanager
-def changed(operator: str, change: Change, nth: int | None = None) -> Iterator[Fault]:
+def changed(operator: str, change: ChangeInPlace, nth: int | None = None) -> Iterator[OperatorFault]:
     """Let ``change`` have the floating-point results of an operator, CPU tensors in device memory, to alter in place.
 
     Args:
@@ -62,18 +62,18 @@ def changed(operator: str, change: Change, nth: int | None = None) -> Iterator[F
         yield fault
 
 
-def nan(operator: str, nth: int | None = None) -> contextlib.AbstractContextManager[Fault]:
+def nan(operator: str, nth: int | None = None) -> contextlib.AbstractContextManager[OperatorFault]:
     """Results full of NaN. Arguments as for ``changed``."""
     return changed(operator, lambda result: result.fill_(float("nan")), nth)
 
 
-def perturbed(operator: str, eps: float, nth: int | None = None) -> contextlib.AbstractContextManager[Fault]:
+def perturbed(operator: str, eps: float, nth: int | None = None) -> contextlib.AbstractContextManager[OperatorFault]:
     """Results with a relative error of ``eps``. Arguments as for ``changed``."""
     return changed(operator, lambda result: result.mul_(1 + eps), nth)
 
 
 @contextlib.contextmanager
-def slow(operator: str, seconds: float, nth: int | None = None) -> Iterator[Fault]:
+def slow(operator: str, seconds: float, nth: int | None = None) -> Iterator[OperatorFault]:
     """Calls that take ``seconds`` longer. Arguments as for ``changed``."""
     with _watched(operator, nth, before=lambda: time.sleep(seconds)) as fault:
         yield fault
@@ -117,15 +117,15 @@ def memory_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(
-    operator: str, nth: int | None, *, before: Callable[[], None] | None = None, after: Change | None = None
-) -> Iterator[Fault]:
+    operator: str, nth: int | None, *, before: Callable[[], None] | None = None, after: ChangeInPlace | None = None
+) -> Iterator[OperatorFault]:
     from qwen2_npu.emulator.eager import registration, tap
 
     if nth is not None and nth < 1:
         raise ValueError(f"nth={nth}: the first call is 1; None means every call")
     if not registration.has_kernel(operator):
         raise EmulatorError(f"operator={operator!r}: no operator of that name has a kernel on the emulated NPU")
-    fault = Fault(operator, nth)
+    fault = OperatorFault(operator, nth)
 
     def listen(plan: Any, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         fault.seen.add(plan.op._schema.name)

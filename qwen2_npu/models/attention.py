@@ -16,7 +16,7 @@ from qwen2_npu.compat import head_dim, kv_head_count
 from qwen2_npu.models.layers import Linear, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 
-Phase = Literal["prefill", "decode", "extend"]
+AttentionPhase = Literal["prefill", "decode", "extend"]
 """prefill: nothing in the cache yet; decode: one token per row; extend: several tokens after what the cache holds."""
 
 UNLIMITED = 2147483647  # the operators' own "no limit" for pre_tokens and next_tokens
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
@@ -120,7 +120,7 @@ class Attention(nn.Module):
     # ---- fused operators, BSND -----------------------------------------------------------------------------------
     def _fused(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cache: tuple[torch.Tensor, torch.Tensor] | None,
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
     def _prompt_attention(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -202,7 +202,7 @@ class Attention(nn.Module):
     # ---- small operators, BNSD, as the stock model -----------------------------------------------------------------
     def _small_operators(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
         query: torch.Tensor,

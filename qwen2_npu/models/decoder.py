@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import sliding_windows
-from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.layers import MLP, RMSNorm, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: LayerCache,
@@ -76,7 +76,7 @@ class Qwen2Model(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         caches: list[LayerCache],
         record: Record | None = None,

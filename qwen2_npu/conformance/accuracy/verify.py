@@ -19,7 +19,7 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
-from qwen2_npu.conformance.accuracy.model_pair import Build, GreedyText, ModelPair
+from qwen2_npu.conformance.accuracy.model_pair import BuildModel, GreedyText, ModelPair
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
@@ -190,7 +190,9 @@ def verify(
     return result
 
 
-def _row(pair: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> StepResult:
+def _row(
+    pair: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: BuildModel
+) -> StepResult:
     """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
     model = pair.build(optimizations)
     results = {shape: pair.compare(model, shape) for shape in BATCH_SHAPES}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Operator, Parameters, is_working
+from qwen2_npu.conformance.operators.record import Arguments, Expected, OperatorRecord, Parameters, is_working
 from qwen2_npu.conformance.operators.rounding import Array, FloatArray
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def snippet(name: str, parameters: Parameters, dtype: str, device: str, seed: in
 
 
 def find_problems(
-    operator: Operator,
+    operator: OperatorRecord,
     parameters: Parameters,
     dtype: str,
     device: str = "cpu",
@@ -172,7 +172,7 @@ def find_problems(
 
 
 def run_and_compare(
-    operator: Operator,
+    operator: OperatorRecord,
     arguments: Arguments,
     expected: Sequence[Expected],
     dtype: str,
@@ -199,7 +199,7 @@ def wrong_dtypes(expected: Sequence[Expected], outputs: Sequence[torch.Tensor], 
 
 
 def side_effects(
-    operator: Operator,
+    operator: OperatorRecord,
     before: dict[str, torch.Tensor],
     after: dict[str, Any],
     outputs: Sequence[torch.Tensor],

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import LADDER
 
@@ -35,7 +35,7 @@ def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
             yield Claim(f"accuracy/{mode}/{what}", AREA, f"{what}, {mode}: the same as the stock model's")
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's verifications say."""
     modes = dict.fromkeys([*EXPECTED_MODES, *(_mode(content) for content in inputs.verifications.values())])
     known = {claim.id: claim for claim in expected(tuple(modes))}

@@ -13,7 +13,7 @@ from qwen2_npu.conformance.graph import committed
 from qwen2_npu.conformance.machine.verified import Where, where, written
 from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import LADDER
 
@@ -68,7 +68,7 @@ class Tally:
         return claim.found(self.status, verified=self.verified, reference=str(self), message=self.message)
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's tests say, latency rows and graphs aside."""
     cases = inputs.cases()
     return [*_steps(cases), *_operators(cases), *_ratios(cases), *_files(cases)]

@@ -33,7 +33,7 @@ The home folder is written as ~; names of the user and the host, network address
 like a secret are taken out.
 """
 
-Part = Callable[[], Iterable[tuple[str, Any]]]
+BundlePart = Callable[[], Iterable[tuple[str, Any]]]
 """Files of the archive: name and content, a text or plain values that become JSON."""
 
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ def write(
     device: str,
     findings: str,
     progress: Progress = lambda label, done, total: None,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[BundlePart] | None = None,
     redaction: Redaction | None = None,
 ) -> list[str]:
     """Write the archive, whole or not at all.
@@ -75,7 +75,7 @@ def write(
     return list(files)
 
 
-def parts_of(device: str, progress: Progress = lambda label, done, total: None) -> tuple[Part, ...]:
+def parts_of(device: str, progress: Progress = lambda label, done, total: None) -> tuple[BundlePart, ...]:
     """All parts. The cheap ones come first: what an operator can break is written before."""
     return (
         logs.versions,

@@ -22,7 +22,7 @@ def pair() -> ModelPair:
     return ModelPair.of_shape("qwen2-0.5b", decode_steps=DECODE_STEPS)
 
 
-def damaged(pair: ModelPair, parameter: str) -> locate_error.Build:
+def damaged(pair: ModelPair, parameter: str) -> locate_error.BuildModel:
     def build(optimizations: Optimizations) -> Any:
         model = pair.build(optimizations)
         parameters = dict(model.named_parameters())

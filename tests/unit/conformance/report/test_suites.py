@@ -9,7 +9,7 @@ import pytest
 from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import junit, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.suites import Tally
 from tests.unit.conformance.report.synthetic import IDENTITY, CaseText, Night, write_junit
 
@@ -47,7 +47,7 @@ def test_two_devices_do_not_speak_for_one_another() -> None:
 def claims(tmp_path: Path, *cases: CaseText, verified: str = NPU) -> dict[str, Claim]:
     provenance = Night(0, identity={**IDENTITY, "verified": verified}).provenance
     write_junit(tmp_path / "j.xml", cases, provenance)
-    return {claim.id: claim for claim in suites.claims(Inputs.of(tmp_path))}
+    return {claim.id: claim for claim in suites.claims(RunInputs.of(tmp_path))}
 
 
 LADDER_TEST, OPERATOR_TEST = "tests.accuracy.test_ladder", "tests.accuracy.test_operators"
@@ -98,7 +98,7 @@ def test_a_ratio_is_of_the_device_that_computed_it(verified: str, where: Where, 
         f'<properties><property name="ratio" value="{text}"/></properties></testcase>',
     )
     (tmp_path / "j.xml").write_text(with_ratio, encoding="utf-8")
-    (claim,) = (claim for claim in suites.claims(Inputs.of(tmp_path)) if claim.area == suites.RATIOS)
+    (claim,) = (claim for claim in suites.claims(RunInputs.of(tmp_path)) if claim.area == suites.RATIOS)
     assert (claim.id, claim.status, claim.where) == ("relative/decode-a-b", Status.PASS, where)
     assert claim.value is not None
     assert not claim.value.lower_is_better

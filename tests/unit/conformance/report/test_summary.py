@@ -17,7 +17,7 @@ from markdown_it.token import Token
 from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.history import Entry, Run
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.results import Results
 from qwen2_npu.conformance.report.summary import code, markdown, text
 from tests.unit.conformance.report.synthetic import SLOW, CaseText, Night, commit_of, write_junit
@@ -121,7 +121,7 @@ def hostile_run(strings: Sequence[str]) -> tuple[Results, list[Run], list[str]]:
     ]
     passed = {claim.id: replace(Entry.of(claim), status=Status.PASS) for claim in claims}
     problems = [name(), name()]
-    return Results(Inputs(Path()), this, tuple(claims), (name(),)), [Run(good, passed)], problems
+    return Results(RunInputs(Path()), this, tuple(claims), (name(),)), [Run(good, passed)], problems
 
 
 @given(st.lists(HOSTILE, min_size=1, max_size=8))
