@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from qwen2_npu.cli import interrupts, options
 from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 
@@ -92,8 +94,6 @@ def command(
 
     options.quiet_transformers()
     from qwen2_npu.conformance.files import check_writable
-    from qwen2_npu.conformance.machine.comparable import card_of
-    from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf import bench
     from qwen2_npu.conformance.perf.breakdown import WARM_UP
     from qwen2_npu.conformance.perf.builds import Weights
@@ -106,20 +106,33 @@ def command(
     todo = bench.cases(steps, batches)
     setup = bench.Setup(weights, mode, target, getattr(torch, dtype), input_len, output_len)
     bench.check(replace(setup, output_tokens=max(output_len, WARM_UP + 2)) if breakdown else setup, todo)
-    made_by = Provenance.of_device(target)
-    card, _ = card_of(made_by.fingerprint)
     console = Console()
+    _measure(setup, todo, json_path, console)
+    if breakdown:
+        _show_breakdown(setup, todo[-1], console)
+
+
+def _measure(setup: Setup, todo: Sequence[BenchCase], json_path: Path | None, console: Console) -> None:
+    """All cases; what was measured is shown, and written, even where one of them fails."""
+    import torch
+
+    from qwen2_npu.conformance.machine.comparable import card_of
+    from qwen2_npu.conformance.machine.provenance import Provenance
+    from qwen2_npu.conformance.perf import bench
+
+    made_by = Provenance.of_device(setup.device)
+    card = None if _is_emulated(setup.device) else card_of(made_by.fingerprint)[0]
     results: list[BenchResult] = []
     try:
         with options.progress(console, "building the model") as progress, torch.no_grad():
-            for result in bench.run(setup, todo, card=None if _is_emulated(target) else card, progress=progress):
+            for result in bench.run(setup, todo, card=card, progress=progress):
                 interrupts.check()
                 results.append(result)
                 if json_path is not None:
                     _write(json_path, results, made_by)
     finally:  # what was measured before a failure stays
         if results:
-            show(results, console, target)
+            show(results, console, setup.device)
             if json_path is not None:
                 console.print(f"Results: {json_path}", highlight=False)
         if len(results) < len(todo):
@@ -128,8 +141,6 @@ def command(
                 f"! Stopped at {case.step}, batch {case.batch}: {len(results)} of {len(todo)} cases were measured.",
                 style="yellow", highlight=False,
             )  # fmt: skip
-    if breakdown:
-        _show_breakdown(setup, todo[-1], console)
 
 
 def _is_emulated(device: str) -> bool:
