@@ -189,7 +189,7 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
     from qwen2_npu.conformance.perf import documented
 
     first = results[0]
@@ -207,7 +207,7 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
     for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
     console.print(table)
-    console.print(f"Measured on {device}: {how_verified(device)}.", highlight=False)
+    console.print(f"Measured on {device}: {Verified.on(device)}.", highlight=False)
     if _is_emulated(device):
         console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
     if any(r.documented_prefill_ms is not None or r.documented_decode_ms is not None for r in results):

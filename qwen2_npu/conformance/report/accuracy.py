@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
@@ -54,7 +55,7 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     mode = _mode(content)
     common = {
         "subject": f"{content['model']}, {content['dtype']}",
-        "verified": content["environment"]["verified"],
+        "verified": Verified.read(content["environment"]["verified"]),
     }
     for row in content["rows"]:
         excused = f", {row['excused']} near-ties excused" if row["excused"] else ""

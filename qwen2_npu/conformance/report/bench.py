@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number
 from qwen2_npu.conformance.report.inputs import RunInputs, finite
 from qwen2_npu.conformance.report.labels import labels
@@ -57,7 +58,7 @@ class Table:
     """One bench file. ``rows``: step, the guide's name, and a cell per heading."""
 
     title: str
-    verified: str
+    verified: Verified
     headings: tuple[str, ...]
     rows: tuple[tuple[str, str, tuple[str, ...]], ...]
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qwen2_npu.conformance.files import read_json, why
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report import junit
 
 RUN, PREDICTIONS, PAGE, SUMMARY = "run.json", "predictions.json", "index.html", "summary.md"
@@ -98,12 +99,17 @@ class RunInputs:
         found += [(name, Provenance.of_benchmark(content)) for name, content in self.benchmarks.items()]
         found += [(name, Provenance.from_json(content["provenance"])) for name, content in self.benches.items()]
         found += [
-            (name, Provenance(created=text(content["created"]), verified=text(content["environment"]["verified"])))
+            (
+                name,
+                Provenance(
+                    created=text(content["created"]), verified=Verified.read(text(content["environment"]["verified"]))
+                ),
+            )
             for name, content in self.verifications.items()
         ]
         return found
 
-    def cases(self) -> list[tuple[junit.JUnitCase, str]]:
+    def cases(self) -> list[tuple[junit.JUnitCase, Verified]]:
         """Every test case, with what its session was verified on."""
         return [
             (case, Provenance.of_properties(session.properties).verified)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status
 from qwen2_npu.conformance.report.inputs import RunInputs
 
@@ -21,7 +22,7 @@ def claims(inputs: RunInputs) -> list[Claim]:
             area=AREA,
             title=f"stage {stage['name']} ran to its end",
             status=_status(stage, inputs),
-            verified=inputs.run.get("provenance", {}).get("verified") or "",
+            verified=Provenance.from_json(inputs.run.get("provenance", {})).verified,
             reference=_facts(stage),
             message=stage.get("problem", ""),
         )

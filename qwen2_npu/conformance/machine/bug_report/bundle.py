@@ -97,16 +97,16 @@ def _written(name: str, content: Any, clean: Redaction) -> str:
 
 
 def _environment(device: str) -> dict[str, Any]:
-    return {**asdict(Environment.of(device)), "variables": variables(os.environ)}
+    return {**Environment.of(device).to_json(), "variables": variables(os.environ)}
 
 
 def _operators(device: str, progress: Progress) -> dict[str, Any]:
     from qwen2_npu.conformance.machine.bug_report import catalogue
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
 
     results = catalogue.run(device, progress=progress)
     return {
-        "verified": how_verified(device),
+        "verified": Verified.on(device).text,
         "totals": catalogue.totals(results),
         "samples": [asdict(result) | {"passed": result.passed} for result in results],
     }
@@ -115,7 +115,7 @@ def _operators(device: str, progress: Progress) -> dict[str, Any]:
 def _probes(device: str) -> dict[str, Any]:
     from qwen2_npu.conformance.machine.bug_report import probes
     from qwen2_npu.conformance.machine.bug_report.device_probes import QUESTIONS
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
 
-    verified = how_verified(device)
-    return {"verified": verified, "answers": probes.run(QUESTIONS, device, verified)}
+    verified = Verified.on(device)
+    return {"verified": verified.text, "answers": probes.run(QUESTIONS, device, verified.where)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report.inputs import RunInputs
 from tests.unit.conformance.report.synthetic import Night
 
@@ -24,7 +25,7 @@ def test_everything(tmp_path: Path) -> None:
     assert list(inputs.verifications) == ["verify.json"]
     assert [session.path.name for session in inputs.sessions] == ["accuracy.xml", "graph.xml", "perf.xml"]
     assert inputs.predictions == {"a": 3.0}
-    assert all(verified.startswith("npu") for _, verified in inputs.cases())
+    assert all(verified.where is Where.NPU and verified.text.startswith("npu") for _, verified in inputs.cases())
     assert inputs.problems == []
 
 
