@@ -1,7 +1,7 @@
-"""Faults for tests of tests: wrong results, slow operators, a card without memory. In this process, in eager mode.
+"""Faults for negative controls: wrong results, slow operators, a card without memory. In this process, in eager mode.
 
-Each is a context manager. One that never came to act raises on leaving: a negative control that injects nothing would
-prove nothing. Collectives have theirs in ``collectives.faults``.
+Each is a context manager. One that never took effect raises an error on leaving, so that no negative control passes
+without its fault. Collectives have theirs in ``collectives.faults``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ ChangeInPlace = Callable[[Any], Any]
 
 @dataclass
 class OperatorFault:
-    """A fault in force. ``calls`` of the operator so far; ``happened``: how many disturbed; ``seen``: all operators."""
+    """A fault in force.
+
+    Attributes:
+        calls: of the operator so far.
+        happened: how many of them were disturbed.
+        seen: names of all operators that were called.
+    """
 
     operator: str
     nth: int | None

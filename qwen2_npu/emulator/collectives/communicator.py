@@ -169,7 +169,7 @@ class Communicator:
                 self._sent.popleft()[0].wait(self._timeout())
 
     def close(self) -> None:
-        """Let what was sent arrive, and leave."""
+        """Wait until what was sent has arrived, and leave the group."""
         while self._sent:
             try:
                 self._sent.popleft()[0].wait(self._timeout())

@@ -1,4 +1,4 @@
-"""HCCL's functions as ``cann/hccl.c`` hands them over: memory in, through a ``Communicator``, memory out."""
+"""HCCL's functions, as ``cann/hccl.c`` calls them: addresses become tensors, and a ``Communicator`` computes."""
 
 from __future__ import annotations
 

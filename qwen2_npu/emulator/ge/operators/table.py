@@ -5,7 +5,7 @@
         return x.permute(perm)
 
 Parameters before ``*`` are the operator's inputs, under the names its prototype gives them; a trailing underscore
-keeps a name clear of Python's words. Their types say how an input is passed:
+keeps a name apart from Python's keywords. Their types say how an input is passed:
 
     Tensor, Tensor | None    the tensor; None where an optional input is not fed
     list[Tensor]             an input that takes any number of tensors
