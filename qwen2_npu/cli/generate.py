@@ -134,7 +134,7 @@ def _loaded(
     dtype: str,
     mode: str,
 ) -> tuple[Any, Any, list[str]]:
-    """The model, its tokenizer (None without one), and the texts to go on with: what needs no weights is first."""
+    """The model, its tokenizer or None, and the texts to continue. The weights are read last, since that takes long."""
     import torch
 
     from qwen2_npu import Qwen2ForCausalLM, graph
@@ -143,7 +143,7 @@ def _loaded(
 
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
     graph.check_mode(mode, torch.device(device), optimizations)
-    # Before the weights, which take long. (transformers reads config.json for the tokenizer, too.)
+    # First: transformers reads config.json for the tokenizer, too.
     read_config(folder)
     tokenizer = load_tokenizer(folder)
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)

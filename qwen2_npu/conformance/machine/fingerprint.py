@@ -48,7 +48,7 @@ class Fingerprint:
     """
 
     identity: Mapping[str, Any]
-    where: Where = Where.NOT_SAID
+    where: Where
 
     @classmethod
     def read(cls, identity: Mapping[str, Any]) -> Fingerprint:

@@ -27,7 +27,7 @@ class Provenance:
     dirty: bool | None = None
     created: str = ""
     verified: Verified = NOT_SAID
-    fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint({}))
+    fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint.read({}))
 
     @classmethod
     def of_device(cls, device: str) -> Provenance:

@@ -9,7 +9,7 @@ from qwen2_npu.conformance.machine.provenance import Provenance, merged
 from qwen2_npu.conformance.machine.verified import Verified, Where
 
 SAID = Provenance(
-    "a" * 40, False, "2026-10-01T02:00:00+00:00", Verified.read("npu (x)"), Fingerprint({"soc": "Ascend910B4"})
+    "a" * 40, False, "2026-10-01T02:00:00+00:00", Verified.read("npu (x)"), Fingerprint.read({"soc": "Ascend910B4"})
 )
 
 

@@ -110,7 +110,7 @@ def hostile_run(strings: Sequence[str]) -> tuple[Results, list[Run], list[str]]:
             True,
             f"2026-10-{day:02d}{name()}",
             Verified.read(name()),
-            Fingerprint({"affinity": name().encode("utf-8", "replace").decode()}),
+            Fingerprint.read({"affinity": name().encode("utf-8", "replace").decode()}),
         )
 
     good = provenance(1)
