@@ -35,7 +35,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-class Rows(NamedTuple):
+class StackedRows(NamedTuple):
     """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model."""
 
     parameter: str
@@ -76,9 +76,9 @@ def held_shapes(config: Any, shard: Shard) -> dict[str, tuple[int, ...]]:
     return {name: shard.shape_of(name, shape, config) for name, shape in stock_shapes(config).items()}
 
 
-def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
+def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
     """Every stock tensor name with the rows it has in ``model``; a tied lm_head is not a tensor of its own."""
-    layout: dict[str, Rows] = {}
+    layout: dict[str, StackedRows] = {}
     ranks: Any = model.ranks
     shapes = held_shapes(model.config, ranks.shard)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -89,7 +89,7 @@ def stock_layout(model: PreTrainedModel) -> dict[str, Rows]:
         for part in FUSED.get(module, (module,)):
             stock = ".".join([*scope, part, kind])
             rows = shapes[stock][0] if module in FUSED else parameter.shape[0]
-            layout[stock] = Rows(name, start, (rows, *parameter.shape[1:]))
+            layout[stock] = StackedRows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
 

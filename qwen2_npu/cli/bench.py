@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from qwen2_npu.cli import interrupts, options, ranks
 from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 
@@ -94,8 +96,6 @@ def command(
 
     options.quiet_transformers()
     from qwen2_npu.conformance.files import check_writable
-    from qwen2_npu.conformance.machine.comparable import card_of
-    from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf import bench
     from qwen2_npu.conformance.perf.breakdown import WARM_UP
     from qwen2_npu.conformance.perf.builds import Weights
@@ -108,20 +108,33 @@ def command(
     todo = bench.cases(steps, batches)
     setup = bench.Setup(weights, mode, target, getattr(torch, dtype), input_len, output_len)
     bench.check(replace(setup, output_tokens=max(output_len, WARM_UP + 2)) if breakdown else setup, todo)
-    made_by = Provenance.of_device(target)
-    card, _ = card_of(made_by.fingerprint)
     console = Console()
+    _measure(setup, todo, json_path, console)
+    if breakdown:
+        _show_breakdown(setup, todo[-1], console)
+
+
+def _measure(setup: Setup, todo: Sequence[BenchCase], json_path: Path | None, console: Console) -> None:
+    """All cases; what was measured is shown, and written, even where one of them fails."""
+    import torch
+
+    from qwen2_npu.conformance.machine.comparable import card_of
+    from qwen2_npu.conformance.machine.provenance import Provenance
+    from qwen2_npu.conformance.perf import bench
+
+    made_by = Provenance.of_device(setup.device)
+    card = None if _is_emulated(setup.device) else card_of(made_by.fingerprint)[0]
     results: list[BenchResult] = []
     try:
         with options.progress(console, "building the model") as progress, torch.no_grad():
-            for result in bench.run(setup, todo, card=None if _is_emulated(target) else card, progress=progress):
+            for result in bench.run(setup, todo, card=card, progress=progress):
                 interrupts.check()
                 results.append(result)
                 if json_path is not None:
                     _write(json_path, results, made_by)
     finally:  # what was measured before a failure stays
         if results:
-            show(results, console, target)
+            show(results, console, setup.device)
             if json_path is not None:
                 console.print(f"Results: {json_path}", highlight=False)
         if len(results) < len(todo):
@@ -130,8 +143,6 @@ def command(
                 f"! Stopped at {case.step}, batch {case.batch}: {len(results)} of {len(todo)} cases were measured.",
                 style="yellow", highlight=False,
             )  # fmt: skip
-    if breakdown:
-        _show_breakdown(setup, todo[-1], console)
 
 
 def _is_emulated(device: str) -> bool:
@@ -180,7 +191,7 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
     from qwen2_npu.conformance.perf import documented
 
     first = results[0]
@@ -198,7 +209,7 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
     for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
     console.print(table)
-    console.print(f"Measured on {device}: {how_verified(device)}.", highlight=False)
+    console.print(f"Measured on {device}: {Verified.on(device)}.", highlight=False)
     if _is_emulated(device):
         console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
     if any(r.documented_prefill_ms is not None or r.documented_decode_ms is not None for r in results):

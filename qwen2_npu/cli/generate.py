@@ -96,30 +96,16 @@ def command(
 
     import torch
 
-    from qwen2_npu import Qwen2ForCausalLM, compile_model, graph
-    from qwen2_npu.checkpoint.configuration import read_config
-    from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
+    from qwen2_npu import compile_model
     from qwen2_npu.conformance import tiny
 
     options.quiet_transformers()
-    folder = model_path or tiny.path()
-    target = options.check_device(device)
-    optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
-    graph.check_mode(mode, torch.device(target), optimizations)
-    # Before the weights, which take long. (transformers reads config.json for the tokenizer, too.)
-    read_config(Path(folder))
-    tokenizer = load_tokenizer(Path(folder))
-    texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
+    folder = Path(model_path or tiny.path())
+    model, tokenizer, texts = _loaded(folder, prompts, chat, steps, options.check_device(device), dtype, mode)
     if sample and temperature is None:
         own = model.generation_config.temperature
         check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")
-    if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer (tokenizer.json): fetch it with the checkpoint")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(target)
+    inputs = _encoded(tokenizer, texts, folder).to(model.device)
     compile_model(model, mode)
     interrupts.check()
     streamer = _streamer(tokenizer, skip_prompt=chat) if len(texts) == 1 else None
@@ -138,6 +124,42 @@ def command(
         for prompt, row in zip(prompts, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answer = tokenizer.decode(row, skip_special_tokens=True)
             click.echo(f"{prompt}\n→ {answer}\n" if chat else f"{prompt}{answer}\n")
+
+
+def _loaded(
+    folder: Path,
+    prompts: tuple[str, ...],
+    chat: bool,
+    steps: tuple[str, ...] | None,
+    device: str,
+    dtype: str,
+    mode: str,
+) -> tuple[Any, Any, list[str]]:
+    """The model, its tokenizer or None, and the texts to continue. The weights are read last, since that takes long."""
+    import torch
+
+    from qwen2_npu import Qwen2ForCausalLM, graph
+    from qwen2_npu.checkpoint.configuration import read_config
+    from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
+
+    optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
+    graph.check_mode(mode, torch.device(device), optimizations)
+    # First: transformers reads config.json for the tokenizer, too.
+    read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, optimizations=optimizations).eval()
+    return model, tokenizer, texts
+
+
+def _encoded(tokenizer: Any, texts: list[str], folder: Path) -> Any:
+    """The texts as one batch, padded on the left."""
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json): fetch it with the checkpoint")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer(texts, return_tensors="pt", padding=True)
 
 
 def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:

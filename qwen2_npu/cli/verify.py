@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from qwen2_npu.optimizations import LADDER
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from qwen2_npu.conformance.accuracy.verify import Verification
+    from qwen2_npu.conformance.accuracy.model_pair import GreedyText
+    from qwen2_npu.conformance.accuracy.verify import StepResult, Verification
 
 
 @click.command("verify")
@@ -81,52 +84,9 @@ def command(
 
 def show(result: Verification, console: Console) -> None:
     """Texts side by side, the table, and what it stands for."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     if result.samples:
-        texts = Table(title="Greedy text", show_lines=True)
-        for header in ("prompt", "stock", "optimised"):
-            texts.add_column(header, ratio=1, overflow="fold")
-        for sample in result.samples:
-            same = sample.baseline == sample.optimised
-            texts.add_row(
-                sample.prompt, sample.baseline, "same" if same else f"{sample.optimised}\n[{sample.divergence}]"
-            )
-        console.print(texts, markup=False)
-
-    table = Table(
-        title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype} · {result.mode}",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
-    table.add_column("step", no_wrap=True)
-    for header in (
-        "positions",
-        "same\ntop-1",
-        "near-\nties",
-        "max\nerror",
-        "KL",
-        "RMS\nratio",
-        "tok/s",
-        "stock\ntok/s",
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("")
-    for row in result.rows:
-        table.add_row(
-            row.step,
-            str(row.positions),
-            f"{row.agreement:.2%}",
-            str(len(row.excused)),
-            f"{row.max_logit_error:.2g}",
-            f"{row.kl:.0e}",
-            f"{row.rms_ratio:.2f}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.baseline_tokens_per_second:.0f}",
-            "[green]pass[/]" if row.passed else "[red]FAIL[/]",
-        )
-    console.print(table)
+        console.print(_texts(result.samples), markup=False)
+    console.print(_ladder(result))
     if result.perplexity is not None:
         perplexity = result.perplexity
         console.print(
@@ -145,3 +105,47 @@ def show(result: Verification, console: Console) -> None:
     for failure in result.failures:
         console.print(f"FAIL {failure}", style="red", markup=False, highlight=False)
     console.print("passed" if result.passed else "FAILED", style="bold green" if result.passed else "bold red")
+
+
+def _texts(samples: Sequence[GreedyText]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Greedy text", show_lines=True)
+    for header in ("prompt", "stock", "optimised"):
+        table.add_column(header, ratio=1, overflow="fold")
+    for sample in samples:
+        same = sample.baseline == sample.optimised
+        table.add_row(sample.prompt, sample.baseline, "same" if same else f"{sample.optimised}\n[{sample.divergence}]")
+    return table
+
+
+COLUMNS: dict[str, Callable[[StepResult], str]] = {
+    "positions": lambda row: str(row.positions),
+    "same\ntop-1": lambda row: f"{row.agreement:.2%}",
+    "near-\nties": lambda row: str(len(row.excused)),
+    "max\nerror": lambda row: f"{row.max_logit_error:.2g}",
+    "KL": lambda row: f"{row.kl:.0e}",
+    "RMS\nratio": lambda row: f"{row.rms_ratio:.2f}",
+    "tok/s": lambda row: f"{row.tokens_per_second:.0f}",
+    "stock\ntok/s": lambda row: f"{row.baseline_tokens_per_second:.0f}",
+}
+"""Heading -> a step's cell."""
+
+
+def _ladder(result: Verification) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=f"Optimisation ladder, cumulative · {result.model} · {result.dtype} · {result.mode}",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("step", no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in result.rows:
+        verdict = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
+        table.add_row(row.step, *(cell(row) for cell in COLUMNS.values()), verdict)
+    return table

@@ -26,6 +26,8 @@ WAYS_OUT = {
 }
 """What to do instead of choosing another place, by the number of the error."""
 
+ELSEWHERE = "name another place"
+
 
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that its result could not be written.
@@ -33,7 +35,7 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: naming ``path``, and what to do.
     """
-    with _named(path):
+    with explained(path):
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
@@ -46,7 +48,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         OSError: naming ``folder``, and what to do.
     """
-    with _named(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -78,7 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: naming ``path``, and what to do; the file is then as it was.
     """
-    with _named(path):
+    with explained(path):
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -131,17 +133,29 @@ def why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def not_written(path: Path, error: OSError, elsewhere: str = ELSEWHERE) -> str:
+    """That ``path`` is not written, why, and what to do; an error that says so already is left as it is.
+
+    Args:
+        elsewhere: how the user chooses another place.
+    """
+    if error.errno is None:
+        return str(error)
+    way_out = WAYS_OUT.get(error.errno)
+    return f"{path} cannot be written ({why(error)}): {f'{way_out}, or ' if way_out else ''}{elsewhere}"
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the system, with the path and what to do."""
+def explained(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
+    """Errors of the operating system name ``path`` and say what to do.
+
+    Raises:
+        OSError: what went wrong within, with the text of :func:`not_written`.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise  # it is named already
-        way_out = WAYS_OUT.get(error.errno, "")
-        message = f"{path} cannot be written ({why(error)}): {f'{way_out}, or ' if way_out else ''}name another place"
-        raise type(error)(message) from error
+        raise type(error)(not_written(path, error, elsewhere)) from error
 
 
 def _check_replaceable(path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from qwen2_npu import emulator
+from qwen2_npu.emulator.hooks import WrappedLoader, find_elsewhere
 from qwen2_npu.emulator.settings import AUTOMATIC
 
 NOTICE = (
@@ -23,27 +24,21 @@ NOTICE = (
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Hands torch's and torch_npu's own loaders out, wrapped. Looking a module up activates nothing; importing does."""
+    """Returns torch's and torch_npu's own loaders, wrapped. Importing a module activates; looking one up does not."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in ("torch", "torch_npu"):
             return None
-        for finder in [finder for finder in sys.meta_path if finder is not self]:
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
-                return spec
-        return None
+        spec = find_elsewhere(self, name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(WrappedLoader):
     """Activates the emulator where it is needed, then leaves the module to the loader that it would have had."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         # Here and not in exec_module: the emulator must be there before the module is in sys.modules.
@@ -53,12 +48,6 @@ class _Loader(importlib.abc.Loader):
         assert found.loader is not None
         spec.loader = found.loader
         return spec.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)
 
 
 _finder = _Finder()

@@ -37,7 +37,7 @@ _MUTABLE_KEYS = "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig14getMutab
 """``c10::CachingAllocator::AcceleratorAllocatorConfig::getMutableKeys()``: reference to the std::unordered_set."""
 
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-"""There where the machine has a GPU that PyTorch can use."""
+"""Files that exist where the machine has a GPU that PyTorch can use."""
 
 _SET = struct.Struct("@PNPNfxxxxNP")
 """libstdc++'s ``_Hashtable``: buckets, how many, first node, elements, load factor, next resize, the only bucket."""
@@ -129,7 +129,7 @@ def _import_torch_alone() -> None:
 
 
 def _empty(address: int) -> None:
-    """Make the set of strings at ``address`` an empty one; its nodes, a few hundred bytes, are given up."""
+    """Make the set of strings at ``address`` an empty one; its nodes, a few hundred bytes, are not freed."""
     buckets, count, first, elements, load, _, _ = _SET.unpack(ctypes.string_at(address, _SET.size))
     plausible = buckets and first and 0 < elements <= count <= _MOST_NAMES and load == 1.0
     if not plausible:

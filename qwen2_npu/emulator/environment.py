@@ -29,8 +29,8 @@ def toolkit_after() -> Iterator[None]:
     """Name TOOLKIT in TOOLKIT_VARIABLE once the block is done, and nothing inside the block.
 
     The block imports torch_npu, which looks for the parts of CANN where the variable is set. Programs such as DeepSpeed
-    read the variable afterwards and need it set. What it holds before is no CANN (``refuse_beside_cann``): it names
-    TOOLKIT in child processes, or a folder that does not exist.
+    read the variable afterwards and need it set. What it names before does not hold CANN (``refuse_beside_cann``):
+    that is TOOLKIT in child processes, or a folder that does not exist.
     """
     os.environ.pop(TOOLKIT_VARIABLE, None)
     yield
@@ -56,7 +56,7 @@ def announced(environment: Mapping[str, str] = os.environ) -> Settings | None:
 
 
 def signs_of_npu(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Paths that say a real CANN or card is here."""
+    """Paths that exist where a real CANN or card is."""
     signs = [Path("/dev/davinci_manager"), Path("/usr/local/Ascend/ascend-toolkit/latest")]
     signs += [Path(environment[name]) for name in (TOOLKIT_VARIABLE, "ASCEND_TOOLKIT_HOME") if environment.get(name)]
     return list(dict.fromkeys(str(sign) for sign in signs if sign.exists() and sign.resolve() != TOOLKIT.resolve()))

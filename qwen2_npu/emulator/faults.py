@@ -1,7 +1,7 @@
-"""Faults for tests of tests: wrong results, slow operators, a card without memory. In this process, in eager mode.
+"""Faults for negative controls: wrong results, slow operators, a card without memory. In this process, in eager mode.
 
-Each is a context manager. One that never came to act raises on leaving: a negative control that injects nothing would
-prove nothing. Collectives have theirs in ``collectives.faults``.
+Each is a context manager. One that never took effect raises an error on leaving, so that no negative control passes
+without its fault. Collectives have theirs in ``collectives.faults``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from typing import Any
 from qwen2_npu.emulator import runtime
 from qwen2_npu.emulator.settings import EmulatorError
 
-Change = Callable[[Any], Any]
+ChangeInPlace = Callable[[Any], Any]
 
 
 @dataclass
-class Fault:
-    """A fault in force. ``calls`` of the operator so far; ``happened``: how many disturbed; ``seen``: all operators."""
+class OperatorFault:
+    """A fault in force.
+
+    Attributes:
+        calls: of the operator so far.
+        happened: how many of them were disturbed.
+        seen: names of all operators that were called.
+    """
 
     operator: str
     nth: int | None
@@ -40,7 +46,7 @@ class Fault:
 
 
 @contextlib.contextmanager
-def changed(operator: str, change: Change, nth: int | None = None) -> Iterator[Fault]:
+def changed(operator: str, change: ChangeInPlace, nth: int | None = None) -> Iterator[OperatorFault]:
     """Let ``change`` have the floating-point results of an operator, CPU tensors in device memory, to alter in place.
 
     Args:
@@ -62,18 +68,18 @@ def changed(operator: str, change: Change, nth: int | None = None) -> Iterator[F
         yield fault
 
 
-def nan(operator: str, nth: int | None = None) -> contextlib.AbstractContextManager[Fault]:
+def nan(operator: str, nth: int | None = None) -> contextlib.AbstractContextManager[OperatorFault]:
     """Results full of NaN. Arguments as for ``changed``."""
     return changed(operator, lambda result: result.fill_(float("nan")), nth)
 
 
-def perturbed(operator: str, eps: float, nth: int | None = None) -> contextlib.AbstractContextManager[Fault]:
+def perturbed(operator: str, eps: float, nth: int | None = None) -> contextlib.AbstractContextManager[OperatorFault]:
     """Results with a relative error of ``eps``. Arguments as for ``changed``."""
     return changed(operator, lambda result: result.mul_(1 + eps), nth)
 
 
 @contextlib.contextmanager
-def slow(operator: str, seconds: float, nth: int | None = None) -> Iterator[Fault]:
+def slow(operator: str, seconds: float, nth: int | None = None) -> Iterator[OperatorFault]:
     """Calls that take ``seconds`` longer. Arguments as for ``changed``."""
     with _watched(operator, nth, before=lambda: time.sleep(seconds)) as fault:
         yield fault
@@ -117,15 +123,15 @@ def memory_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(
-    operator: str, nth: int | None, *, before: Callable[[], None] | None = None, after: Change | None = None
-) -> Iterator[Fault]:
+    operator: str, nth: int | None, *, before: Callable[[], None] | None = None, after: ChangeInPlace | None = None
+) -> Iterator[OperatorFault]:
     from qwen2_npu.emulator.eager import registration, tap
 
     if nth is not None and nth < 1:
         raise ValueError(f"nth={nth}: the first call is 1; None means every call")
     if not registration.has_kernel(operator):
         raise EmulatorError(f"operator={operator!r}: no operator of that name has a kernel on the emulated NPU")
-    fault = Fault(operator, nth)
+    fault = OperatorFault(operator, nth)
 
     def listen(plan: Any, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         fault.seen.add(plan.op._schema.name)

@@ -14,7 +14,7 @@ Around = Callable[[], AbstractContextManager[object]]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Hands a module's own loader out, wrapped."""
+    """Returns a module's own loader, wrapped."""
 
     def __init__(self) -> None:
         self.after: dict[str, Callable[[ModuleType], None]] = {}
@@ -28,7 +28,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         self.looking.add(name)
         try:
-            spec = _find_elsewhere(name, path, target)
+            spec = find_elsewhere(self, name, path, target)
         finally:
             self.looking.discard(name)
         if spec is not None and spec.loader is not None:
@@ -36,32 +36,44 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _find_elsewhere(
-    name: str, path: Sequence[str] | None, target: ModuleType | None
+def find_elsewhere(
+    asking: importlib.abc.MetaPathFinder, name: str, path: Sequence[str] | None, target: ModuleType | None
 ) -> importlib.machinery.ModuleSpec | None:
-    for finder in sys.meta_path:
+    """What the first other finder on ``sys.meta_path`` that knows ``name`` says."""
+    for finder in [finder for finder in sys.meta_path if finder is not asking]:
         spec = finder.find_spec(name, path, target)
         if spec is not None:
             return spec
     return None
 
 
-class _Loader(importlib.abc.Loader):
-    """Delegates to ``loader`` and calls ``after`` once the module's code ran inside ``around()``."""
+class WrappedLoader(importlib.abc.Loader):
+    """Delegates everything to ``loader``."""
 
-    def __init__(self, loader: importlib.abc.Loader, after: Callable[[ModuleType], None], around: Around) -> None:
-        self._loader, self._after, self._around = loader, after, around
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        with self._around():
-            self._loader.exec_module(module)
-        self._after(module)
+        self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
+
+
+class _Loader(WrappedLoader):
+    """Runs the module's code inside ``around()``, and calls ``after`` then."""
+
+    def __init__(self, loader: importlib.abc.Loader, after: Callable[[ModuleType], None], around: Around) -> None:
+        super().__init__(loader)
+        self._after, self._around = after, around
+
+    def exec_module(self, module: ModuleType) -> None:
+        with self._around():
+            super().exec_module(module)
+        self._after(module)
 
 
 _finder = _Finder()

@@ -57,7 +57,7 @@ def settings_of(soc: str | None, device_count: int | None, hbm_gib: float | None
 
 
 def run(command: Sequence[str], settings: Settings) -> NoReturn:
-    """Become ``command`` with emulated cards.
+    """Replace this process by ``command``, with emulated cards.
 
     The libraries are built first, so that a failure is reported once and not by every child.
 

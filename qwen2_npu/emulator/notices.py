@@ -24,7 +24,7 @@ def without_toolkit_warning() -> Iterator[None]:
 
 
 class _Filter:
-    """A text stream less one line."""
+    """A text stream without one of its lines."""
 
     def __init__(self, stream: object) -> None:
         self._stream = stream
@@ -44,10 +44,10 @@ class _Filter:
 
 
 def without_padding_notice(torch_npu: ModuleType) -> None:
-    """Let the first allocation pass in silence.
+    """Hide the message of the first allocation.
 
-    With every SoC before Ascend950 torch_npu 2.13 pads allocations by 32 bytes, and says so once per process: on real
-    cards, too, whatever the version of CANN. The padding stays; the message goes.
+    With every SoC before Ascend950, torch_npu 2.13 pads allocations by 32 bytes and says so once per process, on real
+    cards, too, whatever the version of CANN. The padding stays; the message is hidden.
     """
     torch_npu.npu._lazy_call(_allocate_quietly)
 

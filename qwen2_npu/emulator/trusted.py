@@ -42,7 +42,7 @@ def folder(path: Path, make: bool = False, for_all: bool = False) -> Path:
 
     Raises:
         EmulatorError: another user could change what is there.
-        OSError: it is missing, no folder, or cannot be read or made.
+        OSError: it is missing, is not a folder, or cannot be read or made.
     """
     here, followed = Path("/"), 0
     left = [*reversed(path.absolute().parts)]

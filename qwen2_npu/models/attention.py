@@ -18,7 +18,7 @@ from qwen2_npu.models.layers import Linear, RotaryTable, RowParallelLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
-Phase = Literal["prefill", "decode", "extend"]
+AttentionPhase = Literal["prefill", "decode", "extend"]
 """prefill: nothing in the cache yet; decode: one token per row; extend: several tokens after what the cache holds."""
 
 UNLIMITED = 2147483647  # the operators' own "no limit" for pre_tokens and next_tokens
@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
@@ -129,7 +129,7 @@ class Attention(nn.Module):
     # ---- fused operators, BSND -----------------------------------------------------------------------------------
     def _fused(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cache: tuple[torch.Tensor, torch.Tensor] | None,
@@ -162,7 +162,7 @@ class Attention(nn.Module):
 
     def _prompt_attention(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -211,7 +211,7 @@ class Attention(nn.Module):
     # ---- small operators, BNSD, as the stock model -----------------------------------------------------------------
     def _small_operators(
         self,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
         query: torch.Tensor,

@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import sliding_windows
-from qwen2_npu.models.attention import Attention, AttentionInputs, Phase
+from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: LayerCache,
@@ -83,7 +83,7 @@ class Qwen2Model(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        phase: Phase,
+        phase: AttentionPhase,
         inputs: AttentionInputs,
         caches: list[LayerCache],
         record: Record | None = None,

@@ -57,7 +57,7 @@ class CachePool:
 
 
 @dataclass
-class Call:
+class GenerateCall:
     """One running ``generate``. ``caches``: those it took from the pool."""
 
     model: Any
@@ -65,7 +65,7 @@ class Call:
     max_length: int | None = None
 
 
-_CALL: ContextVar[Call | None] = ContextVar("generate", default=None)
+_CALL: ContextVar[GenerateCall | None] = ContextVar("generate", default=None)
 """The innermost ``generate`` of this thread: other threads may be using the same model."""
 
 
@@ -77,7 +77,7 @@ class GenerationHooks:
     def _start_generation(self) -> None:
         self._pool = CachePool()
 
-    def _call(self) -> Call | None:
+    def _call(self) -> GenerateCall | None:
         call = _CALL.get()
         return call if call is not None and call.model is self else None
 
@@ -97,7 +97,7 @@ class GenerationHooks:
         prompt = {**kwargs, "inputs": args[0]} if args else kwargs
         arguments.check_prompt(prompt, self.device, continues=cache is not None)
         parallel.start(self.ranks, prompt, self.device)
-        call = Call(self)
+        call = GenerateCall(self)
         token = _CALL.set(call)
         try:
             result = super().generate(*args, **kwargs)

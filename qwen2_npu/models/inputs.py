@@ -17,7 +17,7 @@ import torch
 
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.models.arguments import check_mask_values
-from qwen2_npu.models.attention import AttentionInputs, Phase
+from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
 from qwen2_npu.optimizations import Optimizations
 
 COMPRESSED_MASK_SIZE = 2048
@@ -164,7 +164,7 @@ def fixed_cache_step(
     position_ids: torch.Tensor | None,
     masks: MaskFactory,
     device: torch.device,
-) -> Iterator[tuple[Phase, AttentionInputs]]:
+) -> Iterator[tuple[AttentionPhase, AttentionInputs]]:
     """Phase and inputs of a pass over compact rows, which the body computes; see :meth:`FixedKVCache.step`.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from qwen2_npu.conformance.accuracy.intermediates import npu_operator
-from qwen2_npu.conformance.accuracy.locate_error import Build
+from qwen2_npu.conformance.accuracy.locate_error import BuildModel
 
 Arguments = dict[str, Any]
 Alter = Callable[[Arguments], None]
@@ -41,7 +41,7 @@ class Fault:
         """Within it, the altered operators are called."""
         return Intercept(self.alter)
 
-    def building(self, build: Build) -> Build:
+    def building(self, build: BuildModel) -> BuildModel:
         """``build`` whose models are patched."""
 
         def built(optimizations: Any) -> Any:

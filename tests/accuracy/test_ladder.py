@@ -17,7 +17,7 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from tests.accuracy.faults import Intercept
 from tests.accuracy.matrix import pairwise
-from tests.accuracy.subjects import dtypes_of, subject_of, weights_of
+from tests.accuracy.pairs import dtypes_of, pair_of, weights_of
 
 PRESETS: dict[str, Optimizations] = {
     "none": Optimizations.none(),
@@ -82,38 +82,38 @@ def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
 def test_agrees_at_every_position(
     preset: str, dtype: str, shape: str, weights: str, pytestconfig: pytest.Config
 ) -> None:
-    failure = subject_of(pytestconfig, weights, dtype).failure(PRESETS[preset], shape)
+    failure = pair_of(pytestconfig, weights, dtype).failure(PRESETS[preset], shape)
     assert not failure, failure
 
 
 def test_compiled_agrees_at_every_position(compiled_step: str, dtype: str, pytestconfig: pytest.Config) -> None:
     weights = COMPILED_WEIGHTS if COMPILED_WEIGHTS in weights_of(pytestconfig) else weights_of(pytestconfig)[0]
-    subject = subject_of(pytestconfig, weights, dtype)
+    pair = pair_of(pytestconfig, weights, dtype)
     torch._dynamo.reset()  # every case compiles the same functions: their graphs would reach dynamo's limit
     mode = COMPILED_MODE.get(str(pytestconfig.option.device).split(":")[0], "inductor")
 
     def build(optimizations: Optimizations) -> Any:
-        model = subject.build(optimizations)
+        model = pair.build(optimizations)
         return compile_model(model, mode=mode) if optimizations.fixed_kv_cache else model
 
-    failure = subject.failure(Optimizations.up_to(compiled_step), COMPILED_SHAPE, build=build)
+    failure = pair.failure(Optimizations.up_to(compiled_step), COMPILED_SHAPE, build=build)
     assert not failure, failure
 
 
 def test_greedy_text_diverges_only_at_near_ties(dtype: str, pytestconfig: pytest.Config) -> None:
-    subject = subject_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
-    samples = subject.samples(subject.build(Optimizations.all()), tiny.prompts()[:6], max_new_tokens=24)
+    pair = pair_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
+    samples = pair.samples(pair.build(Optimizations.all()), tiny.prompts()[:6], max_new_tokens=24)
     if not samples:
-        pytest.skip(f"{subject.name} has no tokenizer: there is no text to continue")
+        pytest.skip(f"{pair.name} has no tokenizer: there is no text to continue")
     failures = [sample.divergence for sample in samples if not sample.passed]
     assert not failures, failures
 
 
 def test_perplexity_of_held_out_text(dtype: str, pytestconfig: pytest.Config) -> None:
-    subject = subject_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
-    perplexity = subject.perplexity(subject.build(Optimizations.all()))
+    pair = pair_of(pytestconfig, weights_of(pytestconfig)[0], dtype)
+    perplexity = pair.perplexity(pair.build(Optimizations.all()))
     if perplexity is None:
-        pytest.skip(f"{subject.name} has no tokenizer: there is no text to measure")
+        pytest.skip(f"{pair.name} has no tokenizer: there is no text to measure")
     assert perplexity.passed, perplexity
 
 
@@ -121,18 +121,18 @@ def test_perplexity_of_held_out_text(dtype: str, pytestconfig: pytest.Config) ->
 def test_step_calls_its_operators_and_no_step_before_it_does(step: str, pytestconfig: pytest.Config) -> None:
     """A switch that silently changes nothing would agree with the baseline, too."""
     # Random weights even with --model-path: head_dim decides which operators run.
-    subject = subject_of(pytestconfig, COMPILED_WEIGHTS, dtypes_of(pytestconfig)[0])
+    pair = pair_of(pytestconfig, COMPILED_WEIGHTS, dtypes_of(pytestconfig)[0])
     index = LADDER.index(step)
     before = Optimizations.up_to(LADDER[index - 1]) if index else Optimizations.none()
-    called = [operators_called(subject, optimizations) for optimizations in (before, Optimizations.up_to(step))]
+    called = [operators_called(pair, optimizations) for optimizations in (before, Optimizations.up_to(step))]
     assert called[1] - called[0] == OPERATORS[step]
 
 
-def operators_called(subject: Any, optimizations: Optimizations) -> set[str]:
+def operators_called(pair: Any, optimizations: Optimizations) -> set[str]:
     """The npu operators that one prefill and decode run."""
     called: set[str] = set()
     every = set().union(*OPERATORS.values())
     watch = Intercept({name: lambda arguments, name=name: called.add(name) for name in every})
     with watch:
-        subject.compare(subject.build(optimizations), "one")
+        pair.compare(pair.build(optimizations), "one")
     return called

@@ -11,7 +11,7 @@ from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.operators import CATALOGUE
 from qwen2_npu.conformance.operators.check import find_problems
 from tests.accuracy.faults import FAULTS, Fault, Intercept
-from tests.accuracy.subjects import subject_of
+from tests.accuracy.pairs import pair_of
 
 DEFAULT_WEIGHTS = "qwen2-0.5b"
 WEIGHTS = [pytest.param(name, marks=() if name == DEFAULT_WEIGHTS else pytest.mark.slow) for name in SHAPES]
@@ -23,9 +23,9 @@ def test_fault_is_caught_and_named(fault: Fault, weights: str, pytestconfig: pyt
     shape = SHAPES[weights]
     if fault.name == "gqa_modulo" and shape.heads == shape.kv_heads:
         pytest.skip("every query head has its own kv head: both mappings are the same")
-    subject = subject_of(pytestconfig, weights, "float32")
+    pair = pair_of(pytestconfig, weights, "float32")
     with fault.active():
-        failure = subject.failure(Optimizations.up_to(fault.step), fault.batch, build=fault.building(subject.build))
+        failure = pair.failure(Optimizations.up_to(fault.step), fault.batch, build=fault.building(pair.build))
     assert failure, f"{fault.description}: not noticed"
     assert failure.startswith(f"step {fault.step},"), failure
     assert re.search(fault.place, failure), f"{failure!r} does not match {fault.place!r}"

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen2_npu.conformance.operators import CATALOGUE, Invalid, Operator, Sample, check
+from qwen2_npu.conformance.operators import CATALOGUE, Invalid, OperatorRecord, Sample, check
 from qwen2_npu.conformance.operators.check import call, find_problems, operator_of, to_tensors
 
 SAMPLES = [
@@ -55,14 +55,14 @@ def graph_backend(device: str) -> Any:
 
 
 @pytest.mark.parametrize(("record", "sample", "dtype"), SAMPLES)
-def test_matches_golden(record: Operator, sample: Sample, dtype: str, device: str) -> None:
+def test_matches_golden(record: OperatorRecord, sample: Sample, dtype: str, device: str) -> None:
     if skip := record.skip(sample.name, dtype, device):
         pytest.skip(f"{skip.what}: {skip.reason}")
     check(record.name, sample.parameters, dtype, torch_device(device), sample.seed)
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_matches_golden_on_generated_samples(record: Operator, device: str) -> None:
+def test_matches_golden_on_generated_samples(record: OperatorRecord, device: str) -> None:
     @settings(
         max_examples=25,
         derandomize=True,
@@ -78,7 +78,7 @@ def test_matches_golden_on_generated_samples(record: Operator, device: str) -> N
 
 
 @pytest.mark.parametrize(("record", "invalid"), INVALID)
-def test_refuses(record: Operator, invalid: Invalid, device: str) -> None:
+def test_refuses(record: OperatorRecord, invalid: Invalid, device: str) -> None:
     """The right exception, whose message names the operator and the argument, with nothing written."""
     if invalid.only_on and device not in invalid.only_on:
         pytest.skip(f"checked on {', '.join(invalid.only_on)} only")
@@ -98,7 +98,7 @@ def test_refuses(record: Operator, invalid: Invalid, device: str) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_accepts_or_refuses_strided_tensors(record: Operator, device: str) -> None:
+def test_accepts_or_refuses_strided_tensors(record: OperatorRecord, device: str) -> None:
     """Non-contiguous arguments give the same result, or an error that says so: never a wrong result."""
     sample = record.samples[0]
     try:
@@ -111,7 +111,7 @@ def test_accepts_or_refuses_strided_tensors(record: Operator, device: str) -> No
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_matches_golden_when_compiled(record: Operator, device: str) -> None:
+def test_matches_golden_when_compiled(record: OperatorRecord, device: str) -> None:
     """Traced, functionalised and run: same values, and the side effects that a graph has."""
     torch._dynamo.reset()  # all records share one lambda, whose recompilations are limited
     sample = record.samples[0]
@@ -132,7 +132,7 @@ def test_matches_golden_when_compiled(record: Operator, device: str) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_meta_kernel_has_the_same_shapes_and_dtypes(record: Operator) -> None:
+def test_meta_kernel_has_the_same_shapes_and_dtypes(record: OperatorRecord) -> None:
     for sample in record.samples:
         arguments = record.arguments(sample.parameters, "bfloat16", sample.seed)
         expected = record.golden(arguments, "bfloat16")
@@ -146,7 +146,7 @@ def test_meta_kernel_has_the_same_shapes_and_dtypes(record: Operator) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_schema_is_registered(record: Operator) -> None:
+def test_schema_is_registered(record: OperatorRecord) -> None:
     """The operator exists under its name and takes every argument that the record builds."""
     operator_of(record.name)
     schema: Callable[..., Any] = getattr(torch.ops.npu, record.name).default._schema

@@ -16,7 +16,7 @@ import torch
 from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.conformance.accuracy import locate_error
 from qwen2_npu.conformance.accuracy.compare import Comparison
-from tests.accuracy.subjects import subject_of
+from tests.accuracy.pairs import pair_of
 from tests.graph.counting import GraphCounter
 
 WEIGHTS = ("qwen2-0.5b", "qwen2-7b")
@@ -34,14 +34,14 @@ CASES = [
 
 @pytest.mark.parametrize(("step", "dtype", "weights"), CASES)
 def test_graph_equals_eager(step: str, dtype: str, weights: str, pytestconfig: pytest.Config) -> None:
-    subject = subject_of(pytestconfig, weights, dtype)
+    pair = pair_of(pytestconfig, weights, dtype)
     optimizations = Optimizations.up_to(step)
-    model = subject.build(optimizations)
-    eager_comparison, eager = subject.compare(model, SHAPE)
+    model = pair.build(optimizations)
+    eager_comparison, eager = pair.compare(model, SHAPE)
     assert eager_comparison.passed, _eager_first(eager_comparison)
     with GraphCounter() as counter:
-        compiled = compile_model(subject.build(optimizations), "torchair")
-        graph = locate_error.trace_model(compiled, subject.batch(SHAPE), subject.traces(SHAPE)[0])
+        compiled = compile_model(pair.build(optimizations), "torchair")
+        graph = locate_error.trace_model(compiled, pair.batch(SHAPE), pair.traces(SHAPE)[0])
         assert counter.runs > 0, "nothing ran in a graph"
     for name in ("prefill_logits", "decode_logits"):
         expected, found = _live(eager, name), _live(graph, name)

@@ -73,7 +73,7 @@ class FakeRunner:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.self_test = not settings.get("recordable", False)
-        self.fingerprint = Fingerprint(ATLAS | settings.get("identity", {}))
+        self.fingerprint = Fingerprint.read(ATLAS | settings.get("identity", {}))
         self.model_name: str | None = settings.get("model")
 
     def why_not(self, configuration: Configuration) -> str | None:

@@ -44,7 +44,7 @@ class Machine:
     def record(self, reason: str, factors: tuple[float, ...]) -> None:
         """The last run through pytest, as a user records; those before it directly."""
         *earlier, last = factors
-        store = Recorded(self.folder, Fingerprint(ATLAS | self.identity))
+        store = Recorded(self.folder, Fingerprint.read(ATLAS | self.identity))
         (_, row) = user_rows("0.5B", (1,), ("eager",), ("swiglu",))
         assert row.id == ROW
         for factor in earlier:
@@ -56,7 +56,7 @@ class Machine:
 
     @property
     def path(self) -> Path:
-        return self.folder / "recorded" / Fingerprint(ATLAS | self.identity).name / "latency.json"
+        return self.folder / "recorded" / Fingerprint.read(ATLAS | self.identity).name / "latency.json"
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ SAYS = {
 }
 """Example -> what it prints."""
 
+SLOW = (pytest.mark.slow, pytest.mark.slow_in_ci)
 only_emulated = pytest.mark.skipif(not emulator.is_active(), reason="there are no emulated cards here")
 
 
@@ -44,7 +45,7 @@ def test_all_are_here() -> None:
 @pytest.mark.parametrize(
     "path",
     # In a process that has imported everything; compiling takes seconds.
-    [pytest.param(path, marks=pytest.mark.slow if path.stem == "count_graphs" else ()) for path in EXAMPLES],
+    [pytest.param(path, marks=SLOW if path.stem == "count_graphs" else ()) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
 def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +65,7 @@ def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs_in_a_plain_python(path: Path) -> None:
     done = plain_python(path)
@@ -89,6 +91,7 @@ def test_it_imports_this_project_first(path: Path) -> None:
 
 @only_emulated
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_the_first_script_of_the_readme(name: str, tmp_path: Path) -> None:
     """As it stands there, in a plain Python, with the tiny checkpoint and its prompt in the place of the 7B's."""

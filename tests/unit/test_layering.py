@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,39 @@ def test_a_wrong_import_would_be_seen(tmp_path):
     path.write_text("from qwen2_npu.conformance import compare\nimport qwen2_npu.cli\n")
     assert imports(path) == {"conformance", "cli"}
     assert imports(path, "qwen2_npu.conformance") == {"compare"}
+
+
+def definitions(tree: ast.Module, place: str) -> Iterator[tuple[str, str]]:
+    """Public classes and type aliases of a module: name, and what it stands for. The same alias twice is one."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name, f"class in {place}"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, ast.unparse(node.value)
+
+
+def names_of_several(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
+    """Name -> what it stands for, where that is more than one thing; of aliases those that are written ``LikeThis``."""
+    found: dict[str, set[str]] = {}
+    for place, tree in trees.items():
+        for name, meaning in definitions(tree, place):
+            if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name):
+                found.setdefault(name, set()).add(meaning)
+    return {name: meanings for name, meanings in found.items() if len(meanings) > 1}
+
+
+def test_a_name_of_a_class_is_used_once():
+    trees = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    assert not names_of_several(trees)
+
+
+def test_a_second_class_of_a_name_would_be_seen():
+    code = {
+        "one": "class A1b: ...\nclass _Own: ...\nArray = list[int]\nBuild = list[int]",
+        "two": "class A1b: ...\nclass _Own: ...\nArray = list[int]\nclass Build: ...",
+    }
+    trees = {place: ast.parse(text) for place, text in code.items()}
+    assert names_of_several(trees).keys() == {"A1b", "Build"}
 
 
 def test_importing_the_package_imports_no_torch():

@@ -65,6 +65,18 @@ def test_one_version_of_each_tool_everywhere() -> None:
     assert all("==" in pin for pin in pins)
 
 
+def test_slow_tests_of_ci_are_slow_tests() -> None:
+    """tox runs them by their own marker; the fast lane leaves them out by the other one."""
+    assert [command for command in tox("testenv", "commands") if "-m slow_in_ci " in f"{command} "]
+    marked = 0
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        both = len(re.findall(r"pytest\.mark\.slow(?:\n@|, )pytest\.mark\.slow_in_ci\b", text))
+        assert both == len(re.findall(r"pytest\.mark\.slow_in_ci\b", text)), f"{path}: slow_in_ci without slow"
+        marked += both
+    assert marked
+
+
 def test_types_are_for_users_too() -> None:
     assert (ROOT / "qwen2_npu" / "py.typed").exists()
     assert "py.typed" in pyproject()["tool"]["setuptools"]["package-data"]["qwen2_npu"]

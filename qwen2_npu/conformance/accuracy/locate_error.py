@@ -24,7 +24,7 @@ from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, 
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
 
-Build = Callable[[Optimizations], Any]
+BuildModel = Callable[[Optimizations], Any]
 """Makes the optimised model with the given switches; the weights are the caller's."""
 
 SMALL_OPERATORS: dict[str, str] = {
@@ -92,7 +92,7 @@ class Explanation:
 
 
 def explain(
-    build: Build,
+    build: BuildModel,
     optimizations: Optimizations,
     *,
     baseline: Any,

@@ -22,7 +22,7 @@ from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing,
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
 from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
-from qwen2_npu.conformance.accuracy.locate_error import Build, Explanation
+from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Explanation
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
@@ -55,7 +55,7 @@ class ModelPair:
     dtype: torch.dtype
     baseline: Any
     reference: Any
-    build: Build
+    build: BuildModel
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     _batches: dict[str, Batch] = field(default_factory=dict)
@@ -165,11 +165,13 @@ class ModelPair:
         trace = locate_error.trace_model(model, self.batch(shape), baseline)
         return compare_traces(trace, baseline, reference, self.dtype), trace
 
-    def explain(self, optimizations: Optimizations, shape: str, *, build: Build | None = None) -> Explanation | None:
+    def explain(
+        self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None
+    ) -> Explanation | None:
         """Why ``optimizations`` fail on the batch of that shape; None if, built again, they do not.
 
         Args:
-            build: in place of the subject's own, for models that are compiled or tampered with.
+            build: in place of the pair's own, for models that are compiled or tampered with.
         """
         baseline_trace, reference_trace = self.traces(shape)
         return locate_error.explain(
@@ -183,7 +185,7 @@ class ModelPair:
             dtype=self.dtype,
         )
 
-    def failure(self, optimizations: Optimizations, shape: str, *, build: Build | None = None) -> str:
+    def failure(self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None) -> str:
         """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
         comparison, _ = self.compare((build or self.build)(optimizations), shape)
         if comparison.passed:

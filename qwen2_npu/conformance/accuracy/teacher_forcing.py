@@ -68,8 +68,8 @@ def run(
         forced: (B, decode_steps) tokens to feed; None feeds the model's own greedy choice, which is how the baseline
             makes the tokens that the others are forced to.
         hidden: also take the final hidden states, in a pass of their own: one that keeps no cache, and that is not
-        compiled. last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the
-        argument).
+            compiled.
+        last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the argument).
     """
     device = next(model.parameters()).device
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
@@ -86,10 +86,35 @@ def run(
     prefill_seconds = time.perf_counter() - started
     prefill_logits = _to_numpy(out.logits)
 
+    next_token, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
+    del out  # its logits take memory
+    logits, fed, decode_seconds = _decode(model, next_token, cache, mask, decode_steps, forced)
+    return Trace(
+        prefill_logits=prefill_logits,
+        decode_logits=np.stack(logits, axis=1) if logits else np.empty((rows, 0, prefill_logits.shape[-1]), np.float32),
+        forced=np.stack(fed, axis=1) if fed else np.empty((rows, 0), np.int64),
+        valid=batch.attention_mask.bool().numpy(),
+        hidden=hidden_states,
+        last_logits=last_logits,
+        prefill_seconds=prefill_seconds,
+        timed_tokens=rows * max(decode_steps - UNTIMED_STEPS, 0),
+        decode_seconds=decode_seconds,
+    )
+
+
+def _decode(
+    model: Any, next_token: torch.Tensor, cache: Any, mask: torch.Tensor, decode_steps: int, forced: Array | None
+) -> tuple[list[Array], list[Array], float]:
+    """Single-token steps after a prefill, the first of which feeds ``next_token`` unless tokens are forced.
+
+    Returns:
+        Logits (B, V) of each step, the tokens (B,) fed to it, and the seconds of all steps but the first
+        :data:`UNTIMED_STEPS`.
+    """
+    device, rows = mask.device, mask.shape[0]
     steps: list[Array] = []
     fed: list[Array] = []
     timed = 0.0
-    next_token = out.logits[:, -1:].argmax(-1)
     positions = mask.sum(dim=1, keepdim=True)
     for step in range(decode_steps):
         token = next_token if forced is None else torch.from_numpy(forced[:, step : step + 1].copy()).to(device)
@@ -100,25 +125,15 @@ def run(
             attention_mask=mask,
             position_ids=positions + step,
             use_cache=True,
-            **{CACHE_NAME: cache_of(out)},
+            **{CACHE_NAME: cache},
         )
         _synchronize(device)
         if step >= UNTIMED_STEPS:
             timed += time.perf_counter() - started
-        next_token = out.logits[:, -1:].argmax(-1)
+        next_token, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
         steps.append(_to_numpy(out.logits[:, -1]))
         fed.append(token[:, 0].cpu().numpy())
-    return Trace(
-        prefill_logits=prefill_logits,
-        decode_logits=np.stack(steps, axis=1) if steps else np.empty((rows, 0, prefill_logits.shape[-1]), np.float32),
-        forced=np.stack(fed, axis=1) if fed else np.empty((rows, 0), np.int64),
-        valid=batch.attention_mask.bool().numpy(),
-        hidden=hidden_states,
-        last_logits=last_logits,
-        prefill_seconds=prefill_seconds,
-        timed_tokens=rows * max(decode_steps - UNTIMED_STEPS, 0),
-        decode_seconds=timed,
-    )
+    return steps, fed, timed
 
 
 @torch.no_grad()

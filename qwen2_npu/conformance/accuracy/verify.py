@@ -19,7 +19,7 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
-from qwen2_npu.conformance.accuracy.model_pair import Build, GreedyText, ModelPair
+from qwen2_npu.conformance.accuracy.model_pair import BuildModel, GreedyText, ModelPair
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
@@ -127,7 +127,7 @@ class Verification:
             "created": self.created,
             "passed": self.passed,
             "failures": self.failures,
-            "environment": asdict(self.environment),
+            "environment": self.environment.to_json(),
             "model": self.model,
             "dtype": self.dtype,
             "mode": self.mode,
@@ -164,41 +164,43 @@ def verify(
         check_mode(mode, torch.device(device), optimizations)
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
-    subject = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device)
-    eager = subject.build
+    pair = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device)
+    eager = pair.build
     if mode != "eager":
-        subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
-    baseline_rate = _rate([subject.traces(shape)[0] for shape in BATCH_SHAPES])
+        pair.build = lambda optimizations: compile_model(eager(optimizations), mode)
+    baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES])
     rows: list[StepResult] = []
     for done, (step, optimizations) in enumerate(presets.items(), start=1):
         progress(step, done, total)
-        rows.append(_row(subject, step, optimizations, baseline_rate, eager))
+        rows.append(_row(pair, step, optimizations, baseline_rate, eager))
     progress("perplexity and greedy text", total - 1, total)
-    model = subject.build(next(reversed(presets.values()), Optimizations.all()))
+    model = pair.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
     result = Verification(
         environment=Environment.of(device),
-        model=subject.name,
-        dtype=str(subject.dtype).removeprefix("torch."),
-        reference_dtype=str(subject.reference.dtype).removeprefix("torch."),
+        model=pair.name,
+        dtype=str(pair.dtype).removeprefix("torch."),
+        reference_dtype=str(pair.reference.dtype).removeprefix("torch."),
         rows=rows,
-        samples=subject.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
-        perplexity=subject.perplexity(model),
+        samples=pair.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
+        perplexity=pair.perplexity(model),
         mode=mode,
     )
     progress("done", total, total)
     return result
 
 
-def _row(subject: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: Build) -> StepResult:
+def _row(
+    pair: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: BuildModel
+) -> StepResult:
     """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
-    model = subject.build(optimizations)
-    results = {shape: subject.compare(model, shape) for shape in BATCH_SHAPES}
+    model = pair.build(optimizations)
+    results = {shape: pair.compare(model, shape) for shape in BATCH_SHAPES}
     del model
     failed = next((shape for shape, (comparison, _) in results.items() if not comparison.passed), None)
     explanation = ""
     if failed is not None:
-        reason = subject.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
+        reason = pair.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
     return StepResult(
         step=step,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from qwen2_npu.conformance.machine.packages import cann_version, package_version
-from qwen2_npu.conformance.machine.verified import how_verified
+from qwen2_npu.conformance.machine.verified import Verified
 
 PACKAGES = ("torch", "torch_npu", "transformers", "numpy", "safetensors", "tokenizers", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """``versions``: package -> version, None where it is not installed. ``verified``: on what, in words."""
+    """``versions``: package -> version, None where it is not installed. ``verified``: on what."""
 
     python: str
     platform: str
     versions: dict[str, str | None]
     cann: str | None
     device: str
-    verified: str
+    verified: Verified
 
     @classmethod
     def of(cls, device: str) -> Environment:
@@ -30,5 +31,9 @@ class Environment:
             versions={name: package_version(name) for name in PACKAGES},
             cann=cann_version(),
             device=device,
-            verified=how_verified(device),
+            verified=Verified.on(device),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "verified": self.verified.text}

@@ -22,7 +22,7 @@ import psutil
 from qwen2_npu import emulator
 from qwen2_npu.conformance.machine.host import Host
 from qwen2_npu.conformance.machine.packages import cann_version, package_version
-from qwen2_npu.conformance.machine.verified import Where, how_verified, where
+from qwen2_npu.conformance.machine.verified import Verified, Where
 
 VERSIONS = ("torch", "torch_npu", "transformers", "deepspeed")
 SETTINGS = (
@@ -40,20 +40,27 @@ ASCEND_HOME = Path("/usr/local/Ascend")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``identity``: all that must be equal for two latencies to be compared. Values are strings, numbers or None."""
+    """What two latencies must have in common to be compared.
+
+    Attributes:
+        identity: all of it, as files hold it. Values are strings, numbers or None.
+        where: what computes there.
+    """
 
     identity: Mapping[str, Any]
+    where: Where
+
+    @classmethod
+    def read(cls, identity: Mapping[str, Any]) -> Fingerprint:
+        """From the identity in a file."""
+        verified = identity.get("verified")
+        return cls(identity, Verified.read(verified if isinstance(verified, str) else None).where)
 
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for the identity."""
         text = json.dumps(dict(self.identity), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def where(self) -> Where:
-        """What computes there."""
-        return where(self.identity.get("verified"))
 
     @property
     def name(self) -> str:
@@ -75,10 +82,10 @@ class Fingerprint:
 def of_device(device: str) -> Fingerprint:
     """The fingerprint of this process on ``device``. Imports torch for anything but a CPU."""
     kind = device.split(":")[0]
-    host = Host.read()
+    host, verified = Host.read(), Verified.on(device)
     identity: dict[str, Any] = {
         "device": kind,
-        "verified": how_verified(device),
+        "verified": verified.text,
         "soc": None,
         "hbm_bytes": None,
         "cards": 0,
@@ -103,7 +110,7 @@ def of_device(device: str) -> Fingerprint:
             "driver": _version_of(ASCEND_HOME / "driver" / "version.info"),
             "firmware": _version_of(ASCEND_HOME / "firmware" / "version.info"),
         }
-    return Fingerprint(identity)
+    return Fingerprint(identity, verified.where)
 
 
 def commit() -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from qwen2_npu.conformance.machine import fingerprint
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
-from qwen2_npu.conformance.machine.verified import how_verified
+from qwen2_npu.conformance.machine.verified import NOT_SAID, Verified
 
 PREFIX = "qwen2_npu."
 """Of the properties in JUnit files."""
@@ -21,13 +21,13 @@ _NAMES = {str: "text", bool: "true or false", Mapping: "an object"}
 
 @dataclass(frozen=True)
 class Provenance:
-    """``identity``: the fingerprint's. None or empty is what nothing said."""
+    """None or empty is what nothing said."""
 
     commit: str | None = None
     dirty: bool | None = None
     created: str = ""
-    verified: str = ""
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    verified: Verified = NOT_SAID
+    fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint.read({}))
 
     @classmethod
     def of_device(cls, device: str) -> Provenance:
@@ -37,17 +37,24 @@ class Provenance:
             commit=commit["commit"],
             dirty=commit["dirty"],
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            verified=how_verified(device),
-            identity=dict(fingerprint.of_device(device).identity),
+            verified=Verified.on(device),
+            fingerprint=fingerprint.of_device(device),
         )
 
     @property
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint(self.identity)
+    def identity(self) -> Mapping[str, Any]:
+        """The fingerprint's."""
+        return self.fingerprint.identity
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; see :meth:`from_json`."""
-        return asdict(self)
+        return {
+            "commit": self.commit,
+            "dirty": self.dirty,
+            "created": self.created,
+            "verified": self.verified.text,
+            "identity": dict(self.identity),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
@@ -70,8 +77,8 @@ class Provenance:
             commit=data.get("commit"),
             dirty=data.get("dirty"),
             created=data.get("created") or "",
-            verified=data.get("verified") or "",
-            identity=data.get("identity") or {},
+            verified=Verified.read(data.get("verified")),
+            fingerprint=Fingerprint.read(data.get("identity") or {}),
         )
 
     def properties(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 from qwen2_npu import emulator
@@ -29,27 +30,43 @@ _DEVICES = {Where.NPU: "npu", Where.EMULATED: "emulated", Where.CPU: "cpu", Wher
 _WHERES = {word: kind for kind, word in _DEVICES.items()}
 
 
-def where(verified: str | None) -> Where:
-    """Of the text in a file, see :func:`written`; ``NOT_SAID`` for any other text."""
-    return _WHERES.get((verified or "").split(" ")[0], Where.NOT_SAID)
+@dataclass(frozen=True)
+class Verified:
+    """What computed a result, and the text that files hold of it, which has the details."""
+
+    where: Where = Where.NOT_SAID
+    text: str = ""
+
+    @classmethod
+    def read(cls, text: str | None) -> Verified:
+        """From the text in a file: ``NOT_SAID`` where its first word is not a device of this project."""
+        text = text or ""
+        return cls(_WHERES.get(text.split(" ")[0], Where.NOT_SAID), text)
+
+    @classmethod
+    def of(cls, where: Where, details: str) -> Verified:
+        """With the text that :meth:`read` reads."""
+        return cls(where, f"{where.device} ({details})")
+
+    @classmethod
+    def on(cls, device: str) -> Verified:
+        """A result that this process computes on ``device``: ``npu (CANN …)``, ``emulated (…)``, ``cpu (…)``."""
+        where = place(device)
+        if where is Where.NPU:
+            return cls.of(where, f"CANN {cann_version() or 'unknown'}")
+        if where is Where.EMULATED:
+            return cls.of(where, f"torch_npu {package_version('torch_npu')}, torchair")
+        return cls(where, f"{device.split(':')[0]} (portable kernels)")
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def written(kind: Where, details: str) -> str:
-    """The text that files hold; :func:`where` reads it."""
-    return f"{kind.device} ({details})"
+NOT_SAID = Verified()
+"""Of what says nothing of it."""
 
 
 def place(device: str) -> Where:
     """What computes on ``device`` in this process; ``NOT_SAID`` for a device that this project does not know."""
     kind = device.split(":")[0]
     return Where.EMULATED if kind == "npu" and emulator.is_active() else _WHERES.get(kind, Where.NOT_SAID)
-
-
-def how_verified(device: str) -> str:
-    """What a result on ``device`` was computed by: ``emulated (…)``, ``npu (CANN …)``, ``cpu`` or ``cuda``."""
-    kind = place(device)
-    if kind is Where.NPU:
-        return written(kind, f"CANN {cann_version() or 'unknown'}")
-    if kind is Where.EMULATED:
-        return written(kind, f"torch_npu {package_version('torch_npu')}, torchair")
-    return f"{device.split(':')[0]} (portable kernels)"

@@ -20,7 +20,7 @@ from qwen2_npu.conformance.operators import (
     swiglu,
 )
 from qwen2_npu.conformance.operators.check import check, compare, compare_all
-from qwen2_npu.conformance.operators.record import DTYPES, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import DTYPES, Expected, Invalid, OperatorRecord, Sample, Skip
 
 _RECORDS = (
     prompt_flash_attention.OPERATOR,
@@ -36,14 +36,14 @@ _RECORDS = (
     mm_all_reduce.OPERATOR,
 )
 
-CATALOGUE: dict[str, Operator] = {record.name: record for record in _RECORDS}
+CATALOGUE: dict[str, OperatorRecord] = {record.name: record for record in _RECORDS}
 
 __all__ = [
     "CATALOGUE",
     "DTYPES",
     "Expected",
     "Invalid",
-    "Operator",
+    "OperatorRecord",
     "Sample",
     "Skip",
     "check",

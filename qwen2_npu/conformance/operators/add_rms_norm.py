@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qwen2_npu.conformance.operators import rms_norm
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample
 from qwen2_npu.conformance.operators.rounding import FORMATS, U32, round_to
 from qwen2_npu.conformance.operators.tolerance import rms, rstd_relative_error
 
@@ -49,7 +49,7 @@ def golden(arguments: Arguments, dtype: str) -> tuple[Expected, ...]:
     )
 
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_add_rms_norm",
     build=build,
     golden=golden,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample, Skip
 from qwen2_npu.conformance.operators.rotary_mul import angles, rotate
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
 
 _BASE: dict[str, Any] = {"B": 2, "S": 3, "Nq": 4, "Nk": 2}
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_apply_rotary_pos_emb",
     build=build,
     golden=golden,

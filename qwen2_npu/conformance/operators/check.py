@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen2_npu.conformance.operators import one_rank
-from qwen2_npu.conformance.operators.record import Arguments, Expected, OneRank, Operator, Parameters, is_working
+from qwen2_npu.conformance.operators.record import Arguments, Expected, OneRank, OperatorRecord, Parameters, is_working
 from qwen2_npu.conformance.operators.rounding import Array, FloatArray
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def snippet(name: str, parameters: Parameters, dtype: str, device: str, seed: in
 
 
 def find_problems(
-    operator: Operator,
+    operator: OperatorRecord,
     parameters: Parameters,
     dtype: str,
     device: str = "cpu",
@@ -178,7 +178,7 @@ def find_problems(
 
 
 def run_and_compare(
-    operator: Operator,
+    operator: OperatorRecord,
     arguments: Arguments,
     expected: Sequence[Expected],
     dtype: str,
@@ -205,7 +205,7 @@ def wrong_dtypes(expected: Sequence[Expected], outputs: Sequence[torch.Tensor], 
 
 
 def side_effects(
-    operator: Operator,
+    operator: OperatorRecord,
     before: dict[str, torch.Tensor],
     after: dict[str, Any],
     outputs: Sequence[torch.Tensor],

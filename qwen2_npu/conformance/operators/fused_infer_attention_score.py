@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen2_npu.conformance.operators import incre_flash_attention as ifa
 from qwen2_npu.conformance.operators import prompt_flash_attention as pfa
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample, Skip
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -107,7 +107,7 @@ def _renamed(prefix: str, invalid: tuple[Invalid, ...]) -> tuple[Invalid, ...]:
     )
 
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_fused_infer_attention_score",
     build=build,
     golden=golden,

@@ -20,7 +20,7 @@ import numpy as np
 
 from qwen2_npu.conformance.operators import attention
 from qwen2_npu.conformance.operators.prompt_flash_attention import refused
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample, Skip
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -249,7 +249,7 @@ def invalid_everywhere(lengths: str) -> tuple[Invalid, ...]:
     )
 
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_incre_flash_attention",
     build=build,
     golden=golden,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OneRank, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OneRank, OperatorRecord, Sample, Skip
 from qwen2_npu.conformance.operators.rounding import FORMATS, U32, FloatArray, rounded_band
 from qwen2_npu.conformance.operators.tolerance import SECOND_ORDER
 
@@ -127,7 +127,7 @@ _NUMBERS = {
     "comm_mode": "ccu",
 }
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_mm_all_reduce_base",
     build=build,
     golden=golden,

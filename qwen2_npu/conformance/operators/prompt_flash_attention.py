@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen2_npu.conformance.operators import attention
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample, Skip
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample, Skip
 from qwen2_npu.conformance.operators.rounding import Array
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ def refused(names: Sequence[str], base: dict[str, Any]) -> tuple[Invalid, ...]:
 
 QUANTISATION = ("deq_scale1", "quant_scale1", "deq_scale2", "quant_scale2", "quant_offset2")
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_prompt_flash_attention",
     build=build,
     golden=golden,

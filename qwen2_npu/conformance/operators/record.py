@@ -1,4 +1,4 @@
-"""The shape of a catalogue entry: one ``Operator`` record per operator, plain data and pure functions.
+"""The shape of a catalogue entry: one ``OperatorRecord`` per operator, plain data and pure functions.
 
 A sample is a dictionary of parameters, not of tensors: the record's ``build`` turns it, with a seed, into
 arguments. That keeps every sample printable, so a failure can be reproduced from its message alone.
@@ -90,7 +90,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Operator:
+class OperatorRecord:
     """Everything the suites know about ``torch.ops.npu.<name>``."""
 
     name: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample
 from qwen2_npu.conformance.operators.rounding import FORMATS, U32, FloatArray, rounded_band
 from qwen2_npu.conformance.operators.tolerance import rms, rstd_relative_error
 
@@ -99,7 +99,7 @@ SHAPES_AND_SCALES: dict[str, dict[str, Any]] = {
     "gamma_zeros": {"shape": [2, 3, 128], "gamma": "zeros"},
 }
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_rms_norm",
     build=build,
     golden=golden,

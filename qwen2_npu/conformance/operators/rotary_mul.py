@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample
 from qwen2_npu.conformance.operators.rounding import FORMATS, FloatArray
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
 
 _BASE: dict[str, Any] = {"shape": [2, 3, 2, 64], "table": [2, 3, 1, 64]}
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_rotary_mul",
     build=build,
     golden=golden,

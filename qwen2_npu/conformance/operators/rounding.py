@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-Array = NDArray[Any]
-FloatArray = NDArray[np.float64]
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -110,8 +110,8 @@ INVALID = (
 )
 
 
-def _operator(name: str, writes: tuple[str, ...]) -> Operator:
-    return Operator(
+def _operator(name: str, writes: tuple[str, ...]) -> OperatorRecord:
+    return OperatorRecord(
         name=name,
         build=build,
         golden=golden,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, Operator, Sample
+from qwen2_npu.conformance.operators.record import Arguments, Expected, Invalid, OperatorRecord, Sample
 from qwen2_npu.conformance.operators.rounding import U32, rounded_band
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "tiny": {"shape": [4, 64], "magnitude": 1e-4},
 }
 
-OPERATOR = Operator(
+OPERATOR = OperatorRecord(
     name="npu_swiglu",
     build=build,
     golden=golden,

@@ -308,7 +308,7 @@ def _leave_out_what_may_not_be_held(config: pytest.Config, benchmarksession: Any
 def _machine_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """By fingerprint where both have one, else by what stock machine_info says of the hardware."""
     if "qwen2_npu" in theirs and "qwen2_npu" in ours:
-        there, here = Fingerprint(theirs["qwen2_npu"]["identity"]), Fingerprint(ours["qwen2_npu"]["identity"])
+        there, here = Fingerprint.read(theirs["qwen2_npu"]["identity"]), Fingerprint.read(ours["qwen2_npu"]["identity"])
         return there.differences(here)
     pairs = {name: (theirs.get(name), ours.get(name)) for name in ("node", "system", "machine")}
     for name in ("brand_raw", "count"):

@@ -103,7 +103,7 @@ class Recorded:
                 continue
             entry = content["rows"].get(row.id)
             if entry is not None:
-                other = Fingerprint(content["fingerprint"])
+                other = Fingerprint.read(content["fingerprint"])
                 medians = ", ".join(f"{run['median']:.4g}" for run in entry["runs"])
                 differing = "; ".join(other.differences(self.fingerprint))
                 found.append(f"{other.name} has {medians} ms and differs in {differing}")
@@ -151,7 +151,7 @@ class Recorded:
 def _load(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        inner = Fingerprint(content["fingerprint"])
+        inner = Fingerprint.read(content["fingerprint"])
         digest = _digest({"fingerprint": content["fingerprint"], "rows": content["rows"]})
         foreign = {
             run["fingerprint"]

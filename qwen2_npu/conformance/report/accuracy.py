@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import LADDER
 
@@ -35,7 +36,7 @@ def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
             yield Claim(f"accuracy/{mode}/{what}", AREA, f"{what}, {mode}: the same as the stock model's")
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's verifications say."""
     modes = dict.fromkeys([*EXPECTED_MODES, *(_mode(content) for content in inputs.verifications.values())])
     known = {claim.id: claim for claim in expected(tuple(modes))}
@@ -54,7 +55,7 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     mode = _mode(content)
     common = {
         "subject": f"{content['model']}, {content['dtype']}",
-        "verified": content["environment"]["verified"],
+        "verified": Verified.read(content["environment"]["verified"]),
     }
     for row in content["rows"]:
         excused = f", {row['excused']} near-ties excused" if row["excused"] else ""

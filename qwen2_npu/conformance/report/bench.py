@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number
-from qwen2_npu.conformance.report.inputs import Inputs, finite
+from qwen2_npu.conformance.report.inputs import RunInputs, finite
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import ORIGINAL
 
@@ -19,7 +20,7 @@ NOT_GATED = "measured by `qwen2-npu bench`, which only measures; `pytest tests/p
 Result = Mapping[str, Any]
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """One per result and phase."""
     return [
         claim for content in inputs.benches.values() for result in content["results"] for claim in _of(content, result)
@@ -57,7 +58,7 @@ class Table:
     """One bench file. ``rows``: step, the guide's name, and a cell per heading."""
 
     title: str
-    verified: str
+    verified: Verified
     headings: tuple[str, ...]
     rows: tuple[tuple[str, str, tuple[str, ...]], ...]
 
@@ -68,7 +69,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def tables(inputs: Inputs) -> list[Table]:
+def tables(inputs: RunInputs) -> list[Table]:
     """One per file; columns in which nothing stands are left out."""
     made = []
     for name, content in inputs.benches.items():

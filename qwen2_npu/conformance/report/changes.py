@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qwen2_npu.conformance.machine.verified import where
 from qwen2_npu.conformance.perf.prediction_interval import MINIMUM_RUNS, NARROWEST, Interval, prediction_interval
 from qwen2_npu.conformance.report import stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
@@ -111,7 +110,7 @@ def _changes_of(claim: Claim, this: Run, comparable: Sequence[Run], others: Sequ
 
 
 def _same(claim: Claim, entry: Entry | None) -> bool:
-    if entry is None or where(entry.verified) is not claim.where:
+    if entry is None or entry.verified.where is not claim.where:
         return False
     # A test that broke before it could say what it tested is compared all the same.
     return not claim.subject or claim.subject == entry.subject

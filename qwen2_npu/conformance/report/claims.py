@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.machine.verified import NOT_SAID, Verified, Where
 
 
 class Status(StrEnum):
@@ -99,7 +99,7 @@ class Claim:
         step: of the ladder, where it is about one.
         label: the guide's own name of the row.
         subject: what exactly was tested (weights, dtype, length): results of other subjects are not compared.
-        verified: on what, in the run's own words; see :func:`where`.
+        verified: on what.
         reference: what the value was compared with.
         message: why it does not pass, or a remark.
     """
@@ -111,7 +111,7 @@ class Claim:
     step: str = ""
     label: str = ""
     subject: str = ""
-    verified: str = ""
+    verified: Verified = NOT_SAID
     value: Value | None = None
     reference: str = ""
     message: str = ""
@@ -123,7 +123,7 @@ class Claim:
         Raises:
             ValueError: naming the claim and the field.
         """
-        for field in ("id", "area", "title", "step", "label", "subject", "verified", "reference", "message"):
+        for field in ("id", "area", "title", "step", "label", "subject", "reference", "message"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{self.id}: {field} is {str(getattr(self, field))[:40]!r} and must be text")
         if self.value is not None and not isinstance(self.value.number, int | float):
@@ -131,7 +131,7 @@ class Claim:
 
     @property
     def where(self) -> Where:
-        return where(self.verified)
+        return self.verified.where
 
     def found(self, status: Status, **facts: Any) -> Claim:
         """The claim with what a run says of it."""

@@ -16,7 +16,7 @@ from qwen2_npu.conformance.report.charts.ladder import LadderMark, ladder
 from qwen2_npu.conformance.report.charts.rows import LEFT, RIGHT
 from qwen2_npu.conformance.report.charts.sweep import sweep
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs, finite
+from qwen2_npu.conformance.report.inputs import RunInputs, finite
 from qwen2_npu.conformance.report.labels import STEPS, labels
 from qwen2_npu.conformance.report.latency import is_held
 from qwen2_npu.optimizations import LADDER, PHASES
@@ -171,7 +171,7 @@ def _with_graphs() -> Iterator[tuple[Documented, CommittedGraph]]:
             yield number, graph
 
 
-def accuracies(inputs: Inputs) -> list[Labelled]:
+def accuracies(inputs: RunInputs) -> list[Labelled]:
     """One pair of charts per verification of the run."""
     made = []
     for title, found in steps(inputs):
@@ -180,7 +180,7 @@ def accuracies(inputs: Inputs) -> list[Labelled]:
     return made
 
 
-def steps(inputs: Inputs) -> list[tuple[str, dict[str, accuracy.AccuracyBar]]]:
+def steps(inputs: RunInputs) -> list[tuple[str, dict[str, accuracy.AccuracyBar]]]:
     """Title of every verification, and its steps."""
     made = []
     for content in inputs.verifications.values():

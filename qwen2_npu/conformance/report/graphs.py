@@ -6,9 +6,10 @@ import re
 
 from qwen2_npu.conformance.graph import committed
 from qwen2_npu.conformance.graph.committed import CommittedGraph
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.conformance.report.suites import Tally
 
@@ -21,16 +22,16 @@ LOWERS = {"test_census_is_the_baseline", "test_cost_is_the_baseline"}
 """Tests that lower the graph and compare it with its census. Without one of them the graph has no result."""
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's tests say of every documented graph."""
     cases = inputs.cases()
-    by_graph: dict[str, list[tuple[junit.JUnitCase, str]]] = {}
-    for case, text in cases:
-        by_graph.setdefault(case.parameters, []).append((case, text))
+    by_graph: dict[str, list[tuple[junit.JUnitCase, Verified]]] = {}
+    for case, verified in cases:
+        by_graph.setdefault(case.parameters, []).append((case, verified))
     return [_claim(graph, by_graph.get(str(graph), [])) for graph in committed.graphs()]
 
 
-def _claim(graph: CommittedGraph, cases: list[tuple[junit.JUnitCase, str]]) -> Claim:
+def _claim(graph: CommittedGraph, cases: list[tuple[junit.JUnitCase, Verified]]) -> Claim:
     claim = Claim(
         id=f"graphs/{graph}",
         area=AREA,

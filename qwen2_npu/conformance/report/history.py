@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen2_npu.conformance.files import read_json, why, write_json
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.inputs import reason, text
 from qwen2_npu.conformance.report.results import Results
@@ -29,7 +30,7 @@ class Entry:
     """One claim as an earlier run had it."""
 
     status: Status
-    verified: str
+    verified: Verified
     subject: str
     value: Value | None
 
@@ -98,7 +99,7 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
     value = entry.value
     return {
         "status": str(entry.status),
-        "verified": entry.verified,
+        "verified": entry.verified.text,
         "subject": entry.subject,
         "value": None if value is None else [value.number, value.unit, value.lower_is_better],
     }
@@ -108,7 +109,7 @@ def _entry_from_json(data: Mapping[str, Any]) -> Entry:
     value = data["value"]
     return Entry(
         Status(data["status"]),
-        text(data["verified"]),
+        Verified.read(text(data["verified"])),
         text(data["subject"]),
         None if value is None else Value(float(value[0]), text(value[1]), bool(value[2])),  # "nan" is a string in JSON
     )

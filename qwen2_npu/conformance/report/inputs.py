@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qwen2_npu.conformance.files import read_json, why
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report import junit
 
 RUN, PREDICTIONS, PAGE, SUMMARY = "run.json", "predictions.json", "index.html", "summary.md"
@@ -22,7 +23,7 @@ Content = TypeVar("Content")
 
 
 @dataclass
-class Inputs:
+class RunInputs:
     """What there is of a run.
 
     Attributes:
@@ -45,7 +46,7 @@ class Inputs:
     problems: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path) -> Inputs:
+    def of(cls, folder: Path) -> RunInputs:
         """Everything in ``folder``; an empty or missing one gives inputs without anything.
 
         Raises:
@@ -77,17 +78,17 @@ class Inputs:
         add(PREDICTIONS, _predictions, lambda name, content: setattr(found, "predictions", content))
         return found
 
-    def one_by_one(self) -> Iterator[tuple[str, Inputs, Callable[[], object]]]:
+    def one_by_one(self) -> Iterator[tuple[str, RunInputs, Callable[[], object]]]:
         """Every file's name, inputs that hold it alone, and how to leave it out. For asking each what it can say."""
         if self.run:
-            yield RUN, Inputs(self.folder, run=self.run), self.run.clear
+            yield RUN, RunInputs(self.folder, run=self.run), self.run.clear
         for session in list(self.sessions):
-            alone = Inputs(self.folder, sessions=[session])
+            alone = RunInputs(self.folder, sessions=[session])
             yield session.path.name, alone, partial(self.sessions.remove, session)
         for kind in ("verifications", "benchmarks", "benches"):
             files: dict[str, dict[str, Any]] = getattr(self, kind)
             for name, content in list(files.items()):
-                alone = Inputs(self.folder)
+                alone = RunInputs(self.folder)
                 getattr(alone, kind)[name] = content
                 yield name, alone, partial(files.pop, name)
 
@@ -98,12 +99,17 @@ class Inputs:
         found += [(name, Provenance.of_benchmark(content)) for name, content in self.benchmarks.items()]
         found += [(name, Provenance.from_json(content["provenance"])) for name, content in self.benches.items()]
         found += [
-            (name, Provenance(created=text(content["created"]), verified=text(content["environment"]["verified"])))
+            (
+                name,
+                Provenance(
+                    created=text(content["created"]), verified=Verified.read(text(content["environment"]["verified"]))
+                ),
+            )
             for name, content in self.verifications.items()
         ]
         return found
 
-    def cases(self) -> list[tuple[junit.JUnitCase, str]]:
+    def cases(self) -> list[tuple[junit.JUnitCase, Verified]]:
         """Every test case, with what its session was verified on."""
         return [
             (case, Provenance.of_properties(session.properties).verified)

@@ -12,7 +12,7 @@ from qwen2_npu.conformance.perf.documented import Documented
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.perf.rows import Row
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs, finite
+from qwen2_npu.conformance.report.inputs import RunInputs, finite
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.conformance.report.suites import LATENCY
 
@@ -26,7 +26,7 @@ NOT_HELD = "compared with nothing documented"
 """How a claim says that its value may not stand beside its row's documented number."""
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """Every documented row and whatever else was measured."""
     known = {f"latency/{number.row.id}": _expected(number) for number in documented.read()}
     for id, facts in _from_tests(inputs):
@@ -73,7 +73,7 @@ def _place(row: Row) -> Place:
     return Place("ladder", what.step, group, column)
 
 
-def _from_tests(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
+def _from_tests(inputs: RunInputs) -> Iterator[tuple[str, dict[str, Any]]]:
     """From JUnit: what was not measured, and why. What was measured says more in the benchmark file."""
     for case, verified in inputs.cases():
         if case.module != LATENCY or not case.parameters:
@@ -91,7 +91,7 @@ def _from_tests(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"latency/{case.parameters}", {**facts, "verified": verified}
 
 
-def _from_benchmarks(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
+def _from_benchmarks(inputs: RunInputs) -> Iterator[tuple[str, dict[str, Any]]]:
     for content in inputs.benchmarks.values():
         made_by = Provenance.of_benchmark(content)
         transformers = str(made_by.identity.get("transformers") or "an unknown version")

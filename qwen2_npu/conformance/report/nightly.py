@@ -19,10 +19,10 @@ from typing import Any
 
 import qwen2_npu
 from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop
-from qwen2_npu.conformance.files import write_json
-from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.files import not_written, write_json
+from qwen2_npu.conformance.machine.verified import Verified, Where
 from qwen2_npu.conformance.report import inputs
-from qwen2_npu.conformance.report.own_files import LOGS, locked, not_written
+from qwen2_npu.conformance.report.own_files import ELSEWHERE, LOGS, locked
 
 ROOT = Path(qwen2_npu.__file__).parents[1]
 """The checkout: the suites are not part of an installed wheel."""
@@ -32,7 +32,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-ra")
 
 MACHINE, BUNDLE, TIMES = "machine.json", "doctor.zip", "benchmark.json"
 
-LONGEST = "npu"
+LONGEST = Where.NPU
 """What is verified where no stage is left out."""
 
 TIMED_OUT = 124
@@ -106,18 +106,18 @@ def machine_stage(options: NightlyOptions) -> Stage:
     return Stage("machine", (*CLI, "nightly", "--machine", str(options.results / MACHINE), *device), (MACHINE,))
 
 
-def stages(options: NightlyOptions, verified: str) -> list[Stage]:
+def stages(options: NightlyOptions, where: Where) -> list[Stage]:
     """What follows the machine's stage.
 
     Args:
-        verified: what the machine's stage found; latency is gated on a real NPU alone.
+        where: what the machine's stage found; latency is gated on a real NPU alone.
     """
-    results, kind = options.results, where(verified)
+    results = options.results
     device = ("--device", options.device) if options.device else ()
     model = ("--model-path", str(options.model_path)) if options.model_path else ()
     lane = ("-m", "not slow") if options.quick else ()
     workers = ("-n", str(options.workers)) if options.workers else ()
-    gate = ("--gate", "--gate-rows", options.gate_rows) if kind is Where.NPU else ()
+    gate = ("--gate", "--gate-rows", options.gate_rows) if where is Where.NPU else ()
 
     def verify(mode: str, name: str) -> Stage:
         steps = ("--steps", "swiglu") if options.quick and mode != "eager" else ()
@@ -131,7 +131,7 @@ def stages(options: NightlyOptions, verified: str) -> list[Stage]:
 
     found = [Stage("doctor", (*CLI, "doctor", "--bundle", str(results / BUNDLE), *device), (BUNDLE,))]
     found.append(verify("eager", "verify.json"))
-    if kind in (Where.NPU, Where.EMULATED):
+    if where in (Where.NPU, Where.EMULATED):
         found.append(verify("torchair", "verify-torchair.json"))
     found.append(suite("accuracy", *model, *workers))
     found.append(suite("graph", *workers))
@@ -149,7 +149,7 @@ def names(done: Sequence[Stage]) -> list[str]:
 def run(
     options: NightlyOptions,
     say: Callable[[str], None],
-    plan: Callable[[NightlyOptions, str], Sequence[Stage]] = stages,
+    plan: Callable[[NightlyOptions, Where], Sequence[Stage]] = stages,
     machine: Callable[[NightlyOptions], Stage] = machine_stage,
     finish: Callable[[], None] = lambda: None,
 ) -> list[Stage]:
@@ -182,7 +182,7 @@ def _run_all(
     first: Stage,
     options: NightlyOptions,
     say: Callable[[str], None],
-    plan: Callable[[NightlyOptions, str], Sequence[Stage]],
+    plan: Callable[[NightlyOptions, Where], Sequence[Stage]],
 ) -> list[Stage]:
     done: list[Stage] = [first]
     provenance: dict[str, Any] = {}
@@ -191,7 +191,7 @@ def _run_all(
     with suppress(OSError, ValueError):
         provenance = json.loads((options.results / MACHINE).read_text(encoding="utf-8"))
     # A machine that cannot be named is not a real NPU, and every stage shows what is wrong with it.
-    done += plan(options, provenance.get("verified") or "")
+    done += plan(options, Verified.read(provenance.get("verified")).where)
     for stage in done[1:]:
         _write(options, provenance, done)
         if not interrupted:
@@ -214,7 +214,7 @@ def _write(options: NightlyOptions, provenance: Mapping[str, Any], done: Sequenc
     try:
         write_json(options.results / inputs.RUN, content)
     except OSError as error:
-        return not_written(options.results / inputs.RUN, error)
+        return not_written(options.results / inputs.RUN, error, ELSEWHERE)
     return ""
 
 
@@ -306,4 +306,4 @@ class _Log:
         try:
             yield
         except OSError as error:
-            self.problem = not_written(self._path, error)
+            self.problem = not_written(self._path, error, ELSEWHERE)

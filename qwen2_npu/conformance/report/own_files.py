@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qwen2_npu.conformance.files import WAYS_OUT, write_json
+from qwen2_npu.conformance.files import explained, write_json
 from qwen2_npu.conformance.report import inputs
 
 RECORD, LOCK = ".nightly.json", ".nightly.lock"
@@ -24,26 +24,8 @@ READ = (inputs.VERIFY, inputs.JUNIT, inputs.BENCHMARK, inputs.BENCH, inputs.RUN,
 SHOWN = 5
 """Names in a message."""
 
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Errors of the operating system name ``path`` and say what to do.
-
-    Raises:
-        OSError: what went wrong within, with that text.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(not_written(path, error)) from error
-
-
-def not_written(path: Path, error: OSError) -> str:
-    """That ``path`` is not written, why, and what to do; an error that says so already is left as it is."""
-    if error.errno is None:
-        return str(error)
-    way_out = WAYS_OUT.get(error.errno)
-    return f"{path} cannot be written ({error.strerror}): {f'{way_out}, or ' if way_out else ''}name another --results"
+ELSEWHERE = "name another --results"
+"""How the user of a nightly run chooses another folder."""
 
 
 class OwnFiles:
@@ -70,7 +52,7 @@ class OwnFiles:
         wanted = sorted(names)
         logs = self.folder / LOGS
         if os.path.lexists(logs) and (logs.is_symlink() or not logs.is_dir()):
-            raise ValueError(f"{logs} is not a folder of its own: move it, or name another --results")
+            raise ValueError(f"{logs} is not a folder of its own: move it, or {ELSEWHERE}")
         there = {name for name in wanted if os.path.lexists(self.folder / name)}
         there |= {path.name for pattern in READ for path in self.folder.glob(pattern)}
         foreign = sorted(name for name in there if not self._is_own(name))
@@ -79,12 +61,12 @@ class OwnFiles:
             raise ValueError(
                 f"{self.folder} holds files that no nightly run made, or that were changed since: "
                 f"{', '.join(foreign[:SHOWN])}{more}; this run would overwrite them or report them as its results: "
-                "move them, or name another --results"
+                f"move them, or {ELSEWHERE}"
             )
         for name in filter(self._is_own, self._made):
-            with explained(self.folder / name):
+            with explained(self.folder / name, ELSEWHERE):
                 (self.folder / name).unlink()
-        with explained(logs):
+        with explained(logs, ELSEWHERE):
             logs.mkdir(exist_ok=True)
         self._made = dict.fromkeys(wanted)
         self._write()
@@ -111,7 +93,7 @@ class OwnFiles:
         return stamp is not None and self._made[name] in (None, stamp)
 
     def _write(self) -> None:
-        with explained(self.folder / RECORD):
+        with explained(self.folder / RECORD, ELSEWHERE):
             write_json(self.folder / RECORD, {"process": os.getpid(), "files": self._made})
 
 
@@ -123,22 +105,21 @@ def locked(folder: Path) -> Iterator[OwnFiles]:
         ValueError: another run has it.
         OSError: it cannot be made or written.
     """
-    with explained(folder):
+    with explained(folder, ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     if path.is_symlink():
-        raise ValueError(f"{path} is a link: remove it, or name another --results")
+        raise ValueError(f"{path} is a link: remove it, or {ELSEWHERE}")
     lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:  # an OSError, too
-        process = recorded(folder).get("process")
-        raise ValueError(
-            f"another nightly run{f' (process {process})' if process else ''} writes into {folder}: wait for its end, "
-            "or name another --results"
-        ) from None
-    except OSError as error:
-        raise type(error)(not_written(path, error)) from error
+    with explained(path, ELSEWHERE):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:  # an OSError, too
+            process = recorded(folder).get("process")
+            raise ValueError(
+                f"another nightly run{f' (process {process})' if process else ''} writes into {folder}: wait for its "
+                f"end, or {ELSEWHERE}"
+            ) from None
     try:
         yield OwnFiles(folder)
     finally:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen2_npu.conformance.report.inputs import PREDICTIONS, Inputs
+from qwen2_npu.conformance.report.inputs import PREDICTIONS, RunInputs
 
 
-def predictions(inputs: Inputs) -> tuple[dict[str, float], str]:
+def predictions(inputs: RunInputs) -> tuple[dict[str, float], str]:
     """Row id -> milliseconds, and where they come from. The cost model needs torch; the page does without it."""
     if inputs.predictions is not None:
         return inputs.predictions, f"{PREDICTIONS} of this run"

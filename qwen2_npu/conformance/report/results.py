@@ -9,12 +9,12 @@ from pathlib import Path
 from qwen2_npu.conformance.machine.provenance import Provenance, merged
 from qwen2_npu.conformance.report import accuracy, bench, figures, graphs, latency, stages, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs, reason
+from qwen2_npu.conformance.report.inputs import RunInputs, reason
 
 AREAS = (accuracy, suites, graphs, latency, bench, stages)
 
 
-def _fault(alone: Inputs) -> str:
+def _fault(alone: RunInputs) -> str:
     """Why one file, well-formed as it is, does not hold what its name says; empty where it does."""
     try:
         sorted(provenance.fingerprint.digest for _, provenance in alone.stated())  # raises for text that is not Unicode
@@ -29,7 +29,7 @@ def _fault(alone: Inputs) -> str:
     return ""
 
 
-def _self_test(inputs: Inputs) -> bool:
+def _self_test(inputs: RunInputs) -> bool:
     return any(
         content.get("self_test") or any((b.get("extra_info") or {}).get("self_test") for b in content["benchmarks"])
         for content in inputs.benchmarks.values()
@@ -40,7 +40,7 @@ def _self_test(inputs: Inputs) -> bool:
 class Results:
     """``problems``: files that cannot be read, inputs that contradict one another."""
 
-    inputs: Inputs
+    inputs: RunInputs
     provenance: Provenance
     claims: tuple[Claim, ...]
     problems: tuple[str, ...]
@@ -48,7 +48,7 @@ class Results:
     @classmethod
     def of(cls, folder: Path) -> Results:
         """Everything that the files in ``folder`` say, and everything they leave unsaid."""
-        inputs = Inputs.of(folder)
+        inputs = RunInputs.of(folder)
         for name, alone, leave_out in inputs.one_by_one():
             if fault := _fault(alone):
                 leave_out()

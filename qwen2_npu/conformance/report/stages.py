@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 
 AREA = "Stages of the run"
 
@@ -13,7 +14,7 @@ FOUND_FAILURES = 1
 """Exit status of pytest and `verify` that ran to their end and found something."""
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """One per stage; none where the files were made one by one."""
     return [
         Claim(
@@ -21,7 +22,7 @@ def claims(inputs: Inputs) -> list[Claim]:
             area=AREA,
             title=f"stage {stage['name']} ran to its end",
             status=_status(stage, inputs),
-            verified=inputs.run.get("provenance", {}).get("verified") or "",
+            verified=Provenance.from_json(inputs.run.get("provenance", {})).verified,
             reference=_facts(stage),
             message=stage.get("problem", ""),
         )
@@ -34,7 +35,7 @@ def _facts(stage: dict[str, Any]) -> str:
     return f"{ended}{stage['command']}"
 
 
-def _status(stage: dict[str, Any], inputs: Inputs) -> Status:
+def _status(stage: dict[str, Any], inputs: RunInputs) -> Status:
     """None: its turn did not come. Failures that its files hold are claims of their own, not the stage's."""
     status = stage["status"]
     if status is None:
@@ -42,7 +43,7 @@ def _status(stage: dict[str, Any], inputs: Inputs) -> Status:
     return Status.PASS if status == 0 or (status == FOUND_FAILURES and _holds_failures(stage, inputs)) else Status.FAIL
 
 
-def _holds_failures(stage: dict[str, Any], inputs: Inputs) -> bool:
+def _holds_failures(stage: dict[str, Any], inputs: RunInputs) -> bool:
     made = stage.get("makes", [])
     sessions = [session for session in inputs.sessions if session.path.name in made]
     verifications = [content for name, content in inputs.verifications.items() if name in made]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import qwen2_npu
 from qwen2_npu.conformance.graph import committed
-from qwen2_npu.conformance.machine.verified import Where, where, written
+from qwen2_npu.conformance.machine.verified import NOT_SAID, Verified, Where
 from qwen2_npu.conformance.report import junit
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.labels import labels
 from qwen2_npu.optimizations import LADDER
 
@@ -37,11 +37,11 @@ class Tally:
 
     outcomes: Counter[junit.Outcome]
     status: Status
-    verified: str
+    verified: Verified
     message: str
 
     @classmethod
-    def of(cls, cases: Iterable[tuple[junit.JUnitCase, str]]) -> Tally:
+    def of(cls, cases: Iterable[tuple[junit.JUnitCase, Verified]]) -> Tally:
         """Any failure fails it; skipped tests alone do not pass."""
         known = list(cases)
         outcomes = Counter(case.outcome for case, _ in known)
@@ -53,9 +53,9 @@ class Tally:
         if not failed:
             reasons = Counter(case.message for case, _ in known if case.outcome == "skipped")
             lines = [f"{count} skipped: {reason}" for reason, count in reasons.most_common(MESSAGES)]
-        verified = sorted({text for _, text in known})
+        verified = {verified for _, verified in known}
         # Sessions on different devices: none of them may speak for the others.
-        return cls(outcomes, status, verified[0] if len(verified) == 1 else "", "\n".join(lines))
+        return cls(outcomes, status, verified.pop() if len(verified) == 1 else NOT_SAID, "\n".join(lines))
 
     def __str__(self) -> str:
         kinds: tuple[junit.Outcome, ...] = ("passed", "failed", "skipped")
@@ -68,17 +68,19 @@ class Tally:
         return claim.found(self.status, verified=self.verified, reference=str(self), message=self.message)
 
 
-def claims(inputs: Inputs) -> list[Claim]:
+def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's tests say, latency rows and graphs aside."""
     cases = inputs.cases()
     return [*_steps(cases), *_operators(cases), *_ratios(cases), *_files(cases)]
 
 
-def _steps(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
+def _steps(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
     """The accuracy suite, step by step."""
     for step in LADDER:
         about = [
-            (case, text) for case, text in cases if case.module.startswith("tests.accuracy.") and step in case.tokens
+            (case, verified)
+            for case, verified in cases
+            if case.module.startswith("tests.accuracy.") and step in case.tokens
         ]
         claim = Claim(
             id=f"suite/accuracy/{step}",
@@ -91,27 +93,27 @@ def _steps(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
         yield Tally.of(about).say(claim)
 
 
-def _operators(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
+def _operators(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
     from qwen2_npu.conformance.operators import CATALOGUE
 
     for name in CATALOGUE:
         about = [
-            (case, text)
-            for case, text in cases
+            (case, verified)
+            for case, verified in cases
             if case.module == "tests.accuracy.test_operators" and case.tokens[0] == name
         ]
         claim = Claim(f"operators/{name}", OPERATORS, f"{name}: agrees with its float64 golden")
         yield Tally.of(about).say(claim)
 
 
-def _ratios(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
+def _ratios(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
     """Speed against the stock model in the same run: a ratio with its interval."""
     for case, verified in cases:
         if (case.module, case.function) != RATIO:
             continue
         text = case.properties.get("ratio", "")
-        if where(verified) is Where.EMULATED:
-            verified = written(Where.CPU, "this test measures the portable kernels")
+        if verified.where is Where.EMULATED:
+            verified = Verified.of(Where.CPU, "this test measures the portable kernels")
         claim = Claim(f"relative/{case.parameters}", RATIOS, f"{case.parameters}: not slower than required")
         said = Tally.of([(case, verified)]).say(claim)
         number = text.split(" ")[0]
@@ -121,14 +123,14 @@ def _ratios(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
         yield said
 
 
-def _files(cases: list[tuple[junit.JUnitCase, str]]) -> Iterator[Claim]:
+def _files(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
     """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
     known = _modules()
-    by_module: dict[str, list[tuple[junit.JUnitCase, str]]] = {name: [] for name in known}
-    for case, text in cases:
-        by_module.setdefault(case.module, []).append((case, text))
+    by_module: dict[str, list[tuple[junit.JUnitCase, Verified]]] = {name: [] for name in known}
+    for case, verified in cases:
+        by_module.setdefault(case.module, []).append((case, verified))
     for module, about in by_module.items():
-        rest = [(case, text) for case, text in about if not is_claimed(case)]
+        rest = [(case, verified) for case, verified in about if not is_claimed(case)]
         if about and not rest:
             continue
         title = path(module) if module in known else module

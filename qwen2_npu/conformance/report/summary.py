@@ -54,7 +54,7 @@ def _line(value: str) -> str:
 def _lines(results: Results, this: Run, found: Sequence[Change], problems: Sequence[str]) -> Iterator[str]:
     yield f"## {text(verdict(results, found, problems).text)}"
     yield ""
-    verified = results.provenance.verified or "no file of this run states the device"
+    verified = results.provenance.verified.text or "no file of this run states the device"
     counts = ", ".join(f"{count} {status}" for status, count in results.counts().items() if count)
     yield f"Commit {code(this.commit)}, {text(verified)}. {counts}."
     yield ""

@@ -145,7 +145,7 @@ class Capture:
         return group
 
     def end(self) -> Graph:
-        """Nothing has happened: memory is as it was, results are garbage."""
+        """What was recorded. Memory is as it was before the capture, and results are garbage."""
         self._journal.undo()
         for address, count in self._fresh:
             ctypes.memset(address, POISON, count)

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from qwen2_npu.emulator.collectives import faults, reduction
-from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.errors import CollectiveError, HcclResult
 
 Tensor = torch.Tensor
 
@@ -169,7 +169,7 @@ class Communicator:
                 self._sent.popleft()[0].wait(self._timeout())
 
     def close(self) -> None:
-        """Let what was sent arrive, and leave."""
+        """Wait until what was sent has arrived, and leave the group."""
         while self._sent:
             try:
                 self._sent.popleft()[0].wait(self._timeout())
@@ -184,15 +184,17 @@ class Communicator:
         """Around one call: injected faults (true: contribute nothing), and errors that say who waited for whom."""
         where = f"{collective} on rank {global_rank()} in group {self.name!r} ({self.rank} of {self.size})"
         if self._broken:
-            raise CollectiveError(Result.UNAVAIL, f"{where}: the communicator is unusable since then: {self._broken}")
+            raise CollectiveError(
+                HcclResult.UNAVAIL, f"{where}: the communicator is unusable since then: {self._broken}"
+            )
         fault = faults.at(collective, global_rank())
         begin = time.monotonic()
         try:
             if fault == "fail":
-                raise CollectiveError(Result.REMOTE, f"{where} failed by injection")
+                raise CollectiveError(HcclResult.REMOTE, f"{where} failed by injection")
             if fault == "hang":
                 time.sleep(self._timeout().total_seconds())
-                raise CollectiveError(Result.TIMEOUT, f"{where} was hung by injection until the group's timeout")
+                raise CollectiveError(HcclResult.TIMEOUT, f"{where} was hung by injection until the group's timeout")
             yield fault == "drop"
         except CollectiveError as error:
             self._broken = str(error)
@@ -206,12 +208,12 @@ class Communicator:
         text = str(error)
         if "imed out" in text:
             return CollectiveError(
-                Result.TIMEOUT,
+                HcclResult.TIMEOUT,
                 f"{where}: no answer from the other ranks in {seconds:.1f} s; the group's timeout is "
                 f"{self._timeout().total_seconds():g} s. Look at the other ranks' output: one failed, "
                 "ended, or called another collective",
             )
-        return CollectiveError(Result.REMOTE, f"{where}: another rank is gone or disagrees on the sizes ({text})")
+        return CollectiveError(HcclResult.REMOTE, f"{where}: another rank is gone or disagrees on the sizes ({text})")
 
     def _options(self, kind: type) -> Any:
         options = kind()
@@ -220,7 +222,7 @@ class Communicator:
 
     def _equal(self, x: Tensor) -> list[int]:
         if x.numel() % self.size:
-            raise CollectiveError(Result.PARA, f"{x.numel()} elements cannot be divided among {self.size} ranks")
+            raise CollectiveError(HcclResult.PARA, f"{x.numel()} elements cannot be divided among {self.size} ranks")
         return [x.numel() // self.size] * self.size
 
 

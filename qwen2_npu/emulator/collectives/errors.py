@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class Result(IntEnum):
+class HcclResult(IntEnum):
     """HcclResult: the values that are given here."""
 
     SUCCESS = 0
@@ -26,6 +26,6 @@ class CollectiveError(RuntimeError):
         message: names the collective, the rank, the group, and the way out.
     """
 
-    def __init__(self, code: Result, message: str) -> None:
+    def __init__(self, code: HcclResult, message: str) -> None:
         super().__init__(message)
         self.code = code

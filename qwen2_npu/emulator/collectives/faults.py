@@ -20,7 +20,7 @@ KINDS = ("fail", "hang", "drop")
 
 
 @dataclass
-class Fault:
+class CollectiveFault:
     """One fault.
 
     Args:
@@ -49,7 +49,7 @@ class Fault:
         return self.nth in (0, self.seen)
 
     @classmethod
-    def parse(cls, text: str) -> Fault:
+    def parse(cls, text: str) -> CollectiveFault:
         """From ``KIND[:key=value,...]``.
 
         Raises:
@@ -66,19 +66,21 @@ class Fault:
             ) from error
 
 
-_injected: list[Fault] = []
+_injected: list[CollectiveFault] = []
 
 
 @cache
-def _from_environment() -> tuple[Fault, ...]:
+def _from_environment() -> tuple[CollectiveFault, ...]:
     text = os.environ.get(VARIABLE)
-    return (Fault.parse(text),) if text else ()
+    return (CollectiveFault.parse(text),) if text else ()
 
 
 @contextlib.contextmanager
-def inject(kind: str, rank: int | None = None, collective: str | None = None, nth: int = 0) -> Iterator[Fault]:
-    """Arm a fault in this process; see ``Fault``."""
-    fault = Fault(kind, rank, collective, nth)
+def inject(
+    kind: str, rank: int | None = None, collective: str | None = None, nth: int = 0
+) -> Iterator[CollectiveFault]:
+    """Arm a fault in this process; see ``CollectiveFault``."""
+    fault = CollectiveFault(kind, rank, collective, nth)
     _injected.append(fault)
     try:
         yield fault

@@ -1,4 +1,4 @@
-"""HCCL's functions as ``cann/hccl.c`` hands them over: memory in, through a ``Communicator``, memory out."""
+"""HCCL's functions, as ``cann/hccl.c`` calls them: addresses become tensors, and a ``Communicator`` computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from qwen2_npu.emulator.collectives import reduction
 from qwen2_npu.emulator.collectives.communicator import LOOPBACK, Communicator, Message
-from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.errors import CollectiveError, HcclResult
 from qwen2_npu.emulator.settings import EmulatorError
 
 DTYPES: dict[int, torch.dtype] = {
@@ -50,7 +50,7 @@ class Comm(ctypes.Structure):
     _fields_ = (("id", c_uint64), ("rank", c_uint32), ("size", c_uint32), ("name", c_char * 128))
 
 
-class Call(ctypes.Structure):
+class CollectiveCall(ctypes.Structure):
     """``Call`` of hccl.c; counts and offsets are in elements."""
 
     _fields_ = (
@@ -84,7 +84,7 @@ class Call(ctypes.Structure):
 def _memory(address: int | None, dtype: int, count: int, offset: int = 0) -> torch.Tensor:
     kind = DTYPES.get(dtype)
     if kind is None:
-        raise CollectiveError(Result.NOT_SUPPORT, f"HCCL data type {dtype} is not emulated")
+        raise CollectiveError(HcclResult.NOT_SUPPORT, f"HCCL data type {dtype} is not emulated")
     tensor = torch.empty(0, dtype=kind)
     if not count or not address:
         return tensor
@@ -96,68 +96,68 @@ def _memory(address: int | None, dtype: int, count: int, offset: int = 0) -> tor
 # ---- one function per kind of call, in the order of hccl.c's enumeration ----
 
 
-def _all_reduce(comm: Communicator, call: Call) -> None:
+def _all_reduce(comm: Communicator, call: CollectiveCall) -> None:
     call.received(call.count).copy_(comm.all_reduce(call.sent(call.count), call.reduction))
 
 
-def _reduce(comm: Communicator, call: Call) -> None:
+def _reduce(comm: Communicator, call: CollectiveCall) -> None:
     result = comm.all_reduce(call.sent(call.count), call.reduction, "reduce")
     if comm.rank == call.peer:
         call.received(call.count).copy_(result)
 
 
-def _broadcast(comm: Communicator, call: Call) -> None:
+def _broadcast(comm: Communicator, call: CollectiveCall) -> None:
     call.received(call.count).copy_(comm.broadcast(call.sent(call.count), call.peer))
 
 
-def _all_gather(comm: Communicator, call: Call) -> None:
+def _all_gather(comm: Communicator, call: CollectiveCall) -> None:
     call.received(comm.size * call.count).copy_(comm.all_gather(call.sent(call.count)))
 
 
-def _all_gather_v(comm: Communicator, call: Call) -> None:
+def _all_gather_v(comm: Communicator, call: CollectiveCall) -> None:
     counts = call.receive_counts[: comm.size]
     _place(call, comm.all_gather(call.sent(call.count), counts), counts, call.receive_offsets[: comm.size])
 
 
-def _reduce_scatter(comm: Communicator, call: Call) -> None:
+def _reduce_scatter(comm: Communicator, call: CollectiveCall) -> None:
     call.received(call.count).copy_(comm.reduce_scatter(call.sent(comm.size * call.count), call.reduction))
 
 
-def _reduce_scatter_v(comm: Communicator, call: Call) -> None:
+def _reduce_scatter_v(comm: Communicator, call: CollectiveCall) -> None:
     counts = call.send_counts[: comm.size]
     call.received(call.count).copy_(
         comm.reduce_scatter(_pack(call, counts, call.send_offsets[: comm.size]), call.reduction, counts)
     )
 
 
-def _scatter(comm: Communicator, call: Call) -> None:
+def _scatter(comm: Communicator, call: CollectiveCall) -> None:
     x = call.sent(comm.size * call.count) if comm.rank == call.peer else call.sent(0)
     call.received(call.count).copy_(comm.scatter(x, call.count, call.peer))
 
 
-def _all_to_all(comm: Communicator, call: Call) -> None:
+def _all_to_all(comm: Communicator, call: CollectiveCall) -> None:
     total = comm.size * call.count
     call.received(total).copy_(comm.all_to_all(call.sent(total)))
 
 
-def _all_to_all_v(comm: Communicator, call: Call) -> None:
+def _all_to_all_v(comm: Communicator, call: CollectiveCall) -> None:
     sent, received = call.send_counts[: comm.size], call.receive_counts[: comm.size]
     result = comm.all_to_all(_pack(call, sent, call.send_offsets[: comm.size]), sent, received)
     _place(call, result, received, call.receive_offsets[: comm.size])
 
 
-def _all_to_all_vc(comm: Communicator, call: Call) -> None:
+def _all_to_all_vc(comm: Communicator, call: CollectiveCall) -> None:
     matrix = call.send_counts[: comm.size**2]
     sent = matrix[comm.rank * comm.size : (comm.rank + 1) * comm.size]
     received = matrix[comm.rank :: comm.size]
     call.received(sum(received)).copy_(comm.all_to_all(call.sent(sum(sent)), sent, received))
 
 
-def _barrier(comm: Communicator, call: Call) -> None:
+def _barrier(comm: Communicator, call: CollectiveCall) -> None:
     comm.barrier()
 
 
-KINDS: tuple[Callable[[Communicator, Call], None], ...] = (
+KINDS: tuple[Callable[[Communicator, CollectiveCall], None], ...] = (
     _all_reduce,
     _reduce,
     _broadcast,
@@ -174,11 +174,11 @@ KINDS: tuple[Callable[[Communicator, Call], None], ...] = (
 SEND, RECEIVE = len(KINDS), len(KINDS) + 1
 
 
-def _pack(call: Call, counts: list[int], offsets: list[int]) -> torch.Tensor:
+def _pack(call: CollectiveCall, counts: list[int], offsets: list[int]) -> torch.Tensor:
     return torch.cat([call.sent(count, offset) for count, offset in zip(counts, offsets, strict=True)])
 
 
-def _place(call: Call, result: torch.Tensor, counts: list[int], offsets: list[int]) -> None:
+def _place(call: CollectiveCall, result: torch.Tensor, counts: list[int], offsets: list[int]) -> None:
     for part, count, offset in zip(torch.split(result, counts), counts, offsets, strict=True):
         call.received(count, offset).copy_(part)
 
@@ -211,7 +211,7 @@ def find(name: str) -> Communicator:
             return comm
     known = ", ".join(repr(comm.name) for comm in _open.values()) or "none"
     raise CollectiveError(
-        Result.NOT_FOUND,
+        HcclResult.NOT_FOUND,
         f"no HCCL communicator is called {name!r} (known: {known}): pass what "
         "group._get_backend(torch.device('npu')).get_hccl_comm_name(rank) returns",
     )
@@ -243,7 +243,7 @@ def _open_comm(handle: Any, info: Any) -> None:
         comm = Communicator(name, record.rank, record.size, store, patience, timeout)
     except RuntimeError as error:
         raise CollectiveError(
-            Result.TIMEOUT,
+            HcclResult.TIMEOUT,
             f"rank {record.rank} of {record.size} of communicator {name!r} did not meet the others in "
             f"{patience.total_seconds():g} s (HCCL_CONNECT_TIMEOUT): every one of them must make this call ({error})",
         ) from error
@@ -262,9 +262,9 @@ def _run(calls: Any, count: int) -> None:
         recorder(partial(_compute, [_kept(call) for call in calls[:count]]))
 
 
-def _kept(call: Call) -> Call:
+def _kept(call: CollectiveCall) -> CollectiveCall:
     """A copy that outlives the call from C."""
-    copy = Call.from_buffer_copy(call)
+    copy = CollectiveCall.from_buffer_copy(call)
     ranks = call.comm.contents.size
     length = ranks**2 if KINDS[call.kind : call.kind + 1] == (_all_to_all_vc,) else ranks
     for name in ("send_counts", "send_offsets", "receive_counts", "receive_offsets"):
@@ -274,7 +274,7 @@ def _kept(call: Call) -> Call:
     return copy
 
 
-def _compute(calls: Sequence[Call]) -> None:
+def _compute(calls: Sequence[CollectiveCall]) -> None:
     first = calls[0]
     if first.kind < len(KINDS):
         KINDS[first.kind](_open[first.comm.contents.id], first)
@@ -300,7 +300,7 @@ _Handler = Callable[..., None]
 _SIGNATURES: tuple[tuple[str, _Handler, tuple[Any, ...]], ...] = (
     ("root_info", _root_info, (c_void_p,)),
     ("open", _open_comm, (POINTER(Comm), c_void_p)),
-    ("run", _run, (POINTER(Call), c_uint32)),
+    ("run", _run, (POINTER(CollectiveCall), c_uint32)),
     ("close", _close, (POINTER(Comm),)),
 )
 
@@ -313,13 +313,13 @@ def _answering(library: ctypes.CDLL, function: _Handler) -> Callable[..., int]:
         try:
             with torch.inference_mode():
                 function(*arguments)
-            return Result.SUCCESS
+            return HcclResult.SUCCESS
         except CollectiveError as error:
             failure = error
         except EmulatorError as error:
-            failure = CollectiveError(Result.PARA, str(error))
+            failure = CollectiveError(HcclResult.PARA, str(error))
         except BaseException as error:
-            failure = CollectiveError(Result.INTERNAL, f"emulated HCCL, {function.__name__}: {error!r}")
+            failure = CollectiveError(HcclResult.INTERNAL, f"emulated HCCL, {function.__name__}: {error!r}")
         library.emu_set_error(f"{failure}".encode())
         return failure.code
 

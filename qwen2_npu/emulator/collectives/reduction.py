@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.distributed import ReduceOp
 
-from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.errors import CollectiveError, HcclResult
 
 OPERATIONS: dict[str, ReduceOp.RedOpType] = {
     "sum": ReduceOp.SUM,
@@ -39,12 +39,14 @@ NO_PRODUCT = (torch.int16, torch.bfloat16)
 def check(dtype: torch.dtype, operation: str) -> None:
     """Raise CollectiveError for what HCCL refuses on Atlas A2."""
     if operation not in OPERATIONS:
-        raise CollectiveError(Result.PARA, f"reduction {operation!r} is not one of HCCL's: {', '.join(OPERATIONS)} are")
+        raise CollectiveError(
+            HcclResult.PARA, f"reduction {operation!r} is not one of HCCL's: {', '.join(OPERATIONS)} are"
+        )
     refused = dtype not in COMPUTED_IN or (operation == "prod" and dtype in NO_PRODUCT)
     if refused:
         names = [str(d).removeprefix("torch.") for d in COMPUTED_IN if operation != "prod" or d not in NO_PRODUCT]
         raise CollectiveError(
-            Result.NOT_SUPPORT,
+            HcclResult.NOT_SUPPORT,
             f"HCCL's {operation} of {dtype} does not exist on Atlas A2, which takes {', '.join(names)}",
         )
 

@@ -1,7 +1,7 @@
 """Random numbers: an NPU generator is a seed and an offset; each draw comes from a CPU generator made of both.
 
 The first draw after ``manual_seed(s)`` is the CPU's own for seed ``s``; saving and restoring the generator's state
-repeats draws, as on hardware. Hardware's numbers are other ones.
+repeats draws, as on hardware. Hardware draws other numbers.
 """
 
 from __future__ import annotations

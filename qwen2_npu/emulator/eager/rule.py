@@ -60,7 +60,8 @@ class _Rule:
     Attributes:
         run: what computes the operator on CPU tensors.
         keyed: names of the arguments that hold tensors.
-        single: there is one result, which is no list. ``first``: the position of the argument it is, None if it is new.
+        single: there is one result, which is not a list.
+        first: the position of the argument that result is, None if it is new.
         mixes: takes CPU tensors beside NPU ones.
         host_results: which results are on the CPU on every device.
         draws: ``run`` takes ``generator``. ``seeded``: it draws from the CPU's default generator.

@@ -10,20 +10,20 @@ import torch
 from qwen2_npu.emulator.eager.plan import Plan
 
 
-class Listener(Protocol):
+class OperatorListener(Protocol):
     """Called in place of an operator; ``run(*args, **kwargs)`` computes it on CPU tensors over device memory."""
 
     def __call__(self, plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any: ...
 
 
-listeners: list[Listener] = []
+listeners: list[OperatorListener] = []
 """The last one added is called first. Empty in ordinary runs, so that watching costs nothing then."""
 
 leaving: list[Callable[[Plan], None]] = []
-"""Told of an operator whose result goes to the host, before it is computed."""
+"""Called with the plan of an operator whose result goes to the host, before it is computed."""
 
 stored: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
-"""Told of each fresh result: the CPU tensor computed, and the npu tensor it was copied into."""
+"""Called for each new result, with the CPU tensor computed and the npu tensor it was copied into."""
 
 
 def call(plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:

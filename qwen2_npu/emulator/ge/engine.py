@@ -23,18 +23,18 @@ STRUCTURE = frozenset({"Data", "RefData", "Const", "ConstPlaceHolder", "NetOutpu
 """Node types the engine itself deals with; all others are in the table of operators."""
 
 
-class Listener(Protocol):
+class NodeListener(Protocol):
     """Called in place of a node; ``run(values)`` computes it from the values of its inputs."""
 
     def __call__(self, node: Node, run: Callable[[list[Any]], tuple[Tensor, ...]], values: list[Any]) -> Any: ...
 
 
-listeners: list[Listener] = []
+listeners: list[NodeListener] = []
 """Watchers of every node, for fault injection and tracing. Empty in ordinary runs, so that watching costs nothing."""
 
 
 @dataclass(frozen=True)
-class Step:
+class NodeStep:
     """One node, ready to run.
 
     Attributes:
@@ -83,7 +83,7 @@ class Program:
     name: str
     data: tuple[tuple[int, int, bool], ...]
     initial: tuple[Tensor | None, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[NodeStep, ...]
     outputs: tuple[int, ...]
 
     @classmethod
@@ -157,7 +157,7 @@ class Program:
         return [values[slot] for slot in self.outputs]
 
 
-def _with_copies(step: Step, given: list[Any]) -> list[Any]:
+def _with_copies(step: NodeStep, given: list[Any]) -> list[Any]:
     """The inputs of a step that writes a constant, with a copy of that constant."""
     pairs = zip(step.reads, given, strict=True)
     return [value.clone() if slot in step.copies.constants else value for slot, value in pairs]
@@ -187,7 +187,7 @@ def _check_edges(nodes: list[Node], slots: dict[Edge, int]) -> None:
 
 def _steps(
     nodes: list[Node], slots: dict[Edge, int], constants: dict[Edge, Tensor], returned: tuple[int, ...]
-) -> tuple[Step, ...]:
+) -> tuple[NodeStep, ...]:
     kernels: list[Kernel] = []
     accesses: list[Access] = []
     reads: list[tuple[int | None, ...]] = []
@@ -204,7 +204,7 @@ def _steps(
     copies = plan_copies(accesses, fixed, returned)
     dead = _dead(accesses, fixed | set(returned))
     return tuple(
-        Step(node, kernel, read, access.makes, copy, gone)
+        NodeStep(node, kernel, read, access.makes, copy, gone)
         for node, kernel, read, access, copy, gone in zip(nodes, kernels, reads, accesses, copies, dead, strict=True)
     )
 
@@ -220,7 +220,7 @@ def _dead(accesses: list[Access], kept: frozenset[int]) -> list[tuple[int, ...]]
     return dead[::-1]
 
 
-def _through_listeners(step: Step, values: list[Any]) -> tuple[Tensor, ...]:
+def _through_listeners(step: NodeStep, values: list[Any]) -> tuple[Tensor, ...]:
     run: Callable[[list[Any]], tuple[Tensor, ...]] = step.run
     for listener in listeners:
         run = _bound(listener, step.node, run)
@@ -228,7 +228,7 @@ def _through_listeners(step: Step, values: list[Any]) -> tuple[Tensor, ...]:
 
 
 def _bound(
-    listener: Listener, node: Node, run: Callable[[list[Any]], tuple[Tensor, ...]]
+    listener: NodeListener, node: Node, run: Callable[[list[Any]], tuple[Tensor, ...]]
 ) -> Callable[[list[Any]], tuple[Tensor, ...]]:
     return lambda values: listener(node, run, values)
 

@@ -89,12 +89,9 @@ def decode_attention(
     """
     if lengths is not None:
         lengths = check_lengths(op, lengths_name, lengths, size.batch, size.kv_len)
-    if kv_padding_size is None:
-        window = _left_window(size.kv_len, lengths, query.device)
-    elif lengths is None:
+    if lengths is None and kv_padding_size is not None:
         raise invalid(op, "kv_padding_size", kv_padding_size, f"only together with {lengths_name}")
-    else:
-        window = _right_window(op, size.kv_len, lengths, kv_padding_size, query.device)
+    window = _window(op, size.kv_len, lengths, kv_padding_size, query.device)
     batch, heads = size.batch, size.q_heads
     # With the heads of a group as its queries, the cache is read once per group and never repeated.
     q = query.reshape(batch, size.kv_heads, heads // size.kv_heads, size.head_dim)
@@ -104,22 +101,40 @@ def decode_attention(
 
     k = window.own(window.take(heads_first(key, size.layout, size.kv_heads), 2))
     v = window.own(window.take(heads_first(value, size.layout, size.kv_heads), 2))
-    keep = visible = window.keep
-    scored_q = q
-    if mask is not None:
-        min_len = window.length if window.first is None else window.first + window.length
-        visible = ~window.take(decode_drop(op, mask, batch, min_len), 3)
-        if window.keep is not None:
-            visible = visible & window.keep
-        blind = ~visible.any(-1, keepdim=True)
-        # Equal scores over the window give its mean: what −1e12 in every place comes to.
-        scored_q = torch.where(blind, 0, q)
-        keep = visible | (blind if window.keep is None else blind & window.keep)
-    out = attend(scored_q, k, v, scale=scale, keep=keep)
+    visible = window.keep
+    if mask is None:
+        out = attend(q, k, v, scale=scale, keep=visible)
+    else:
+        visible = _visible(op, mask, batch, window)
+        out = _attend_or_mean(q, k, v, visible, window, scale)
     if window.rows is not None:
         out = torch.where(window.rows, out, 0)
     lse = _lse(q, k, window, visible, scale).view(batch, heads, 1, 1) if want_lse else None
     return out.reshape(batch, heads, size.head_dim), lse
+
+
+def _visible(op: str, mask: Tensor, batch: int, window: Window) -> Tensor:
+    """bool (B|1, 1, 1, length): slots of the window that the row owns and the mask does not drop."""
+    min_len = window.length if window.first is None else window.first + window.length
+    visible = ~window.take(decode_drop(op, mask, batch, min_len), 3)
+    return visible if window.keep is None else visible & window.keep
+
+
+def _attend_or_mean(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, window: Window, scale: float) -> Tensor:
+    """Attention over the visible slots; in rows without any, the mean of V over the window."""
+    blind = ~visible.any(-1, keepdim=True)
+    keep = visible | (blind if window.keep is None else blind & window.keep)
+    # Equal scores over the window give its mean: what −1e12 in every place comes to.
+    return attend(torch.where(blind, 0, q), k, v, scale=scale, keep=keep)
+
+
+def _window(
+    op: str, cache_len: int, lengths: Sequence[int] | None, padding: Tensor | None, device: torch.device
+) -> Window:
+    """At the start of the cache, or where ``padding`` puts it."""
+    if padding is None or lengths is None:
+        return _left_window(cache_len, lengths, device)
+    return _right_window(op, cache_len, lengths, padding, device)
 
 
 def _left_window(cache_len: int, lengths: Sequence[int] | None, device: torch.device) -> Window:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from qwen2_npu.ops.attention.decode import decode_attention
-from qwen2_npu.ops.attention.layouts import check_geometry
+from qwen2_npu.ops.attention.layouts import Geometry, check_geometry
 from qwen2_npu.ops.attention.masks import UNBOUNDED
 from qwen2_npu.ops.attention.prompt_flash_attention import attend_prompt
 from qwen2_npu.ops.checks import invalid, reject_unsupported
 
+OP = "npu_fused_infer_attention_score"
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
 MAX_BATCH = 65535
 INNER_PRECISE = (0, 1)
@@ -53,50 +54,22 @@ def npu_fused_infer_attention_score(
     Raises:
         ValueError: names the argument that is not supported or does not fit.
     """
-    op = "npu_fused_infer_attention_score"
     if unsupported:
-        reject_unsupported(op, unsupported)
+        reject_unsupported(OP, unsupported)
     if inner_precise not in INNER_PRECISE:
-        raise invalid(op, "inner_precise", inner_precise, "0 or 1")
-    size = check_geometry(
-        op,
-        query,
-        key,
-        value,
-        layout=input_layout,
-        supported_layouts=LAYOUTS,
-        num_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        max_batch=MAX_BATCH,
-    )
-    lse: Tensor | None
+        raise invalid(OP, "inner_precise", inner_precise, "0 or 1")
+    size = _geometry(query, key, value, input_layout, num_heads, num_key_value_heads)
+    mask = _mask(size, atten_mask, sparse_mode, kv_padding_size)
     if size.q_len == 1:
-        if sparse_mode not in DECODE_SPARSE_MODES:
-            raise invalid(op, "sparse_mode", sparse_mode, "0, 1 or 3 for a single query per row")
-        heads_out, lse = decode_attention(
-            op,
-            query,
-            key,
-            value,
-            size,
-            scale=scale,
-            mask=None if sparse_mode == 3 else atten_mask,
-            lengths=actual_seq_lengths_kv,
-            kv_padding_size=kv_padding_size,
-            lengths_name="actual_seq_lengths_kv",
-            want_lse=softmax_lse_flag,
-        )
-        out = heads_out.unsqueeze(1) if input_layout == "BNSD_BSND" else heads_out.view(query.shape)
+        out, lse = _step(query, key, value, size, scale, mask, actual_seq_lengths_kv, kv_padding_size, softmax_lse_flag)
     else:
-        if kv_padding_size is not None:
-            raise invalid(op, "kv_padding_size", kv_padding_size, "None for more than one query per row")
         out, lse = attend_prompt(
-            op,
+            OP,
             query,
             key,
             value,
             size,
-            mask=atten_mask,
+            mask=mask,
             sparse_mode=sparse_mode,
             pre_tokens=pre_tokens,
             next_tokens=next_tokens,
@@ -106,3 +79,60 @@ def npu_fused_infer_attention_score(
             want_lse=softmax_lse_flag,
         )
     return out, torch.empty(0, dtype=torch.float32, device=query.device) if lse is None else lse
+
+
+def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
+    return check_geometry(
+        OP,
+        query,
+        key,
+        value,
+        layout=layout,
+        supported_layouts=LAYOUTS,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_batch=MAX_BATCH,
+    )
+
+
+def _mask(size: Geometry, mask: Tensor | None, sparse_mode: int, kv_padding_size: Tensor | None) -> Tensor | None:
+    """The mask, where it has an effect.
+
+    Raises:
+        ValueError: ``sparse_mode`` or ``kv_padding_size`` is not for this number of queries.
+    """
+    if size.q_len != 1:
+        if kv_padding_size is not None:
+            raise invalid(OP, "kv_padding_size", kv_padding_size, "None for more than one query per row")
+        return mask
+    if sparse_mode not in DECODE_SPARSE_MODES:
+        raise invalid(OP, "sparse_mode", sparse_mode, "0, 1 or 3 for a single query per row")
+    return None if sparse_mode == 3 else mask
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    size: Geometry,
+    scale: float,
+    mask: Tensor | None,
+    lengths: Sequence[int] | None,
+    kv_padding_size: Tensor | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A decode step: one query per row. The output has the layout that was asked for."""
+    out, lse = decode_attention(
+        OP,
+        query,
+        key,
+        value,
+        size,
+        scale=scale,
+        mask=mask,
+        lengths=lengths,
+        kv_padding_size=kv_padding_size,
+        lengths_name="actual_seq_lengths_kv",
+        want_lse=want_lse,
+    )
+    return out.unsqueeze(1) if size.layout == "BNSD_BSND" else out.view(query.shape), lse

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from qwen2_npu.ops.attention.decode import decode_attention
-from qwen2_npu.ops.attention.layouts import check_geometry
+from qwen2_npu.ops.attention.layouts import Geometry, check_geometry
 from qwen2_npu.ops.checks import invalid, reject_unsupported
 
+OP = "npu_incre_flash_attention"
 LAYOUTS = ("BSH", "BSND", "BNSD")
 MAX_BATCH = 65535
 MAX_CACHE = 262144
@@ -48,28 +49,13 @@ def npu_incre_flash_attention(
     Raises:
         ValueError: names the argument that is not supported or does not fit.
     """
-    op = "npu_incre_flash_attention"
     if unsupported:
-        reject_unsupported(op, unsupported)
+        reject_unsupported(OP, unsupported)
     if inner_precise not in INNER_PRECISE:
-        raise invalid(op, "inner_precise", inner_precise, "0 or 1")
-    size = check_geometry(
-        op,
-        query,
-        key,
-        value,
-        layout=input_layout,
-        supported_layouts=LAYOUTS,
-        num_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        max_batch=MAX_BATCH,
-    )
-    if size.q_len != 1:
-        raise invalid(op, "query", query, f"one query per row (S = 1 in {input_layout}); npu_prompt_flash_attention")
-    if isinstance(size.kv_len, int) and size.kv_len > MAX_CACHE:
-        raise invalid(op, "key", key, f"at most {MAX_CACHE} cache slots")
+        raise invalid(OP, "inner_precise", inner_precise, "0 or 1")
+    size = _geometry(query, key, value, input_layout, num_heads, num_key_value_heads)
     out, _ = decode_attention(
-        op,
+        OP,
         query,
         key,
         value,
@@ -80,3 +66,23 @@ def npu_incre_flash_attention(
         kv_padding_size=kv_padding_size,
     )
     return out.view(query.shape)
+
+
+def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
+    """Of one query per row and a cache that the device can hold."""
+    size = check_geometry(
+        OP,
+        query,
+        key,
+        value,
+        layout=layout,
+        supported_layouts=LAYOUTS,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_batch=MAX_BATCH,
+    )
+    if size.q_len != 1:
+        raise invalid(OP, "query", query, f"one query per row (S = 1 in {layout}); npu_prompt_flash_attention")
+    if isinstance(size.kv_len, int) and size.kv_len > MAX_CACHE:
+        raise invalid(OP, "key", key, f"at most {MAX_CACHE} cache slots")
+    return size

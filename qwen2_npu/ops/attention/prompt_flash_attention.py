@@ -13,6 +13,7 @@ from qwen2_npu.ops.attention.masks import UNBOUNDED, prompt_visibility
 from qwen2_npu.ops.attention.prefill import prefill_attention
 from qwen2_npu.ops.checks import reject_unsupported
 
+OP = "npu_prompt_flash_attention"
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
 MAX_BATCH = 65536
 HIGH_PRECISION = 10
@@ -56,24 +57,13 @@ def npu_prompt_flash_attention(
     Raises:
         ValueError: names the argument that is not supported or does not fit.
     """
-    op = "npu_prompt_flash_attention"
     if unsupported:
-        reject_unsupported(op, unsupported)
+        reject_unsupported(OP, unsupported)
     if HIGH_PRECISION <= sparse_mode <= HIGH_PRECISION + 4:
         sparse_mode -= HIGH_PRECISION
-    size = check_geometry(
-        op,
-        query,
-        key,
-        value,
-        layout=input_layout,
-        supported_layouts=LAYOUTS,
-        num_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        max_batch=MAX_BATCH,
-    )
+    size = _geometry(query, key, value, input_layout, num_heads, num_key_value_heads)
     out, _ = attend_prompt(
-        op,
+        OP,
         query,
         key,
         value,
@@ -87,6 +77,20 @@ def npu_prompt_flash_attention(
         scale=scale_value,
     )
     return out
+
+
+def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
+    return check_geometry(
+        OP,
+        query,
+        key,
+        value,
+        layout=layout,
+        supported_layouts=LAYOUTS,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_batch=MAX_BATCH,
+    )
 
 
 def attend_prompt(

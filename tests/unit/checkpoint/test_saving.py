@@ -148,7 +148,7 @@ PAIRS = [
     ("single", "several"),
     ("several", "single"),
     *(
-        pytest.param(*pair, marks=pytest.mark.slow)
+        pytest.param(*pair, marks=(pytest.mark.slow, pytest.mark.slow_in_ci))
         for pair in (("single", "single"), ("several", "many"), ("many", "several"))
     ),
 ]
@@ -161,6 +161,7 @@ def test_killed_at_any_point(tmp_path, before, after):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_killed_at_any_point_while_the_configuration_changes(tmp_path, before, after):
     """The old checkpoint, then none that could be loaded with the wrong configuration, then the new one."""
@@ -272,8 +273,9 @@ def test_nothing_is_moved_in_that_a_power_cut_could_take(tmp_path, monkeypatch):
     assert {path.name for path in moved} == set(content(tmp_path))
 
 
-@pytest.mark.slow
 # ---- failures -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize(("before", "after"), PAIRS[:3])
 def test_failed_at_any_point(tmp_path, before, after):
     """All is as it was, as the error says. (Only what is left over may fail to be removed without a word.)"""
@@ -309,6 +311,7 @@ def test_failed_where_there_was_no_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_failed_and_not_restored(tmp_path):
     """What cannot be undone is not called unchanged, and what was there can be found."""
     origin, folder = tmp_path / "origin", tmp_path / "folder"
@@ -344,8 +347,9 @@ def test_failed_and_not_restored(tmp_path):
     raise AssertionError("there is no end to the changes")
 
 
-@pytest.mark.slow
 # ---- others at the same time ----------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_two_that_save_and_one_that_reads(tmp_path):
     """Whoever loads gets one checkpoint of one process; so does who comes after them."""
     folder = tmp_path / "folder"

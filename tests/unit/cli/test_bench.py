@@ -20,7 +20,7 @@ from qwen2_npu.conformance.perf import bench, breakdown, documented, protocol
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.measurement import Summary
 from qwen2_npu.conformance.report.bench import tables
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.sizes import SIZES
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
@@ -42,7 +42,7 @@ def test_measures_every_step_and_batch(tmp_path: Path) -> None:
     assert [(r["step"], r["batch"]) for r in content["results"]] == [
         (step, batch) for step in ("original", "swiglu") for batch in (1, 2)
     ]
-    assert [len(table.rows) for table in tables(Inputs.of(tmp_path))] == [4]  # as `report` reads it
+    assert [len(table.rows) for table in tables(RunInputs.of(tmp_path))] == [4]  # as `report` reads it
     for r in content["results"]:
         assert r["decode_steps"] == 4
         assert r["faults"] == []

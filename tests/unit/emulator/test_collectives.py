@@ -65,6 +65,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize("name", FAST)
 def test_two_ranks(two_ranks: list[dict[str, str]], name: str) -> None:
     assert not failures(two_ranks, name)

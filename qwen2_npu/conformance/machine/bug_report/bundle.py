@@ -33,7 +33,7 @@ The home folder is written as ~; names of the user and the host, network address
 like a secret are taken out.
 """
 
-Part = Callable[[], Iterable[tuple[str, Any]]]
+BundlePart = Callable[[], Iterable[tuple[str, Any]]]
 """Files of the archive: name and content, a text or plain values that become JSON."""
 
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ def write(
     device: str,
     findings: str,
     progress: Progress = lambda label, done, total: None,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[BundlePart] | None = None,
     redaction: Redaction | None = None,
 ) -> list[str]:
     """Write the archive, whole or not at all.
@@ -75,7 +75,7 @@ def write(
     return list(files)
 
 
-def parts_of(device: str, progress: Progress = lambda label, done, total: None) -> tuple[Part, ...]:
+def parts_of(device: str, progress: Progress = lambda label, done, total: None) -> tuple[BundlePart, ...]:
     """All parts. The cheap ones come first: what an operator can break is written before."""
     return (
         logs.versions,
@@ -97,16 +97,16 @@ def _written(name: str, content: Any, clean: Redaction) -> str:
 
 
 def _environment(device: str) -> dict[str, Any]:
-    return {**asdict(Environment.of(device)), "variables": variables(os.environ)}
+    return {**Environment.of(device).to_json(), "variables": variables(os.environ)}
 
 
 def _operators(device: str, progress: Progress) -> dict[str, Any]:
     from qwen2_npu.conformance.machine.bug_report import catalogue
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
 
     results = catalogue.run(device, progress=progress)
     return {
-        "verified": how_verified(device),
+        "verified": Verified.on(device).text,
         "totals": catalogue.totals(results),
         "samples": [asdict(result) | {"passed": result.passed} for result in results],
     }
@@ -115,7 +115,7 @@ def _operators(device: str, progress: Progress) -> dict[str, Any]:
 def _probes(device: str) -> dict[str, Any]:
     from qwen2_npu.conformance.machine.bug_report import probes
     from qwen2_npu.conformance.machine.bug_report.device_probes import QUESTIONS
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
 
-    verified = how_verified(device)
-    return {"verified": verified, "answers": probes.run(QUESTIONS, device, verified)}
+    verified = Verified.on(device)
+    return {"verified": verified.text, "answers": probes.run(QUESTIONS, device, verified.where)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2_npu.conformance.operators import CATALOGUE, Expected, Operator, Sample, compare_all
+from qwen2_npu.conformance.operators import CATALOGUE, Expected, OperatorRecord, Sample, compare_all
 from qwen2_npu.conformance.operators.check import (
     call,
     is_tensor,
@@ -52,7 +52,7 @@ class SampleResult:
 
 def run(
     device: str,
-    operators: Sequence[Operator] = tuple(CATALOGUE.values()),
+    operators: Sequence[OperatorRecord] = tuple(CATALOGUE.values()),
     progress: Progress = lambda label, done, total: None,
 ) -> list[SampleResult]:
     """Every sample of ``operators`` in every dtype."""
@@ -64,7 +64,7 @@ def run(
     return found
 
 
-def run_sample(record: Operator, sample: Sample, dtype: str, device: str) -> SampleResult:
+def run_sample(record: OperatorRecord, sample: Sample, dtype: str, device: str) -> SampleResult:
     """One sample; whatever the device raises is its problem."""
     skip = record.skip(sample.name, dtype, device)
     if skip is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.machine.verified import Where
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,26 @@ OF_THE_KERNELS = "the portable kernels' own behaviour: no answer about an NPU"
 NOT_ASKED = "not asked: it needs a real NPU"
 
 
-def run(probes: Sequence[Probe], device: str, verified: str) -> list[dict[str, Any]]:
+def run(probes: Sequence[Probe], device: str, where: Where) -> list[dict[str, Any]]:
     """Every probe's answer as plain values; a probe that breaks answers with its error.
 
     Args:
-        verified: what ``device`` is, as ``how_verified`` says it.
+        where: what ``device`` is.
     """
-    return [_asked(probe, device, where(verified)) for probe in probes]
+    return [_asked(probe, device, where) for probe in probes]
 
 
-def _asked(probe: Probe, device: str, kind: Where) -> dict[str, Any]:
+def _asked(probe: Probe, device: str, where: Where) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": probe.name,
         "question": probe.question,
         "how": probe.how,
         "assumed": probe.assumed,
-        "answered_by": str(kind),
+        "answered_by": str(where),
     }
-    if kind is not Where.NPU:
-        entry["note"] = OF_THE_EMULATOR if kind is Where.EMULATED else OF_THE_KERNELS
-    if probe.real_npu_only and kind is not Where.NPU:
+    if where is not Where.NPU:
+        entry["note"] = OF_THE_EMULATOR if where is Where.EMULATED else OF_THE_KERNELS
+    if probe.real_npu_only and where is not Where.NPU:
         return entry | {"answer": NOT_ASKED, "as_assumed": None}
     try:
         answer = probe.ask(device)

@@ -1,4 +1,4 @@
-"""Charts as SVG that stands inside the page: no script, no font, no file beside it.
+"""Charts as SVG inside the page, without scripts, fonts or files of their own.
 
 Colours are the page's own CSS variables, so that a chart follows light and dark. Chinese names stand in the page's
 HTML, row by row beside the bars: an SVG cannot carry the font.

@@ -14,7 +14,7 @@ DPI = 72
 """matplotlib's SVG has 72 units per inch: one unit is one pixel."""
 
 COLORS = ("text", "muted", "grid", "documented", "documented-2", "measured", "predicted", "bad", "warn",
-          "kind-1", "kind-2", "kind-3", "kind-4", "kind-5", "kind-6", "kind-7", "kind-8")  # fmt: skip
+          "kind-1", "kind-2", "kind-3", "kind-4", "kind-5", "kind-6", "kind-7", "kind-8", "kind-9")  # fmt: skip
 """Names of the page's CSS variables."""
 
 _SVG = "http://www.w3.org/2000/svg"

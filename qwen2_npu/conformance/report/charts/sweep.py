@@ -1,4 +1,4 @@
-"""Batch sweeps: how prefill grows with the batch, and decode hardly does."""
+"""Batch sweeps: milliseconds of prefill and decode, by batch."""
 
 from __future__ import annotations
 

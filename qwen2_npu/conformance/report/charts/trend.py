@@ -1,4 +1,4 @@
-"""One claim over the runs: a line so small that it stands in a table."""
+"""One claim over the runs, as a line small enough for a table's cell."""
 
 from __future__ import annotations
 

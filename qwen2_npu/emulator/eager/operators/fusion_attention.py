@@ -28,7 +28,7 @@ EVERYTHING = 2147483647
 
 
 @dataclass(frozen=True)
-class Options:
+class FusionOptions:
     """The operator's attributes. ``mode`` is sparse_mode, ``before`` and ``after`` are pre_ and next_tokens."""
 
     name: str
@@ -47,7 +47,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class FusionInputs:
     """What gradients are taken by. ``q`` (B, N, Sq, D), ``k`` and ``v`` (B, Nkv, Skv, D) once laid out."""
 
     q: Tensor
@@ -84,7 +84,9 @@ def kv_heads(q: Tensor, x: Tensor, layout: str, heads: int) -> int:
     return int(x.shape[1] if layout == "BNSD" else x.shape[2])
 
 
-def hidden(mask: Tensor | None, options: Options, rows: range, keys: int, queries: int, batch: int) -> Tensor | None:
+def hidden(
+    mask: Tensor | None, options: FusionOptions, rows: range, keys: int, queries: int, batch: int
+) -> Tensor | None:
     """bool, broadcastable to (1, 1, rows, keys): True where a key is dropped. None: nothing is.
 
     Args:
@@ -114,7 +116,7 @@ def hidden(mask: Tensor | None, options: Options, rows: range, keys: int, querie
 
 
 def attend(
-    inputs: Inputs, options: Options, mask: Tensor | None, keep: Tensor | None, batch: int
+    inputs: FusionInputs, options: FusionOptions, mask: Tensor | None, keep: Tensor | None, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one row of the batch.
 
@@ -175,14 +177,16 @@ def _copies(statistic: Tensor) -> Tensor:
     return statistic.unsqueeze(-1).expand(*statistic.shape, STATISTICS).contiguous()
 
 
-def dense(inputs: Inputs, options: Options, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def dense(
+    inputs: FusionInputs, options: FusionOptions, mask: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """All layouts with a batch dimension: out in the layout, maximum and sum (B, N, Sq, 8)."""
     layout, heads = options.layout, options.heads
     q = to_bnsd(inputs.q, layout, heads)
     k, v = (to_bnsd(x, layout, kv_heads(inputs.q, inputs.k, layout, heads)) for x in (inputs.k, inputs.v))
     found = [
         attend(
-            Inputs(q[row], k[row], v[row], _of_row(inputs.pse, row), inputs.sink),
+            FusionInputs(q[row], k[row], v[row], _of_row(inputs.pse, row), inputs.sink),
             options,
             _of_row(mask, row),
             None if keep is None else keep[row],
@@ -195,7 +199,7 @@ def dense(inputs: Inputs, options: Options, mask: Tensor | None, keep: Tensor | 
 
 
 def packed(
-    inputs: Inputs, options: Options, mask: Tensor | None, keep: Sequence[Tensor] | None
+    inputs: FusionInputs, options: FusionOptions, mask: Tensor | None, keep: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layout TND: sequences one after another, ending at ``q_ends`` and ``kv_ends``; maximum and sum (T, N, 8)."""
     if options.q_ends is None or options.kv_ends is None:
@@ -215,7 +219,7 @@ def packed(
         pse = None if inputs.pse is None else _of_row(inputs.pse, row)
         if pse is not None:
             pse = pse[..., : q1 - q0, : k1 - k0]
-        piece = attend(Inputs(q, k, v, pse, inputs.sink), local, mask, None if keep is None else keep[row], row)
+        piece = attend(FusionInputs(q, k, v, pse, inputs.sink), local, mask, None if keep is None else keep[row], row)
         pieces.append([part.transpose(0, 1) for part in piece])
         places.append(torch.arange(q0, q1))
     if pieces:
@@ -227,7 +231,9 @@ def packed(
     return out.to(inputs.q.dtype), _copies(maximum), _copies(total)
 
 
-def compute(inputs: Inputs, options: Options, mask: Tensor | None, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def compute(
+    inputs: FusionInputs, options: FusionOptions, mask: Tensor | None, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, maximum and sum; dropout comes from ``seed`` alone, so that the gradient finds the same."""
     generator = None if seed is None or options.keep >= 1 else torch.Generator("cpu").manual_seed(seed)
     if options.layout == "TND":
@@ -251,7 +257,7 @@ def _ends(value: Any) -> Sequence[int] | None:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _options(name: str, heads: int, layout: str, given: dict[str, Any]) -> Options:
+def _options(name: str, heads: int, layout: str, given: dict[str, Any]) -> FusionOptions:
     """Attributes under any version's names; those that are not emulated are refused."""
     refused = [
         key for key in ("padding_mask", "dropout_mask", "q_start_idx", "kv_start_idx") if given.get(key) is not None
@@ -261,7 +267,7 @@ def _options(name: str, heads: int, layout: str, given: dict[str, Any]) -> Optio
         refused.append(f"pse_type={pse_type}")
     if refused:
         raise NotImplementedError(f"{name}: {', '.join(refused)} is not emulated")
-    return Options(
+    return FusionOptions(
         name=name,
         heads=heads,
         layout=layout,
@@ -301,7 +307,7 @@ def _forward(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, i
         options = _options(name, head_num, input_layout, given)
         query, key = _with_rope(query, given.get("query_rope")), _with_rope(key, given.get("key_rope"))
         seed = generator().initial_seed() & 0x7FFFFFFF if options.keep < 1 else 0
-        inputs = Inputs(query, key, value, given.get("pse"), given.get("sink"))
+        inputs = FusionInputs(query, key, value, given.get("pse"), given.get("sink"))
         out, maximum, total = compute(inputs, options, given.get("atten_mask"), seed)
         return out, maximum, total, query.new_empty(0), seed
 
@@ -341,7 +347,7 @@ def _backward(name: str, given: dict[str, Any], heads: int, layout: str, grad: T
     def forward(
         q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, sink: Tensor | None, q_rope: Tensor, k_rope: Tensor
     ) -> Tensor:
-        return compute(Inputs(_with_rope(q, q_rope), _with_rope(k, k_rope), v, pse, sink), options, mask, seed)[0]
+        return compute(FusionInputs(_with_rope(q, q_rope), _with_rope(k, k_rope), v, pse, sink), options, mask, seed)[0]
 
     inputs = (*x, given.get("pse"), given.get("sink"), given.get("query_rope"), given.get("key_rope"))
     return gradients(forward, inputs, grad)

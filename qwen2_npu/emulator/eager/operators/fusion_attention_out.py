@@ -19,25 +19,21 @@ from qwen2_npu.emulator.eager.operators.fusion_attention import (
 Tensor = torch.Tensor
 
 
-def _copy(targets: Sequence[Tensor], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The targets, written where there is something to write: unused results are empty."""
-    return tuple(
-        target.copy_(value) if value is not None and value.numel() else target
-        for target, value in zip(targets, values, strict=True)
-    )
+def into(function: Callable[..., Sequence[Tensor | None]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The ``out=`` form of ``function``. Unused results are empty and not written; the workspace has no use here."""
 
+    def write(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> tuple[Tensor, ...]:
+        found = function(*args, **kwargs)
+        return tuple(
+            target.copy_(value) if value is not None and value.numel() else target
+            for target, value in zip(out, found, strict=True)
+        )
 
-@drawing
-def attention_out(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> Any:
-    return _copy(out, attention_v3(*args, **kwargs))
-
-
-def attention_grad_out(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> Any:
-    return _copy(out, attention_grad("npu_fusion_attention_grad_v3")(*args, **kwargs))
+    return write
 
 
 def workspace(query: Tensor, *_: Any, **__: Any) -> Tensor:
-    """CANN would say how much scratch memory it needs; nothing is needed."""
+    """An empty tensor: no scratch memory is needed here, where CANN says how much it needs."""
     return torch.empty(0, dtype=torch.uint8)
 
 
@@ -64,8 +60,8 @@ def grad_outputs(
 
 
 TABLE: dict[str, Callable[..., Any]] = {
-    "npu_fusion_attention_v3.out": attention_out,
-    "npu_fusion_attention_grad_v3.out": attention_grad_out,
+    "npu_fusion_attention_v3.out": drawing(into(attention_v3)),
+    "npu_fusion_attention_grad_v3.out": into(attention_grad("npu_fusion_attention_grad_v3")),
     "_npu_fusion_attention_v3_get_max_workspace": workspace,
     "_npu_fusion_attention_grad_v3_get_max_workspace": workspace,
     "_npu_fusion_attention_v3_infer_output": outputs,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qwen2_npu import ops
+from qwen2_npu.emulator.eager.operators.fusion_attention_out import into, workspace
 
 Tensor = torch.Tensor
 
@@ -28,21 +29,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tu
 def attention_v2(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Version 1 under other names. What it adds (rope apart, quantisation, sinks) is refused by version 1's check."""
     return attention(query, key, value, **{RENAMED.get(name, name): given for name, given in arguments.items()})
-
-
-def into(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The ``out=`` form of ``function``; the workspace has no use here."""
-
-    def write(*args: Any, workspace: Tensor | None = None, out: Sequence[Tensor], **kwargs: Any) -> tuple[Tensor, ...]:
-        found = function(*args, **kwargs)
-        return tuple(target.copy_(value) if value.numel() else target for target, value in zip(out, found, strict=True))
-
-    return write
-
-
-def workspace(query: Tensor, *_: Any, **__: Any) -> Tensor:
-    """CANN would say how much scratch memory it needs; nothing is needed."""
-    return torch.empty(0, dtype=torch.uint8)
 
 
 def outputs(query: Tensor, value: Tensor, *, input_layout: str = "BSH", **options: Any) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,6 @@ from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its op
     reductions,
     shapes,
 )
-from qwen2_npu.emulator.ge.operators.table import TABLE, Operator, find
+from qwen2_npu.emulator.ge.operators.table import TABLE, GEOperator, find
 
-__all__ = ["TABLE", "Operator", "find"]
+__all__ = ["TABLE", "GEOperator", "find"]

@@ -1,4 +1,4 @@
-"""GE operators that only rearrange: nothing is computed."""
+"""GE operators that rearrange elements and compute nothing."""
 
 from __future__ import annotations
 

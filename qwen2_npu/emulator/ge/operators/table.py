@@ -5,7 +5,7 @@
         return x.permute(perm)
 
 Parameters before ``*`` are the operator's inputs, under the names its prototype gives them; a trailing underscore
-keeps a name clear of Python's words. Their types say how an input is passed:
+keeps a name apart from Python's keywords. Their types say how an input is passed:
 
     Tensor, Tensor | None    the tensor; None where an optional input is not fed
     list[Tensor]             an input that takes any number of tensors
@@ -63,7 +63,7 @@ _KINDS: dict[Any, tuple[str, bool]] = {
 
 
 @dataclass(frozen=True)
-class Operator:
+class GEOperator:
     """An entry of the table.
 
     Attributes:
@@ -151,14 +151,14 @@ class Operator:
 REQUIRED = inspect.Parameter.empty
 """Stands for the default of an attribute that has none."""
 
-TABLE: dict[str, Operator] = {}
+TABLE: dict[str, GEOperator] = {}
 """GE operator type -> its entry."""
 
 
 def operator(
     *types: str, views: str = "", fixed: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Put the decorated function into the table under ``types``. See ``Operator`` for the other arguments."""
+    """Put the decorated function into the table under ``types``. See ``GEOperator`` for the other arguments."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         parameters = list(inspect.signature(function, eval_str=True).parameters.values())
@@ -167,13 +167,13 @@ def operator(
         for name in types:
             if name in TABLE:
                 raise ValueError(f"GE operator {name} is in the table twice")
-            TABLE[name] = Operator(name, function, inputs, attributes, dict(fixed or {}), views)
+            TABLE[name] = GEOperator(name, function, inputs, attributes, dict(fixed or {}), views)
         return function
 
     return enter
 
 
-def find(node: Node) -> Operator:
+def find(node: Node) -> GEOperator:
     """The operator of ``node``.
 
     Raises:

@@ -18,13 +18,13 @@ DECODE_STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def subject() -> ModelPair:
+def pair() -> ModelPair:
     return ModelPair.of_shape("qwen2-0.5b", decode_steps=DECODE_STEPS)
 
 
-def damaged(subject: ModelPair, parameter: str) -> locate_error.Build:
+def damaged(pair: ModelPair, parameter: str) -> locate_error.BuildModel:
     def build(optimizations: Optimizations) -> Any:
-        model = subject.build(optimizations)
+        model = pair.build(optimizations)
         parameters = dict(model.named_parameters())
         if parameter in parameters:
             parameters[parameter].data.mul_(1.01)
@@ -43,41 +43,41 @@ def damaged(subject: ModelPair, parameter: str) -> locate_error.Build:
         ("model.norm.weight", "norm (npu_add_rms_norm)"),
     ],
 )
-def test_layer_and_operator_are_named(subject: ModelPair, parameter: str, place: str) -> None:
+def test_layer_and_operator_are_named(pair: ModelPair, parameter: str, place: str) -> None:
     optimizations = Optimizations.up_to("add_rms_norm")
-    model = damaged(subject, parameter)(optimizations)
-    baseline, _ = subject.traces("ragged")
+    model = damaged(pair, parameter)(optimizations)
+    baseline, _ = pair.traces("ragged")
     finding = locate_error.locate(
-        model, subject.baseline, subject.reference, subject.batch("ragged"), baseline.forced, torch.float32
+        model, pair.baseline, pair.reference, pair.batch("ragged"), baseline.forced, torch.float32
     )
     assert finding is not None
     assert str(finding).startswith(place)
     assert finding.path == "prefill"
 
 
-def test_step_is_bisected(subject: ModelPair) -> None:
+def test_step_is_bisected(pair: ModelPair) -> None:
     """gate_up_proj exists from fused_gate_up on only."""
-    build = damaged(subject, "model.layers.1.mlp.gate_up_proj.weight")
-    message = subject.failure(Optimizations.all(), "one", build=build)
+    build = damaged(pair, "model.layers.1.mlp.gate_up_proj.weight")
+    message = pair.failure(Optimizations.all(), "one", build=build)
     assert message.startswith("step fused_gate_up, layer 1, gate_proj (linear)")
 
 
-def test_damage_without_any_optimisation_is_said_to_be_so(subject: ModelPair) -> None:
-    message = subject.failure(Optimizations.all(), "one", build=damaged(subject, "model.embed_tokens.weight"))
+def test_damage_without_any_optimisation_is_said_to_be_so(pair: ModelPair) -> None:
+    message = pair.failure(Optimizations.all(), "one", build=damaged(pair, "model.embed_tokens.weight"))
     assert message.startswith("with every optimisation off")
 
 
 @pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
-def test_undamaged_models_have_no_finding_anywhere(subject: ModelPair, optimizations: Optimizations) -> None:
-    baseline, _ = subject.traces("ragged")
-    assert subject.failure(optimizations, "ragged") == ""
-    assert subject.explain(optimizations, "ragged") is None
+def test_undamaged_models_have_no_finding_anywhere(pair: ModelPair, optimizations: Optimizations) -> None:
+    baseline, _ = pair.traces("ragged")
+    assert pair.failure(optimizations, "ragged") == ""
+    assert pair.explain(optimizations, "ragged") is None
     assert (
         locate_error.locate(
-            subject.build(optimizations),
-            subject.baseline,
-            subject.reference,
-            subject.batch("ragged"),
+            pair.build(optimizations),
+            pair.baseline,
+            pair.reference,
+            pair.batch("ragged"),
             baseline.forced,
             torch.float32,
         )
@@ -85,10 +85,10 @@ def test_undamaged_models_have_no_finding_anywhere(subject: ModelPair, optimizat
     )
 
 
-def test_all_models_have_the_same_points(subject: ModelPair) -> None:
-    batch = subject.batch("ragged")
+def test_all_models_have_the_same_points(pair: ModelPair) -> None:
+    batch = pair.batch("ragged")
     places = []
-    for model in (subject.baseline, subject.build(Optimizations.none()), subject.build(Optimizations.all())):
+    for model in (pair.baseline, pair.build(Optimizations.none()), pair.build(Optimizations.all())):
         with torch.no_grad(), capturing(model, new=batch.lengths, total=batch.lengths) as capture:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True)
         places.append({place: point.values.shape for place, point in capture.by_place().items()})
@@ -97,8 +97,8 @@ def test_all_models_have_the_same_points(subject: ModelPair) -> None:
     assert all(shape[0] == sum(batch.lengths) for shape in places[0].values())
 
 
-def test_divergence_of_free_running_tokens(subject: ModelPair) -> None:
-    baseline, reference = subject.traces("four")
+def test_divergence_of_free_running_tokens(pair: ModelPair) -> None:
+    baseline, reference = pair.traces("four")
     chosen = baseline.forced.copy()
     assert locate_error.divergences(chosen, baseline, reference) == []
     chosen[2, 1] = (chosen[2, 1] + 1) % 512

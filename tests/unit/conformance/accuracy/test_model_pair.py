@@ -99,9 +99,9 @@ def test_a_few_positions_suffice_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_padding_is_a_token_that_the_model_knows() -> None:
-    subject = ModelPair.of_checkpoint()
-    assert subject.pad_token_id == subject.tokenizer.pad_token_id
-    subject.tokenizer.pad_token_id = None
-    subject.baseline.generation_config.eos_token_id = 10**6
-    assert subject.pad_token_id == 0
-    assert torch.tensor(subject.heldout_ids()).max() < subject.baseline.config.vocab_size
+    pair = ModelPair.of_checkpoint()
+    assert pair.pad_token_id == pair.tokenizer.pad_token_id
+    pair.tokenizer.pad_token_id = None
+    pair.baseline.generation_config.eos_token_id = 10**6
+    assert pair.pad_token_id == 0
+    assert torch.tensor(pair.heldout_ids()).max() < pair.baseline.config.vocab_size

@@ -30,14 +30,14 @@ def test_it_holds_what_moves_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("key", of_device("cpu").identity)
 def test_any_difference_is_another_fingerprint(key: str) -> None:
     here = of_device("cpu")
-    there = Fingerprint({**here.identity, key: "changed"})
+    there = Fingerprint.read({**here.identity, key: "changed"})
     assert there.name != here.name
     assert here.differences(there) == [f"{key}: {here.identity[key]} → changed"]
     assert here.differences(here) == []
 
 
 def test_names_are_folders(tmp_path: Path) -> None:
-    name = Fingerprint({"soc": "NVIDIA H100 80GB/HBM3"}).name
+    name = Fingerprint.read({"soc": "NVIDIA H100 80GB/HBM3"}).name
     assert name.startswith("NVIDIA-H100-80GB-HBM3-")
     (tmp_path / name).mkdir()
 

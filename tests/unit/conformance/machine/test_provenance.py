@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.machine.provenance import Provenance, merged
+from qwen2_npu.conformance.machine.verified import Verified, Where
 
-SAID = Provenance("a" * 40, False, "2026-10-01T02:00:00+00:00", "npu (x)", {"soc": "Ascend910B4"})
+SAID = Provenance(
+    "a" * 40, False, "2026-10-01T02:00:00+00:00", Verified.read("npu (x)"), Fingerprint.read({"soc": "Ascend910B4"})
+)
 
 
 def test_there_and_back() -> None:
@@ -17,7 +21,7 @@ def test_there_and_back() -> None:
 
 def test_of_this_checkout() -> None:
     found = Provenance.of_device("cpu")
-    assert found.verified.startswith("cpu")
+    assert found.verified.text.startswith("cpu")
     assert found.identity["device"] == "cpu"
     assert len(found.fingerprint.digest) == 12
 
@@ -26,12 +30,14 @@ def test_of_a_benchmark_file() -> None:
     ours = {"fingerprint": "x", "identity": {"verified": "npu (x)"}}
     content = {"commit_info": {"id": "b" * 40, "dirty": True}, "datetime": "d", "machine_info": {"qwen2_npu": ours}}
     found = Provenance.of_benchmark(content)
-    assert (found.commit, found.dirty, found.verified) == ("b" * 40, True, "npu (x)")
+    assert (found.commit, found.dirty, found.verified) == ("b" * 40, True, Verified(Where.NPU, "npu (x)"))
     assert Provenance.of_benchmark({"commit_info": {"id": "unknown"}, "machine_info": {}}).commit is None
 
 
 def test_the_first_that_says_something_is_believed() -> None:
-    found, problems = merged([("none", Provenance()), ("partly", Provenance(verified="npu (x)")), ("all", SAID)])
+    found, problems = merged(
+        [("none", Provenance()), ("partly", Provenance(verified=Verified.read("npu (x)"))), ("all", SAID)]
+    )
     assert found == SAID
     assert problems == []
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, Operator
+from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, OperatorRecord
 from qwen2_npu.ops.schemas import SCHEMAS
 
 RECORDS = [pytest.param(record, id=name) for name, record in CATALOGUE.items()]
@@ -34,7 +34,7 @@ def test_every_implemented_operator_has_a_record() -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_every_argument_is_exercised(record: Operator) -> None:
+def test_every_argument_is_exercised(record: OperatorRecord) -> None:
     touched = {name for sample in record.samples for name in record.arguments(sample.parameters, "float32")}
     touched |= {name for invalid in record.invalid for name in invalid.change}
     untouched = set(UNTOUCHED.get(record.name, {}))
@@ -42,13 +42,13 @@ def test_every_argument_is_exercised(record: Operator) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_names_are_unique(record: Operator) -> None:
+def test_names_are_unique(record: OperatorRecord) -> None:
     for names in ([sample.name for sample in record.samples], [invalid.name for invalid in record.invalid]):
         assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_samples_can_be_printed_and_repeated(record: Operator) -> None:
+def test_samples_can_be_printed_and_repeated(record: OperatorRecord) -> None:
     """A failure message is a script: parameters are literals, and the same seed builds the same arguments."""
     for sample in record.samples:
         assert ast.literal_eval(repr(dict(sample.parameters))) == dict(sample.parameters)
@@ -58,7 +58,7 @@ def test_samples_can_be_printed_and_repeated(record: Operator) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_invalid_inputs_name_their_argument(record: Operator) -> None:
+def test_invalid_inputs_name_their_argument(record: OperatorRecord) -> None:
     """Every pattern matches the name of an argument, so no message can pass without naming one."""
     names = argument_names(SCHEMAS[record.name])
     for invalid in record.invalid:
@@ -66,7 +66,7 @@ def test_invalid_inputs_name_their_argument(record: Operator) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_every_record_covers_every_dtype_and_says_why_it_skips(record: Operator) -> None:
+def test_every_record_covers_every_dtype_and_says_why_it_skips(record: OperatorRecord) -> None:
     assert record.dtypes == DTYPES
     assert record.samples
     assert record.invalid

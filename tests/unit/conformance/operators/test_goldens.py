@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2_npu.conformance.operators import CATALOGUE, Operator, Sample
+from qwen2_npu.conformance.operators import CATALOGUE, OperatorRecord, Sample
 from qwen2_npu.conformance.operators import incre_flash_attention as ifa
 from qwen2_npu.conformance.operators import prompt_flash_attention as pfa
 from qwen2_npu.conformance.operators.record import Arguments
@@ -20,7 +20,7 @@ PFA, IFA, FIA = (
 )
 
 
-def first(record: Operator, arguments: Arguments) -> np.ndarray:
+def first(record: OperatorRecord, arguments: Arguments) -> np.ndarray:
     value = record.golden(arguments, "float32")[0].value
     assert value is not None
     return value
@@ -181,7 +181,7 @@ def every_sample() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("record", "sample"), list(every_sample()))
-def test_golden_is_well_formed(record: Operator, sample: Sample) -> None:
+def test_golden_is_well_formed(record: OperatorRecord, sample: Sample) -> None:
     """Bounds are finite and not negative, values hold where defined; the golden leaves its arguments alone."""
     for dtype in record.dtypes:
         arguments = record.arguments(sample.parameters, dtype, sample.seed)
@@ -200,7 +200,7 @@ def test_golden_is_well_formed(record: Operator, sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("record", [PFA, IFA, FIA], ids=lambda record: record.name)
-def test_attention_rows_of_the_batch_are_independent(record: Operator) -> None:
+def test_attention_rows_of_the_batch_are_independent(record: OperatorRecord) -> None:
     """Swapping two rows of every argument swaps two rows of the output."""
     parameters: dict[str, Any] = {"B": 2, "mask": "random"}
     parameters |= {"S": 9, "lengths": [9, 4]} if record is IFA else {"Sq": 6, "mask_shape": "BSS", "sparse_mode": 1}

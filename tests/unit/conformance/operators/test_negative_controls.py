@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, Expected, Operator, Sample, check
+from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, Expected, OperatorRecord, Sample, check
 from qwen2_npu.conformance.operators.check import find_problems, run_and_compare
 from qwen2_npu.conformance.operators.record import Arguments
 from tests.unit.conformance.operators.plain import PLAIN, prompt_flash_attention, swiglu
@@ -115,7 +115,7 @@ def prepared(name: str, sample: str, dtype: str) -> tuple[Arguments, tuple[Expec
     return arguments, record.golden(arguments, dtype)
 
 
-def problems_of(record: Operator, sample: Sample, dtype: str, fault: str = "") -> list[str]:
+def problems_of(record: OperatorRecord, sample: Sample, dtype: str, fault: str = "") -> list[str]:
     def implementation(**tensors: Any) -> Any:
         return PLAIN[record.name](fault, **tensors)
 

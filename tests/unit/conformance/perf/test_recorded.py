@@ -16,7 +16,10 @@ from qwen2_npu.conformance.perf.recorded import Recorded
 from tests.perf.fake_runner import measurement_of
 
 ROW = read()[1].row
-HERE, THERE = Fingerprint({"soc": "Ascend910B4", "cann": "8.5.0"}), Fingerprint({"soc": "Ascend910B4", "cann": "8.6.0"})
+HERE, THERE = (
+    Fingerprint.read({"soc": "Ascend910B4", "cann": "8.5.0"}),
+    Fingerprint.read({"soc": "Ascend910B4", "cann": "8.6.0"}),
+)
 COMMIT = {"commit": "abc", "dirty": False}
 RUNS = (50.0, 50.2, 49.9, 50.1, 49.8)
 

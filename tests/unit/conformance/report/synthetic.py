@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_npu.conformance.graph import committed
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.gate import limit_ms
 from qwen2_npu.conformance.report.history import Run
@@ -77,7 +79,13 @@ class Night:
     @property
     def provenance(self) -> Provenance:
         created = f"2026-10-{self.number + 1:02d}T02:00:00+00:00"
-        return Provenance(commit_of(self.number), False, created, self.identity["verified"], self.identity)
+        return Provenance(
+            commit_of(self.number),
+            False,
+            created,
+            Verified.read(self.identity["verified"]),
+            Fingerprint.read(self.identity),
+        )
 
     def write(self, folder: Path) -> Path:
         """All files of the run."""

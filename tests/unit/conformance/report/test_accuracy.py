@@ -6,13 +6,13 @@ from pathlib import Path
 
 from qwen2_npu.conformance.report import accuracy
 from qwen2_npu.conformance.report.claims import Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.optimizations import LADDER
 from tests.unit.conformance.report.synthetic import Night
 
 
 def claims(*contents: dict) -> dict[str, accuracy.Claim]:  # type: ignore[type-arg]
-    inputs = Inputs(Path(), verifications={f"verify-{i}.json": content for i, content in enumerate(contents)})
+    inputs = RunInputs(Path(), verifications={f"verify-{i}.json": content for i, content in enumerate(contents)})
     return {claim.id: claim for claim in accuracy.claims(inputs)}
 
 

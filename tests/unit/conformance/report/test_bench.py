@@ -11,7 +11,7 @@ import pytest
 from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import bench
 from qwen2_npu.conformance.report.claims import Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.page import render
 from qwen2_npu.conformance.report.results import Results
 from tests.unit.conformance.report.synthetic import Night
@@ -28,10 +28,10 @@ def result(step: str, prefill: float, decode: float, **changes: Any) -> dict[str
     return known | changes
 
 
-def write(folder: Path, *results: dict[str, Any], name: str = "bench.json", **changes: Any) -> Inputs:
+def write(folder: Path, *results: dict[str, Any], name: str = "bench.json", **changes: Any) -> RunInputs:
     content = {"schema": 2, "provenance": Night(0).provenance.to_json(), "results": list(results), **changes}
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    return Inputs.of(folder)
+    return RunInputs.of(folder)
 
 
 def test_claims_say_what_was_measured_and_pass_nothing(tmp_path: Path) -> None:
@@ -90,6 +90,6 @@ def test_a_bench_of_another_commit_is_a_contradiction(tmp_path: Path) -> None:
 
 
 def test_benchmark_files_are_not_taken_for_it(tmp_path: Path) -> None:
-    inputs = Inputs.of(Night(0).write(tmp_path))
+    inputs = RunInputs.of(Night(0).write(tmp_path))
     assert inputs.benchmarks
     assert not inputs.benches

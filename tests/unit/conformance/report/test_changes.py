@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.changes import Change, Kind, changes
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.history import Entry, Run
@@ -26,7 +28,9 @@ ID = "latency/x"
 
 def claim(status: Status = Status.PASS, ms: float | None = 24.0, **changes: object) -> Claim:
     value = None if ms is None else Value(ms, "ms")
-    return replace(Claim(ID, "Latency", "x", status, subject="s", verified="npu (x)", value=value), **changes)
+    return replace(
+        Claim(ID, "Latency", "x", status, subject="s", verified=Verified.read("npu (x)"), value=value), **changes
+    )
 
 
 def run(number: int, found: Claim | None, **identity: object) -> Run:
@@ -77,8 +81,10 @@ def test_another_fingerprint_is_said_and_not_compared() -> None:
     assert "under another fingerprint: cann: 8.5.0 → 8.2.RC1" in change.note
 
 
-@pytest.mark.parametrize("other", [{"verified": "emulated (x)"}, {"verified": ""}, {"subject": "other weights"}])
-def test_another_device_or_subject_is_not_compared(other: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"verified": Verified.read("emulated (x)")}, {"verified": Verified()}, {"subject": "other weights"}]
+)
+def test_another_device_or_subject_is_not_compared(other: dict[str, Any]) -> None:
     (change,) = found(claim(Status.FAIL), run(0, claim(**other)))
     assert change.kind is Kind.FAILING
 
@@ -96,7 +102,7 @@ def test_the_last_good_is_the_newest_good() -> None:
 
 
 def test_no_longer_run() -> None:
-    silent = claim(Status.NOT_RUN, None, verified="", subject="")
+    silent = claim(Status.NOT_RUN, None, verified=Verified(), subject="")
     (change,) = found(silent, run(0, claim()))
     assert change.kind is Kind.LOST
     assert found(silent, run(0, claim(Status.FAIL))) == []

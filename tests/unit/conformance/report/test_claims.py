@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
-from qwen2_npu.conformance.machine.verified import Where, how_verified, place, where, written
+from qwen2_npu.conformance.machine.verified import Verified, Where, place
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number, without_result, worst
 
 
@@ -25,25 +25,29 @@ from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_numb
     ],
 )
 def test_one_never_passes_for_another(verified: str | None, expected: Where) -> None:
-    assert where(verified) is expected
+    read = Verified.read(verified)
+    assert read.where is expected
+    assert read.text == (verified or ""), "files are written as they were read"
 
 
 def test_the_environment_says_it_in_these_words() -> None:
-    assert where(how_verified("cpu")) is place("cpu") is Where.CPU
-    assert where(how_verified("cuda:1")) is place("cuda:1") is Where.CUDA
-    assert where(how_verified("mps")) is place("mps") is Where.NOT_SAID
+    assert Verified.on("cpu").where is place("cpu") is Where.CPU
+    assert Verified.on("cuda:1").where is place("cuda:1") is Where.CUDA
+    assert Verified.on("mps").where is place("mps") is Where.NOT_SAID
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Where if kind is not Where.NOT_SAID])
 def test_what_files_hold_is_read_back(kind: Where) -> None:
-    assert where(written(kind, "details")) is kind
-    assert Fingerprint({"verified": written(kind, "details")}).where is kind
+    made = Verified.of(kind, "details")
+    assert made.where is kind
+    assert Verified.read(made.text) == made
+    assert Fingerprint.read({"verified": made.text}).where is kind
 
 
 @pytest.mark.parametrize(("emulated", "expected"), [(True, Where.EMULATED), (False, Where.NPU)])
 def test_the_emulator_s_npu_is_not_a_real_one(emulated: bool, expected: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen2_npu.emulator.is_active", lambda: emulated)
-    assert where(how_verified("npu:0")) is place("npu:0") is expected
+    assert Verified.on("npu:0").where is place("npu:0") is expected
 
 
 def test_the_worst_of_several() -> None:

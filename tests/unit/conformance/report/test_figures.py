@@ -9,7 +9,7 @@ import pytest
 
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import figures
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.results import Results
 from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, WRONG_STEP, Night
 
@@ -59,7 +59,7 @@ def test_unexcused_mismatches_are_counted() -> None:
     row = night.verification()["rows"][-1]
     step = figures._step(row)
     assert (step.unexcused, step.excused) == (19, 5)
-    inputs = Inputs.__new__(Inputs)
+    inputs = RunInputs.__new__(RunInputs)
     inputs.verifications = {}
     assert figures.accuracies(inputs) == []
 

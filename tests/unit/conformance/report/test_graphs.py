@@ -11,7 +11,7 @@ from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.census import LayeredCensus
 from qwen2_npu.conformance.report import graphs
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from tests.unit.conformance.report.synthetic import CHANGED_GRAPH, CaseText, Night, write_junit
 
 GRAPH = baselines.DocumentedGraph("7B", "decode", 4, "swiglu")
@@ -19,7 +19,7 @@ GRAPH = baselines.DocumentedGraph("7B", "decode", 4, "swiglu")
 
 def claims(tmp_path: Path, *cases: CaseText) -> dict[str, Claim]:
     write_junit(tmp_path / "graph.xml", cases, Night(0).provenance)
-    return {claim.id: claim for claim in graphs.claims(Inputs.of(tmp_path))}
+    return {claim.id: claim for claim in graphs.claims(RunInputs.of(tmp_path))}
 
 
 def test_every_documented_graph_is_claimed_and_none_was_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen2_npu.conformance.machine import fingerprint
 from qwen2_npu.conformance.machine.provenance import Provenance
-from qwen2_npu.conformance.machine.verified import Where, where
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import junit
 
 
@@ -28,6 +28,6 @@ def test_provenance_of_a_session(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     provenance = Provenance.of_properties(junit.read(tmp_path / "j.xml").properties)
-    assert where(provenance.verified) is Where.CPU
+    assert provenance.verified.where is Where.CPU
     assert provenance.commit == fingerprint.commit()["commit"]
     assert provenance.identity["device"] == "cpu"

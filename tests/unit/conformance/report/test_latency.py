@@ -12,7 +12,7 @@ from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import latency
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, CaseText, Night, write_junit
 
 TEST = "tests.perf.test_latency"
@@ -20,7 +20,7 @@ ID = f"latency/{SLOW}"
 
 
 def claims(folder: Path) -> dict[str, Claim]:
-    return {claim.id: claim for claim in latency.claims(Inputs.of(folder))}
+    return {claim.id: claim for claim in latency.claims(RunInputs.of(folder))}
 
 
 def of_tests(tmp_path: Path, *cases: CaseText) -> Claim:

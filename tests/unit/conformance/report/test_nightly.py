@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import nightly
 from qwen2_npu.conformance.report.nightly import NightlyOptions, Stage, stages
 
-NPU, EMULATED, CPU = "npu (CANN 8.2)", "emulated (torch_npu)", "cpu (portable kernels)"
+EMULATED = "emulated (torch_npu)"
 
 
 def python(name: str, code: str, *makes: str) -> Stage:
@@ -29,7 +30,7 @@ def run(results: Path, *plan: Stage, minutes: float = 1.0) -> tuple[list[Stage],
     lines: list[str] = []
     results.mkdir(exist_ok=True)
     done = nightly.run(
-        NightlyOptions(results, minutes=minutes), lines.append, lambda options, verified: plan, lambda _: machine
+        NightlyOptions(results, minutes=minutes), lines.append, lambda options, where: plan, lambda _: machine
     )
     return done, lines
 
@@ -53,6 +54,25 @@ def test_a_failure_stops_nothing_and_is_explained(tmp_path: Path) -> None:
     assert found["no file"]["problem"] == "ended well and did not make promised.xml"
     assert "fine" in lines
     assert (tmp_path / "logs" / "bad.log").read_text(encoding="utf-8") == "reason 42\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("open({!r}, 'w').write('{{\"verified\": \"npu (CANN 8.2)\"}}')", Where.NPU),
+        ("raise SystemExit(1)", Where.NOT_SAID),
+    ],
+)
+def test_what_is_run_follows_from_what_the_machine_s_stage_found(tmp_path: Path, code: str, expected: Where) -> None:
+    machine = python("machine", code.format(str(tmp_path / nightly.MACHINE)))
+    asked: list[Where] = []
+
+    def plan(options: NightlyOptions, where: Where) -> list[Stage]:
+        asked.append(where)
+        return []
+
+    nightly.run(NightlyOptions(tmp_path), lambda line: None, plan, lambda _: machine)
+    assert asked == [nightly.LONGEST, expected]
 
 
 def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
@@ -136,7 +156,7 @@ def test_a_stage_ends_when_the_caller_fails(tmp_path: Path) -> None:
     pids: list[int] = []
     stage = python("s", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     with pytest.raises(RuntimeError, match="no terminal"):
-        nightly.run(NightlyOptions(tmp_path), broken, lambda options, verified: [], lambda _: stage)
+        nightly.run(NightlyOptions(tmp_path), broken, lambda options, where: [], lambda _: stage)
     assert not psutil.pid_exists(pids[0])
 
 
@@ -151,7 +171,7 @@ stages = [
     Stage("talks", (sys.executable, "-c", "for i in range(4000): print('line', i, 'x' * 40)")),
     Stage("good", (sys.executable, "-c", "print('fine')")),
 ]
-done = nightly.run(NightlyOptions(folder), print, lambda options, verified: stages[1:], lambda options: stages[0])
+done = nightly.run(NightlyOptions(folder), print, lambda options, where: stages[1:], lambda options: stages[0])
 for stage in done:
     print("STATUS", stage.name, stage.status, stage.problem.splitlines()[:1])
 """
@@ -180,23 +200,23 @@ def test_a_disk_that_fills_up_loses_no_verdict(tmp_path: Path) -> None:
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
-def commands(verified: str, **changes: object) -> dict[str, str]:
-    found: Sequence[Stage] = stages(NightlyOptions(Path("/r"), **changes), verified)  # type: ignore[arg-type]
+def commands(where: Where, **changes: object) -> dict[str, str]:
+    found: Sequence[Stage] = stages(NightlyOptions(Path("/r"), **changes), where)  # type: ignore[arg-type]
     return {stage.name: " ".join(stage.command[1:]) for stage in found}
 
 
 def test_latency_is_gated_on_a_real_npu_alone() -> None:
-    assert "--gate --gate-rows 7b-*" in commands(NPU, gate_rows="7b-*")["perf"]
-    for verified in (EMULATED, CPU, ""):
-        assert "--gate" not in commands(verified)["perf"]
+    assert "--gate --gate-rows 7b-*" in commands(Where.NPU, gate_rows="7b-*")["perf"]
+    for where in set(Where) - {Where.NPU}:
+        assert "--gate" not in commands(where)["perf"]
 
 
 def test_every_suite_and_what_it_leaves() -> None:
-    found = stages(NightlyOptions(Path("/r")), NPU)
+    found = stages(NightlyOptions(Path("/r")), Where.NPU)
     assert [stage.name for stage in found] == ["doctor", "verify eager", "verify torchair", "accuracy", "graph", "perf"]
     assert [stage.makes for stage in found[3:]] == [("accuracy.xml",), ("graph.xml",), ("perf.xml",)]
-    assert "verify torchair" not in commands(CPU)
-    assert not any("slow" in command for command in commands(NPU).values())
+    assert "verify torchair" not in commands(Where.CPU)
+    assert not any("slow" in command for command in commands(Where.NPU).values())
 
 
 def test_the_documentation_names_every_file() -> None:
@@ -204,19 +224,19 @@ def test_the_documentation_names_every_file() -> None:
     table = text.split("| stage | file |")[1].split("\n\n")[0]
     documented = {name for row in table.splitlines()[2:] for name in re.findall("`([^`]+)`", row.split("|")[2])}
     options = NightlyOptions(Path("/r"))
-    made = set(nightly.names([nightly.machine_stage(options), *stages(options, NPU)]))
+    made = set(nightly.names([nightly.machine_stage(options), *stages(options, Where.NPU)]))
     assert documented == {name for name in made if not name.startswith("logs/")} | {"logs/*.log", "history/*.json"}
 
 
 def test_quick_is_the_fast_lane() -> None:
-    found = commands(EMULATED, quick=True)
+    found = commands(Where.EMULATED, quick=True)
     for suite in ("accuracy", "graph", "perf"):
         assert "-m not slow" in found[suite]
     assert found["verify torchair"].endswith("--steps swiglu")
 
 
 def test_device_and_workers_are_handed_on() -> None:
-    found = commands(CPU, device="cpu", workers=4)
+    found = commands(Where.CPU, device="cpu", workers=4)
     assert all("--device cpu" in command for command in found.values())
     assert "-n 4" in found["accuracy"]
     assert "-n" not in found["perf"].split(), "times of parallel tests mean nothing"

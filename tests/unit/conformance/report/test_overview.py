@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Place, Status, Value
 from qwen2_npu.conformance.report.overview import Cell, Overview, overviews
 from tests.unit.conformance.report.synthetic import DRIFTING, MISSING_GRAPH, SLOW
@@ -55,7 +56,7 @@ def test_headings_say_what_was_verified_where(tables: dict[str, Overview]) -> No
 def test_a_mixed_column_shows_both_devices() -> None:
     def one(step: str, verified: str) -> Claim:
         place = Place("ladder", step, "g", "c")
-        return Claim(step, "a", "t", Status.PASS, verified=verified, value=Value(1, "ms"), place=place)
+        return Claim(step, "a", "t", Status.PASS, verified=Verified.read(verified), value=Value(1, "ms"), place=place)
 
     table, _ = overviews([one("swiglu", "npu (x)"), one("fused_qkv", "emulated (x)")], [])
     assert [str(where) for where in table.columns[0].wheres] == ["emulated", "real NPU"]

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from qwen2_npu.conformance.perf import documented
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.predictions import predictions
 
 
 def test_of_the_run() -> None:
-    assert predictions(Inputs(Path(), predictions={"a": 3.0})) == ({"a": 3.0}, "predictions.json of this run")
+    assert predictions(RunInputs(Path(), predictions={"a": 3.0})) == ({"a": 3.0}, "predictions.json of this run")
 
 
 def test_of_the_committed_model() -> None:
-    found, by = predictions(Inputs(Path()))
+    found, by = predictions(RunInputs(Path()))
     assert found.keys() == {number.row.id for number in documented.read()}
     assert "cost_model.json" in by
 
@@ -25,6 +25,6 @@ def test_of_the_committed_model() -> None:
 def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qwen2_npu.conformance.perf.cost_model", None)
     monkeypatch.delattr("qwen2_npu.conformance.perf.cost_model", raising=False)
-    found, by = predictions(Inputs(Path()))
+    found, by = predictions(RunInputs(Path()))
     assert found == {}
     assert by.startswith("none: the cost model cannot be loaded here")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_npu.cli.verify import command as verify
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import accuracy, rerun_command
 from qwen2_npu.conformance.report.claims import Claim
@@ -54,11 +55,11 @@ ROW = "7b-ladder-b4-graph-fused_qkv-decode"
     ],
 )
 def test_commands(id: str, verified: str, expected: str) -> None:
-    assert rerun_command.command(Claim(id, "", "", verified=verified), {"affinity": "0-23"}) == expected
+    assert rerun_command.command(Claim(id, "", "", verified=Verified.read(verified)), {"affinity": "0-23"}) == expected
 
 
 def test_a_latency_of_unknown_cores_is_not_pinned() -> None:
-    assert rerun_command.command(Claim(f"latency/{ROW}", "", "", verified=NPU), {}).startswith("pytest ")
+    assert rerun_command.command(Claim(f"latency/{ROW}", "", "", verified=Verified.read(NPU)), {}).startswith("pytest ")
 
 
 def test_every_claim_has_a_command() -> None:
@@ -88,10 +89,12 @@ for arguments in json.load(sys.stdin):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_pytest_finds_what_the_commands_name() -> None:
     """In one process: collecting imports nearly everything, which takes seconds."""
     commands = [
-        shlex.split(rerun_command.command(Claim(id, "", "", verified="cpu (portable kernels)"), {})) for id in FOUND
+        shlex.split(rerun_command.command(Claim(id, "", "", verified=Verified.read("cpu (portable kernels)")), {}))
+        for id in FOUND
     ]
     assert all(words[0] == "pytest" for words in commands)
     # --gate refuses to run without its device.

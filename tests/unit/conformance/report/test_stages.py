@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen2_npu.conformance.report import stages
 from qwen2_npu.conformance.report.claims import Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from tests.unit.conformance.report.synthetic import Night
 
 
@@ -18,19 +18,19 @@ def stage(name: str, status: int | None, problem: str = "", *makes: str) -> dict
 
 def test_status_of_every_stage() -> None:
     run = {"stages": [stage("a", 0), stage("b", 2, "see logs/b.log"), stage("c", None)]}
-    good, bad, later = stages.claims(Inputs(Path(), run=run))
+    good, bad, later = stages.claims(RunInputs(Path(), run=run))
     assert [claim.status for claim in (good, bad, later)] == [Status.PASS, Status.FAIL, Status.NOT_RUN]
     assert (bad.id, bad.message, bad.reference) == ("stages/b", "see logs/b.log", "exit status 2, 3 s: pytest")
 
 
 def test_no_run_no_stages() -> None:
-    assert stages.claims(Inputs(Path())) == []
+    assert stages.claims(RunInputs(Path())) == []
 
 
 def test_a_stage_that_found_failures_ran_to_its_end(tmp_path: Path) -> None:
     """They are claims of their own; another status, or nothing found, is the stage's own failure."""
     night = Night(0, wrong_steps=frozenset({"swiglu"}))
-    inputs = Inputs.of(night.write(tmp_path))
+    inputs = RunInputs.of(night.write(tmp_path))
     found = [
         stage("verify", 1, "", "verify.json"),
         stage("accuracy", 1, "", "accuracy.xml"),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_npu.conformance.machine.verified import Where
+from qwen2_npu.conformance.machine.verified import Verified, Where
 from qwen2_npu.conformance.report import junit, suites
 from qwen2_npu.conformance.report.claims import Claim, Status
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.suites import Tally
 from tests.unit.conformance.report.synthetic import IDENTITY, CaseText, Night, write_junit
 
-NPU = IDENTITY["verified"]
+NPU = Verified.read(IDENTITY["verified"])
 
 
 def case(
@@ -41,13 +41,16 @@ def test_many_failures_are_counted() -> None:
 
 
 def test_two_devices_do_not_speak_for_one_another() -> None:
-    assert Tally.of([(case("passed"), NPU), (case("passed"), "cpu (portable kernels)")]).verified == ""
+    assert (
+        Tally.of([(case("passed"), NPU), (case("passed"), Verified.read("cpu (portable kernels)"))]).verified
+        == Verified()
+    )
 
 
-def claims(tmp_path: Path, *cases: CaseText, verified: str = NPU) -> dict[str, Claim]:
-    provenance = Night(0, identity={**IDENTITY, "verified": verified}).provenance
+def claims(tmp_path: Path, *cases: CaseText, verified: Verified = NPU) -> dict[str, Claim]:
+    provenance = Night(0, identity={**IDENTITY, "verified": verified.text}).provenance
     write_junit(tmp_path / "j.xml", cases, provenance)
-    return {claim.id: claim for claim in suites.claims(Inputs.of(tmp_path))}
+    return {claim.id: claim for claim in suites.claims(RunInputs.of(tmp_path))}
 
 
 LADDER_TEST, OPERATOR_TEST = "tests.accuracy.test_ladder", "tests.accuracy.test_operators"
@@ -85,11 +88,13 @@ def test_a_test_file_that_did_not_run_is_shown(tmp_path: Path) -> None:
     assert found["files/tests.elsewhere.test_x"].status is Status.PASS
 
 
-@pytest.mark.parametrize(("verified", "where"), [(NPU, Where.NPU), ("emulated (torch_npu)", Where.CPU)])
-def test_a_ratio_is_of_the_device_that_computed_it(verified: str, where: Where, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verified", "where"), [(NPU, Where.NPU), (Verified.read("emulated (torch_npu)"), Where.CPU)])
+def test_a_ratio_is_of_the_device_that_computed_it(verified: Verified, where: Where, tmp_path: Path) -> None:
     text = "1.72 (1.62 to 1.92 with 98% confidence, 12 rounds)"
     write_junit(
-        tmp_path / "j.xml", [CaseText(*suites.RATIO)], Night(0, identity={**IDENTITY, "verified": verified}).provenance
+        tmp_path / "j.xml",
+        [CaseText(*suites.RATIO)],
+        Night(0, identity={**IDENTITY, "verified": verified.text}).provenance,
     )
     plain = (tmp_path / "j.xml").read_text(encoding="utf-8")
     with_ratio = plain.replace(
@@ -98,7 +103,7 @@ def test_a_ratio_is_of_the_device_that_computed_it(verified: str, where: Where, 
         f'<properties><property name="ratio" value="{text}"/></properties></testcase>',
     )
     (tmp_path / "j.xml").write_text(with_ratio, encoding="utf-8")
-    (claim,) = (claim for claim in suites.claims(Inputs.of(tmp_path)) if claim.area == suites.RATIOS)
+    (claim,) = (claim for claim in suites.claims(RunInputs.of(tmp_path)) if claim.area == suites.RATIOS)
     assert (claim.id, claim.status, claim.where) == ("relative/decode-a-b", Status.PASS, where)
     assert claim.value is not None
     assert not claim.value.lower_is_better

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.machine.provenance import Provenance
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.history import Entry, Run
-from qwen2_npu.conformance.report.inputs import Inputs
+from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.results import Results
 from qwen2_npu.conformance.report.summary import code, markdown, text
 from tests.unit.conformance.report.synthetic import SLOW, CaseText, Night, commit_of, write_junit
@@ -95,6 +97,9 @@ def test_text_and_code_show_any_string_as_it_is(value: str) -> None:
         assert cells == ["a", "b", f"x {shown(value)}", "y"], made
 
 
+NPU = Verified.read("npu (x)")
+
+
 def hostile_run(strings: Sequence[str]) -> tuple[Results, list[Run], list[str]]:
     """A run and its history in which every text is one of ``strings``."""
     name = itertools.cycle(strings).__next__
@@ -104,14 +109,14 @@ def hostile_run(strings: Sequence[str]) -> tuple[Results, list[Run], list[str]]:
             f"{day}{name()}",
             True,
             f"2026-10-{day:02d}{name()}",
-            name(),
-            {"affinity": name().encode("utf-8", "replace").decode()},
+            Verified.read(name()),
+            Fingerprint.read({"affinity": name().encode("utf-8", "replace").decode()}),
         )
 
     good = provenance(1)
-    this = replace(provenance(2), identity=good.identity)
+    this = replace(provenance(2), fingerprint=good.fingerprint)
     claims = [
-        Claim(f"{kind}/{name()}{index}", name(), name(), status, name(), name(), "s", "npu (x)", value, name(), name())
+        Claim(f"{kind}/{name()}{index}", name(), name(), status, name(), name(), "s", NPU, value, name(), name())
         for index, (kind, status, value) in enumerate(
             (kind, status, value)
             for kind in ("latency", "accuracy", "graphs", "relative", "files", "stages")
@@ -121,7 +126,7 @@ def hostile_run(strings: Sequence[str]) -> tuple[Results, list[Run], list[str]]:
     ]
     passed = {claim.id: replace(Entry.of(claim), status=Status.PASS) for claim in claims}
     problems = [name(), name()]
-    return Results(Inputs(Path()), this, tuple(claims), (name(),)), [Run(good, passed)], problems
+    return Results(RunInputs(Path()), this, tuple(claims), (name(),)), [Run(good, passed)], problems
 
 
 @given(st.lists(HOSTILE, min_size=1, max_size=8))

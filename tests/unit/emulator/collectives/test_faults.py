@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import pytest
 
-from qwen2_npu.emulator.collectives.faults import Fault, at, inject
+from qwen2_npu.emulator.collectives.faults import CollectiveFault, at, inject
 from qwen2_npu.emulator.settings import EmulatorError
 
 
 def test_parse() -> None:
-    assert Fault.parse("hang:rank=1,collective=all_reduce,nth=3") == Fault("hang", 1, "all_reduce", 3)
-    assert Fault.parse("fail") == Fault("fail")
+    assert CollectiveFault.parse("hang:rank=1,collective=all_reduce,nth=3") == CollectiveFault(
+        "hang", 1, "all_reduce", 3
+    )
+    assert CollectiveFault.parse("fail") == CollectiveFault("fail")
 
 
 @pytest.mark.parametrize("text", ["", "slow", "fail:rank=one", "fail:card=1", "fail:rank"])
 def test_what_is_no_fault_is_refused(text: str) -> None:
     with pytest.raises(EmulatorError, match=r"unknown|is not a fault"):
-        Fault.parse(text)
+        CollectiveFault.parse(text)
 
 
 def test_strikes_where_it_is_asked_to() -> None:

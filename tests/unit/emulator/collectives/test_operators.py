@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.errors import CollectiveError, HcclResult
 from qwen2_npu.emulator.collectives.operators import TABLE, mm_all_reduce
 
 A, B = torch.ones(2, 4).half(), torch.ones(4, 3).half()
@@ -30,7 +30,7 @@ def test_what_the_operator_refuses(arguments: tuple, named: dict, error: type[Ex
 def test_an_unknown_communicator_is_named() -> None:
     with pytest.raises(CollectiveError, match="no HCCL communicator is called 'nobody'") as raised:
         mm_all_reduce(A, B, "nobody")
-    assert raised.value.code is Result.NOT_FOUND
+    assert raised.value.code is HcclResult.NOT_FOUND
 
 
 def test_table_names_operators_of_torch_npu() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen2_npu.emulator.collectives.errors import CollectiveError, Result
+from qwen2_npu.emulator.collectives.errors import CollectiveError, HcclResult
 from qwen2_npu.emulator.collectives.reduction import COMPUTED_IN, OPERATIONS, check, identity
 
 
@@ -18,16 +18,16 @@ def test_identity_changes_nothing(dtype: torch.dtype, operation: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "operation", "code"),
     [
-        (torch.float64, "sum", Result.NOT_SUPPORT),
-        (torch.bool, "max", Result.NOT_SUPPORT),
-        (torch.bfloat16, "prod", Result.NOT_SUPPORT),
-        (torch.int16, "prod", Result.NOT_SUPPORT),
-        (torch.float32, "avg", Result.PARA),
+        (torch.float64, "sum", HcclResult.NOT_SUPPORT),
+        (torch.bool, "max", HcclResult.NOT_SUPPORT),
+        (torch.bfloat16, "prod", HcclResult.NOT_SUPPORT),
+        (torch.int16, "prod", HcclResult.NOT_SUPPORT),
+        (torch.float32, "avg", HcclResult.PARA),
     ],
     ids=str,
 )
-def test_what_hccl_does_not_reduce_is_refused(dtype: torch.dtype, operation: str, code: Result) -> None:
-    with pytest.raises(CollectiveError, match=str(dtype) if code is Result.NOT_SUPPORT else operation) as raised:
+def test_what_hccl_does_not_reduce_is_refused(dtype: torch.dtype, operation: str, code: HcclResult) -> None:
+    with pytest.raises(CollectiveError, match=str(dtype) if code is HcclResult.NOT_SUPPORT else operation) as raised:
         check(dtype, operation)
     assert raised.value.code is code
 

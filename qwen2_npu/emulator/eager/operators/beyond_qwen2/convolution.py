@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from qwen2_npu.emulator.eager.gradients import gradients
 
 Tensor = torch.Tensor
-Ints = Sequence[int]
+Sizes = Sequence[int]
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Tensor:
     """In as many dimensions as ``weight`` has after the first two."""
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * (weight.dim() - 2), groups)
@@ -25,10 +25,10 @@ def transposed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    padding: Ints,
-    output_padding: Ints,
-    stride: Ints,
-    dilation: Ints,
+    padding: Sizes,
+    output_padding: Sizes,
+    stride: Sizes,
+    dilation: Sizes,
     groups: int,
 ) -> Tensor:
     return torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
@@ -38,9 +38,9 @@ def convolution_backward(
     x: Tensor,
     grad: Tensor,
     weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
     groups: int,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -53,10 +53,10 @@ def transposed_backward(
     x: Tensor,
     grad: Tensor,
     weight: Tensor,
-    padding: Ints,
-    output_padding: Ints,
-    stride: Ints,
-    dilation: Ints,
+    padding: Sizes,
+    output_padding: Sizes,
+    stride: Sizes,
+    dilation: Sizes,
     groups: int,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -73,10 +73,10 @@ def dilated2d_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+    kernel_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     return convolution_backward(x, grad, weight, stride, padding, dilation, 1, mask)
@@ -86,18 +86,18 @@ def transpose2d_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    output_padding: Ints,
-    dilation: Ints,
+    kernel_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    output_padding: Sizes,
+    dilation: Sizes,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     return transposed_backward(x, grad, weight, padding, output_padding, stride, dilation, 1, mask)
 
 
 def depthwise2d(
-    x: Tensor, weight: Tensor, kernel_size: Ints, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
+    x: Tensor, weight: Tensor, kernel_size: Sizes, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Tensor:
     """One group per input channel."""
     return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[-3])
@@ -107,10 +107,10 @@ def depthwise2d_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+    kernel_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     def forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""GE operators for activation functions, less Qwen2's own."""
+"""GE operators for activation functions, except Qwen2's own."""
 
 from __future__ import annotations
 

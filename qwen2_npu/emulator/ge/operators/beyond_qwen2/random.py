@@ -1,4 +1,4 @@
-"""GE operators that draw random numbers from a seed and an offset. Hardware's numbers are other ones."""
+"""GE operators that draw random numbers from a seed and an offset. Hardware draws other numbers."""
 
 from __future__ import annotations
 

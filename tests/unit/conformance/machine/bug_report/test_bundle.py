@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, str]:
         return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def write(path: Path, *parts: bundle.Part) -> dict[str, str]:
+def write(path: Path, *parts: bundle.BundlePart) -> dict[str, str]:
     bundle.write(path, "cpu", "python: 3.11\n", parts=parts, redaction=CLEAN)
     return read(path)
 

@@ -8,8 +8,7 @@ import pytest
 
 from qwen2_npu.conformance.machine.bug_report import probes
 from qwen2_npu.conformance.machine.bug_report.probes import Answer, Probe
-
-NPU, EMULATED, CPU = "npu (CANN 8.2)", "emulated (torch_npu)", "cpu (portable kernels)"
+from qwen2_npu.conformance.machine.verified import Where
 
 
 def probe(ask: Callable[[str], Answer] = lambda device: Answer("yes", True), **changes: object) -> Probe:
@@ -18,11 +17,15 @@ def probe(ask: Callable[[str], Answer] = lambda device: Answer("yes", True), **c
 
 
 @pytest.mark.parametrize(
-    ("verified", "by", "note"),
-    [(NPU, "real NPU", None), (EMULATED, "emulated", probes.OF_THE_EMULATOR), (CPU, "cpu", probes.OF_THE_KERNELS)],
+    ("where", "by", "note"),
+    [
+        (Where.NPU, "real NPU", None),
+        (Where.EMULATED, "emulated", probes.OF_THE_EMULATOR),
+        (Where.CPU, "cpu", probes.OF_THE_KERNELS),
+    ],
 )
-def test_who_answers(verified: str, by: str, note: str | None) -> None:
-    (entry,) = probes.run([probe()], "npu", verified)
+def test_who_answers(where: Where, by: str, note: str | None) -> None:
+    (entry,) = probes.run([probe()], "npu", where)
     assert (entry["answered_by"], entry.get("note"), entry["answer"]) == (by, note, "yes")
 
 
@@ -30,9 +33,9 @@ def test_what_needs_hardware_is_not_asked_of_the_emulator() -> None:
     def never(device: str) -> Answer:
         raise AssertionError("asked")
 
-    (entry,) = probes.run([probe(never, real_npu_only=True)], "npu", EMULATED)
+    (entry,) = probes.run([probe(never, real_npu_only=True)], "npu", Where.EMULATED)
     assert (entry["answer"], entry["as_assumed"]) == (probes.NOT_ASKED, None)
-    (entry,) = probes.run([probe(never, real_npu_only=True)], "npu", NPU)
+    (entry,) = probes.run([probe(never, real_npu_only=True)], "npu", Where.NPU)
     assert entry["answer"] == "error: AssertionError: asked"
 
 
@@ -41,5 +44,5 @@ def test_an_error_is_an_answer(assumed: str, as_assumed: bool | None) -> None:
     def broken(device: str) -> Answer:
         raise RuntimeError("not supported")
 
-    (entry,) = probes.run([probe(broken, assumed=assumed)], "npu", NPU)
+    (entry,) = probes.run([probe(broken, assumed=assumed)], "npu", Where.NPU)
     assert (entry["answer"], entry["as_assumed"]) == ("error: RuntimeError: not supported", as_assumed)

@@ -14,7 +14,7 @@ from torchair.configs.compiler_config import CompilerConfig
 from qwen2_npu import ops
 from qwen2_npu.conformance.operators import CATALOGUE
 from qwen2_npu.conformance.operators.check import find_problems, operator_of
-from qwen2_npu.conformance.operators.record import Operator, Sample
+from qwen2_npu.conformance.operators.record import OperatorRecord, Sample
 from qwen2_npu.emulator.ge import graph
 
 LOWERED = {
@@ -61,7 +61,7 @@ def samples() -> list[Any]:
 
 @pytest.mark.parametrize(("record", "sample", "dtype"), samples())
 def test_the_lowered_operator_agrees_with_its_golden(
-    record: Operator, sample: Sample, dtype: str, backend: Any
+    record: OperatorRecord, sample: Sample, dtype: str, backend: Any
 ) -> None:
     run, types = compiled(operator_of(record.name), backend)
     in_graph = dataclasses.replace(record, writes=record.graph_writes)

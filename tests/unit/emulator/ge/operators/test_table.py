@@ -15,7 +15,7 @@ import torchair.ge._ge_graph as basic
 
 from qwen2_npu.emulator.ge import operators
 from qwen2_npu.emulator.ge.engine import Program
-from qwen2_npu.emulator.ge.operators.table import REQUIRED, TABLE, Ints, Operator, Tensor, operator
+from qwen2_npu.emulator.ge.operators.table import REQUIRED, TABLE, GEOperator, Ints, Tensor, operator
 from qwen2_npu.emulator.ge.proto import Edge, Node, UnsupportedGraphError, parse
 from tests.unit.emulator.ge.building import build
 from tests.unit.emulator.ge.operators import (
@@ -168,7 +168,7 @@ def node(type_: str, *names: str, attributes: dict[str, Any] | None = None) -> N
     return Node("node", type_, edges, names, (), {}, attributes or {}, (None,), ((),))
 
 
-def entry_of(function: Any, **options: Any) -> Operator:
+def entry_of(function: Any, **options: Any) -> GEOperator:
     """The function as an entry, outside the table."""
     try:
         operator("OnTrial", **options)(function)

@@ -22,14 +22,14 @@ def dtypes_of(config: pytest.Config) -> tuple[str, ...]:
     return (config.option.dtype,) if config.option.dtype else ("float32", "bfloat16", "float16")
 
 
-def subject_of(config: pytest.Config, weights: str, dtype: str) -> ModelPair:
-    """The subject for one entry of :func:`weights_of`."""
+def pair_of(config: pytest.Config, weights: str, dtype: str) -> ModelPair:
+    """The pair for one entry of :func:`weights_of`."""
     path = str(config.option.model_path) if weights == CHECKPOINT else None
-    return _subject(weights, path, dtype, config.option.device, config.option.decode_steps)
+    return _pair(weights, path, dtype, config.option.device, config.option.decode_steps)
 
 
 @cache
-def _subject(weights: str, path: str | None, dtype: str, device: str, decode_steps: int) -> ModelPair:
+def _pair(weights: str, path: str | None, dtype: str, device: str, decode_steps: int) -> ModelPair:
     if weights in SHAPES:
         return ModelPair.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
     return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
