@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 )
 @options.mode_option()
 @click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Take the stock model and its float64 self layer by layer, or whole.  [default: layer by layer where the "
+    "whole does not fit the free memory]",
+)
+@click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
 )
 def command(
@@ -38,6 +44,7 @@ def command(
     dtype: str,
     steps: tuple[str, ...] | None,
     mode: str,
+    stream: bool | None,
     json_path: Path,
 ) -> None:
     """Compare every step of the optimisation ladder with the stock transformers model, at every position.
@@ -65,6 +72,7 @@ def command(
             dtype=dtype,
             steps=steps or LADDER,
             mode=mode,
+            stream=stream,
             progress=progress,
         )
         interrupts.check()
@@ -120,7 +128,7 @@ def show(result: Verification, console: Console) -> None:
             f"{row.kl:.0e}",
             f"{row.rms_ratio:.2f}",
             f"{row.tokens_per_second:.0f}",
-            f"{row.baseline_tokens_per_second:.0f}",
+            "–" if row.baseline_tokens_per_second is None else f"{row.baseline_tokens_per_second:.0f}",
             "[green]pass[/]" if row.passed else "[red]FAIL[/]",
         )
     console.print(table)
@@ -129,6 +137,12 @@ def show(result: Verification, console: Console) -> None:
         console.print(
             f"Perplexity of {perplexity.tokens} held-out tokens: stock {perplexity.baseline:.4f}, optimised "
             f"{perplexity.optimised:.4f}",
+            highlight=False,
+        )
+    if result.streamed:
+        console.print(
+            f"The stock model and its float64 self went layer by layer ({result.streamed}); decode was forced to the "
+            "tokens that follow the prompts in the held-out text",
             highlight=False,
         )
     environment = result.environment

@@ -9,6 +9,8 @@ import torch
 
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
+from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint
+from qwen2_npu.conformance.accuracy.subject import Subject
 
 TINY, CHECKPOINT = "tiny", "checkpoint"
 
@@ -22,14 +24,16 @@ def dtypes_of(config: pytest.Config) -> tuple[str, ...]:
     return (config.option.dtype,) if config.option.dtype else ("float32", "bfloat16", "float16")
 
 
-def subject_of(config: pytest.Config, weights: str, dtype: str) -> ModelPair:
+def subject_of(config: pytest.Config, weights: str, dtype: str) -> Subject:
     """The subject for one entry of :func:`weights_of`."""
     path = str(config.option.model_path) if weights == CHECKPOINT else None
-    return _subject(weights, path, dtype, config.option.device, config.option.decode_steps)
+    option = config.option
+    return _subject(weights, path, dtype, option.device, option.decode_steps, option.stream)
 
 
 @cache
-def _subject(weights: str, path: str | None, dtype: str, device: str, decode_steps: int) -> ModelPair:
+def _subject(weights: str, path: str | None, dtype: str, device: str, decode_steps: int, stream: bool | None) -> Subject:
     if weights in SHAPES:
-        return ModelPair.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
-    return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+        kind = StreamedPair if stream else ModelPair
+        return kind.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
+    return pair_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, stream=stream)
