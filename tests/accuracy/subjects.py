@@ -9,8 +9,8 @@ import torch
 
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
-from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint
-from qwen2_npu.conformance.accuracy.subject import Subject
+from qwen2_npu.conformance.accuracy.streamed_pair import ASKED_FOR, StreamedPair, pair_of_checkpoint, why_streamed
+from qwen2_npu.conformance.accuracy.subject import Subject, weights_of_checkpoint
 
 TINY, CHECKPOINT = "tiny", "checkpoint"
 
@@ -31,8 +31,24 @@ def subject_of(config: pytest.Config, weights: str, dtype: str) -> Subject:
     return _subject(weights, path, dtype, option.device, option.decode_steps, option.stream)
 
 
+def streamed(config: pytest.Config, dtype: str) -> str:
+    """Why the stock model goes layer by layer; empty where it is whole, or cannot be read at all."""
+    option = config.option
+    if option.stream is not None or option.model_path is None:
+        return ASKED_FOR if option.stream else ""
+    try:
+        weights = weights_of_checkpoint(
+            option.model_path, dtype=dtype, device=option.device, decode_steps=option.decode_steps
+        )
+    except (ValueError, OSError):  # the tests say so
+        return ""
+    return why_streamed(weights, option.device)
+
+
 @cache
-def _subject(weights: str, path: str | None, dtype: str, device: str, decode_steps: int, stream: bool | None) -> Subject:
+def _subject(
+    weights: str, path: str | None, dtype: str, device: str, decode_steps: int, stream: bool | None
+) -> Subject:
     if weights in SHAPES:
         kind = StreamedPair if stream else ModelPair
         return kind.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
