@@ -48,6 +48,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--model-path", type=Path, metavar="DIR", help="test a real checkpoint in place of the small models"
     )
+    group.addoption(
+        "--stream",
+        action="store_const",
+        const=True,
+        help="tests/accuracy: take the stock model and its float64 self layer by layer (default: where the whole does "
+        "not fit the free memory)",
+    )
+    group.addoption(
+        "--no-stream", action="store_const", const=False, dest="stream", help="tests/accuracy: always take them whole"
+    )
     group.addoption("--dtype", choices=DTYPES, help="only this dtype (default: all three)")
     group.addoption("--steps", type=_steps, metavar="STEP,…", help="only these steps of the ladder (default: all)")
     group.addoption(

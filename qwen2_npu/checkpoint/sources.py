@@ -63,6 +63,13 @@ class Source(Protocol):
         """Every tensor, or the part of it that ``cut`` says, one at a time."""
 
 
+class NamedSource(Source, Protocol):
+    """A source that can be asked for any of its tensors."""
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """These tensors, as often as they are asked for."""
+
+
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype by name or itself; None for "auto" and None.
 
@@ -106,6 +113,9 @@ class StateDictSource:
         for name, tensor in self._state_dict.items():
             yield name, part_of(tensor, cut(name))
 
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._state_dict[name] for name in names}
+
 
 class SafetensorsSource:
     """One or several safetensors files of a folder.
@@ -124,10 +134,12 @@ class SafetensorsSource:
         self._file_of: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtype: torch.dtype | None = None
+        self._versions: dict[str, tuple[int, ...]] = {}
         for file in files:
             path = folder / file
             with _reading(path):
                 self._open[file] = shard = safe_open(path, framework="pt", device="cpu")
+                self._versions[file] = _version(path)
                 for name in list(shard.keys()):
                     self._add(file, name, shard.get_slice(name))
 
@@ -157,6 +169,26 @@ class SafetensorsSource:
                     part = cut(name)
                     # A slice reads its rows or columns from the file, and nothing else.
                     yield name, shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """These tensors, as often as they are asked for.
+
+        Their files are mapped anew each time: nothing of a file is in memory once the tensors are dropped.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is another one than when this source was opened.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for file in dict.fromkeys(self._file_of[name] for name in names):
+            path = self._folder / file
+            with _reading(path), safe_open(path, framework="pt", device="cpu") as shard:
+                if _version(path) != self._versions[file]:
+                    raise CheckpointError(
+                        f"{path} was changed or replaced while the checkpoint was being read; start again, and leave "
+                        "the folder as it is meanwhile"
+                    )
+                found |= {name: shard.get_tensor(name) for name in names if self._file_of[name] == file}
+        return found
 
 
 def part_of(tensor: torch.Tensor, part: Slice | None) -> torch.Tensor:
@@ -251,6 +283,12 @@ def _not_floating(where: str | Path, name: str, stored: object) -> CheckpointErr
         f"{where}: {name} is stored as {stored}, which is quantised or no weight; use the checkpoint in bf16, fp16 or "
         "fp32"
     )
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Another one where the file is written to or replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from qwen2_npu.conformance.accuracy.model_pair import GreedyText
+    from qwen2_npu.conformance.accuracy.pair import GreedyText
     from qwen2_npu.conformance.accuracy.verify import StepResult, Verification
 
 
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 )
 @options.mode_option()
 @click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Take the stock model and its float64 self layer by layer, or whole.  [default: layer by layer where the "
+    "whole does not fit the free memory]",
+)
+@click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
 )
 @ranks.in_ranks
@@ -42,6 +48,7 @@ def command(
     dtype: str,
     steps: tuple[str, ...] | None,
     mode: str,
+    stream: bool | None,
     json_path: Path,
 ) -> None:
     """Compare every step of the optimisation ladder with the stock transformers model, at every position.
@@ -70,6 +77,7 @@ def command(
             dtype=dtype,
             steps=steps or LADDER,
             mode=mode,
+            stream=stream,
             progress=progress,
         )
         interrupts.check()
@@ -92,6 +100,12 @@ def show(result: Verification, console: Console) -> None:
         console.print(
             f"Perplexity of {perplexity.tokens} held-out tokens: stock {perplexity.baseline:.4f}, optimised "
             f"{perplexity.optimised:.4f}",
+            highlight=False,
+        )
+    if result.streamed:
+        console.print(
+            f"The stock model and its float64 self went layer by layer ({result.streamed}); decode was forced to the "
+            "tokens that follow the prompts in the held-out text",
             highlight=False,
         )
     environment = result.environment

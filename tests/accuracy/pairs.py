@@ -9,6 +9,8 @@ import torch
 
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
+from qwen2_npu.conformance.accuracy.pair import Pair, weights_of_checkpoint
+from qwen2_npu.conformance.accuracy.streamed_pair import ASKED_FOR, StreamedPair, pair_of_checkpoint, why_streamed
 
 TINY, CHECKPOINT = "tiny", "checkpoint"
 
@@ -22,14 +24,30 @@ def dtypes_of(config: pytest.Config) -> tuple[str, ...]:
     return (config.option.dtype,) if config.option.dtype else ("float32", "bfloat16", "float16")
 
 
-def pair_of(config: pytest.Config, weights: str, dtype: str) -> ModelPair:
+def pair_of(config: pytest.Config, weights: str, dtype: str) -> Pair:
     """The pair for one entry of :func:`weights_of`."""
     path = str(config.option.model_path) if weights == CHECKPOINT else None
-    return _pair(weights, path, dtype, config.option.device, config.option.decode_steps)
+    option = config.option
+    return _pair(weights, path, dtype, option.device, option.decode_steps, option.stream)
+
+
+def streamed(config: pytest.Config, dtype: str) -> str:
+    """Why the stock model goes layer by layer; empty where it is whole, or cannot be read at all."""
+    option = config.option
+    if option.stream is not None or option.model_path is None:
+        return ASKED_FOR if option.stream else ""
+    try:
+        weights = weights_of_checkpoint(
+            option.model_path, dtype=dtype, device=option.device, decode_steps=option.decode_steps
+        )
+    except (ValueError, OSError):  # the tests say so
+        return ""
+    return why_streamed(weights, option.device)
 
 
 @cache
-def _pair(weights: str, path: str | None, dtype: str, device: str, decode_steps: int) -> ModelPair:
+def _pair(weights: str, path: str | None, dtype: str, device: str, decode_steps: int, stream: bool | None) -> Pair:
     if weights in SHAPES:
-        return ModelPair.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
-    return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+        kind = StreamedPair if stream else ModelPair
+        return kind.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
+    return pair_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, stream=stream)

@@ -11,7 +11,7 @@ from qwen2_npu.optimizations import DESCRIPTIONS, LADDER, PARALLEL, REQUIRES, VA
 
 
 def test_presets_are_cumulative():
-    for count, step in enumerate(LADDER, PARALLEL, start=1):
+    for count, step in enumerate(LADDER, start=1):
         assert Optimizations.up_to(step).names() == LADDER[:count]
     assert Optimizations.none().names() == ()
     assert Optimizations.all().names() == LADDER

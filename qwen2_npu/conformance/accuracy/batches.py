@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -66,9 +68,26 @@ def text_batch(shape: str, token_ids: Sequence[int], *, pad_token_id: int = 0) -
         ValueError: the text is shorter than the longest row.
     """
     lengths = BATCH_SHAPES[shape]
+    rows = [list(token_ids[start : start + n]) for start, n in zip(_starts(shape, token_ids), lengths, strict=True)]
+    return Batch.of(rows, pad_token_id=pad_token_id)
+
+
+def text_continuation(shape: str, token_ids: Sequence[int], steps: int) -> npt.NDArray[np.int64]:
+    """(B, steps) tokens: what follows each row of :func:`text_batch` in the text, which begins anew at its end."""
+    ends = np.array(_starts(shape, token_ids)) + BATCH_SHAPES[shape]
+    return np.asarray(token_ids, np.int64)[(ends[:, None] + np.arange(steps)) % len(token_ids)]
+
+
+def random_continuation(shape: str, vocab_size: int, steps: int, *, seed: int = 1) -> npt.NDArray[np.int64]:
+    """(B, steps) random tokens, to follow those of :func:`random_batch`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (len(BATCH_SHAPES[shape]), steps), generator=generator).numpy()
+
+
+def _starts(shape: str, token_ids: Sequence[int]) -> list[int]:
+    """Where in the text each row begins."""
+    lengths = BATCH_SHAPES[shape]
     spare = len(token_ids) - max(lengths)
     if spare < 0:
         raise ValueError(f"the text has {len(token_ids)} tokens; batch shape {shape!r} needs {max(lengths)}")
-    starts = [spare * row // max(len(lengths) - 1, 1) for row in range(len(lengths))]
-    rows = [list(token_ids[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
-    return Batch.of(rows, pad_token_id=pad_token_id)
+    return [spare * row // max(len(lengths) - 1, 1) for row in range(len(lengths))]

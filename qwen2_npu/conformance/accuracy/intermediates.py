@@ -80,14 +80,18 @@ class PassRecorder:
 
 
 @contextmanager
-def capturing(model: Any, *, new: list[int], total: list[int]) -> Iterator[PassRecorder]:
-    """Capture the forward passes run inside: meant for one, uncompiled."""
+def capturing(model: Any, *, new: list[int], total: list[int], first_layer: int = 0) -> Iterator[PassRecorder]:
+    """Capture the forward passes run inside: meant for one, uncompiled.
+
+    Args:
+        first_layer: the number of the model's first layer, where the model is a part of a larger one.
+    """
     optimizations = getattr(model, "optimizations", None)
     capture = PassRecorder(new=new, total=total, left=bool(optimizations and optimizations.fixed_kv_cache))
     config = model.config
     groups = config.num_attention_heads // config.num_key_value_heads
     watch = _Watch(capture, groups)
-    handles = list(_hooks(model, capture, watch))
+    handles = list(_hooks(model, capture, watch, first_layer))
     try:
         with watch:
             yield capture
@@ -144,9 +148,9 @@ def _to_bsnd(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor.transpose(1, 2) if layout == "BNSD" else tensor
 
 
-def _hooks(model: Any, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
+def _hooks(model: Any, capture: PassRecorder, watch: _Watch, first_layer: int) -> Iterator[Any]:
     """Registers the hooks; yields their handles."""
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.model.layers, first_layer):
         attention, mlp = layer.self_attn, layer.mlp
         yield from _norm(layer.input_layernorm, index, "input_layernorm", capture)
         yield from _projections(attention, index, capture, watch)

@@ -8,7 +8,7 @@ the place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,18 +95,18 @@ def explain(
     build: BuildModel,
     optimizations: Optimizations,
     *,
-    baseline: Any,
-    reference: Any,
     batch: Batch,
     baseline_trace: teacher_forcing.Trace,
     reference_trace: teacher_forcing.Trace,
     dtype: torch.dtype,
+    find: Callable[[Any], ErrorLocation | None],
 ) -> Explanation | None:
     """Bisects the failure of ``optimizations`` on ``batch``. None if, built again, nothing fails.
 
     Args:
         build: called once per step tried, starting with none.
-        baseline, reference: the stock model and its float64 self, with their traces of ``batch``.
+        baseline_trace, reference_trace: of the stock model and its float64 self, over ``batch``.
+        find: says where a model that fails on ``batch`` goes wrong, as :func:`locate` does.
     """
     names = optimizations.names()
     for count in range(len(names) + 1):
@@ -116,10 +116,8 @@ def explain(
         model = build(tried)
         comparison = compare_model(model, batch, baseline_trace, reference_trace, dtype)
         if not comparison.passed:
-            finding = locate(model, baseline, reference, batch, baseline_trace.forced, dtype)
-            return Explanation(
-                names[count - 1] if count else None, tried.names(), finding, tuple(comparison.failures())
-            )
+            step = names[count - 1] if count else None
+            return Explanation(step, tried.names(), find(model), tuple(comparison.failures()))
     return None
 
 
@@ -150,18 +148,33 @@ def locate(
     optimised: Any, baseline: Any, reference: Any, batch: Batch, forced: Array, dtype: torch.dtype
 ) -> ErrorLocation | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none."""
-    runs = [_captures(model, batch, forced) for model in (optimised, baseline)]
+    runs = [captures(model, batch, forced) for model in (optimised, baseline)]
     with exact(reference):
-        runs.append(_captures(reference, batch, forced))
+        runs.append(captures(reference, batch, forced))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
-        path = "prefill" if step == 0 else f"decode step {step - 1}"
-        stock_points, true_points = stock.by_place(), true.by_place()
-        for point in ours.points:
-            place = (point.layer, point.name)
-            if place in stock_points and place in true_points:
-                error = _error(point, stock_points[place], true_points[place], dtype)
-                if not error.within:
-                    return ErrorLocation(path, point.layer, point.name, point.operators, error)
+        found = first_beyond(ours.points, stock, true, dtype, step)
+        if found is not None:
+            return found
+    return None
+
+
+def first_beyond(
+    ours: Sequence[Point], stock: PassRecorder, true: PassRecorder, dtype: torch.dtype, step: int
+) -> ErrorLocation | None:
+    """The first of the optimised model's points whose error exceeds its bound.
+
+    Args:
+        stock, true: of the baseline and the reference in the same forward pass.
+        step: which pass it is: 0 the prefill, then every decode step.
+    """
+    stock_points, true_points = stock.by_place(), true.by_place()
+    for point in ours:
+        place = (point.layer, point.name)
+        if place in stock_points and place in true_points:
+            error = _error(point, stock_points[place], true_points[place], dtype)
+            if not error.within:
+                path = "prefill" if step == 0 else f"decode step {step - 1}"
+                return ErrorLocation(path, point.layer, point.name, point.operators, error)
     return None
 
 
@@ -172,12 +185,12 @@ def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorR
 
 
 @torch.no_grad()
-def _captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
+def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
     """One capture per forward pass: the prefill, then every decode step."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
     lengths = batch.lengths
-    captures: list[PassRecorder] = []
+    found: list[PassRecorder] = []
     if getattr(model, "compiled_steps", None):
         model.compiled_steps = {}  # hooks and modes see eager execution only
     cache: dict[str, Any] = teacher_forcing.preallocated(model, len(lengths), mask.shape[1] + forced.shape[1])
@@ -193,8 +206,8 @@ def _captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
         with capturing(model, new=new, total=[length + step for length in lengths]) as capture:
             out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
         cache = {CACHE_NAME: cache_of(out)}
-        captures.append(capture)
-    return captures
+        found.append(capture)
+    return found
 
 
 def _possible(names: tuple[str, ...]) -> bool:

@@ -1,64 +1,33 @@
-"""A set of weights under test: the stock model, its float64 self, and what both said about each batch.
-
-``verify`` and the accuracy suite ask it the same questions, whether the weights are random or of a checkpoint.
-"""
+"""The stock model and its float64 self, whole and in memory, beside this project's model of the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from qwen2_npu.checkpoint.configuration import read_generation_config
-from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
-from qwen2_npu.checkpoint.tokenizer import load_tokenizer
-from qwen2_npu.checkpoint.weights import skeleton
-from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing, text
-from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
-from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
-from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
-from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Explanation
-from qwen2_npu.errors import CheckpointError
-from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
-from qwen2_npu.optimizations import Optimizations
-
-DECODE_STEPS = 12
-PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
-SAMPLE_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class GreedyText:
-    """One prompt continued greedily by both models. ``divergence``: what happened where they part, empty if nowhere."""
-
-    prompt: str
-    baseline: str
-    optimised: str
-    divergence: str = ""
-    passed: bool = True
+from qwen2_npu.conformance.accuracy.batches import Batch
+from qwen2_npu.conformance.accuracy.locate_error import Divergence, ErrorLocation
+from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.pair import (
+    DECODE_STEPS,
+    Pair,
+    Weights,
+    weights_of_checkpoint,
+    weights_of_shape,
+)
 
 
-@dataclass
-class ModelPair:
-    """See the module's text. Batches are traced on first use and kept.
+@dataclass(kw_only=True)
+class ModelPair(Pair):
+    """See ``Pair``. The stock model chooses the tokens that are forced on everyone. Traces are kept."""
 
-    Attributes:
-        build: this project's model of the same weights, with the given switches.
-    """
-
-    name: str
-    dtype: torch.dtype
     baseline: Any
     reference: Any
-    build: BuildModel
-    tokenizer: Any = None
-    decode_steps: int = DECODE_STEPS
-    _batches: dict[str, Batch] = field(default_factory=dict)
     _traces: dict[str, tuple[teacher_forcing.Trace, teacher_forcing.Trace]] = field(default_factory=dict)
 
     @classmethod
@@ -76,29 +45,8 @@ class ModelPair:
             CheckpointError: the folder is unusable, its tokenizer does not fit it, or a weight is NaN or infinite,
                 naming it.
         """
-        folder = Path(path) if path is not None else tiny.path()
-        source = open_checkpoint(folder)
-        # What does not fit is found here, and named, before the stock model meets it in its own way.
-        skeleton(lambda: Qwen2ForCausalLM(source.config), source)
-        tokenizer = load_tokenizer(folder)
-        check_texts(source.config, tokenizer, decode_steps, str(folder))
-        read_generation_config(folder, source.config.vocab_size)
-        parsed = parse_dtype(dtype) or source.stored_dtype()
-        baseline = stock.stock_from_pretrained(folder, dtype=parsed, device=device)
-        check_finite(baseline.state_dict(), str(folder))
-
-        def build(optimizations: Optimizations) -> Any:
-            model = Qwen2ForCausalLM.from_pretrained(folder, dtype=parsed, device=device, optimizations=optimizations)
-            return model.eval()
-
-        return cls(
-            name=str(path) if path is not None else "tiny checkpoint",
-            dtype=parsed,
-            baseline=baseline,
-            reference=stock.exact_reference(baseline),
-            build=build,
-            tokenizer=tokenizer,
-            decode_steps=decode_steps,
+        return cls.of(
+            weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps), device, decode_steps
         )
 
     @classmethod
@@ -112,198 +60,55 @@ class ModelPair:
         seed: int = 0,
     ) -> ModelPair:
         """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
-        config = small_config(shape)
-        state = random_state_dict(config, seed=seed, dtype=dtype)
+        return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
-        def build(optimizations: Optimizations) -> Any:
-            model = Qwen2ForCausalLM.from_state_dict(
-                config, state, dtype=dtype, device=device, optimizations=optimizations
-            )
-            return model.eval()
-
-        baseline = stock.stock_from_state_dict(config, state, dtype=dtype, device=device)
-        return cls(
-            name=f"random {shape}",
-            dtype=dtype,
-            baseline=baseline,
-            reference=stock.exact_reference(baseline),
-            build=build,
-            decode_steps=decode_steps,
-        )
-
-    # ---- token by token --------------------------------------------------------------------------------------------
-    def batch(self, shape: str) -> Batch:
-        """The batch of that shape: held-out text where there is a tokenizer, else random tokens."""
-        if shape not in self._batches:
-            ids = self.heldout_ids()
-            self._batches[shape] = (
-                text_batch(shape, ids, pad_token_id=self.pad_token_id)
-                if ids
-                else random_batch(shape, self.baseline.config.vocab_size)
-            )
-        return self._batches[shape]
-
-    def traces(self, shape: str) -> tuple[teacher_forcing.Trace, teacher_forcing.Trace]:
-        """The baseline's trace, which chose the tokens that are forced on everyone else, and the reference's.
+    @classmethod
+    def of(cls, weights: Weights, device: str, decode_steps: int) -> ModelPair:
+        """Both stock models of ``weights``.
 
         Raises:
-            CheckpointError: the baseline's own logits are not finite.
+            CheckpointError: a weight is NaN or infinite, naming it.
         """
+        config, dtype = weights.source.config, weights.dtype
+        if weights.folder is None:
+            state = dict(weights.source.tensors())
+            baseline = stock.stock_from_state_dict(config, state, dtype=dtype, device=device)
+        else:
+            baseline = stock.stock_from_pretrained(weights.folder, dtype=dtype, device=device)
+            stock.check_finite(baseline.state_dict(), str(weights.folder))
+        return cls(
+            name=weights.name,
+            dtype=dtype,
+            config=baseline.config,
+            generation_config=baseline.generation_config,
+            build=weights.build,
+            tokenizer=weights.tokenizer,
+            decode_steps=decode_steps,
+            baseline=baseline,
+            reference=stock.exact_reference(baseline),
+        )
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        return self.reference.dtype
+
+    def traces(self, shape: str) -> tuple[teacher_forcing.Trace, teacher_forcing.Trace]:
         if shape not in self._traces:
             batch = self.batch(shape)
             trace = teacher_forcing.run(self.baseline, batch, decode_steps=self.decode_steps)
-            if not np.isfinite(trace.prefill_logits[trace.valid]).all():
-                raise CheckpointError(
-                    f"{self.name}: the stock model's own logits are not finite in {self.dtype}; try another dtype"
-                )
+            self.check_finite_logits(trace)
             self._traces[shape] = (trace, teacher_forcing.run_reference(self.reference, batch, trace.forced))
         return self._traces[shape]
 
-    def compare(self, model: Any, shape: str) -> tuple[Comparison, teacher_forcing.Trace]:
-        """``model`` forced through the batch of that shape, and its trace."""
-        baseline, reference = self.traces(shape)
-        trace = locate_error.trace_model(model, self.batch(shape), baseline)
-        return compare_traces(trace, baseline, reference, self.dtype), trace
+    def locate(self, model: Any, shape: str) -> ErrorLocation | None:
+        forced = self.traces(shape)[0].forced
+        return locate_error.locate(model, self.baseline, self.reference, self.batch(shape), forced, self.dtype)
 
-    def explain(
-        self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None
-    ) -> Explanation | None:
-        """Why ``optimizations`` fail on the batch of that shape; None if, built again, they do not.
+    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        return text.token_losses(self.baseline, windows), text.reference_losses(self.reference, windows)
 
-        Args:
-            build: in place of the pair's own, for models that are compiled or tampered with.
-        """
-        baseline_trace, reference_trace = self.traces(shape)
-        return locate_error.explain(
-            build or self.build,
-            optimizations,
-            baseline=self.baseline,
-            reference=self.reference,
-            batch=self.batch(shape),
-            baseline_trace=baseline_trace,
-            reference_trace=reference_trace,
-            dtype=self.dtype,
-        )
-
-    def failure(self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None) -> str:
-        """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
-        comparison, _ = self.compare((build or self.build)(optimizations), shape)
-        if comparison.passed:
-            return ""
-        found = self.explain(optimizations, shape, build=build)
-        if found is not None:
-            return str(found)
-        return f"failed once and passed when repeated, which is a fault in itself: {'; '.join(comparison.failures())}"
-
-    # ---- text ------------------------------------------------------------------------------------------------------
-    def perplexity(self, model: Any) -> text.Perplexity | None:
-        """Of the held-out text; None without a tokenizer."""
-        windows = text.text_windows(self.heldout_ids(), length=PERPLEXITY_WINDOW, limit=PERPLEXITY_TOKENS)
-        if not windows:
-            return None
-        return text.perplexity(
-            text.token_losses(model, windows),
-            text.token_losses(self.baseline, windows),
-            text.reference_losses(self.reference, windows),
-            self.dtype,
-        )
-
-    def samples(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int = SAMPLE_TOKENS) -> list[GreedyText]:
-        """Greedy continuations of ``prompts``, one left-padded batch through ``generate`` of both models."""
-        if self.tokenizer is None or not prompts:
-            return []
-        batch = Batch.of([self.encode(prompt) for prompt in prompts], pad_token_id=self.pad_token_id)
-        expected, got = (
-            text.greedy(
-                each,
-                batch,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self.pad_token_id,
-            )
-            for each in (self.baseline, model)
-        )
-        found = text.explain_divergences(got, expected, batch, self.baseline, self.reference)
-        by_row = {divergence.row: divergence for divergence in found}
-        return [
-            GreedyText(
-                prompt=prompt,
-                baseline=self.tokenizer.decode(expected[row], skip_special_tokens=True),
-                optimised=self.tokenizer.decode(got[row], skip_special_tokens=True),
-                divergence=by_row[row].describe(self._decode_token) if row in by_row else "",
-                passed=row not in by_row or by_row[row].excused,
-            )
-            for row, prompt in enumerate(prompts)
-        ]
-
-    def heldout_ids(self) -> list[int]:
-        """Tokens of the text that the tiny checkpoint was not trained on; any checkpoint is measured on it."""
-        return self.encode(tiny.heldout_text()) if self.tokenizer is not None else []
-
-    def encode(self, content: str) -> list[int]:
-        """Token ids as the checkpoint's own tokenizer makes them."""
-        return encode(self.tokenizer, content)
-
-    def _decode_token(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """What ends a text, by the generation config or else the config."""
-        ids = self.baseline.generation_config.eos_token_id
-        ids = self.baseline.config.eos_token_id if ids is None else ids
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's, or else what ends a text, or else 0, where the model knows it: it is masked either way."""
-        candidates = (getattr(self.tokenizer, "pad_token_id", None), *self.eos_token_ids)
-        vocabulary = self.baseline.config.vocab_size
-        return next((token for token in candidates if token is not None and token < vocabulary), 0)
-
-
-def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuse weights that no comparison can be made with.
-
-    Raises:
-        CheckpointError: naming the first tensor with NaN or infinite values, how many, and the way out.
-    """
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
-            continue
-        nans, infinities = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-        raise CheckpointError(
-            f"{where}: tensor {name} has {nans} NaN and {infinities} infinite of {tensor.numel()} values in "
-            f"{tensor.dtype}; fetch the checkpoint again, or use a wider dtype if only the cast overflows"
-        )
-
-
-def encode(tokenizer: Any, content: str) -> list[int]:
-    """Token ids of a text."""
-    return list(tokenizer(content)["input_ids"])
-
-
-def check_texts(config: Any, tokenizer: Any, decode_steps: int, where: str) -> None:
-    """Refuse a model that the texts and batches which it is compared on do not fit.
-
-    Args:
-        tokenizer: None where the batches are random tokens.
-
-    Raises:
-        CheckpointError: a token outside the vocabulary, or too few positions.
-    """
-    needed = max(max(lengths) for lengths in BATCH_SHAPES.values()) + decode_steps
-    if tokenizer is not None:
-        heldout, *prompts = (encode(tokenizer, content) for content in (tiny.heldout_text(), *tiny.prompts()))
-        largest = max(token for ids in (heldout, *prompts) for token in ids)
-        if largest >= config.vocab_size:
-            raise CheckpointError(
-                f"{where}: its tokenizer makes token id {largest}, and the model has vocab_size={config.vocab_size}: "
-                "fetch the tokenizer that belongs to it"
-            )
-        needed = max(needed, PERPLEXITY_WINDOW, *(len(ids) + SAMPLE_TOKENS for ids in prompts))
-    if needed > config.max_position_embeddings:
-        raise CheckpointError(
-            f"{where}: max_position_embeddings={config.max_position_embeddings}, and the texts it is compared on need "
-            f"{needed}: raise it in a copy of config.json; the comparison holds at any position"
-        )
+    def stock_texts(
+        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[Divergence]]:
+        expected = self.greedy(self.baseline, batch, max_new_tokens)
+        return expected, text.explain_divergences(got, expected, batch, self.baseline, self.reference)

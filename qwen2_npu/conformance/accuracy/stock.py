@@ -17,12 +17,17 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any
 
+from qwen2_npu.errors import CheckpointError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen2Config
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 HEAD_DIM_IS_FREE = _MAJOR >= 5
 """Whether the stock Qwen2 reads ``config.head_dim`` (4.37 takes hidden_size / num_attention_heads)."""
+
+PIECE = 1 << 22
+"""Values of a tensor that are looked at at once."""
 
 _INITIALISATION = "transformers.initialization" if _MAJOR >= 5 else "transformers.modeling_utils"
 """Where ``no_init_weights`` is."""
@@ -89,7 +94,7 @@ def reference_dtype(parameters: int, dtype: torch.dtype, available: int) -> torc
     needed = parameters * (4 if dtype.itemsize == 2 else 8)
     raise MemoryError(
         f"the exact reference of {parameters / 1e9:.3g} billion parameters needs {needed / 2**30:.3g} GiB of host "
-        f"memory, {available / 2**30:.3g} GiB are free; use a machine with more"
+        f"memory, {available / 2**30:.3g} GiB are free; compare layer by layer (--stream), use a machine with more"
         + ("" if dtype.itemsize == 2 else ", or --dtype bfloat16, whose reference takes half")
     )
 
@@ -118,6 +123,31 @@ def exact_reference(model: PreTrainedModel, dtype: torch.dtype | None = None) ->
             angles = torch.outer(positions, rotary.inv_freq).repeat(1, 2)
             rotary.cos_cached, rotary.sin_cached = angles.cos(), angles.sin()
     return reference
+
+
+def check_finite(state: Mapping[str, torch.Tensor], where: str, dtype: torch.dtype | None = None) -> None:
+    """Refuse weights that no comparison can be made with.
+
+    Args:
+        dtype: what they will be cast to; None for what they are in.
+
+    Raises:
+        CheckpointError: naming the first tensor with NaN or infinite values, how many, and the way out.
+    """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        # In pieces, none of which needs much memory for its mask.
+        nans = infinities = 0
+        for piece in tensor.split(max(1, PIECE // max(1, tensor[:1].numel()))):
+            cast = piece.to(dtype or tensor.dtype)
+            if not bool(torch.isfinite(cast).all()):
+                nans, infinities = nans + int(cast.isnan().sum()), infinities + int(cast.isinf().sum())
+        if nans or infinities:
+            raise CheckpointError(
+                f"{where}: tensor {name} has {nans} NaN and {infinities} infinite of {tensor.numel()} values in "
+                f"{dtype or tensor.dtype}; fetch the checkpoint again, or use a wider dtype if only the cast overflows"
+            )
 
 
 class _KeepFloat64(TorchFunctionMode):

@@ -78,13 +78,13 @@ def run(
 
     hidden_states = None
     if hidden:
-        hidden_states = _to_numpy(model(**prompt, use_cache=False, output_hidden_states=True).hidden_states[-1])
-    last_logits = _to_numpy(model(**prompt, use_cache=True, logits_to_keep=1).logits[:, -1]) if last_token else None
+        hidden_states = to_numpy(model(**prompt, use_cache=False, output_hidden_states=True).hidden_states[-1])
+    last_logits = to_numpy(model(**prompt, use_cache=True, logits_to_keep=1).logits[:, -1]) if last_token else None
     started = time.perf_counter()
     out = model(**prompt, use_cache=True, **preallocated(model, rows, width + decode_steps))
     _synchronize(device)
     prefill_seconds = time.perf_counter() - started
-    prefill_logits = _to_numpy(out.logits)
+    prefill_logits = to_numpy(out.logits)
 
     next_token, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
     del out  # its logits take memory
@@ -131,7 +131,7 @@ def _decode(
         if step >= UNTIMED_STEPS:
             timed += time.perf_counter() - started
         next_token, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
-        steps.append(_to_numpy(out.logits[:, -1]))
+        steps.append(to_numpy(out.logits[:, -1]))
         fed.append(token[:, 0].cpu().numpy())
     return steps, fed, timed
 
@@ -142,9 +142,7 @@ def run_reference(reference: Any, batch: Batch, forced: Array) -> Trace:
 
     ``reference`` comes from :func:`~qwen2_npu.conformance.accuracy.stock.exact_reference`.
     """
-    width = batch.input_ids.shape[1]
-    ids = torch.cat((batch.input_ids, torch.from_numpy(forced)), dim=1)
-    mask = torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
+    ids, mask = prompt_and_forced(batch, forced)
     with exact(reference):
         out = reference(
             input_ids=ids,
@@ -153,7 +151,18 @@ def run_reference(reference: Any, batch: Batch, forced: Array) -> Trace:
             output_hidden_states=True,
             use_cache=False,
         )
-    logits, hidden = out.logits.numpy(), out.hidden_states[-1].numpy()
+    return reference_trace(batch, forced, out.logits.numpy(), out.hidden_states[-1].numpy())
+
+
+def prompt_and_forced(batch: Batch, forced: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, P + T) token ids and attention mask of the prompts followed by the forced tokens."""
+    ids = torch.cat((batch.input_ids, torch.from_numpy(forced)), dim=1)
+    return ids, torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
+
+
+def reference_trace(batch: Batch, forced: Array, logits: Array, hidden: Array) -> Trace:
+    """The trace of one pass over prompt and forced tokens: logits (B, P + T, V), final hidden states (B, P + T, H)."""
+    width = batch.input_ids.shape[1]
     return Trace(
         prefill_logits=logits[:, :width],
         decode_logits=logits[:, width:],
@@ -172,7 +181,7 @@ def preallocated(model: Any, rows: int, capacity: int) -> dict[str, Any]:
     return {CACHE_NAME: model.allocate_cache(rows, capacity)}
 
 
-def _to_numpy(tensor: torch.Tensor) -> Array:
+def to_numpy(tensor: torch.Tensor) -> Array:
     """Copied out: a compiled graph may reuse its output buffers."""
     return tensor.detach().to("cpu", torch.float32 if tensor.dtype != torch.float64 else torch.float64).numpy().copy()
 

@@ -39,9 +39,13 @@ def token_losses(model: Any, windows: Sequence[Sequence[int]]) -> Array:
     for window in windows:
         ids = torch.tensor([list(window)], device=device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-        scores = log_softmax(logits.detach().to("cpu", torch.float64).numpy())
-        losses.append(-scores[np.arange(len(window) - 1), np.asarray(window[1:])])
+        losses.append(losses_of(logits.detach().to("cpu", torch.float64).numpy(), window))
     return np.concatenate(losses)
+
+
+def losses_of(logits: Array, window: Sequence[int]) -> Array:
+    """(N - 1, V) float64 logits after all but the last of a window's N tokens -> -log p of all but the first."""
+    return -log_softmax(logits)[np.arange(len(window) - 1), np.asarray(window[1:])]
 
 
 def text_windows(token_ids: Sequence[int], *, length: int, limit: int) -> list[list[int]]:

@@ -19,8 +19,10 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
-from qwen2_npu.conformance.accuracy.model_pair import BuildModel, GreedyText, ModelPair
+from qwen2_npu.conformance.accuracy.locate_error import BuildModel
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
+from qwen2_npu.conformance.accuracy.pair import GreedyText, Pair
+from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
 from qwen2_npu.graph import check_mode, compile_model
@@ -40,7 +42,8 @@ class StepResult:
     step: str
     comparisons: dict[str, Comparison]
     tokens_per_second: float
-    baseline_tokens_per_second: float
+    baseline_tokens_per_second: float | None
+    """None where the stock model went layer by layer: that has no speed to compare with."""
     explanation: str = ""
 
     @property
@@ -103,6 +106,8 @@ class Verification:
     samples: list[GreedyText]
     perplexity: text.Perplexity | None
     mode: str = "eager"
+    streamed: str = ""
+    """Why the stock model went layer by layer; empty if it was whole."""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -127,11 +132,12 @@ class Verification:
             "created": self.created,
             "passed": self.passed,
             "failures": self.failures,
-            "environment": self.environment.to_json(),
+            "environment": asdict(self.environment),
             "model": self.model,
             "dtype": self.dtype,
             "mode": self.mode,
             "reference_dtype": self.reference_dtype,
+            "streamed": self.streamed,
             "rows": [row.to_dict() for row in self.rows],
             "samples": [asdict(sample) for sample in self.samples],
             "perplexity": None if self.perplexity is None else asdict(self.perplexity),
@@ -145,6 +151,7 @@ def verify(
     dtype: str = "auto",
     steps: Sequence[str] = LADDER,
     mode: str = "eager",
+    stream: bool | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
     """The ladder, cumulatively, on one checkpoint.
@@ -153,45 +160,56 @@ def verify(
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
         steps: which rows to run; each includes all steps of the ladder before it.
         mode: how the optimised model is compiled, see ``compile_model``.
-        progress: called before each part.
+        stream: the stock model and its float64 self layer by layer, or whole; None for whole where that fits the free
+            memory.
+        progress: called before each part, and before each layer of one that goes layer by layer.
 
     Raises:
         CheckpointError, UnsupportedError: what cannot be verified, and why.
+        MemoryError: what does not fit, and the way out.
         ValueError: an unknown step.
     """
     presets = {step: Optimizations.up_to(step) for step in steps}
     for optimizations in presets.values():
         check_mode(mode, torch.device(device), optimizations)
     total = len(presets) + 2
-    progress("stock model and float64 reference", 0, total)
-    pair = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device)
+    part, done = "stock model and float64 reference", 0
+    progress(part, done, total)
+    pair = pair_of_checkpoint(model_path, dtype=dtype, device=device, stream=stream)
+    streamed = ""
+    if isinstance(pair, StreamedPair):
+        streamed = pair.reason
+        progress(f"stock model layer by layer: {streamed}", done, total)
+        pair.models.progress = lambda layer: progress(f"{part}, {layer}", done, total)
     eager = pair.build
     if mode != "eager":
         pair.build = lambda optimizations: compile_model(eager(optimizations), mode)
-    baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES])
+    baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES]) or None
     rows: list[StepResult] = []
-    for done, (step, optimizations) in enumerate(presets.items(), start=1):
-        progress(step, done, total)
-        rows.append(_row(pair, step, optimizations, baseline_rate, eager))
-    progress("perplexity and greedy text", total - 1, total)
+    for done, (part, optimizations) in enumerate(presets.items(), start=1):
+        progress(part, done, total)
+        rows.append(_row(pair, part, optimizations, baseline_rate, eager))
+    part, done = "perplexity and greedy text", total - 1
+    progress(part, done, total)
     model = pair.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
     result = Verification(
         environment=Environment.of(device),
         model=pair.name,
         dtype=str(pair.dtype).removeprefix("torch."),
-        reference_dtype=str(pair.reference.dtype).removeprefix("torch."),
+        reference_dtype=str(pair.reference_dtype).removeprefix("torch."),
         rows=rows,
         samples=pair.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
         perplexity=pair.perplexity(model),
         mode=mode,
+        streamed=streamed,
     )
     progress("done", total, total)
     return result
 
 
 def _row(
-    pair: ModelPair, step: str, optimizations: Optimizations, baseline_rate: float, eager: BuildModel
+    pair: Pair, step: str, optimizations: Optimizations, baseline_rate: float | None, eager: BuildModel
 ) -> StepResult:
     """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
     model = pair.build(optimizations)

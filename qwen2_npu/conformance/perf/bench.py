@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-import psutil
 import torch
 
 from qwen2_npu.conformance.machine.hardware import Hardware
+from qwen2_npu.conformance.machine.memory import free_bytes
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.perf import documented, protocol
 from qwen2_npu.conformance.perf.builds import Weights, check_mode, compile_stock
@@ -136,15 +136,6 @@ def least_bytes(setup: Setup, case: BenchCase) -> int:
     scores = case.batch * size.heads * setup.input_tokens**2 if small_operators else 0
     # The cache is still empty of new tokens while the prompt's scores are there: the larger of the two counts.
     return size.parameters * dtype.itemsize + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
-
-
-def free_bytes(device: str) -> int | None:
-    """Memory that is free on ``device``; None where it does not say."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return int(psutil.virtual_memory().available)
-    module: Any = getattr(torch, kind, None)
-    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
 
 
 def run(

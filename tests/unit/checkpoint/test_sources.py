@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -198,6 +199,38 @@ def test_what_replaces_a_shard_meanwhile_is_not_met(folder):
         (folder / "new").rename(shard)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in source.tensors())
     assert all(torch.equal(tensor, other[name]) for name, tensor in source.tensors()), "the second time it is there"
+
+
+def test_tensors_by_name_as_often_as_asked_for(folder):
+    expected = stock_weights(small_stock())
+    source = sources.open_checkpoint(folder)
+    for names in (["model.norm.weight", "lm_head.weight"], list(expected), ["model.norm.weight"], []):
+        found = source.read(names)
+        assert set(found) == set(names)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    in_memory = sources.StateDictSource(small_stock().config, expected)
+    assert in_memory.read(["lm_head.weight"])["lm_head.weight"] is expected["lm_head.weight"]
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
+def test_tensors_by_name_are_of_the_checkpoint_that_was_opened(folder, how):
+    source = sources.open_checkpoint(folder)
+    name = "model.norm.weight"
+    shard = folder / source._file_of[name]
+    content = shard.read_bytes()
+    if how == "written to":
+        with shard.open("r+b") as file:
+            file.write(content)
+        os.utime(shard, ns=(0, 0))
+    else:
+        shard.unlink()
+    if how == "replaced":
+        shard.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        source.read([name])
+    assert str(shard) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ("start again" in str(caught.value)) is (how != "removed")
 
 
 def test_unknown_dtype_names_the_supported_ones(folder):

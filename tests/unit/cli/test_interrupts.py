@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from qwen2_npu import Qwen2ForCausalLM, emulator
 from qwen2_npu.cli import INTERRUPTED, interrupts, main
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.layer_by_layer import LayerByLayer
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.machine.environment import Environment
 from qwen2_npu.conformance.perf import documented, protocol
@@ -110,6 +111,18 @@ def test_verify_neither_passes_nor_writes(
     lost_at(monkeypatch, owner, name, lose)
     report = folder / "verify.json"
     assert_aborted(run("verify", "--model-path", folder, "--device", "cpu", "--steps", "swiglu", "--json", report))
+    assert not report.exists()
+
+
+@ONE
+def test_verify_stops_at_the_next_layer(
+    lose: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: list[int] = []
+    lost_at(monkeypatch, LayerByLayer, "_parts", lambda: (layers.append(1), lose()))  # type: ignore[arg-type]
+    report = folder / "verify.json"
+    assert_aborted(run("verify", "--stream", "--model-path", folder, "--device", "cpu", "--json", report))
+    assert len(layers) == 1
     assert not report.exists()
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.layer_by_layer import LayerByLayer
+from tests.accuracy.faults import FAULTS
+from tests.unit.cli.test_cli import small_folder
 
 
 def test_one_line_and_no_report(tmp_path: Path) -> None:
@@ -23,4 +28,47 @@ def test_one_line_and_no_report(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {folder} does not fit its configuration: ")
     assert "mlp.down_proj.weight has shape" in lines[0] or "mlp.gate_proj.weight has shape" in lines[0]
+    assert not report.exists()
+
+
+def test_layer_by_layer_with_every_other_option(tmp_path: Path) -> None:
+    report = tmp_path / "verify.json"
+    options = ["--model-path", str(small_folder(tmp_path / "model")), "--device", "cpu", "--dtype", "bfloat16"]
+    options += ["--steps", "fixed_kv_cache,swiglu", "--mode", "eager", "--json", str(report)]
+    result = CliRunner().invoke(main, ["verify", "--stream", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    assert (found["streamed"], found["dtype"], found["mode"]) == ("asked for", "bfloat16", "eager")
+    assert [row["step"] for row in found["rows"]] == ["fixed_kv_cache", "swiglu"]
+    assert "went layer by layer (asked for)" in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_a_fault_is_named_layer_by_layer(tmp_path: Path) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "rope_halves_swapped")
+    report = tmp_path / "verify.json"
+    folder = small_folder(tmp_path / "model")
+    options = ["--model-path", str(folder), "--device", "cpu", "--steps", "flash_attention", "--json", str(report)]
+    with fault.active():
+        result = CliRunner().invoke(main, ["verify", "--stream", *options])
+    assert result.exit_code == 1, result.output
+    assert "step flash_attention, layer 0, query" in json.loads(report.read_text())["rows"][0]["explanation"]
+
+
+def test_weights_that_change_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one checkpoint and half of another is none: one line, and no report."""
+    folder, report = small_folder(tmp_path / "model"), tmp_path / "verify.json"
+    right = LayerByLayer._parts
+
+    def rewritten(self: LayerByLayer, prefix: str, *layers: int) -> list[Any]:
+        if layers == (1,):
+            small_folder(folder)
+        return right(self, prefix, *layers)
+
+    monkeypatch.setattr(LayerByLayer, "_parts", rewritten)
+    options = ["--model-path", str(folder), "--device", "cpu", "--json", str(report)]
+    result = CliRunner().invoke(main, ["verify", "--stream", *options])
+    assert result.exit_code == 2
+    (line,) = filter(None, result.output.splitlines())
+    assert line.startswith(f"error: {folder}/model.safetensors was changed or replaced while")
     assert not report.exists()

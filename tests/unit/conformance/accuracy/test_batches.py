@@ -1,6 +1,13 @@
 import pytest
 
-from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
+from qwen2_npu.conformance.accuracy.batches import (
+    BATCH_SHAPES,
+    Batch,
+    random_batch,
+    random_continuation,
+    text_batch,
+    text_continuation,
+)
 
 
 def test_padding_is_on_the_left() -> None:
@@ -27,3 +34,21 @@ def test_batches_have_their_shape_and_are_repeatable(shape: str) -> None:
 def test_short_text_is_named() -> None:
     with pytest.raises(ValueError, match="has 5 tokens"):
         text_batch("one", range(5))
+
+
+def test_a_continuation_follows_its_row_and_begins_anew_at_the_end() -> None:
+    for shape, lengths in BATCH_SHAPES.items():
+        ends = [batch.input_ids[0, -1].item() for batch in text_batch(shape, range(50)).rows()]
+        assert text_continuation(shape, range(50), 60).tolist() == [
+            [(end + 1 + step) % 50 for step in range(60)] for end in ends
+        ]
+        random = random_continuation(shape, 100, 5)
+        assert random.shape == (len(lengths), 5)
+        assert random.tolist() == random_continuation(shape, 100, 5).tolist()
+        assert 0 <= random.min() <= random.max() < 100
+    assert text_continuation("four", range(50), 0).shape == (4, 0)
+
+
+def test_a_short_text_has_no_continuation() -> None:
+    with pytest.raises(ValueError, match="has 5 tokens"):
+        text_continuation("one", range(5), 1)

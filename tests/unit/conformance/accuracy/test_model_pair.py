@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import stock
-from qwen2_npu.conformance.accuracy.model_pair import PERPLEXITY_WINDOW, ModelPair
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
+from qwen2_npu.conformance.accuracy.pair import PERPLEXITY_WINDOW
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_stock
 

@@ -1,0 +1,251 @@
+"""The stock model and its float64 self over known tokens, one layer at a time.
+
+Where every token is known beforehand, the two loops of a computation, over forward passes and over layers, may change
+places: what layer i computes in decode step t depends on layer i - 1 in step t and on the keys and values that layer i
+itself kept in earlier steps. So all passes go through layer i, with its cache, before layer i + 1 is read; only its
+output for every position stays. Each pass still has its own tokens, mask, positions and cache, and goes through
+transformers' own code in operations of the same sizes: on the CPU the result is the whole model's, bit for bit.
+
+A layer is a stock model of one layer: masks, rotary embedding and cache are the installed version's own. Weights are
+read from their files for one layer, upcast to float64 for the reference, and dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Qwen2Config
+
+from qwen2_npu.checkpoint.sources import NamedSource
+from qwen2_npu.checkpoint.weights import stock_shapes
+from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.conformance.accuracy.batches import Batch
+from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, capturing
+from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.stock import check_finite, exact, exact_reference, stock_from_state_dict
+from qwen2_npu.conformance.accuracy.teacher_forcing import position_ids_of, prompt_and_forced, to_numpy
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: ``ids`` and ``positions`` (B, S), ``mask`` (B, tokens so far and these)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+Passes = Sequence[Pass]
+"""Passes that share one cache, in their order."""
+
+
+def step_by_step(batch: Batch, forced: Array) -> Passes:
+    """The prompt, then one token at a time, as ``teacher_forcing.run`` feeds them."""
+    mask = batch.attention_mask
+    lengths = mask.sum(dim=1, keepdim=True)
+    found = [Pass(batch.input_ids, mask, position_ids_of(mask))]
+    for step in range(forced.shape[1]):
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        found.append(Pass(torch.from_numpy(forced[:, step : step + 1].copy()), mask, lengths + step))
+    return found
+
+
+def at_once(batch: Batch, forced: Array) -> Passes:
+    """Prompt and forced tokens in one pass, as ``teacher_forcing.run_reference`` feeds them."""
+    ids, mask = prompt_and_forced(batch, forced)
+    return [Pass(ids, mask, position_ids_of(mask))]
+
+
+def layer_parameters(config: Any) -> int:
+    """How many numbers the weights of one layer are."""
+    shapes = stock_shapes(config).items()
+    return sum(math.prod(shape) for name, shape in shapes if name.startswith("model.layers.0."))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a model is to compute: passes that share one cache, and what is kept of each pass's logits (B, S, V)."""
+
+    passes: Passes
+    keep: Callable[[Array], Array] = lambda logits: logits
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one pass: what was kept of its logits, and the final hidden states (B, S, H)."""
+
+    logits: Array
+    hidden: Array
+
+
+@dataclass
+class _Side:
+    """One of the two models on its way through the layers. ``states``: per pass, the output of the layer before."""
+
+    feeds: Sequence[Feed]
+    device: str
+    states: list[list[torch.Tensor]] = field(default_factory=list)
+    answers: list[list[Answer]] = field(default_factory=list)
+
+    def through(self, part: Any, index: int, record: bool) -> list[PassRecorder]:
+        """Take all passes through one layer."""
+        recorders: list[PassRecorder] = []
+        with exact(part):
+            for feed, states in zip(self.feeds, self.states, strict=True):
+                cache: dict[str, Any] = {}
+                for number, one in enumerate(feed.passes):
+                    arguments = {
+                        "inputs_embeds": states[number],
+                        "attention_mask": one.mask.to(self.device),
+                        "position_ids": one.positions.to(self.device),
+                        "use_cache": len(feed.passes) > 1,
+                        **cache,
+                    }
+                    if record:
+                        recorder = _recorder(one)
+                        with capturing(part, new=recorder.new, total=recorder.total, first_layer=index) as recorder:
+                            out = part.model(**arguments)
+                        recorders.append(recorder)
+                    else:
+                        out = part.model(**arguments)
+                    states[number] = out.last_hidden_state
+                    cache = {CACHE_NAME: cache_of(out)}
+        return recorders
+
+    def finish(self, part: Any, head: Callable[[torch.Tensor], torch.Tensor], record: bool) -> list[PassRecorder]:
+        """Final norm and logits."""
+        recorders: list[PassRecorder] = []
+        for feed, states in zip(self.feeds, self.states, strict=True):
+            answers: list[Answer] = []
+            for one, state in zip(feed.passes, states, strict=True):
+                with exact(part):
+                    hidden = part.model.norm(state)
+                logits = head(hidden)
+                if record:
+                    recorders.append(_recorder(one))
+                    for name, tensor in (("residual into norm", state), ("norm", hidden), ("lm_head", logits)):
+                        recorders[-1].add(None, name, tensor)
+                answers.append(Answer(feed.keep(to_numpy(logits)), to_numpy(hidden)))
+            self.answers.append(answers)
+        return recorders
+
+
+@dataclass
+class LayerByLayer:
+    """The stock model of a checkpoint in ``dtype`` on ``device``, and its float64 self on the CPU.
+
+    Attributes:
+        where: the checkpoint, for messages.
+        progress: called before each layer, with words that name it.
+    """
+
+    source: NamedSource
+    dtype: torch.dtype
+    device: str = "cpu"
+    where: str = "the weights"
+    progress: Callable[[str], None] = lambda label: None
+
+    def run(self, stock: Sequence[Feed], reference: Sequence[Feed]) -> tuple[list[list[Answer]], list[list[Answer]]]:
+        """What the stock model and the reference answer, per feed and pass. Reads every weight once.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite, naming it; or the files changed since they were opened.
+        """
+        sides = _Side(stock, self.device), _Side(reference, "cpu")
+        for _ in self._layers(*sides, record=False):
+            pass
+        return sides[0].answers, sides[1].answers
+
+    def points(self, passes: Passes) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
+        """The intermediate tensors of ``passes``, layer after layer: its number, and per pass those of the stock model
+        and of the reference. Last what belongs to no layer, with None."""
+        feed = Feed(passes, keep=lambda logits: logits[:0])
+        yield from self._layers(_Side([feed], self.device), _Side([feed], "cpu"), record=True)
+
+    @torch.no_grad()
+    def _layers(
+        self, stock: _Side, reference: _Side, *, record: bool
+    ) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
+        self._embed(stock, reference)
+        count = self.source.config.num_hidden_layers
+        started = time.perf_counter()
+        for index in range(count):
+            pace = f", {(time.perf_counter() - started) / index:.2g} s per layer" if index else ""
+            self.progress(f"layer {index + 1} of {count}{pace}")
+            parts = self._parts(f"model.layers.{index}.", index)
+            parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
+            ours = stock.through(parts.pop(0), index, record)
+            true = reference.through(parts.pop(0), index, record)
+            yield index, ours, true
+            del ours, true
+        self.progress(f"head, {(time.perf_counter() - started) / count:.2g} s per layer")
+        yield self._finish(stock, reference, record)
+
+    def _embed(self, *sides: _Side) -> None:
+        """Rows of the embedding, in ``dtype``: no more of it comes into memory than is needed."""
+        weight = self.source.read([EMBEDDING])[EMBEDDING]
+        check_finite({EMBEDDING: weight}, self.where, self.dtype)
+        for side, dtype in zip(sides, (self.dtype, torch.float64), strict=True):
+            side.states = [
+                [weight[one.ids].to(self.dtype).to(side.device, dtype) for one in feed.passes] for feed in side.feeds
+            ]
+
+    def _parts(self, prefix: str, *layers: int) -> list[Any]:
+        """Stock models of these layers alone (one or none): in ``dtype`` on the device, and in float64."""
+        config = self.source.config
+        names = [name for name in stock_shapes(config) if name.startswith(prefix)]
+        weights = self.source.read(names)
+        renamed = {name.replace(prefix, "model.layers.0.") if layers else name: weights.pop(name) for name in names}
+        # What every stock model has, and these do not use.
+        for name, shape in ((EMBEDDING, (1, config.hidden_size)), (NORM, (config.hidden_size,))):
+            renamed.setdefault(name, torch.zeros(shape))
+        stock = stock_from_state_dict(_part_of(config, layers), renamed, dtype=self.dtype, device=self.device)
+        del renamed
+        state = {name.replace("model.layers.0.", prefix): tensor for name, tensor in stock.state_dict().items()}
+        check_finite(state, self.where)
+        return [stock, exact_reference(stock, torch.float64)]
+
+    def _finish(
+        self, stock: _Side, reference: _Side, record: bool
+    ) -> tuple[None, list[PassRecorder], list[PassRecorder]]:
+        parts = self._parts(NORM)
+        name = EMBEDDING if self.source.config.tie_word_embeddings else HEAD
+        weight = self.source.read([name])[name]
+        check_finite({name: weight}, self.where, self.dtype)
+        weight = weight.to(self.device, self.dtype)
+        rows = max(1, layer_parameters(self.source.config) // weight.shape[1])
+
+        def exact_head(hidden: torch.Tensor) -> torch.Tensor:
+            """In pieces: the head of a model with many tokens is larger than one of its layers."""
+            logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+            for start in range(0, len(weight), rows):
+                piece = weight[start : start + rows].to("cpu", torch.float64)
+                logits[..., start : start + rows] = F.linear(hidden, piece)
+            return logits
+
+        ours = stock.finish(parts[0], lambda hidden: F.linear(hidden, weight), record)
+        return None, ours, reference.finish(parts[1], exact_head, record)
+
+
+def _recorder(one: Pass) -> PassRecorder:
+    return PassRecorder(one.mask[:, -one.ids.shape[1] :].sum(1).tolist(), one.mask.sum(1).tolist(), left=False)
+
+
+def _part_of(config: Qwen2Config, layers: Sequence[int]) -> Qwen2Config:
+    """The configuration of a model that has these layers only, and next to no vocabulary."""
+    values = config.to_dict() | {
+        "num_hidden_layers": len(layers), "vocab_size": 1, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    if values.get("layer_types") is not None:
+        values["layer_types"] = [values["layer_types"][index] for index in layers]
+    return type(config).from_dict(values)

@@ -1,0 +1,265 @@
+"""The stock model and its float64 self layer by layer, beside this project's model: for checkpoints of any size.
+
+Same batches, same rules, same explanations as of the whole pair. One thing differs: who chooses the tokens that are
+forced on everyone in decode. Known tokens are what lets layers and passes change places (``layer_by_layer``), so the
+stock model cannot choose them; and the optimised model must not choose its own questions. They are those that follow
+the prompts in the held-out text (random ones after random prompts), whatever any model says. The rules do not depend on
+where tokens come from: at every position, with the same tokens before it, the two models' logits are compared, and the
+noise there is the stock model's own error against float64 on those tokens.
+
+Greedy text is what the optimised model generates. It is then forced on the stock model: as long as they agree, that is
+what the stock model would have generated, so the first position where its choice is another one is where the two texts
+part, with the same logits as if it had run by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from qwen2_npu import emulator
+from qwen2_npu.checkpoint.configuration import read_generation_config
+from qwen2_npu.conformance.accuracy import locate_error, text
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_continuation, text_continuation
+from qwen2_npu.conformance.accuracy.layer_by_layer import (
+    Answer,
+    Feed,
+    LayerByLayer,
+    at_once,
+    layer_parameters,
+    step_by_step,
+)
+from qwen2_npu.conformance.accuracy.locate_error import Divergence, ErrorLocation, divergences
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
+from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.pair import (
+    DECODE_STEPS,
+    Pair,
+    Weights,
+    weights_of_checkpoint,
+    weights_of_shape,
+)
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, reference_trace
+from qwen2_npu.conformance.machine.memory import free_bytes
+
+ASKED_FOR = "asked for"
+
+
+@dataclass(kw_only=True)
+class StreamedPair(Pair):
+    """See the module's text and ``Pair``.
+
+    The first question reads all weights once, and answers it for all batches and the held-out text; each greedy text
+    and each explanation of a failure reads them once more.
+
+    Attributes:
+        reason: why layer by layer, in words.
+    """
+
+    models: LayerByLayer
+    reason: str = ASKED_FOR
+    _traces: dict[str, tuple[Trace, Trace]] = field(default_factory=dict)
+    _losses: tuple[Array, Array] | None = None
+
+    @classmethod
+    def of_shape(
+        cls,
+        shape: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        decode_steps: int = DECODE_STEPS,
+        seed: int = 0,
+    ) -> StreamedPair:
+        """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
+        return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
+
+    @classmethod
+    def of(cls, weights: Weights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
+        """Both stock models of ``weights``, of which nothing is read yet.
+
+        Raises:
+            MemoryError: not even one layer fits.
+        """
+        source, config, folder = weights.source, weights.source.config, weights.folder
+        _check_fits(config, weights.dtype)
+        found = None if folder is None else read_generation_config(folder, config.vocab_size)
+        return cls(
+            name=weights.name,
+            dtype=weights.dtype,
+            config=config,
+            generation_config=found or GenerationConfig.from_model_config(config),
+            build=weights.build,
+            tokenizer=weights.tokenizer,
+            decode_steps=decode_steps,
+            models=LayerByLayer(source, weights.dtype, device, str(folder or weights.name)),
+            reason=reason,
+        )
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        return torch.float64
+
+    def traces(self, shape: str) -> tuple[Trace, Trace]:
+        if not self._traces:
+            self._read_once()
+        return self._traces[shape]
+
+    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        if self._losses is None:
+            self._read_once()
+        assert self._losses is not None
+        assert [list(window) for window in windows] == self.windows(), "other text than the held-out one was not read"
+        return self._losses
+
+    def locate(self, model: object, shape: str) -> ErrorLocation | None:
+        batch, forced = self.batch(shape), self.traces(shape)[0].forced
+        ours = locate_error.captures(model, batch, forced)
+        first: ErrorLocation | None = None
+        steps = len(ours)  # a later layer matters only in the forward passes before the first one with an error
+        for layer, stock, true in self.models.points(step_by_step(batch, forced)):
+            for step in range(steps):
+                points = [point for point in ours[step].points if point.layer == layer]
+                found = locate_error.first_beyond(points, stock[step], true[step], self.dtype, step)
+                if found is not None:
+                    first, steps = found, step
+                    break
+            if not steps:
+                break
+        return first
+
+    def stock_texts(
+        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[Divergence]]:
+        length = max(map(len, got))
+        chosen = np.array([[*row, *[0] * (length - len(row))] for row in got])
+        baseline, reference = self._forced([(batch, chosen)])[0]
+        preferred = np.concatenate((baseline.prefill_logits[:, -1:], baseline.decode_logits[:, :-1]), 1).argmax(-1)
+        ended = np.arange(length) >= np.array([[len(row)] for row in got])
+        expected = np.where(ended, chosen, preferred)
+        found = divergences(chosen, replace(baseline, forced=expected), reference)
+        parted = {divergence.row: divergence.position for divergence in found}
+        # Beyond where they part the stock model's own text is not known: it was not asked with those tokens before.
+        texts = [expected[row, : parted.get(row, len(tokens) - 1) + 1].tolist() for row, tokens in enumerate(got)]
+        return texts, found
+
+    # ---- readings of all the weights --------------------------------------------------------------------------------
+    def _read_once(self) -> None:
+        """What does not depend on the optimised model: all batches, and the held-out text."""
+        windows = self.windows()
+        todo = [(self.batch(shape), self._continuation(shape)) for shape in BATCH_SHAPES]
+        found = self._forced(todo, windows)
+        for shape, (baseline, reference) in zip(BATCH_SHAPES, found, strict=True):
+            self.check_finite_logits(baseline)
+            self._traces[shape] = baseline, reference
+
+    def _forced(
+        self, todo: Sequence[tuple[Batch, Array]], windows: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[Trace, Trace]]:
+        """The traces of both models over batches and the tokens forced after them; and the losses of ``windows``."""
+        texts = [
+            Feed(at_once(Batch.of([window]), np.empty((1, 0), np.int64)), keep=partial(_losses_of, window))
+            for window in windows
+        ]
+        stock, true = self.models.run(
+            [*(Feed(step_by_step(batch, forced)) for batch, forced in todo), *texts],
+            [*(Feed(at_once(batch, forced)) for batch, forced in todo), *texts],
+        )
+        if windows:
+            self._losses = _joined(stock[len(todo) :]), _joined(true[len(todo) :])
+        return [
+            (_stock_trace(batch, forced, ours), reference_trace(batch, forced, exact.logits, exact.hidden))
+            for (batch, forced), ours, (exact,) in zip(todo, stock, true, strict=False)
+        ]
+
+    def _continuation(self, shape: str) -> Array:
+        """The tokens that are forced after the prompts of a batch."""
+        ids = self.heldout_ids()
+        if ids:
+            return text_continuation(shape, ids, self.decode_steps)
+        return random_continuation(shape, self.config.vocab_size, self.decode_steps)
+
+
+def _stock_trace(batch: Batch, forced: Array, answers: Sequence[Answer]) -> Trace:
+    prompt, *steps = answers
+    empty = np.empty((len(forced), 0, prompt.logits.shape[-1]), np.float32)
+    return Trace(
+        prefill_logits=prompt.logits,
+        decode_logits=np.concatenate([empty, *(step.logits for step in steps)], axis=1),
+        forced=forced,
+        valid=batch.attention_mask.bool().numpy(),
+        hidden=prompt.hidden,
+    )
+
+
+def _losses_of(window: Sequence[int], logits: Array) -> Array:
+    return text.losses_of(logits[0, :-1].astype(np.float64), window)
+
+
+def _joined(answers: Sequence[Sequence[Answer]]) -> Array:
+    return np.concatenate([each.logits for passes in answers for each in passes])
+
+
+# ---- which of the two pairs -----------------------------------------------------------------------------------------
+def pair_of_checkpoint(
+    path: Path | str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    decode_steps: int = DECODE_STEPS,
+    stream: bool | None = None,
+) -> ModelPair | StreamedPair:
+    """A checkpoint folder; None for the tiny one of the package.
+
+    Args:
+        stream: the stock models layer by layer, or whole; None for whole where that fits the free memory.
+
+    Raises:
+        CheckpointError: see ``ModelPair.of_checkpoint``.
+        MemoryError: what does not fit, and the way out.
+    """
+    if stream is False:
+        return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+    weights = weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+    reason = ASKED_FOR if stream else why_streamed(weights, device)
+    if reason:
+        return StreamedPair.of(weights, device, decode_steps, reason)
+    return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+
+
+def why_streamed(weights: Weights, device: str, free: Callable[[str], int | None] = free_bytes) -> str:
+    """What does not fit the free memory, in words; empty where the whole models do."""
+    parameters = sum(math.prod(shape) for shape in weights.source.shapes().values())
+    exact, both = parameters * torch.float64.itemsize, 2 * parameters * weights.dtype.itemsize
+    shared = device == "cpu" or (emulator.is_active() and device.startswith("npu"))
+    needs = {"cpu": exact + both} if shared else {"cpu": exact, device: both}
+    for where, needed in needs.items():
+        available = free(where)
+        if available is not None and needed > available:
+            place = "host memory" if where == "cpu" else f"memory of {where}"
+            what = {"cpu": "the stock model's float64 self"}.get(where, "the stock model beside ours")
+            if shared:
+                what = "the stock model, its float64 self and ours"
+            return f"{what} need {_gib(needed)} of {place}, {_gib(available)} are free"
+    return ""
+
+
+def _check_fits(config: object, dtype: torch.dtype) -> None:
+    needed = layer_parameters(config) * (torch.float64.itemsize + dtype.itemsize)
+    available = free_bytes("cpu")
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"one layer of the stock model and of its float64 self needs {_gib(needed)} of host memory, "
+            f"{_gib(available)} are free; use a machine with more"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

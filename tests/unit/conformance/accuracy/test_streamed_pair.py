@@ -1,0 +1,193 @@
+"""The pair whose stock models go layer by layer gives the verdicts of the whole one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import qwen2_npu.conformance.accuracy.streamed_pair as module
+from qwen2_npu import LADDER, Optimizations
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
+from qwen2_npu.conformance.accuracy.pair import weights_of_checkpoint
+from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint, why_streamed
+from qwen2_npu.conformance.machine.memory import peak_of
+from tests.accuracy.faults import FAULTS, Fault
+from tests.accuracy.pairs import pair_of, streamed
+from tests.unit.small import small_config, small_stock
+
+SAMPLE = ("rope_halves_swapped", "rotary_position", "last_token_index")
+SHAPE = "qwen2-0.5b"
+DECODE_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def whole() -> ModelPair:
+    return ModelPair.of_checkpoint(decode_steps=DECODE_STEPS)
+
+
+@pytest.fixture(scope="module")
+def layered() -> StreamedPair:
+    pair = pair_of_checkpoint(decode_steps=DECODE_STEPS, stream=True)
+    assert isinstance(pair, StreamedPair)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def random_pairs() -> tuple[ModelPair, StreamedPair]:
+    return ModelPair.of_shape(SHAPE, decode_steps=DECODE_STEPS), StreamedPair.of_shape(SHAPE, decode_steps=DECODE_STEPS)
+
+
+@pytest.mark.parametrize("step", LADDER)
+def test_every_step_passes_in_both_forms(whole: ModelPair, layered: StreamedPair, step: str) -> None:
+    model = whole.build(Optimizations.up_to(step))
+    for shape in BATCH_SHAPES:
+        ours, theirs = (pair.compare(model, shape)[0] for pair in (layered, whole))
+        assert ours.passed, ours.failures()
+        assert theirs.passed, theirs.failures()
+        assert ours.positions == theirs.positions
+        # The prompts are the same: of them every number is.
+        assert ours.paths[0] == theirs.paths[0]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=() if fault.name in SAMPLE else pytest.mark.slow, id=fault.name) for fault in FAULTS],
+)
+def test_every_fault_fails_in_both_forms(fault: Fault, random_pairs: tuple[ModelPair, StreamedPair]) -> None:
+    optimizations = Optimizations.up_to(fault.step)
+    with fault.active():
+        failures = [pair.failure(optimizations, fault.batch, build=fault.building(pair.build)) for pair in random_pairs]
+    for failure in failures:
+        assert failure.startswith(f"step {fault.step},"), failure
+        assert re.search(fault.place, failure), failure
+
+
+def test_a_fault_fails_on_the_tiny_checkpoint(whole: ModelPair, layered: StreamedPair) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "rotary_position")
+    build = fault.building(whole.build)
+    found = [pair.failure(Optimizations.up_to(fault.step), "one", build=build) for pair in (whole, layered)]
+    assert all(re.search(fault.place, failure) for failure in found), found
+
+
+def test_undamaged_models_have_no_finding(layered: StreamedPair) -> None:
+    assert layered.locate(layered.build(Optimizations.all()), "ragged") is None
+
+
+def test_the_tokens_of_decode_follow_the_text(layered: StreamedPair) -> None:
+    """Neither model has a say in them. After its last token the text begins anew."""
+    ids = layered.heldout_ids()
+    endless = [*ids, *ids[:DECODE_STEPS]]
+    for shape in BATCH_SHAPES:
+        for row, tokens in zip(layered.batch(shape).rows(), layered.traces(shape)[0].forced.tolist(), strict=True):
+            window = [*row.input_ids[0].tolist(), *tokens]
+            assert any(endless[start : start + len(window)] == window for start in range(len(ids)))
+            assert len(tokens) == DECODE_STEPS
+
+
+def test_perplexity_is_the_whole_model_s(whole: ModelPair, layered: StreamedPair) -> None:
+    model = whole.build(Optimizations.all())
+    assert whole.perplexity(model) == layered.perplexity(model)
+
+
+@pytest.mark.parametrize(("dtype", "damaged"), [("bfloat16", False), ("bfloat16", True), ("float32", True)])
+def test_greedy_texts_part_where_they_do_with_the_whole_model(dtype: str, damaged: bool) -> None:
+    whole, layered = (pair_of_checkpoint(dtype=dtype, stream=stream) for stream in (False, True))
+    model = whole.build(Optimizations.all())
+    if damaged:
+        model.model.norm.weight.data += torch.linspace(0, 2, len(model.model.norm.weight)).to(model.dtype)
+    expected, found = (pair.samples(model, tiny.prompts()[:3], max_new_tokens=8) for pair in (whole, layered))
+    assert any(sample.divergence for sample in expected) or not damaged
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs.divergence, theirs.passed, theirs.optimised) == (ours.divergence, ours.passed, ours.optimised)
+        # Beyond the place where they part the stock model's text is not known.
+        assert theirs.baseline.startswith(ours.baseline) if ours.divergence else theirs.baseline == ours.baseline
+
+
+def test_weights_are_read_once_for_all_batches(layered: StreamedPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = StreamedPair.of_shape(SHAPE, decode_steps=1)
+    runs: list[int] = []
+    right = pair.models.run
+    monkeypatch.setattr(pair.models, "run", lambda *feeds: runs.append(1) or right(*feeds))
+    for shape in BATCH_SHAPES:
+        pair.traces(shape)
+    assert len(runs) == 1
+
+
+# ---- which form -----------------------------------------------------------------------------------------------------
+def test_layer_by_layer_where_the_whole_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of_checkpoint(None, dtype="bfloat16", device="cpu", decode_steps=1)
+    parameters = sum(np.prod(shape) for shape in weights.source.shapes().values())
+    needed = int(parameters) * (8 + 2 + 2)
+    assert why_streamed(weights, "cpu", lambda device: needed) == ""
+    reason = why_streamed(weights, "cpu", lambda device: needed - 1)
+    assert re.fullmatch(
+        r"the stock model, its float64 self and ours need \S+ GiB of host memory, \S+ GiB are free", reason
+    )
+    # A card has its own memory, for the stock model and ours; the float64 self is on the host.
+    for short, words in (("cpu", "float64 self"), ("cuda:0", "beside ours need .* of memory of cuda:0")):
+        free = {"cpu": 8 * int(parameters), "cuda:0": 4 * int(parameters)}
+        assert why_streamed(weights, "cuda:0", free.get) == ""
+        free[short] -= 1
+        assert re.search(words, why_streamed(weights, "cuda:0", free.get))
+
+    monkeypatch.setattr(module, "why_streamed", lambda weights, device: reason)
+    chosen = pair_of_checkpoint()
+    assert isinstance(chosen, StreamedPair)
+    assert chosen.reason == reason
+    assert isinstance(pair_of_checkpoint(stream=False), ModelPair)
+
+
+def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(MemoryError, match=r"one layer .* needs \S+ GiB of host memory, 0\.000977 GiB are free"):
+        pair_of_checkpoint(stream=True)
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(True, StreamedPair), (False, ModelPair), (None, ModelPair)])
+def test_the_suite_s_option(stream: bool | None, kind: type) -> None:
+    option = SimpleNamespace(model_path=None, device="cpu", decode_steps=1, stream=stream)
+    for path, weights in ((None, SHAPE), (tiny.path(), "checkpoint")):
+        option.model_path = path
+        config = SimpleNamespace(option=option)
+        assert isinstance(pair_of(config, weights, "float32"), kind)  # type: ignore[arg-type]
+        assert bool(streamed(config, "float32")) is (kind is StreamedPair)  # type: ignore[arg-type]
+    option.model_path = Path("/no/such/folder")
+    option.stream = None
+    assert streamed(config, "float32") == "", "the header does not end the run: the tests say what is wrong"
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+MEASURED = """
+import qwen2_npu, sys
+from qwen2_npu.conformance.accuracy.streamed_pair import pair_of_checkpoint
+if sys.argv[2] != "nothing":
+    pair_of_checkpoint(sys.argv[1], device="cpu", stream=sys.argv[2] == "stream", decode_steps=2).traces("ragged")
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_layer(tmp_path: Path) -> None:
+    """24 layers of 4 million numbers, 386 MiB in float32: 772 MiB in float64, of which a layer is 32 MiB."""
+    config = small_config(
+        num_hidden_layers=24, hidden_size=1024, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4
+    )
+    small_stock(config).save_pretrained(tmp_path, safe_serialization=True)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    own = {}
+    for form in ("nothing", "whole", "stream"):
+        process = subprocess.Popen([sys.executable, "-c", MEASURED, str(tmp_path), form])
+        own[form] = peak_of(process).own
+        assert process.returncode == 0
+    layer = stored / 24
+    assert own["whole"] - own["nothing"] > 2.5 * stored
+    # Once in float32, once in float64, and as much again for activations and what the allocator keeps.
+    assert own["stream"] - own["nothing"] < 6 * layer + (64 << 20)
