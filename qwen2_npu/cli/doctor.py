@@ -24,6 +24,11 @@ from qwen2_npu.errors import UnsupportedError
 CANN_OF_TORCH_NPU = {(2, 7): "8.3", (2, 8): "8.3", (2, 9): "8.5", (2, 10): "9.0"}
 """Release of torch_npu -> the CANN that its own version table names. Newer releases ask for the last one at least."""
 
+OLDEST_DEEPSPEED = (0, 17)
+"""As in pyproject.toml."""
+
+INSTALL_DEEPSPEED = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
+
 
 class Finding(NamedTuple):
     """One line. ``advice``: what to do, empty where nothing needs doing."""
@@ -112,7 +117,7 @@ def findings() -> Iterator[Finding]:
     except emulator.EmulatorError as error:  # importing torch would fail, or end the process
         yield Finding("torch with torch_npu", "cannot be imported", str(error))
         return
-    for probe in (_transformers, _cpu, _npu, _emulator, _cuda):
+    for probe in (_transformers, _deepspeed, _cpu, _npu, _emulator, _cuda):
         try:
             yield probe()
         except Exception as error:  # a broken installation is what this command is for
@@ -137,12 +142,6 @@ def _packages() -> Iterator[Finding]:
     protobuf = package_version("protobuf")
     if torch_npu:  # whose wheel holds torchair, and does not ask for what torchair imports
         yield Finding("protobuf", protobuf or "missing", "" if protobuf else "torchair needs it: pip install protobuf")
-    deepspeed = package_version("deepspeed")
-    yield Finding(
-        "deepspeed",
-        deepspeed or "not installed",
-        "" if deepspeed else "only for tensor parallelism: pip install deepspeed",
-    )
     matplotlib = package_version("matplotlib")
     yield Finding(
         "matplotlib", matplotlib or "not installed", "" if matplotlib else "only for the report: pip install matplotlib"
@@ -178,6 +177,22 @@ def _transformers() -> Finding:
     except UnsupportedError as error:
         return Finding("transformers", version, str(error))
     return Finding("transformers", version)
+
+
+def _deepspeed() -> Finding:
+    """The launcher: whether its release is one that is served, and whether it can be imported beside this torch."""
+    version = package_version("deepspeed")
+    if version is None:
+        return Finding("deepspeed", "not installed", f"only to launch several ranks: {INSTALL_DEEPSPEED}")
+    if not OLDEST_DEEPSPEED <= release(version) < (1, 0):
+        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+        return Finding("deepspeed", version, f"{oldest} to 0.x are served: {INSTALL_DEEPSPEED}")
+    try:
+        importlib.import_module("deepspeed")
+    except Exception as error:  # of its many parts, anything
+        reason = (str(error) or repr(error)).splitlines()[0]
+        return Finding("deepspeed", f"{version}, cannot be imported: {reason}", INSTALL_DEEPSPEED)
+    return Finding("deepspeed", version)
 
 
 def _cann() -> Finding:
