@@ -141,7 +141,9 @@ COLUMNS: dict[str, Callable[[StepResult], str]] = {
     "KL": lambda row: f"{row.kl:.0e}",
     "RMS\nratio": lambda row: f"{row.rms_ratio:.2f}",
     "tok/s": lambda row: f"{row.tokens_per_second:.0f}",
-    "stock\ntok/s": lambda row: f"{row.baseline_tokens_per_second:.0f}",
+    "stock\ntok/s": lambda row: (
+        "–" if row.baseline_tokens_per_second is None else f"{row.baseline_tokens_per_second:.0f}"
+    ),
 }
 """Heading -> a step's cell."""
 

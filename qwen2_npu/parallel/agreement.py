@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel import launch
-from qwen2_npu.parallel.launch import Group
+from qwen2_npu.parallel.launch import RankGroup
 
 PACKAGES = ("qwen2-npu", "torch", "torch_npu", "transformers", "deepspeed")
 
@@ -21,7 +21,9 @@ SHOWN = 60
 ABSENT = "none"
 
 
-def agree(facts: Mapping[str, Any], *, way_out: str = "give all ranks the same", group: Group | None = None) -> None:
+def agree(
+    facts: Mapping[str, Any], *, way_out: str = "give all ranks the same", group: RankGroup | None = None
+) -> None:
     """Compare ``facts`` with those of the other ranks. Every rank of the group calls it, in the same order.
 
     Args:

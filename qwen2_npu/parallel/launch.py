@@ -151,7 +151,7 @@ def timeout() -> float:
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """The ranks that compute together, as one of them sees it.
 
     Attributes:
@@ -167,10 +167,10 @@ class Group:
     timeout: float = TIMEOUT
 
 
-_current: Group | None = None
+_current: RankGroup | None = None
 
 
-def current() -> Group | None:
+def current() -> RankGroup | None:
     """The group of the innermost :func:`joined` around the caller, or torch.distributed's own; None where none is."""
     if _current is not None:
         return _current
@@ -180,11 +180,11 @@ def current() -> Group | None:
     import torch
 
     store = dist.distributed_c10d._get_default_store()
-    return Group(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store, timeout())
+    return RankGroup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store, timeout())
 
 
 @contextlib.contextmanager
-def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
+def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGroup]:
     """Be one rank of the group that the launcher started, on a card of its own.
 
     Where nothing has launched this process, the group is this process, on ``device``. Inside the block
@@ -208,7 +208,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
         return
     launch, seconds = launched(), timeout()
     if launch is None or launch.world_size == 1:
-        with _as_current(Group(0, 1, own_device(launch, device, given_as=given_as), timeout=seconds)) as group:
+        with _as_current(RankGroup(0, 1, own_device(launch, device, given_as=given_as), timeout=seconds)) as group:
             yield group
         return
     import torch.distributed as dist
@@ -216,7 +216,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
     if dist.is_initialized():
         own = own_device(launch, device, given_as=given_as)
         store = dist.distributed_c10d._get_default_store()
-        with _as_current(Group(dist.get_rank(), dist.get_world_size(), own, store, seconds)) as group:
+        with _as_current(RankGroup(dist.get_rank(), dist.get_world_size(), own, store, seconds)) as group:
             yield group
         return
     from qwen2_npu.parallel.agreement import agree, versions
@@ -235,7 +235,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
         raise
     with Monitor(launch, board, seconds) as monitor:
         monitor.wait_for_all()
-        facts = Group(launch.rank, launch.world_size, own, board.part("facts"), seconds)
+        facts = RankGroup(launch.rank, launch.world_size, own, board.part("facts"), seconds)
         agree(versions(), way_out="install the same on all nodes", group=facts)
         dist.init_process_group(
             BACKENDS[own.type],
@@ -259,7 +259,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[Group]:
 
 
 @contextlib.contextmanager
-def _as_current(group: Group) -> Iterator[Group]:
+def _as_current(group: RankGroup) -> Iterator[RankGroup]:
     global _current
     _current = group
     try:

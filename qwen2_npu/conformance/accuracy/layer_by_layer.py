@@ -36,7 +36,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """One forward pass: ``ids`` and ``positions`` (B, S), ``mask`` (B, tokens so far and these)."""
 
     ids: torch.Tensor
@@ -44,7 +44,7 @@ class Pass:
     positions: torch.Tensor
 
 
-Passes = Sequence[Pass]
+Passes = Sequence[ForwardPass]
 """Passes that share one cache, in their order."""
 
 
@@ -52,17 +52,17 @@ def step_by_step(batch: Batch, forced: Array) -> Passes:
     """The prompt, then one token at a time, as ``teacher_forcing.run`` feeds them."""
     mask = batch.attention_mask
     lengths = mask.sum(dim=1, keepdim=True)
-    found = [Pass(batch.input_ids, mask, position_ids_of(mask))]
+    found = [ForwardPass(batch.input_ids, mask, position_ids_of(mask))]
     for step in range(forced.shape[1]):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        found.append(Pass(torch.from_numpy(forced[:, step : step + 1].copy()), mask, lengths + step))
+        found.append(ForwardPass(torch.from_numpy(forced[:, step : step + 1].copy()), mask, lengths + step))
     return found
 
 
 def at_once(batch: Batch, forced: Array) -> Passes:
     """Prompt and forced tokens in one pass, as ``teacher_forcing.run_reference`` feeds them."""
     ids, mask = prompt_and_forced(batch, forced)
-    return [Pass(ids, mask, position_ids_of(mask))]
+    return [ForwardPass(ids, mask, position_ids_of(mask))]
 
 
 def layer_parameters(config: Any) -> int:
@@ -80,7 +80,7 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Answer:
+class LayerAnswer:
     """Of one pass: what was kept of its logits, and the final hidden states (B, S, H)."""
 
     logits: Array
@@ -94,7 +94,7 @@ class _Side:
     feeds: Sequence[Feed]
     device: str
     states: list[list[torch.Tensor]] = field(default_factory=list)
-    answers: list[list[Answer]] = field(default_factory=list)
+    answers: list[list[LayerAnswer]] = field(default_factory=list)
 
     def through(self, part: Any, index: int, record: bool) -> list[PassRecorder]:
         """Take all passes through one layer."""
@@ -125,7 +125,7 @@ class _Side:
         """Final norm and logits."""
         recorders: list[PassRecorder] = []
         for feed, states in zip(self.feeds, self.states, strict=True):
-            answers: list[Answer] = []
+            answers: list[LayerAnswer] = []
             for one, state in zip(feed.passes, states, strict=True):
                 with exact(part):
                     hidden = part.model.norm(state)
@@ -134,7 +134,7 @@ class _Side:
                     recorders.append(_recorder(one))
                     for name, tensor in (("residual into norm", state), ("norm", hidden), ("lm_head", logits)):
                         recorders[-1].add(None, name, tensor)
-                answers.append(Answer(feed.keep(to_numpy(logits)), to_numpy(hidden)))
+                answers.append(LayerAnswer(feed.keep(to_numpy(logits)), to_numpy(hidden)))
             self.answers.append(answers)
         return recorders
 
@@ -154,7 +154,9 @@ class LayerByLayer:
     where: str = "the weights"
     progress: Callable[[str], None] = lambda label: None
 
-    def run(self, stock: Sequence[Feed], reference: Sequence[Feed]) -> tuple[list[list[Answer]], list[list[Answer]]]:
+    def run(
+        self, stock: Sequence[Feed], reference: Sequence[Feed]
+    ) -> tuple[list[list[LayerAnswer]], list[list[LayerAnswer]]]:
         """What the stock model and the reference answer, per feed and pass. Reads every weight once.
 
         Raises:
@@ -236,7 +238,7 @@ class LayerByLayer:
         return None, ours, reference.finish(parts[1], exact_head, record)
 
 
-def _recorder(one: Pass) -> PassRecorder:
+def _recorder(one: ForwardPass) -> PassRecorder:
     return PassRecorder(one.mask[:, -one.ids.shape[1] :].sum(1).tolist(), one.mask.sum(1).tolist(), left=False)
 
 

@@ -16,7 +16,7 @@ from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.pair import (
     DECODE_STEPS,
     Pair,
-    Weights,
+    PairWeights,
     weights_of_checkpoint,
     weights_of_shape,
 )
@@ -63,7 +63,7 @@ class ModelPair(Pair):
         return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
     @classmethod
-    def of(cls, weights: Weights, device: str, decode_steps: int) -> ModelPair:
+    def of(cls, weights: PairWeights, device: str, decode_steps: int) -> ModelPair:
         """Both stock models of ``weights``.
 
         Raises:

@@ -217,7 +217,7 @@ class Pair(ABC):
 
 
 @dataclass(frozen=True)
-class Weights:
+class PairWeights:
     """A source of stock tensors that was found fit to be compared, and how this project's model is made of it."""
 
     name: str
@@ -230,7 +230,7 @@ class Weights:
 
 def weights_of_checkpoint(
     path: Path | str | None, *, dtype: str | torch.dtype, device: str, decode_steps: int
-) -> Weights:
+) -> PairWeights:
     """A checkpoint folder; None for the tiny one of the package.
 
     Raises:
@@ -250,10 +250,10 @@ def weights_of_checkpoint(
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return Weights(name, source, parsed, build, folder, tokenizer)
+    return PairWeights(name, source, parsed, build, folder, tokenizer)
 
 
-def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> Weights:
+def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:
     """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
     config = small_config(shape)
     state = random_state_dict(config, seed=seed, dtype=dtype)
@@ -262,7 +262,7 @@ def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) 
         model = Qwen2ForCausalLM.from_state_dict(config, state, dtype=dtype, device=device, optimizations=optimizations)
         return model.eval()
 
-    return Weights(f"random {shape}", StateDictSource(config, state), dtype, build)
+    return PairWeights(f"random {shape}", StateDictSource(config, state), dtype, build)
 
 
 def encode(tokenizer: Any, content: str) -> list[int]:

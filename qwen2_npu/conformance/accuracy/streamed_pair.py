@@ -29,8 +29,8 @@ from qwen2_npu.checkpoint.configuration import read_generation_config
 from qwen2_npu.conformance.accuracy import locate_error, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_continuation, text_continuation
 from qwen2_npu.conformance.accuracy.layer_by_layer import (
-    Answer,
     Feed,
+    LayerAnswer,
     LayerByLayer,
     at_once,
     layer_parameters,
@@ -42,7 +42,7 @@ from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.pair import (
     DECODE_STEPS,
     Pair,
-    Weights,
+    PairWeights,
     weights_of_checkpoint,
     weights_of_shape,
 )
@@ -82,7 +82,7 @@ class StreamedPair(Pair):
         return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
     @classmethod
-    def of(cls, weights: Weights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
+    def of(cls, weights: PairWeights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
         """Both stock models of ``weights``, of which nothing is read yet.
 
         Raises:
@@ -187,7 +187,7 @@ class StreamedPair(Pair):
         return random_continuation(shape, self.config.vocab_size, self.decode_steps)
 
 
-def _stock_trace(batch: Batch, forced: Array, answers: Sequence[Answer]) -> Trace:
+def _stock_trace(batch: Batch, forced: Array, answers: Sequence[LayerAnswer]) -> Trace:
     prompt, *steps = answers
     empty = np.empty((len(forced), 0, prompt.logits.shape[-1]), np.float32)
     return Trace(
@@ -203,7 +203,7 @@ def _losses_of(window: Sequence[int], logits: Array) -> Array:
     return text.losses_of(logits[0, :-1].astype(np.float64), window)
 
 
-def _joined(answers: Sequence[Sequence[Answer]]) -> Array:
+def _joined(answers: Sequence[Sequence[LayerAnswer]]) -> Array:
     return np.concatenate([each.logits for passes in answers for each in passes])
 
 
@@ -234,7 +234,7 @@ def pair_of_checkpoint(
     return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
 
 
-def why_streamed(weights: Weights, device: str, free: Callable[[str], int | None] = free_bytes) -> str:
+def why_streamed(weights: PairWeights, device: str, free: Callable[[str], int | None] = free_bytes) -> str:
     """What does not fit the free memory, in words; empty where the whole models do."""
     parameters = sum(math.prod(shape) for shape in weights.source.shapes().values())
     exact, both = parameters * torch.float64.itemsize, 2 * parameters * weights.dtype.itemsize

@@ -132,7 +132,7 @@ class Verification:
             "created": self.created,
             "passed": self.passed,
             "failures": self.failures,
-            "environment": asdict(self.environment),
+            "environment": self.environment.to_json(),
             "model": self.model,
             "dtype": self.dtype,
             "mode": self.mode,

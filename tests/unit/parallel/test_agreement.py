@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel.agreement import SHOWN, agree, fingerprint, versions
-from qwen2_npu.parallel.launch import Group
+from qwen2_npu.parallel.launch import RankGroup
 
 
 def messages(*facts, **options):
@@ -21,7 +21,7 @@ def messages(*facts, **options):
 
     def rank(number):
         try:
-            agree(facts[number], group=Group(number, len(facts), torch.device("cpu"), store), **options)
+            agree(facts[number], group=RankGroup(number, len(facts), torch.device("cpu"), store), **options)
         except UnsupportedError as error:
             return str(error)
         return ""
@@ -60,7 +60,7 @@ def test_a_second_agreement_is_another_one():
     store = dist.HashStore()
 
     def rank(number):
-        group = Group(number, 2, torch.device("cpu"), store)
+        group = RankGroup(number, 2, torch.device("cpu"), store)
         for value in range(3):
             agree({"value": value}, group=group)
         return True
