@@ -88,7 +88,7 @@ def test_intermediate_tensors_are_those_of_the_whole_models() -> None:
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its weights, and of the pages of its files; and without the garbage collector's help."""
-    config = small_config(num_hidden_layers=12)
+    config = small_config(num_hidden_layers=6)
     small_stock(config).save_pretrained(tmp_path, safe_serialization=True, max_shard_size="300KB")
     models = LayerByLayer(open_checkpoint(tmp_path), torch.float32)
     made: list[weakref.ref[Any]] = []
