@@ -13,7 +13,7 @@ import torch
 from qwen2_npu import Optimizations
 from qwen2_npu.checkpoint.sources import open_checkpoint
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing
+from qwen2_npu.conformance.accuracy import stock, teacher_forcing
 from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
@@ -40,15 +40,25 @@ class Shared:
         return sharded(self.config, self.state, ranks, optimizations, dtype=self.pair.dtype, device=device)
 
     def trace(
-        self, ranks: Ranks, optimizations: Optimizations, shape: str, alter: Alter = lambda model: model
+        self,
+        ranks: Ranks,
+        optimizations: Optimizations,
+        shape: str,
+        alter: Alter = lambda model: model,
+        device: str = "cpu",
     ) -> teacher_forcing.Trace:
         """One rank's trace. Call :meth:`ModelPair.traces` before, outside of any rank: they share its models."""
-        model = alter(self.build(ranks, optimizations, self.device))
-        return locate_error.trace_model(model, self.pair.batch(shape), self.pair.traces(shape)[0])
-
-    @property
-    def device(self) -> str:
-        return str(self.pair.baseline.device)
+        model = alter(self.build(ranks, optimizations, device))
+        forced = self.pair.traces(shape)[0].forced
+        # Hidden states are never computed by a graph: a fault that only they show is not one that a graph shows.
+        return teacher_forcing.run(
+            model,
+            self.pair.batch(shape),
+            decode_steps=forced.shape[1],
+            forced=forced,
+            hidden=not model.compiled_steps,
+            last_token=optimizations.last_token_logits,
+        )
 
     def compare(
         self, run: Run, optimizations: Optimizations, shape: str, alter: Alter = lambda model: model

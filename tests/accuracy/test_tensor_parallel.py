@@ -140,7 +140,7 @@ def test_nothing_is_caught_where_nothing_is_wrong(two: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", (UNBROKEN, *PARALLEL_FAULTS), ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [UNBROKEN, *PARALLEL_FAULTS], ids=lambda fault: fault.name)
 def test_fault_in_graph_mode(fault: ParallelFault) -> None:
     """Caught, or, where it is one of eager mode alone, not there."""
     torch._dynamo.reset()
