@@ -91,11 +91,13 @@ class Ranks:
         return self.group
 
 
+CPU = torch.device("cpu")
+
 ALONE = Ranks()
 """The model on one card: every collective is its argument."""
 
 
-def current(tp_size: int | None, tp_rank: int | None, device: torch.device) -> Ranks:
+def current(tp_size: int | None, tp_rank: int | None, device: torch.device = CPU) -> Ranks:
     """The ranks to load a model for.
 
     Args:

@@ -28,9 +28,9 @@ from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import compare_traces
 from qwen2_npu.optimizations import MODES_OF
 from qwen2_npu.parallel.collectives import current
+from tests.accuracy.pairs import TINY
 from tests.accuracy.parallel_faults import GRAPH, PARALLEL_FAULTS, UNBROKEN, ParallelFault
 from tests.accuracy.sharded import shared
-from tests.accuracy.subjects import TINY
 
 TIMEOUT = timedelta(seconds=300)
 

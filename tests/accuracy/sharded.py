@@ -18,7 +18,7 @@ from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.parallel.collectives import Ranks
-from tests.accuracy.subjects import TINY
+from tests.accuracy.pairs import TINY
 from tests.unit.parallel.virtual import Run, sharded
 
 DECODE_STEPS = 4
@@ -87,6 +87,7 @@ def shared(weights: str, dtype: str, vocab_size: int = 512) -> Shared:
     pair = ModelPair(
         name=f"random {weights}",
         dtype=parsed,
+        config=config,
         baseline=baseline,
         reference=stock.exact_reference(baseline),
         build=lambda optimizations: sharded(config, state, Ranks(), optimizations, dtype=parsed),

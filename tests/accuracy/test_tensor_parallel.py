@@ -19,9 +19,9 @@ from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.optimizations import PARALLEL
 from qwen2_npu.parallel.sharding import Shard
+from tests.accuracy.pairs import TINY
 from tests.accuracy.parallel_faults import EAGER, GRAPH, PARALLEL_FAULTS, UNBROKEN, ParallelFault, thirds
 from tests.accuracy.sharded import Shared, shared
-from tests.accuracy.subjects import TINY
 from tests.unit.parallel.virtual import Run, virtual_ranks
 
 DTYPES = ("float32", "bfloat16", "float16")
