@@ -34,7 +34,7 @@ class ParallelFault:
     Attributes:
         kinds: which tensors of qkv the layout is applied to.
         modes: in which it must be seen. What is wrong in the weights is wrong in every mode.
-        after: of an ``x3`` and the like, the switches needed beyond the ladder up to fused_qkv.
+        optimizations: the switches with which it is there.
     """
 
     name: str
@@ -118,7 +118,7 @@ def _bias_on_every_rank(layer: Any, model: Any) -> None:
 
 def _residual_on_every_rank(layer: Any, model: Any) -> None:
     """npu_mm_all_reduce_base with the residual as ``x3`` and no addition afterwards, on every rank: in prefill."""
-    attention, norm = layer.self_attn, layer.post_attention_layernorm
+    attention = layer.self_attn
     residuals: list[Tensor] = []
     input_norm, output = layer.input_layernorm.forward, attention.o_proj.forward
 
@@ -136,7 +136,6 @@ def _residual_on_every_rank(layer: Any, model: Any) -> None:
         return total - residual  # the norm adds it
 
     layer.input_layernorm.forward, attention.o_proj.forward = remember, summed
-    assert norm.fused
 
 
 def _strides_ignored(layer: Any, model: Any) -> None:

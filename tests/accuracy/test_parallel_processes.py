@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_npu.optimizations import MODES_OF
 from tests.accuracy import parallel_ranks
+from tests.accuracy.parallel_faults import PARALLEL_FAULTS
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
@@ -42,10 +44,12 @@ def launch(device: str, folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("device", ["cpu", "npu"])
 def test_two_processes(device: str, tmp_path: Path) -> None:
     """The same tokens as one in every mode; AutoTP's stock model; on an NPU the faults in GE graphs."""
-    for package in ("deepspeed", *(["torch_npu"] if device == "npu" else [])):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+    if device == "npu" and importlib.util.find_spec("torch_npu") is None:
+        pytest.skip("torch_npu is not installed")
     found = launch(device, tmp_path)
     failed = [f"rank {rank}, {name}: {said}" for rank, each in enumerate(found) for name, said in each.items() if said]
     assert not failed, "\n".join(failed)
-    assert all(len(each) >= 3 for each in found)
+    expected = len(MODES_OF[device]) + (importlib.util.find_spec("deepspeed") is not None)
+    if device == "npu":
+        expected += 1 + sum(fault.ranks == RANKS for fault in PARALLEL_FAULTS)
+    assert [len(each) for each in found] == [expected] * RANKS

@@ -26,6 +26,9 @@ from tests.unit.parallel.virtual import Run, virtual_ranks
 
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = (*LADDER, *PARALLEL)
+REAL_HEADS = pytest.mark.skipif(
+    not HEAD_DIM_IS_FREE, reason="transformers 4.37 ties the head counts to the hidden size"
+)
 COMPILING = 300.0
 """Seconds that ranks wait for one another where each compiles for itself."""
 
@@ -79,7 +82,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.skipif(not HEAD_DIM_IS_FREE, reason="transformers 4.37 ties the head counts to the hidden size")
+@REAL_HEADS
 @pytest.mark.parametrize(("weights", "count", "dtype", "vocab_size"), LAYOUTS)
 def test_real_head_counts(weights: str, count: int, dtype: str, vocab_size: int) -> None:
     """At every position, and in free-running text; the weights have biases, which must be added once."""
@@ -117,7 +120,7 @@ def test_two_ranks_continue_texts_as_one(two: Run, dtype: str) -> None:
 
 # ---- wrong -----------------------------------------------------------------------------------------------------------
 def fault_comparison(fault: ParallelFault, run: Run, mode: str) -> Any:
-    """The 7B's head layout in float32, one prompt of 17 tokens and the tokens after it."""
+    """The 7B's head layout in float32, four prompts of 17 tokens and the tokens after them."""
     subject = shared("qwen2-7b", "float32")
 
     def alter(model: Any) -> Any:
@@ -127,6 +130,7 @@ def fault_comparison(fault: ParallelFault, run: Run, mode: str) -> Any:
     return subject.compare(run, fault.optimizations, "four", alter)
 
 
+@REAL_HEADS
 @pytest.mark.parametrize("fault", PARALLEL_FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_caught_in_eager_mode(fault: ParallelFault, two: Run, four: Run) -> None:
     assert EAGER in fault.modes
@@ -134,12 +138,14 @@ def test_fault_is_caught_in_eager_mode(fault: ParallelFault, two: Run, four: Run
     assert not comparison.passed, f"{fault.description}: not noticed"
 
 
+@REAL_HEADS
 def test_nothing_is_caught_where_nothing_is_wrong(two: Run) -> None:
     comparison = fault_comparison(UNBROKEN, two, EAGER)
     assert comparison.passed, comparison.failures()
 
 
 @pytest.mark.slow
+@REAL_HEADS
 @pytest.mark.parametrize("fault", [UNBROKEN, *PARALLEL_FAULTS], ids=lambda fault: fault.name)
 def test_fault_in_graph_mode(fault: ParallelFault) -> None:
     """Caught, or, where it is one of eager mode alone, not there."""
@@ -156,6 +162,7 @@ def test_faults_are_well_formed() -> None:
 
 
 @pytest.mark.slow
+@REAL_HEADS
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 def test_thirds_are_what_deepspeed_cuts(kind: str) -> None:
     """AutoTP takes a layer class of the name DecoderLayer for one of GLM."""
