@@ -8,13 +8,13 @@ from tests.unit.parallel.job import BOTH, NO_DEEPSPEED, NO_NPU, run, script
 
 TIMEOUT = 3
 
-LAUNCHER = 2.0
+LAUNCHER = 6.0
 """Seconds that a launcher, and a busy machine, may need beside what docs/parallel.md states."""
 
 GRACE = 3.0
 
 MESSAGES = {
-    "raises": "this is the cause",
+    "raises": "ValueError: this is the cause",
     "is killed": "rank {who} ended without a word: killed",
     "hangs": "rank {who} did not take part in a collective within 3 s",
     "is stopped": ("rank {who} is gone: killed, stopped", "rank {who} gave no sign of life for 3 s"),
@@ -25,7 +25,7 @@ MESSAGES = {
 def check(done, what, who):
     assert done.status != 0
     assert not done.left
-    assert done.took < (TIMEOUT + GRACE + LAUNCHER + 1 if what in ("hangs", "is stopped") else LAUNCHER + 1)
+    assert done.took < (TIMEOUT + GRACE + LAUNCHER if what in ("hangs", "is stopped") else LAUNCHER)
     texts = MESSAGES[what] if isinstance(MESSAGES[what], tuple) else (MESSAGES[what],)
     said = [line for text in texts for line in done.lines(text.format(who=who))]
     # The launcher that sees a rank killed may end the others before they have said it.
@@ -67,7 +67,7 @@ def test_a_rank_that_ends_with_a_status_ends_the_job(launcher, tmp_path):
     done = run(launcher, [script(tmp_path), "ends", "1"], tmp_path)
     assert done.status in (1, 3)
     assert not done.left
-    assert done.took < LAUNCHER + 1
+    assert done.took < LAUNCHER
     assert not done.lines("[rank")
 
 
@@ -75,6 +75,6 @@ def test_a_rank_that_ends_with_a_status_ends_the_job(launcher, tmp_path):
 @pytest.mark.parametrize("launcher", BOTH)
 def test_ranks_end_with_their_launcher(launcher, tmp_path):
     done = run(launcher, [script(tmp_path), "kills its launcher", "1"], tmp_path, timeout=60)
-    assert not [line for line in done.left if "sleep" not in line]
-    assert done.took < 2 * LAUNCHER + 1
+    assert not done.left
+    assert done.took < LAUNCHER
     assert done.lines("the launcher is gone") == ["error: the launcher is gone: it was killed"]
