@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 from qwen2_npu.cli import options
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel import launch
 
 IN_ONE_PROCESS = ("baselines", "report", "nightly", "doctor")
@@ -50,8 +52,9 @@ def let_the_first_speak() -> None:
 
     The others wait until the launcher ends them; an error of their own is printed a little later.
     """
-    if not _met and not first():
-        time.sleep(launch.LINGER)
+    with contextlib.suppress(UnsupportedError):  # that is what is said
+        if not _met and not first():
+            time.sleep(launch.LINGER)
 
 
 def in_ranks(function: Callable[..., None]) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.agreement import agree, fingerprint
 from qwen2_npu.parallel.collectives import current
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ class CheckpointIO:
             settings = _configuration(folder if config is None else config, changes)
             source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
+            if ranks.group is not None:
+                agree(fingerprint(folder), way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
             lambda: cls(settings, optimizations, ranks),
             source,

@@ -19,6 +19,7 @@ import psutil
 
 from qwen2_npu.parallel.board import Board
 from qwen2_npu.parallel.launch import LINGER, TIMEOUT_VARIABLE, Launch, PeerFailed, RankError, record_failure
+from qwen2_npu.parallel.orphans import Keeper
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -47,10 +48,12 @@ class Monitor:
         self._others = [rank for rank in range(launch.world_size) if rank != launch.rank]
         self._neighbours: dict[int, psutil.Process | None] = {}
         self._ended, self._failing = threading.Event(), threading.Event()
-        self._heard = time.monotonic()
+        self._answered = time.monotonic()
+        self._cause = ""
 
     def __enter__(self) -> Self:
         self._board.come()
+        self._keeper = Keeper()
         for watch in (self._listen, self._guard):
             threading.Thread(target=watch, name="qwen2_npu ranks", daemon=True).start()
         return self
@@ -88,6 +91,7 @@ class Monitor:
             if error is not None:
                 self._failing.set()
                 self._fail(error)
+            self._keeper.dismiss()
         finally:
             self._ended.set()
 
@@ -96,12 +100,19 @@ class Monitor:
         """Tell the others, and raise what this rank has to say: ``error``, or that another one is to blame."""
         said, traceback = error, error.__traceback__
         try:
-            if _of_collectives(error):
+            if cause := self._hear():
+                said = PeerFailed(cause)
+            elif _of_collectives(error):
                 said = self._blame(error)
-            if not isinstance(said, PeerFailed) and 0 not in self._dead() and not self._board.fail(_text(said)):
-                said = PeerFailed(self._board.failure())
+            if not isinstance(said, PeerFailed) and 0 not in self._dead():
+                if self._board.fail(_text(said)):
+                    self._until_heard()
+                else:
+                    said = PeerFailed(self._hear())
         except RuntimeError:  # the store is gone
-            if _of_collectives(error):
+            if self._cause:
+                said = PeerFailed(self._cause)
+            elif _of_collectives(error):
                 said = self._without_rank_0()
         if isinstance(said, PeerFailed):
             time.sleep(LINGER)
@@ -124,8 +135,8 @@ class Monitor:
         before = {rank: self._board.beats(rank) for rank in self._others}
         until, missing = time.monotonic() + GRACE, self._others
         while missing and time.monotonic() < until:
-            if reason := self._board.failure():
-                return PeerFailed(reason)
+            if cause := self._hear():
+                return PeerFailed(cause)
             missing = [rank for rank in missing if not self._board.told("hurt", rank)]
             time.sleep(BEAT / 10)
         if gone := [rank for rank in missing if self._board.beats(rank) == before[rank]]:
@@ -137,6 +148,23 @@ class Monitor:
                 "it hangs, or does other work"
             )
         return RankError(f"a collective failed: {_text(error)}")
+
+    def _hear(self, board: Board | None = None) -> str:
+        """Which rank failed first, and why; empty where none has. The others learn that this one knows."""
+        if not self._cause and (cause := (board or self._board).failure()):
+            (board or self._board).tell("heard")
+            self._cause = cause
+        return self._cause
+
+    def _until_heard(self) -> None:
+        """Where this rank keeps the store, it stays until the others know why it ends."""
+        until = time.monotonic() + 2 * BEAT
+        if self._launch.rank == 0 and not self._launch.agent_store:
+            others = self._others
+            while time.monotonic() < until and (
+                others := [rank for rank in others if rank not in self._dead() and not self._board.told("heard", rank)]
+            ):
+                time.sleep(BEAT / 20)
 
     def _dead(self) -> list[int]:
         """Ranks on this node whose processes are gone."""
@@ -151,7 +179,11 @@ class Monitor:
 
     def _without_rank_0(self) -> BaseException:
         """What to say where rank 0 is gone and the store with it: rank 1 says something."""
-        reason = _killed([0]) if 0 in self._dead() else "rank 0 is gone: it failed, was killed, or its node is down"
+        if 0 in self._neighbours:
+            until = time.monotonic() + BEAT
+            while 0 not in self._dead() and time.monotonic() < until:  # a process takes a moment to be gone
+                time.sleep(BEAT / 20)
+        reason = _killed([0]) if 0 in self._dead() else "rank 0 is gone: killed, or its node is down"
         return RankError(reason) if self._launch.rank == 1 else PeerFailed(reason)
 
     # ---- in threads of their own ------------------------------------------------------------------------------------
@@ -164,13 +196,13 @@ class Monitor:
             try:
                 if not failed:
                     board.beat()
-                    failed = bool(board.failure())
+                    failed = bool(self._hear(board))
                     silent = self._silent(board, heard)
                     if silent and not failed and board.fail(message := _no_sign(silent, self._timeout)):
                         self._kill(silent)
                         self._end(message)
                     failed = failed or bool(silent)
-                self._heard = time.monotonic()
+                self._answered = time.monotonic()
             except RuntimeError:  # the store is gone
                 failed = True
             if failed and not self._failing.is_set():
@@ -195,7 +227,7 @@ class Monitor:
         while not self._ended.wait(BEAT):
             if any(_is_gone(launcher) for launcher in launchers):
                 self._end("the launcher is gone: it was killed" if self._launch.local_rank == 0 else "")
-            if time.monotonic() - self._heard > self._timeout + BEAT:
+            if time.monotonic() - self._answered > self._timeout + BEAT:
                 self._kill([0])
                 self._end(_no_sign([0], self._timeout) if self._launch.rank == 1 else "")
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -73,6 +74,37 @@ def test_a_transformers_that_is_not_served_is_said(monkeypatch: pytest.MonkeyPat
     assert "pip install transformers==5.24.0" in doctor._transformers().advice
     monkeypatch.setattr(doctor, "package_version", {}.get)
     assert doctor._transformers() == ("transformers", "missing", "pip install transformers==5.24.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "breaks", "state", "advice"),
+    [
+        (None, False, "not installed", "only to launch several ranks: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+        ("0.19.8", False, "0.19.8", ""),
+        ("0.17.0", False, "0.17.0", ""),
+        ("0.16.9", False, "0.16.9", "0.17 to 0.x are served: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+        ("1.0.0", False, "1.0.0", "0.17 to 0.x are served: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+        ("0.19.8", True, "0.19.8, cannot be imported: no CANN", "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+    ],
+)
+def test_deepspeed(monkeypatch: pytest.MonkeyPatch, version: str | None, breaks: bool, state: str, advice: str) -> None:
+    monkeypatch.setattr(doctor, "package_version", lambda name: version)
+
+    def load(name: str) -> None:
+        assert name == "deepspeed"
+        if breaks:
+            raise RuntimeError("no CANN\nmore")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    assert doctor._deepspeed() == ("deepspeed", state, advice)
+
+
+def test_the_extra_of_deepspeed_is_what_the_doctor_serves() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    oldest = ".".join(map(str, doctor.OLDEST_DEEPSPEED))
+    assert extras["deepspeed"] == [f"deepspeed>={oldest},<1"]
+    tested = doctor.INSTALL_DEEPSPEED.split()[-1]
+    assert f"emulated: {tested}" in (ROOT / "tox.ini").read_text()
 
 
 def test_the_emulated_device_is_called_emulated() -> None:
