@@ -18,7 +18,8 @@ SAVING = ".saving-"
 """How the names of folders begin in which a checkpoint is written before it replaces the one there is."""
 
 MERGING = ".merging-qkv.json"
-"""The file that a folder holds for as long as a merge into it is under way."""
+MERGING_PART = ".merging-qkv.part"
+"""Files that a folder holds while a merge into it is under way: whose it is, and the file that is being written."""
 
 LOCK_SECONDS, LOCK_POLL_SECONDS = 300.0, 0.01
 """How long a folder is waited for, and how often it is tried. Nobody keeps one for more than moments."""

@@ -52,9 +52,7 @@ class Tensors(Protocol):
     def stored_dtype(self) -> torch.dtype:
         """What they are stored in."""
 
-    def pieces(
-        self, cuts: Callable[[str], Sequence[Slice | None]]
-    ) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    def pieces(self, cuts: Callable[[str], Sequence[Slice | None]]) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Every tensor with the pieces of it that ``cuts`` names."""
 
 
@@ -298,12 +296,11 @@ class MergedSource:
         """Every stock tensor, or the part of it that ``cut`` says; one layer's q, k and v at a time."""
         for name, pieces in self.inner.pieces(lambda name: self._wanted(name, cut)):
             if name not in self._stock:
-                yield name, pieces[0]
+                yield name, pieces.pop()
                 continue
-            left = iter(pieces)
             for stock, found in self._spans(name, cut):
-                rows = [next(left) for _ in found]
-                yield stock, rows[0] if len(rows) == 1 else torch.cat(rows)
+                rows = [pieces.pop(0) for _ in found]
+                yield stock, rows.pop() if len(rows) == 1 else torch.cat(rows)
 
     def _wanted(self, name: str, cut: Cutting) -> list[Slice | None]:
         if name not in self._stock:

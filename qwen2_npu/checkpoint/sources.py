@@ -170,10 +170,13 @@ class SafetensorsSource:
                 shard = self._open.pop(file, None) or safe_open(self._folder / file, framework="pt", device="cpu")
                 for name in list(shard.keys()):
                     # A slice reads its rows or columns from the file, and nothing else.
-                    yield name, [
-                        shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
-                        for part in cuts(name)
-                    ]
+                    yield (
+                        name,
+                        [
+                            shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
+                            for part in cuts(name)
+                        ],
+                    )
 
 
 def part_of(tensor: torch.Tensor, part: Slice | None) -> torch.Tensor:

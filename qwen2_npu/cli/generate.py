@@ -50,6 +50,7 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 
 @click.command("generate")
 @options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@options.assume_tp_option()
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat for a batch.")
 @click.option("--chat", is_flag=True, help="Put each prompt through the checkpoint's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -68,6 +69,7 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 @click.option("--seed", type=click.IntRange(-(2**63), 2**64 - 1), default=0, show_default=True, help="With --sample.")
 def command(
     model_path: Path | None,
+    assume_tp: int | None,
     prompts: tuple[str, ...],
     chat: bool,
     max_new_tokens: int,
@@ -109,7 +111,9 @@ def command(
     read_config(Path(folder))
     tokenizer = load_tokenizer(Path(folder))
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=target, optimizations=optimizations).eval()
+    model = Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=dtype, device=target, optimizations=optimizations, assume_tp=assume_tp
+    ).eval()
     if sample and temperature is None:
         own = model.generation_config.temperature
         check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@options.assume_tp_option()
 @options.device_option()
 @options.dtype_option()
 @click.option(
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 )
 def command(
     model_path: Path | None,
+    assume_tp: int | None,
     device: str | None,
     dtype: str,
     steps: tuple[str, ...] | None,
@@ -65,6 +67,7 @@ def command(
             dtype=dtype,
             steps=steps or LADDER,
             mode=mode,
+            assume_tp=assume_tp,
             progress=progress,
         )
         interrupts.check()

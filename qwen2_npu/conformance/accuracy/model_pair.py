@@ -69,6 +69,7 @@ class ModelPair:
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         decode_steps: int = DECODE_STEPS,
+        assume_tp: int | None = None,
     ) -> ModelPair:
         """A checkpoint folder; None for the tiny one of the package.
 
@@ -77,18 +78,20 @@ class ModelPair:
                 naming it.
         """
         folder = Path(path) if path is not None else tiny.path()
-        source = open_checkpoint(folder)
+        source = open_checkpoint(folder, assume_tp=assume_tp)
         # What does not fit is found here, and named, before the stock model meets it in its own way.
         skeleton(lambda: Qwen2ForCausalLM(source.config), source)
         tokenizer = load_tokenizer(folder)
         check_texts(source.config, tokenizer, decode_steps, str(folder))
         read_generation_config(folder, source.config.vocab_size)
         parsed = parse_dtype(dtype) or source.stored_dtype()
-        baseline = stock.stock_from_pretrained(folder, dtype=parsed, device=device)
+        baseline = stock.stock_from_pretrained(folder, dtype=parsed, device=device, assume_tp=assume_tp)
         check_finite(baseline.state_dict(), str(folder))
 
         def build(optimizations: Optimizations) -> Any:
-            model = Qwen2ForCausalLM.from_pretrained(folder, dtype=parsed, device=device, optimizations=optimizations)
+            model = Qwen2ForCausalLM.from_pretrained(
+                folder, dtype=parsed, device=device, optimizations=optimizations, assume_tp=assume_tp
+            )
             return model.eval()
 
         return cls(

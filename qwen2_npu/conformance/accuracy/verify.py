@@ -145,6 +145,7 @@ def verify(
     dtype: str = "auto",
     steps: Sequence[str] = LADDER,
     mode: str = "eager",
+    assume_tp: int | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
     """The ladder, cumulatively, on one checkpoint.
@@ -153,6 +154,7 @@ def verify(
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
         steps: which rows to run; each includes all steps of the ladder before it.
         mode: how the optimised model is compiled, see ``compile_model``.
+        assume_tp: for how many ranks the folder was merged, where it was and does not record it.
         progress: called before each part.
 
     Raises:
@@ -164,7 +166,7 @@ def verify(
         check_mode(mode, torch.device(device), optimizations)
     total = len(presets) + 2
     progress("stock model and float64 reference", 0, total)
-    subject = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device)
+    subject = ModelPair.of_checkpoint(model_path, dtype=dtype, device=device, assume_tp=assume_tp)
     eager = subject.build
     if mode != "eager":
         subject.build = lambda optimizations: compile_model(eager(optimizations), mode)
