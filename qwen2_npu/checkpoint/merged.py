@@ -165,13 +165,15 @@ def read_record(folder: Path) -> Layout | None:
         return None
     way_out = "merge the original checkpoint again"
     values = record if isinstance(record, dict) else {}
-    version, tp_size, moved = (values.get(key) for key in ("version", "tp_size", "moved"))
-    if type(version) is int and version > VERSION:
+    version: Any = values.get("version")
+    tp_size: Any = values.get("tp_size")
+    moved: Any = values.get("moved", {})
+    numbers = type(version) is int and type(tp_size) is int and tp_size > 0
+    if numbers and version > VERSION:
         raise CheckpointError(
             f"{path}: {RECORD} has version={version}, of a newer qwen2-npu; this one knows {VERSION}: install that one"
         )
-    valid = values.get("layout") == LAYOUT and version == VERSION and type(tp_size) is int and tp_size > 0
-    moved = {} if moved is None else moved
+    valid = numbers and version == VERSION and values.get("layout") == LAYOUT
     if not valid or not isinstance(moved, dict) or not all(_is_move(*item) for item in moved.items()):
         raise CheckpointError(f"{path}: {RECORD}={record!r:.200} is no layout of merged weights; {way_out}")
     return Layout(tp_size, moved=moved)

@@ -1,363 +1,206 @@
-"""`qwen2-npu merge-qkv`: what a merged folder, or an unmerged one, consists of. It is written by ``merge_run``.
+"""Writing a merged or unmerged folder: a run that is killed at any moment is taken up by the next one.
 
-Every file of weights becomes one of the same name, in which q, k and v of a layer are replaced by the merged tensor, or
-the other way round. A layer whose k or v is in another file than its q is recorded, so that unmerging restores the
-same files.
+Every file is written beside its place, read back and compared with what it comes from, and then moved there. The index
+and config.json come last: until then the folder is no checkpoint. ``.merging-qkv.json`` in it says whose it is, and is
+locked by the process that writes.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from qwen2_npu.checkpoint import merged
-from qwen2_npu.checkpoint.byte_ranges import NewFile, Range, Stored, equal, read_header, tensor_file
-from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_config, read_object
-from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART, check_readable, is_file, locked, unreadable
-from qwen2_npu.checkpoint.merged import Layout, MergedSource
-from qwen2_npu.checkpoint.sources import INDEX_FILE, SINGLE_FILE, open_stored, weights_files
-from qwen2_npu.checkpoint.weights import check_source, held_shapes, stock_shapes
-from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.parallel.sharding import Shard
+from qwen2_npu.checkpoint.byte_ranges import NewFile
+from qwen2_npu.checkpoint.configuration import read_object
+from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART, locked, sync, try_lock
+from qwen2_npu.checkpoint.merge_plan import Plan, plan_merge, plan_unmerge
+from qwen2_npu.errors import CheckpointError
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json",
-           "tf_model*.h5", "flax_model*.msgpack", "*.gguf", "*.pt", "*.pth")  # fmt: skip
-"""Files of weights. Those that the checkpoint does not consist of are left out."""
+MB = 1_000_000
 
-Spec = tuple[str, tuple[int, ...], list[Range]]
-"""A tensor to be written: dtype, shape, bytes."""
+Progress = Callable[[str, int, int], None]
+"""Told what comes next, megabytes done, megabytes in all: everything is written and then read back."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A folder that is to be written.
-
-    Attributes:
-        source: the folder that it is made of.
-        options: those of the command: a run goes on with what an earlier one with the same began.
-        shards: the files of weights.
-        others: the other files, but for the last.
-        last: what makes it a checkpoint: the index of the shards, and config.json at the very end.
-        left_out: files and folders of ``source`` that are not copied.
-        replicas: bytes that must be the same, with the tensor that they are of: one is dropped.
-        read_by_rank: bytes of weights that each rank reads; empty where it is unmerged.
-        inputs: the files that it is made of, with their size and time.
-    """
-
-    source: Path
-    output: Path
-    options: dict[str, Any]
-    shards: tuple[NewFile, ...]
-    others: tuple[NewFile, ...]
-    last: tuple[NewFile, ...]
-    left_out: tuple[str, ...]
-    replicas: tuple[tuple[str, Range, Range], ...]
-    read_by_rank: tuple[int, ...]
-    inputs: dict[str, tuple[int, int]]
-
-    @property
-    def files(self) -> tuple[NewFile, ...]:
-        """All of them, in the order that they are written in."""
-        return (*self.shards, *self.others, *self.last)
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
-
-    def check_replicas(self) -> None:
-        """Refuse a folder whose ranks hold different values of what is one tensor.
-
-        Raises:
-            CheckpointError: naming the tensor.
-        """
-        for name, one, other in self.replicas:
-            if not equal([one], [other]):
-                raise CheckpointError(
-                    f"{self.source}: {name} holds a kv head several times, and the copies differ: there is no one "
-                    "original to restore; merge the original checkpoint again"
-                )
-
-    def check_inputs(self) -> None:
-        """Refuse a source that was changed since.
-
-        Raises:
-            CheckpointError: naming the file.
-        """
-        now = _stamps(self.source, self.inputs)
-        changed = next((name for name, stamp in self.inputs.items() if now[name] != stamp), None)
-        if changed is not None:
-            raise CheckpointError(
-                f"{self.source / changed} was changed meanwhile: remove {self.output} and run the command again"
-            )
-
-
-def plan_merge(source: str | Path, output: str | Path, *, tp_size: int = 1) -> Plan:
-    """What merging the checkpoint in ``source`` for ``tp_size`` ranks writes to ``output``. Nothing is written yet.
+def merge_qkv(
+    model_path: str | Path, output_path: str | Path, *, tp_size: int = 1, progress: Progress = lambda *state: None
+) -> None:
+    """Merge q, k and v of the checkpoint in ``model_path``, interleaved for ``tp_size`` ranks, into ``output_path``.
 
     Raises:
-        CheckpointError: what is wrong with ``source`` or ``output``; ``source`` is merged already.
+        CheckpointError: what is wrong with one of the folders. What was written is kept for the next run.
         UnsupportedError: a number of ranks that the model cannot be cut for.
     """
-    folder = _folders(source, output)
-    layout = Layout(tp_size)
-    with locked(folder, shared=True):
-        config = read_config(folder)
-        layout.check(config)
-        files = _plain(folder, weights_files(folder))
-        stored = open_stored(folder, config, files)
-        if (name := next(filter(merged.is_merged, stored.shapes()), None)) is not None:
-            raise _already_merged(folder, name)
-        check_source(stored)
-        headers = {file: read_header(folder / file) for file in files}
-
-    blocks = layout.blocks(config)
-    found = {name: each for _, tensors in headers.values() for name, each in tensors.items()}
-    file_of = {name: file for file, (_, tensors) in headers.items() for name in tensors}
-    new: dict[str, dict[str, Spec]] = {file: {} for file in files}
-    moved: dict[str, str] = {}
-    for name, each in found.items():
-        whole = merged.merged_name(name)
-        if whole is None:
-            new[file_of[name]][name] = (each.dtype, each.shape, [each.bytes])
-        elif name == merged.stock_names(whole)["q_proj"]:
-            parts = {part: found[stock] for part, stock in merged.stock_names(whole).items()}
-            if len({part.dtype for part in parts.values()}) > 1:
-                raise CheckpointError(
-                    f"{folder}: {name} is stored as {each.dtype}, and k or v of its layer in another dtype: one tensor "
-                    "has one dtype; convert the checkpoint to one, e.g. with save_pretrained"
-                )
-            ranges = [parts[block.part].rows(block.start, block.stop) for block in blocks]
-            rows = sum(block.stop - block.start for block in blocks)
-            new[file_of[name]][whole] = (each.dtype, (rows, *each.shape[1:]), ranges)
-            moved |= {
-                stock: file_of[stock] for stock in merged.stock_names(whole).values() if file_of[stock] != file_of[name]
-            }
-    text = _read_text(folder / CONFIG_FILE)
-    return _plan(
-        folder, output, {"merge": tp_size}, headers, new,
-        config_text=with_record(text, Layout(tp_size, moved=moved)),
-        read_by_rank=tuple(_read_by(Shard(rank, tp_size), config, found) for rank in range(tp_size)),
-    )  # fmt: skip
+    run(plan_merge(model_path, output_path, tp_size=tp_size), progress)
 
 
-def plan_unmerge(
-    source: str | Path, output: str | Path, *, assume_tp: int | None = None, tp_size: int | None = None
-) -> Plan:
-    """What restoring the ordinary checkpoint of the merged one in ``source`` writes. Nothing is written yet.
+def unmerge_qkv(
+    model_path: str | Path,
+    output_path: str | Path,
+    *,
+    assume_tp: int | None = None,
+    progress: Progress = lambda *state: None,
+) -> None:
+    """Restore the ordinary checkpoint that the merged one in ``model_path`` was made of, bit for bit.
 
     Args:
         assume_tp: for how many ranks it was merged, where it does not record that.
-        tp_size: for how many it is expected to be; None for any number.
 
     Raises:
-        CheckpointError: what is wrong with ``source`` or ``output``; ``source`` is not merged.
-        UnsupportedError: a number of ranks that contradicts it.
+        CheckpointError: what is wrong with one of the folders. What was written is kept for the next run.
+        UnsupportedError: ``assume_tp`` contradicts the folder.
     """
-    folder = _folders(source, output)
-    with locked(folder, shared=True):
-        config = read_config(folder)
-        files = _plain(folder, weights_files(folder))
-        stored = merged.present(open_stored(folder, config, files), folder, assume_tp=assume_tp)
-        if not isinstance(stored, MergedSource):
-            raise CheckpointError(f"{folder} has no merged q, k and v: it is an ordinary checkpoint, loaded as it is")
-        check_source(stored)
-        headers = {file: read_header(folder / file) for file in files}
-    layout, blocks = stored.layout, stored.blocks
-    if tp_size not in (None, layout.tp_size):
-        raise UnsupportedError(
-            f"tp_size={tp_size}: {folder} is merged for tp_size={layout.tp_size}; leave it out when unmerging"
+    run(plan_unmerge(model_path, output_path, assume_tp=assume_tp), progress)
+
+
+def run(plan: Plan, progress: Progress = lambda *state: None) -> None:
+    """Write the folder of ``plan``.
+
+    Raises:
+        CheckpointError: it cannot be written, or what it is made of cannot be read.
+    """
+    meter = _Meter(progress, 2 * plan.size)
+    try:
+        check(plan)
+        plan.check_replicas()
+        with _claimed(plan):
+            for file in plan.files:
+                if file is plan.last[0]:
+                    plan.check_inputs()
+                _bring(file, plan.output, meter)
+            (plan.output / MERGING).unlink()
+            sync(plan.output)
+    except OSError as error:
+        raise _not_written(plan.output, error) from error
+
+
+def check(plan: Plan) -> None:
+    """Refuse an output folder that something else is in, and a disk without room for it.
+
+    Raises:
+        CheckpointError: with the way out.
+        OSError: it cannot be found out.
+    """
+    there = _entries(plan.output)
+    if MERGING in there:
+        _check_own(plan, there)
+    elif others := there - {MERGING_PART}:
+        raise CheckpointError(
+            f"output path {plan.output} has files in it ({min(others)}, …): nothing is overwritten; name a new folder, "
+            "or remove them"
+        )
+    needed = sum(file.size for file in plan.files if _size(plan.output / file.name) != file.size)
+    free = free_bytes(plan.output)
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {plan.output} has {free / MB:.1f} MB free, and {needed / MB:.1f} MB are needed; free space, "
+            "or name a folder on another disk"
         )
 
-    new: dict[str, dict[str, Spec]] = {file: {} for file in (*files, *layout.moved.values())}
-    replicas: list[tuple[str, Range, Range]] = []
-    for file, (_, tensors) in headers.items():
-        for name, each in tensors.items():
-            if not merged.is_merged(name):
-                new[file][name] = (each.dtype, each.shape, [each.bytes])
-                continue
-            for part, stock in merged.stock_names(name).items():
-                shape = stored.shapes()[stock]
-                ranges = [each.rows(*span) for span in merged.spans(blocks, part, 0, shape[0])]
-                new[layout.moved.get(stock, file)][stock] = (each.dtype, shape, ranges)
-            replicas += [(name, *pair) for pair in _replicas(each, blocks)]
-    options = {"unmerge": assume_tp or "recorded"}
-    text = without_record(_read_text(folder / CONFIG_FILE))
-    return _plan(folder, output, options, headers, new, config_text=text, replicas=tuple(replicas))
+
+def free_bytes(path: Path) -> int:
+    """On the disk that ``path`` is on, or will be."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    return shutil.disk_usage(there).free
 
 
-def _replicas(tensor: Stored, blocks: Sequence[merged.Block]) -> list[tuple[Range, Range]]:
-    first: dict[tuple[str, int], merged.Block] = {}
-    found = []
-    for block in blocks:
-        kept = first.setdefault((block.part, block.start), block)
-        if kept is not block:
-            size = block.stop - block.start
-            found.append((tensor.rows(kept.at, kept.at + size), tensor.rows(block.at, block.at + size)))
-    return found
-
-
-def _plan(
-    folder: Path,
-    output: str | Path,
-    options: dict[str, Any],
-    headers: dict[str, tuple[dict[str, str], dict[str, Stored]]],
-    new: dict[str, dict[str, Spec]],
-    *,
-    config_text: str,
-    replicas: tuple[tuple[str, Range, Range], ...] = (),
-    read_by_rank: tuple[int, ...] = (),
-) -> Plan:
-    default = next(iter(headers.values()))[0]
-    shards = tuple(
-        tensor_file(file, headers[file][0] if file in headers else default, tensors)
-        for file, tensors in sorted(new.items())
-        if tensors  # one that held k or v of another file's layer, and nothing else, is not needed
-    )
-    others, left_out = _others(folder, {*headers, CONFIG_FILE, INDEX_FILE, MERGING, MERGING_PART})
-    last = [NewFile(CONFIG_FILE, head=config_text.encode())]
-    indexed = list(headers) != [SINGLE_FILE]
-    if indexed:
-        before = sum(each.bytes.size for _, tensors in headers.values() for each in tensors.values())
-        last.insert(0, NewFile(INDEX_FILE, head=_index(folder / INDEX_FILE, new, before).encode()))
-    inputs = [*headers, CONFIG_FILE, *([INDEX_FILE] if indexed else []), *(file.name for file in others)]
-    return Plan(
-        folder, Path(output).expanduser(), options, shards, others, tuple(last), left_out, replicas, read_by_rank,
-        _stamps(folder, inputs),
-    )  # fmt: skip
-
-
-# ---- config.json and the index ---------------------------------------------------------------------------------------
-def with_record(text: str, layout: Layout) -> str:
-    """config.json with the record of ``layout`` as its first field, and otherwise as it is."""
-    text = without_record(text)
-    begin = text.index("{") + 1
-    return text[:begin] + _field(layout.record()) + text[begin:]
-
-
-def without_record(text: str) -> str:
-    """config.json without a record: byte for byte what it was before, unless it was written anew since."""
-    values = json.loads(text)
-    if merged.RECORD not in values:
-        return text
-    begin = text.index("{") + 1
-    field = _field(values.pop(merged.RECORD))
-    if text[begin:].startswith(field):
-        return text[:begin] + text[begin + len(field) :]
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _field(record: Any) -> str:
-    return f'\n  "{merged.RECORD}": {json.dumps(record)},'
-
-
-def _index(path: Path, new: dict[str, dict[str, Spec]], before: int) -> str:
-    """The index of the new shards, as transformers writes it."""
-    index = read_object(path)
-    after = sum(part.size for tensors in new.values() for _, _, ranges in tensors.values() for part in ranges)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(total := metadata.get("total_size"), (int, float)):
-        index["metadata"] = metadata | {"total_size": total + after - before}
-    index["weight_map"] = {name: file for file, tensors in new.items() for name in tensors}
-    return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _read_text(path: Path) -> str:
+def _check_own(plan: Plan, there: set[str]) -> None:
+    own = {MERGING, MERGING_PART, *(file.name.split("/")[0] for file in plan.files)}
     try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise unreadable(path, error) from error
+        same = read_object(plan.output / MERGING) == _description(plan)
+    except CheckpointError:
+        same = False
+    if not same or there - own:
+        raise CheckpointError(
+            f"output path {plan.output} holds an interrupted run of another command, or of files that were changed "
+            "since: remove it, or name a new folder"
+        )
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-def _folders(source: str | Path, output: str | Path) -> Path:
-    """``source``, where it and ``output`` are apart.
-
-    Raises:
-        CheckpointError: one is in the other.
-    """
-    folder = Path(source).expanduser()
-    inside, outside = Path(output).expanduser().resolve(), folder.resolve()
-    if inside == outside or outside in inside.parents:
-        where = "the folder that is read" if inside == outside else f"inside {folder}, which is read"
-        raise CheckpointError(f"output path {str(output)!r} is {where}: name a folder outside of it")
-    return folder
+def _description(plan: Plan) -> dict[str, object]:
+    """What an interrupted run must have in common with the one that goes on."""
+    inputs = {name: list(stamp) for name, stamp in plan.inputs.items()}
+    return {"source": str(plan.source.resolve()), "options": plan.options, "inputs": inputs}
 
 
-def _plain(folder: Path, files: list[str]) -> list[str]:
-    """``files``, where they are safetensors, and in ``folder`` itself.
-
-    Raises:
-        CheckpointError: one is not.
-    """
-    for file in files:
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise CheckpointError(
-                f"{folder}: {INDEX_FILE} names {file!r}, and files of the folder itself are read, safetensors only: "
-                "write the checkpoint anew with save_pretrained"
-            )
-    return files
-
-
-def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[str, ...]]:
-    """Files to be copied as they are, also those in subfolders; and the names of what is not copied."""
-    copied: list[NewFile] = []
-    left_out: list[str] = []
-
-    def fail(error: OSError) -> None:
-        raise unreadable(Path(error.filename or folder), error)
-
-    for above, folders, names in os.walk(folder, onerror=fail):
-        here = Path(above)
-        skipped = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
-        left_out += [f"{(here / name).relative_to(folder)}/" for name in skipped]
-        folders[:] = sorted(set(folders) - set(skipped))
-        for name in sorted(names):
-            path = here / name
-            relative = str(path.relative_to(folder))
-            if relative in known:
-                continue
-            if path.is_symlink() and not path.exists():
-                raise CheckpointError(f"{path} is a link to a file that is missing; fetch it again, or remove the link")
-            if not is_file(path) or any(fnmatch(name, pattern) for pattern in WEIGHTS):
-                left_out.append(relative)
-                continue
-            check_readable(path)
-            copied.append(NewFile(relative, (Range(path, 0, path.stat().st_size),)))
-    return tuple(copied), tuple(left_out)
+@contextmanager
+def _claimed(plan: Plan) -> Iterator[None]:
+    """Make the output folder and hold it: by a file that is locked, so that readers are not kept waiting."""
+    plan.output.mkdir(parents=True, exist_ok=True)
+    mark = plan.output / MERGING
+    with locked(plan.output):
+        check(plan)  # again: another process may have come first
+        if not mark.exists():
+            text = json.dumps(_description(plan), indent=2) + "\n"
+            NewFile(MERGING, head=text.encode()).write(plan.output / MERGING_PART)
+            os.replace(plan.output / MERGING_PART, mark)
+            sync(plan.output)
+        handle = os.open(mark, os.O_RDWR)
+        if try_lock(handle) is False:
+            os.close(handle)
+            raise CheckpointError(f"another process is writing to {plan.output}: wait for it, or name a new folder")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (plan.output / MERGING_PART).unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _stamps(folder: Path, names: Sequence[str] | dict[str, Any]) -> dict[str, tuple[int, int]]:
-    found = {}
-    for name in names:
-        try:
-            stat = (folder / name).stat()
-        except OSError as error:
-            raise unreadable(folder / name, error) from error
-        found[name] = (stat.st_size, stat.st_mtime_ns)
-    return found
+def _bring(file: NewFile, output: Path, meter: _Meter) -> None:
+    """Have that file in its place: left as it is where an earlier run has brought it there whole."""
+    path, part = output / file.name, output / MERGING_PART
+    meter.label = f"{file.name}, MB"
+    if path.is_file():
+        done = meter.done
+        if file.same(path, meter.add):
+            meter.add(file.size)
+            return
+        meter.done = done
+    file.write(part, meter.add)
+    if not file.same(part, meter.add):
+        raise CheckpointError(f"{path}: what the disk gives back is not what was written: check the disk and its mount")
+    if path.parent != output:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part, path)
+    sync(path.parent)
 
 
-def _read_by(shard: Shard, config: Any, stored: dict[str, Stored]) -> int:
-    """Bytes of weights that one rank reads."""
-    shapes = stock_shapes(config)
-    return sum(
-        stored[name].bytes.size * math.prod(held) // math.prod(shapes[name])
-        for name, held in held_shapes(config, shard).items()
-    )
+class _Meter:
+    """How far it has come."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total = progress, total
+        self.label, self.done = "", 0
+
+    def add(self, size: int) -> None:
+        self.done += size
+        self.progress(self.label, self.done // MB, self.total // MB)
 
 
-def _already_merged(folder: Path, name: str) -> CheckpointError:
-    layout = merged.read_record(folder)
-    said = "its config.json does not record for how many ranks" if layout is None else f"for tp_size={layout.tp_size}"
-    assumed = ("--assume-tp", "N") if layout is None else ()
-    unmerge = merged.command(folder, "--unmerge", *assumed, output=f"{folder}-unmerged")
+def _entries(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _not_written(output: Path, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "free space" if full else "allow writing there, or name another folder"
     return CheckpointError(
-        f"{folder} is merged already ({name}; {said}): load it as it is, or restore the original first: `{unmerge}`"
+        f"cannot write {output}: {error.strerror or error}; {way_out}, and run the same command again: what is "
+        "finished is kept"
     )

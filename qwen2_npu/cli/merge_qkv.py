@@ -10,7 +10,7 @@ import click
 from qwen2_npu.cli import options
 
 if TYPE_CHECKING:
-    from qwen2_npu.checkpoint.merging import Plan
+    from qwen2_npu.checkpoint.merge_plan import Plan
 
 
 @click.command("merge-qkv")
@@ -34,10 +34,10 @@ def command(
         raise click.UsageError("--assume-tp needs --unmerge: it says how a folder was merged; to merge, give --tp-size")
     from rich.console import Console
 
-    options.import_first("qwen2_npu.checkpoint.merge_run")
+    options.import_first("qwen2_npu.checkpoint.merging")
     options.quiet_transformers()
-    from qwen2_npu.checkpoint import merge_run
-    from qwen2_npu.checkpoint.merging import plan_merge, plan_unmerge
+    from qwen2_npu.checkpoint import merging
+    from qwen2_npu.checkpoint.merge_plan import plan_merge, plan_unmerge
 
     plan = (
         plan_unmerge(model_path, output_path, assume_tp=assume_tp, tp_size=tp_size)
@@ -45,12 +45,12 @@ def command(
         else plan_merge(model_path, output_path, tp_size=tp_size or 1)
     )
     if dry_run:
-        merge_run.check(plan)
+        merging.check(plan)
         _show(plan)
-        click.echo(f"Free on that disk: {_size(merge_run.free_bytes(plan.output))}. Nothing was written.")
+        click.echo(f"Free on that disk: {_size(merging.free_bytes(plan.output))}. Nothing was written.")
         return
     with options.progress(Console(), "checking") as progress:
-        merge_run.run(plan, progress)
+        merging.run(plan, progress)
     if plan.left_out:
         click.echo(f"Not copied: {', '.join(plan.left_out)}")
     click.echo(f"Written and compared with {plan.source}: {plan.output}, {len(plan.files)} files, {_size(plan.size)}")

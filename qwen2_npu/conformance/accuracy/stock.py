@@ -91,7 +91,8 @@ def stock_from_pretrained(
 
     source = open_checkpoint(path, assume_tp=assume_tp)
     if isinstance(source, MergedSource):
-        return _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype()).to(device)
+        unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
+        return cast("PreTrainedModel", unmerged.to(device))
     dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
     model = StockQwen2.from_pretrained(str(path), attn_implementation="eager", local_files_only=True, **dtype_argument)
     return model.eval().to(device)
