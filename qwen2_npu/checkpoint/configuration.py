@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, check_numbers
-from qwen2_npu.checkpoint.folders import SAVING, is_file, is_folder, unreadable
+from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
 from qwen2_npu.compat import check_config, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
 
@@ -98,14 +98,14 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
 
 def _no_config(folder: Path) -> CheckpointError:
     try:
-        saving = any(path.name.startswith(SAVING) for path in folder.iterdir())
+        names = [path.name for path in folder.iterdir()]
     except OSError:
-        saving = False
-    reason = (
-        "a save into it was interrupted, or is under way: save the model again, or wait"
-        if saving
-        else "it is no Hugging Face checkpoint folder"
-    )
+        names = []
+    reason = "it is no Hugging Face checkpoint folder"
+    if any(name.startswith(SAVING) for name in names):
+        reason = "a save into it was interrupted, or is under way: save the model again, or wait"
+    if MERGING in names:
+        reason = "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again, or wait"
     return CheckpointError(f"{folder} has no config.json: {reason}")
 
 

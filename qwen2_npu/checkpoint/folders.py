@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pwd
@@ -15,6 +16,10 @@ from qwen2_npu.errors import CheckpointError
 
 SAVING = ".saving-"
 """How the names of folders begin in which a checkpoint is written before it replaces the one there is."""
+
+MERGING = ".merging-qkv.json"
+MERGING_PART = ".merging-qkv.part"
+"""Files that a folder holds while a merge into it is under way: whose it is, and the file that is being written."""
 
 LOCK_SECONDS, LOCK_POLL_SECONDS = 300.0, 0.01
 """How long a folder is waited for, and how often it is tried. Nobody keeps one for more than moments."""
@@ -83,6 +88,18 @@ def _user() -> str:
     with suppress(KeyError):
         return f"user {pwd.getpwuid(uid).pw_name}"
     return f"user {uid}"
+
+
+def sync(path: Path) -> None:
+    """Make what was written survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system has it
+            raise
+    finally:
+        os.close(handle)
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------------

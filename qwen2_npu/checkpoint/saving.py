@@ -25,6 +25,7 @@ from pathlib import Path
 
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, GENERATION_CONFIG_FILE, read_object
 from qwen2_npu.checkpoint.folders import SAVING, locked, try_lock
+from qwen2_npu.checkpoint.folders import sync as _sync
 from qwen2_npu.checkpoint.sources import INDEX_FILE, SINGLE_FILE
 from qwen2_npu.errors import CheckpointError
 
@@ -249,15 +250,3 @@ def _link(path: Path, to: Path) -> None:
             raise
         shutil.copy2(path, to)  # a file system without hard links
         _sync(to)
-
-
-def _sync(path: Path) -> None:
-    """Make what was written survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system has it
-            raise
-    finally:
-        os.close(handle)

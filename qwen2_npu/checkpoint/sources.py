@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2Config
 
+from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import one_line, read_config, read_object
 from qwen2_npu.checkpoint.folders import check_readable, is_file, locked
 from qwen2_npu.errors import CheckpointError, UnsupportedError
@@ -41,6 +42,10 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 Cutting = Callable[[str], Slice | None]
 """Name of a stock tensor -> the part of it that is wanted; None for all of it."""
+
+
+Cuttings = Callable[[str], Sequence[Slice | None]]
+"""The same for several parts of a tensor."""
 
 
 def whole(name: str) -> Slice | None:
@@ -116,6 +121,11 @@ class StateDictSource:
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._state_dict[name] for name in names}
 
+    def pieces(self, cuts: Cuttings) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Every tensor with the pieces of it that ``cuts`` names."""
+        for name, tensor in self._state_dict.items():
+            yield name, [part_of(tensor, part) for part in cuts(name)]
+
 
 class SafetensorsSource:
     """One or several safetensors files of a folder.
@@ -162,13 +172,23 @@ class SafetensorsSource:
         return self._dtype or torch.float32
 
     def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, pieces in self.pieces(lambda name: (cut(name),)):
+            yield name, pieces.pop()
+
+    def pieces(self, cuts: Cuttings) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Every tensor with the pieces of it that ``cuts`` names."""
         for file in dict.fromkeys(self._file_of.values()):
             with _reading(self._folder / file):
                 shard = self._open.pop(file, None) or safe_open(self._folder / file, framework="pt", device="cpu")
                 for name in list(shard.keys()):
-                    part = cut(name)
                     # A slice reads its rows or columns from the file, and nothing else.
-                    yield name, shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
+                    yield (
+                        name,
+                        [
+                            shard.get_tensor(name) if part is None else shard.get_slice(name)[indices(part)]
+                            for part in cuts(name)
+                        ],
+                    )
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """These tensors, as often as they are asked for.
@@ -202,30 +222,59 @@ def indices(part: Slice) -> tuple[slice, ...]:
 
 
 def open_checkpoint(
-    path: str | Path, *, config: Qwen2Config | None = None, weights_file: str | None = None
-) -> SafetensorsSource | StateDictSource:
+    path: str | Path,
+    *,
+    config: Qwen2Config | None = None,
+    weights_file: str | None = None,
+    assume_tp: int | None = None,
+    tp_size: int = 1,
+) -> SafetensorsSource | StateDictSource | merged.MergedSource:
     """Look at a checkpoint folder: configuration and tensor shapes, no weights yet.
 
     Args:
         weights_file: a file of weights in the folder, or an index of several; default: the safetensors ones. Pickled
             files are read by name only, with ``weights_only=True``: no code in them is run.
+        assume_tp: for how many ranks q, k and v were merged, where they were and the folder does not record it.
+        tp_size: how many ranks load it.
 
     Raises:
         CheckpointError: what is wrong with it.
+        UnsupportedError: ``assume_tp`` contradicts it.
     """
     folder = Path(path).expanduser()
     with locked(folder, shared=True):
         config = read_config(folder) if config is None else config
-        name = _default_weights(folder) if weights_file is None else weights_file
-        if not is_file(folder / name):
-            raise CheckpointError(f"weights_file={name!r}: {folder / name} does not exist; name a file of that folder")
-        files = _indexed_files(folder / name) if name.endswith(".index.json") else [name]
-        if all(file.endswith(".safetensors") for file in files):
-            return SafetensorsSource(folder, config, files)
-        state_dict: dict[str, torch.Tensor] = {}
-        for file in files:
-            state_dict |= _unpickled(folder / file)
-        return StateDictSource(config, state_dict, where=str(folder))
+        source = open_stored(folder, config, weights_files(folder, weights_file))
+        found: SafetensorsSource | StateDictSource | merged.MergedSource = merged.present(
+            source, folder, assume_tp=assume_tp, tp_size=tp_size
+        )
+        return found
+
+
+def weights_files(folder: Path, weights_file: str | None = None) -> list[str]:
+    """The files of weights in ``folder``; see :func:`open_checkpoint`.
+
+    Raises:
+        CheckpointError: there are none, or some are missing.
+    """
+    name = _default_weights(folder) if weights_file is None else weights_file
+    if not is_file(folder / name):
+        raise CheckpointError(f"weights_file={name!r}: {folder / name} does not exist; name a file of that folder")
+    return _indexed_files(folder / name) if name.endswith(".index.json") else [name]
+
+
+def open_stored(folder: Path, config: Qwen2Config, files: Sequence[str]) -> SafetensorsSource | StateDictSource:
+    """The tensors of ``files`` under the names that they are stored under.
+
+    Raises:
+        CheckpointError: what is wrong with them.
+    """
+    if all(file.endswith(".safetensors") for file in files):
+        return SafetensorsSource(folder, config, files)
+    state_dict: dict[str, torch.Tensor] = {}
+    for file in files:
+        state_dict |= _unpickled(folder / file)
+    return StateDictSource(config, state_dict, where=str(folder))
 
 
 def _default_weights(folder: Path) -> str:

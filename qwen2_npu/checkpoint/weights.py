@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.sources import INDEX_FILE, Cutting, Source
@@ -27,7 +28,7 @@ from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    merged.MODULE: merged.PARTS,
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Fused module -> the stock modules whose rows it stacks, in this order."""
@@ -208,6 +209,7 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        vars(model.config).pop(merged.RECORD, None)  # the layout of what was loaded; here it is the stock one
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(target)
         if model.generation_config is not None:

@@ -17,6 +17,7 @@ from qwen2_npu.cli import interrupts, options, ranks
 COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
     "generate": "Generate text with the optimised model.",
+    "merge-qkv": "Merge q, k and v of a checkpoint on disk, for one or several ranks; or undo it.",
     "emulate": "Run any program on emulated NPUs: the real torch_npu, computing on the CPU.",
     "bench": "Measure prefill and decode latency, beside the documented numbers.",
     "baselines": "Show the documented latencies; write or check pytest-benchmark's file of them.",
@@ -46,7 +47,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"qwen2_npu.cli.{name}").command
+        command: click.Command = importlib.import_module(f"qwen2_npu.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -44,6 +44,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 
 @click.command("bench")
 @options.model_path_option(help="Hugging Face checkpoint folder; or --random-weights.")
+@options.assume_tp_option()
 @click.option("--random-weights", metavar="SIZE", help="0.5B, 1.5B, 7B or 72B: the real shape, made on the device.")
 @click.option("--batch", "batches", callback=_numbers, default="1,4", show_default=True, metavar="N,…")
 @click.option("--input-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt.")
@@ -65,6 +66,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @ranks.in_ranks
 def command(
     model_path: Path | None,
+    assume_tp: int | None,
     random_weights: str | None,
     batches: tuple[int, ...],
     input_len: int,
@@ -83,6 +85,8 @@ def command(
     """
     from qwen2_npu.conformance.sizes import SIZES
 
+    if assume_tp is not None and model_path is None:
+        raise click.UsageError("--assume-tp needs --model-path DIR")
     if (model_path is None) == (random_weights is None):
         raise click.UsageError("give one of --model-path DIR and --random-weights SIZE")
     if random_weights is not None and random_weights not in [size.name for size in SIZES.values() if size.shards == 1]:
@@ -102,7 +106,11 @@ def command(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    weights = Weights.of_checkpoint(model_path) if model_path is not None else Weights.random(str(random_weights))
+    weights = (
+        Weights.of_checkpoint(model_path, assume_tp=assume_tp)
+        if model_path is not None
+        else Weights.random(str(random_weights))
+    )
     if json_path is not None:
         check_writable(json_path)
     todo = bench.cases(steps, batches)

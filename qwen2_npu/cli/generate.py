@@ -50,6 +50,7 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 
 @click.command("generate")
 @options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@options.assume_tp_option()
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat for a batch.")
 @click.option("--chat", is_flag=True, help="Put each prompt through the checkpoint's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -69,6 +70,7 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 @ranks.in_ranks
 def command(
     model_path: Path | None,
+    assume_tp: int | None,
     prompts: tuple[str, ...],
     chat: bool,
     max_new_tokens: int,
@@ -101,7 +103,8 @@ def command(
 
     options.quiet_transformers()
     folder = Path(model_path or tiny.path())
-    model, tokenizer, texts = _loaded(folder, prompts, chat, steps, options.check_device(device), dtype, mode)
+    target = options.check_device(device)
+    model, tokenizer, texts = _loaded(folder, prompts, chat, steps, target, dtype, mode, assume_tp)
     if sample and temperature is None:
         own = model.generation_config.temperature
         check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")
@@ -134,6 +137,7 @@ def _loaded(
     device: str,
     dtype: str,
     mode: str,
+    assume_tp: int | None,
 ) -> tuple[Any, Any, list[str]]:
     """The model, its tokenizer or None, and the texts to continue. The weights are read last, since that takes long."""
     import torch
@@ -148,7 +152,9 @@ def _loaded(
     read_config(folder)
     tokenizer = load_tokenizer(folder)
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, optimizations=optimizations).eval()
+    model = Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=dtype, device=device, optimizations=optimizations, assume_tp=assume_tp
+    ).eval()
     return model, tokenizer, texts
 
 

@@ -183,6 +183,15 @@ def model_path_option(**extra: Any) -> Any:
     return click.option("--model-path", type=click.Path(path_type=Path), metavar="DIR", **extra)
 
 
+def assume_tp_option() -> Any:
+    return click.option(
+        "--assume-tp",
+        type=click.IntRange(1),
+        metavar="N",
+        help="For a folder that the upstream guide's script merged: its tp_size, which the folder does not record.",
+    )
+
+
 def device_option() -> Any:
     return click.option(
         "--device",

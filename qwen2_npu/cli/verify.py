@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
+@options.assume_tp_option()
 @options.device_option()
 @options.dtype_option()
 @click.option(
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @ranks.in_ranks
 def command(
     model_path: Path | None,
+    assume_tp: int | None,
     device: str | None,
     dtype: str,
     steps: tuple[str, ...] | None,
@@ -78,6 +80,7 @@ def command(
             steps=steps or LADDER,
             mode=mode,
             stream=stream,
+            assume_tp=assume_tp,
             progress=progress,
         )
         interrupts.check()

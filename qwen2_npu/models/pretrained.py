@@ -106,9 +106,12 @@ class CheckpointIO:
         subfolder: str = "",
         tp_size: int | None = None,
         tp_rank: int | None = None,
+        assume_tp: int | None = None,
         **others: Any,
     ) -> Qwen2ForCausalLM:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
+
+        A folder that ``qwen2-npu merge-qkv`` wrote is loaded as well, by one process or by as many as it is merged for.
 
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
@@ -122,6 +125,7 @@ class CheckpointIO:
             tp_size: ranks that share the model, each holding its part; only that part is read. None for those of the
                 process group, or one where there is none.
             tp_rank: which of them; None for that of this process.
+            assume_tp: for a folder merged by the upstream guide's script, which records nothing: its ``tp_size``.
             others: fields of the configuration that take another value, ``use_cache=False``; and the remaining keywords
                 of transformers, as far as they ask for nothing that there is not: see the tables of this module.
 
@@ -136,7 +140,9 @@ class CheckpointIO:
         ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
-            source = sources.open_checkpoint(folder, config=settings, weights_file=weights_file)
+            source = sources.open_checkpoint(
+                folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
+            )
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             if ranks.group is not None:
                 agree(fingerprint(folder), way_out=f"copy one checkpoint to all nodes ({folder})")

@@ -38,6 +38,7 @@ class ModelPair(Pair):
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         decode_steps: int = DECODE_STEPS,
+        assume_tp: int | None = None,
     ) -> ModelPair:
         """A checkpoint folder; None for the tiny one of the package.
 
@@ -46,7 +47,9 @@ class ModelPair(Pair):
                 naming it.
         """
         return cls.of(
-            weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps), device, decode_steps
+            weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, assume_tp=assume_tp),
+            device,
+            decode_steps,
         )
 
     @classmethod
@@ -74,7 +77,9 @@ class ModelPair(Pair):
             state = dict(weights.source.tensors())
             baseline = stock.stock_from_state_dict(config, state, dtype=dtype, device=device)
         else:
-            baseline = stock.stock_from_pretrained(weights.folder, dtype=dtype, device=device)
+            baseline = stock.stock_from_pretrained(
+                weights.folder, dtype=dtype, device=device, assume_tp=weights.assume_tp
+            )
             stock.check_finite(baseline.state_dict(), str(weights.folder))
         return cls(
             name=weights.name,

@@ -226,10 +226,16 @@ class PairWeights:
     build: BuildModel
     folder: Path | None = None
     tokenizer: Any = None
+    assume_tp: int | None = None
 
 
 def weights_of_checkpoint(
-    path: Path | str | None, *, dtype: str | torch.dtype, device: str, decode_steps: int
+    path: Path | str | None,
+    *,
+    dtype: str | torch.dtype,
+    device: str,
+    decode_steps: int,
+    assume_tp: int | None = None,
 ) -> PairWeights:
     """A checkpoint folder; None for the tiny one of the package.
 
@@ -237,7 +243,7 @@ def weights_of_checkpoint(
         CheckpointError: the folder is unusable, or its tokenizer does not fit it.
     """
     folder = Path(path) if path is not None else tiny.path()
-    source = open_checkpoint(folder)
+    source = open_checkpoint(folder, assume_tp=assume_tp)
     # What does not fit is found here, and named, before the stock model meets it in its own way.
     skeleton(lambda: Qwen2ForCausalLM(source.config), source)
     tokenizer = load_tokenizer(folder)
@@ -246,11 +252,13 @@ def weights_of_checkpoint(
     parsed = parse_dtype(dtype) or source.stored_dtype()
 
     def build(optimizations: Optimizations) -> Any:
-        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=parsed, device=device, optimizations=optimizations)
+        model = Qwen2ForCausalLM.from_pretrained(
+            folder, dtype=parsed, device=device, optimizations=optimizations, assume_tp=assume_tp
+        )
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return PairWeights(name, source, parsed, build, folder, tokenizer)
+    return PairWeights(name, source, parsed, build, folder, tokenizer, assume_tp)
 
 
 def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:

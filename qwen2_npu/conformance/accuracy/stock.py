@@ -17,6 +17,10 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any
 
+from qwen2_npu.checkpoint.configuration import read_generation_config
+from qwen2_npu.checkpoint.merged import MergedSource
+from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
+from qwen2_npu.checkpoint.weights import check_source
 from qwen2_npu.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,6 +47,15 @@ def uninitialised(config: Qwen2Config) -> PreTrainedModel:
     return model
 
 
+def _uninitialised_in(dtype: torch.dtype, config: Qwen2Config) -> PreTrainedModel:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return uninitialised(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
 def stock_from_state_dict(
     config: Qwen2Config,
     state_dict: Mapping[str, torch.Tensor],
@@ -55,12 +68,7 @@ def stock_from_state_dict(
     (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
     """
     config = _with_eager_attention(config)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = uninitialised(config)
-    finally:
-        torch.set_default_dtype(previous)
+    model = _uninitialised_in(dtype, config)
     missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
     absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     if absent or unexpected:
@@ -69,14 +77,45 @@ def stock_from_state_dict(
 
 
 def stock_from_pretrained(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    assume_tp: int | None = None,
 ) -> PreTrainedModel:
-    """The stock model of a checkpoint folder, with eager attention."""
+    """The stock model of a checkpoint folder, with eager attention. A merged one is unmerged in memory.
+
+    Args:
+        assume_tp: for how many ranks it was merged, where it was and does not record it.
+
+    Raises:
+        CheckpointError: what is wrong with the folder. (transformers would fill missing q, k and v with random values.)
+    """
     from transformers import Qwen2ForCausalLM as StockQwen2
 
+    source = open_checkpoint(path, assume_tp=assume_tp)
+    if isinstance(source, MergedSource):
+        unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
+        return cast("PreTrainedModel", unmerged.to(device))
     dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
     model = StockQwen2.from_pretrained(str(path), attn_implementation="eager", local_files_only=True, **dtype_argument)
     return model.eval().to(device)
+
+
+def _unmerged(source: MergedSource, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The stock model of a merged folder, read one tensor at a time."""
+    check_source(source)
+    model = _uninitialised_in(dtype, _with_eager_attention(source.config))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in source.tensors():
+            if name in parameters:  # not so: rotary frequencies of old checkpoints
+                parameters[name].copy_(tensor)
+    generation_config = read_generation_config(folder, source.config.vocab_size)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.name_or_path = model.config._name_or_path = str(folder)
+    return model.eval()
 
 
 def reference_dtype(parameters: int, dtype: torch.dtype, available: int) -> torch.dtype:

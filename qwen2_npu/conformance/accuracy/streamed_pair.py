@@ -215,23 +215,25 @@ def pair_of_checkpoint(
     device: str = "cpu",
     decode_steps: int = DECODE_STEPS,
     stream: bool | None = None,
+    assume_tp: int | None = None,
 ) -> ModelPair | StreamedPair:
     """A checkpoint folder; None for the tiny one of the package.
 
     Args:
         stream: the stock models layer by layer, or whole; None for whole where that fits the free memory.
+        assume_tp: for how many ranks the folder was merged, where it was and does not record it.
 
     Raises:
         CheckpointError: see ``ModelPair.of_checkpoint``.
         MemoryError: what does not fit, and the way out.
     """
     if stream is False:
-        return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
-    weights = weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+        return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, assume_tp=assume_tp)
+    weights = weights_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, assume_tp=assume_tp)
     reason = ASKED_FOR if stream else why_streamed(weights, device)
     if reason:
         return StreamedPair.of(weights, device, decode_steps, reason)
-    return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps)
+    return ModelPair.of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, assume_tp=assume_tp)
 
 
 def why_streamed(weights: PairWeights, device: str, free: Callable[[str], int | None] = free_bytes) -> str:

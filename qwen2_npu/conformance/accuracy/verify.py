@@ -152,6 +152,7 @@ def verify(
     steps: Sequence[str] = LADDER,
     mode: str = "eager",
     stream: bool | None = None,
+    assume_tp: int | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
     """The ladder, cumulatively, on one checkpoint.
@@ -162,6 +163,7 @@ def verify(
         mode: how the optimised model is compiled, see ``compile_model``.
         stream: the stock model and its float64 self layer by layer, or whole; None for whole where that fits the free
             memory.
+        assume_tp: for how many ranks the folder was merged, where it was and does not record it.
         progress: called before each part, and before each layer of one that goes layer by layer.
 
     Raises:
@@ -175,7 +177,7 @@ def verify(
     total = len(presets) + 2
     part, done = "stock model and float64 reference", 0
     progress(part, done, total)
-    pair = pair_of_checkpoint(model_path, dtype=dtype, device=device, stream=stream)
+    pair = pair_of_checkpoint(model_path, dtype=dtype, device=device, stream=stream, assume_tp=assume_tp)
     streamed = ""
     if isinstance(pair, StreamedPair):
         streamed = pair.reason

@@ -87,23 +87,25 @@ class Weights:
     Args:
         size: published numbers, for random weights.
         path: a checkpoint folder, for real ones; its size is read from it.
+        assume_tp: for how many ranks it was merged, where it does not record that.
     """
 
     size: Size
     path: Path | None = None
+    assume_tp: int | None = None
 
     @classmethod
     def random(cls, name: str) -> Weights:
         return cls(SIZES[name])
 
     @classmethod
-    def of_checkpoint(cls, path: Path) -> Weights:
+    def of_checkpoint(cls, path: Path, *, assume_tp: int | None = None) -> Weights:
         """Raises:
         CheckpointError: what is wrong with the folder, found before any model meets it.
         """
-        source = open_checkpoint(path)
+        source = open_checkpoint(path, assume_tp=assume_tp)
         weights.skeleton(lambda: Qwen2ForCausalLM(source.config), source)
-        return cls(size_of(source.config, path.name), path)
+        return cls(size_of(source.config, path.name), path, assume_tp)
 
     @property
     def description(self) -> str:
@@ -125,7 +127,9 @@ class Weights:
             return model if configuration.mode == "eager" else compile_stock(model, graph_compiler(target))
         optimizations = Optimizations.up_to(configuration.step)
         if self.path is not None:
-            ours = Qwen2ForCausalLM.from_pretrained(self.path, dtype=dtype, device=target, optimizations=optimizations)
+            ours = Qwen2ForCausalLM.from_pretrained(
+                self.path, dtype=dtype, device=target, optimizations=optimizations, assume_tp=self.assume_tp
+            )
         else:
             config = self.config()
             ours = weights.build(
@@ -138,7 +142,7 @@ class Weights:
 
     def _stock(self, device: torch.device, dtype: torch.dtype) -> Any:
         if self.path is not None:
-            return stock_from_pretrained(self.path, dtype=dtype, device=device)
+            return stock_from_pretrained(self.path, dtype=dtype, device=device, assume_tp=self.assume_tp)
         return random_stock(self.config(), dtype, device)
 
 
