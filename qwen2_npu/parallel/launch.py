@@ -223,7 +223,8 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
     from qwen2_npu.parallel.board import Board
     from qwen2_npu.parallel.monitor import Monitor
 
-    os.environ.setdefault("LOCAL_SIZE", str(launch.local_size or 1))  # DeepSpeed's operators for the CPU crash without
+    if launch.local_size is not None:
+        os.environ.setdefault("LOCAL_SIZE", str(launch.local_size))  # DeepSpeed's operators for the CPU crash without
     for name, (low, high) in HCCL_TIMEOUTS.items():
         # A second less than the group's own: torch_npu warns otherwise.
         os.environ.setdefault(name, str(round(min(max(seconds - 1, low), high))))
@@ -252,8 +253,9 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
             if error.code:
                 raise
             end = error  # in good order
-        monitor.leave()
+        monitor.work_is_done()
         dist.destroy_process_group()
+        monitor.leave()
     if end is not None:
         raise end
 

@@ -50,6 +50,7 @@ class Monitor:
         self._ended, self._failing = threading.Event(), threading.Event()
         self._answered = time.monotonic()
         self._cause = ""
+        self._left = False
 
     def __enter__(self) -> Self:
         self._board.come()
@@ -72,16 +73,31 @@ class Monitor:
             )
         self._neighbours = self._board.processes(self._others)
 
-    def leave(self) -> None:
-        """This rank has done its work. Rank 0, which keeps the store, waits until the others have done theirs.
+    def work_is_done(self) -> None:
+        """Until every rank has done its work: none closes connections that another one still uses.
 
         Raises:
-            RankError: one did not, in time.
+            RankError: one has not, in time.
         """
+        self._board.tell("done")
+        self._must_end(self._board.wait("done", self._others))
+
+    def leave(self) -> None:
+        """This rank needs the others no more. Rank 0, which keeps the store, waits until that is so for all.
+
+        Raises:
+            RankError: one did not leave, in time.
+        """
+        self._left = self._launch.rank != 0
         self._board.tell("left")
-        if self._launch.rank == 0 and (missing := self._board.wait("left", self._others)):
+        if self._launch.rank == 0:
+            self._must_end(self._board.wait("left", self._others))
+
+    def _must_end(self, missing: list[int]) -> None:
+        if missing:
             raise RankError(
-                f"{_ranks(missing)} did not end within {self._timeout:g} s after rank 0 ({TIMEOUT_VARIABLE})"
+                f"{_ranks(missing)} did not end within {self._timeout:g} s after rank {self._launch.rank} "
+                f"({TIMEOUT_VARIABLE}): it hangs, or does other work"
             )
 
     def __exit__(
@@ -191,7 +207,7 @@ class Monitor:
         """Give signs of life, and end this process where another rank failed, or gives none."""
         board = self._board.clone()
         heard: dict[int, tuple[int, float]] = {}
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT) and not self._left:
             message, failed = "", 0 in self._dead()
             try:
                 if not failed:

@@ -157,3 +157,13 @@ def test_a_status_is_a_reason(two):
     first, second = two
     assert ends_with(first, SystemExit(3)).code == 3
     assert second._board.failure() == "rank 0 failed: it ended with status 3"
+
+
+def test_no_rank_leaves_before_the_work_of_all_is_done(two):
+    first, second = two
+    with pytest.raises(RankError, match=r"^rank 0 did not end within 1 s after rank 1 \(QWEN2_NPU_TIMEOUT\)"):
+        second.work_is_done()
+    first.work_is_done()  # the other one has said so before
+    second.work_is_done()
+    second.leave()  # does not wait for the one that keeps the store
+    first.leave()
