@@ -119,7 +119,7 @@ def test_killed_again_and_again(origin: Path, merged: Path, tmp_path: Path) -> N
     """Each run gets a little further: finished files are not begun anew."""
     for _ in range(100):
         try:
-            with interrupted(16, Killed, for_good=True):
+            with interrupted(30, Killed, for_good=True):
                 merge_qkv(origin, tmp_path / "merged", tp_size=2)
             break
         except Killed:
@@ -185,12 +185,12 @@ def test_real_kills(tmp_path: Path) -> None:
             with subprocess.Popen([sys.executable, "-c", CHILD, origin, output], stdout=subprocess.PIPE) as process:
                 assert process.stdout is not None
                 process.stdout.readline()
-                time.sleep(chance.uniform(0, 0.2))
+                time.sleep(chance.uniform(0, 0.1))
                 process.kill()
             killed += process.returncode != 0
             if (output / "config.json").exists():
                 break
-        if process.returncode != 0:
+        if not (output / "config.json").exists() or (output / MERGING).exists():
             merge_qkv(origin, output, tp_size=2)
         assert digest(output) == digest(tmp_path / "expected")
     assert killed > 4
