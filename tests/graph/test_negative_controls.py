@@ -16,6 +16,7 @@ from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.graph import GraphOptions, npu, steps
 from qwen2_npu.models.attention import Attention
 from qwen2_npu.models.layers import MLP
+from qwen2_npu.parallel.collectives import ALONE
 from tests.graph import invariants
 from tests.graph.counting import GraphCounter
 from tests.graph.support import build, generate, prompt
@@ -168,16 +169,20 @@ def problems_of(
     optimizations: Optimizations,
     claimed: Optimizations,
     change: Callable[[Model, list[Any]], Any],
+    ranks: int = 1,
 ) -> list[str]:
     """What the invariants say of a changed step. ``change`` gets the model and the step's arguments."""
     config = SMALL.config(layers=1)
-    with lowering.fake_model(config, optimizations, torch.bfloat16) as model:
+    with (
+        lowering.fake_ranks(ranks) as group,
+        lowering.fake_model(config, optimizations, torch.bfloat16, group) as model,
+    ):
         step, arguments = lowering.step_arguments(model, phase, 2, 256, 128)
         changed = list(arguments)
         step = change(model, changed) or step
         raw = lowering.lower_call(step, tuple(changed), dynamic=claimed.ifa_tiling)
-    lowered = lowering.describe(raw, config, phase, 2, 128)
-    return invariants.problems(lowered, claimed, SMALL.vocab)
+    lowered = lowering.describe(raw, config, phase, 2, 128, ranks=ranks)
+    return invariants.problems(lowered, claimed, SMALL.vocab // ranks)
 
 
 def test_without_a_fault_no_problem() -> None:
@@ -274,3 +279,58 @@ def test_attention_over_the_whole_cache() -> None:
     full = Optimizations.all().replace(ifa_tiling=False)
     problems = problems_of("decode", full, Optimizations.all(), lambda model, arguments: None)
     expect(problems, "live_attention")
+
+
+# ---- several cards --------------------------------------------------------------------------------------------------
+FUSED = Optimizations.up_to("mm_all_reduce")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("optimizations", [Optimizations.all(), FUSED], ids=["all", "mm_all_reduce"])
+def test_several_cards_without_a_fault(phase: lowering.Phase, optimizations: Optimizations) -> None:
+    assert problems_of(phase, optimizations, optimizations, lambda model, arguments: None, ranks=2) == []
+
+
+def left_out(model: Model, arguments: list[Any]) -> None:
+    model.model.layers[0].self_attn.o_proj.ranks = ALONE
+
+
+def once_more(model: Model, arguments: list[Any]) -> Any:
+    def step(*given: Any) -> torch.Tensor:
+        return model.ranks.all_reduce(model.decode_step(*given))
+
+    return step
+
+
+def of_another_kind(model: Model, arguments: list[Any]) -> Any:
+    def step(*given: Any) -> torch.Tensor:
+        return model.ranks.from_first(model.decode_step(*given))
+
+    return step
+
+
+def not_gathered(model: Model, arguments: list[Any]) -> None:
+    model._of_all_ranks = lambda logits: torch.cat([logits, logits], dim=-1)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", [left_out, once_more, of_another_kind, not_gathered])
+def test_a_collective_too_few_or_too_many(fault: Callable[[Model, list[Any]], Any]) -> None:
+    expect(problems_of("decode", Optimizations.all(), Optimizations.all(), fault, ranks=2), "collectives")
+
+
+def test_a_fused_collective_that_is_not_fused() -> None:
+    expect(problems_of("prefill", Optimizations.all(), FUSED, lambda model, arguments: None, ranks=2), "collectives")
+
+
+def test_a_mask_beside_that_of_the_embedding() -> None:
+    """One more of an operator that a cut embedding needs."""
+
+    def change(model: Model, arguments: list[Any]) -> Any:
+        def step(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return model.decode_step(ids, *rest).masked_fill(ids.unsqueeze(-1) == 0, 0)
+
+        return step
+
+    expect(
+        problems_of("decode", Optimizations.all(), Optimizations.all(), change, ranks=2), "nothing_repeated_in_layers"
+    )
