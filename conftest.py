@@ -122,9 +122,9 @@ def pytest_runtestloop() -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    from qwen2_npu.conformance.machine.verified import how_verified
+    from qwen2_npu.conformance.machine.verified import Verified
 
-    return f"qwen2-npu: device {config.option.device}, verified with {how_verified(config.option.device)}"
+    return f"qwen2-npu: device {config.option.device}, verified with {Verified.on(config.option.device)}"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def decode_steps(pytestconfig: pytest.Config) -> Callable[[str], int]:
-    """What reads --decode-steps, of the conftest.py that this session runs with."""
+def conftest(pytestconfig: pytest.Config) -> Any:
+    """The conftest.py that this session runs with."""
     plugins = pytestconfig.pluginmanager.get_plugins()
-    return next(
-        plugin for plugin in plugins if getattr(plugin, "__file__", "") == str(ROOT / "conftest.py")
-    )._decode_steps
+    return next(plugin for plugin in plugins if getattr(plugin, "__file__", "") == str(ROOT / "conftest.py"))
+
+
+@pytest.fixture
+def decode_steps(conftest: Any) -> Callable[[str], int]:
+    """What reads --decode-steps."""
+    reader: Callable[[str], int] = conftest._decode_steps
+    return reader
+
+
+def test_the_header_says_what_computes(conftest: Any, pytestconfig: pytest.Config) -> None:
+    """It is not shown with --quiet, so nothing else runs it there."""
+    said = conftest.pytest_report_header(pytestconfig)
+    assert said == f"qwen2-npu: device {pytestconfig.option.device}, verified with {said.split('with ')[1]}"
+    assert said.split("with ")[1].split(" ")[0] in ("npu", "emulated", "cpu", "cuda")
 
 
 @pytest.mark.parametrize(
