@@ -85,17 +85,18 @@ def filled(model: Any, source: Any, ranks: Ranks) -> Any:
     """A model that :func:`stock_sharded` made of a :func:`hollow` one, with weights. All ranks must ask.
 
     Args:
-        source: where they come from (``qwen2_npu.checkpoint.sources.Source``).
+        source: where they come from (``qwen2_npu.checkpoint.sources.Source``). What the model has no parameter for,
+            such as rotary frequencies of old checkpoints, is left out.
     """
     shapes, parameters = source.shapes(), dict(model.named_parameters())
     # AutoTP cuts an lm_head that is tied to the embedding, and leaves the embedding whole.
     wholes = {**shapes, HEAD: shapes.get(HEAD, shapes[EMBEDDING])}
-    assert shapes.keys() <= parameters.keys() <= wholes.keys(), "AutoTP renamed parameters"
+    assert parameters.keys() <= wholes.keys(), "AutoTP renamed parameters"
     cut = {name: _axis(tuple(parameter.shape), wholes[name]) for name, parameter in parameters.items()}
     sizes = of_all_ranks({name: parameters[name].shape[axis] for name, axis in cut.items() if axis is not None})
 
     def part(name: str) -> Slice | None:
-        axis = cut[name]
+        axis = cut.get(name)
         if axis is None:
             return None
         start = sum(each[name] for each in sizes[: ranks.shard.rank])
@@ -106,7 +107,8 @@ def filled(model: Any, source: Any, ranks: Ranks) -> Any:
         own.data = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(tensor)
 
     for name, tensor in source.tensors(part):
-        fill(name, tensor)
+        if name in parameters:
+            fill(name, tensor)
     if HEAD in parameters and HEAD not in shapes:
         embedding, found = parameters[EMBEDDING].data, part(HEAD)
         fill(HEAD, embedding if found is None else embedding.narrow(found.axis, found.start, found.stop - found.start))
