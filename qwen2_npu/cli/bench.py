@@ -12,6 +12,7 @@ import click
 
 from qwen2_npu.cli import interrupts, options, ranks
 from qwen2_npu.optimizations import LADDER, ORIGINAL
+from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,9 @@ def command(
     if json_path is not None:
         check_writable(json_path)
     todo = bench.cases(steps, batches)
-    setup = bench.Setup(weights, mode, target, getattr(torch, dtype), input_len, output_len)
+    group = launch.current()
+    cards = 1 if group is None else group.world_size
+    setup = bench.Setup(weights, mode, target, getattr(torch, dtype), input_len, output_len, cards)
     bench.check(replace(setup, output_tokens=max(output_len, WARM_UP + 2)) if breakdown else setup, todo)
     console = Console()
     _measure(setup, todo, json_path, console)
@@ -194,6 +197,10 @@ COLUMNS: dict[str, Callable[[BenchResult], str]] = {
 """Heading -> a result's cell. Roofs: decode of the memory's, prefill of the arithmetic's."""
 
 
+def _on(cards: int) -> str:
+    return f" on {cards} cards" if cards > 1 else ""
+
+
 def show(results: list[BenchResult], console: Any, device: str) -> None:
     """The table, and what it stands for."""
     from rich.box import SIMPLE_HEAD
@@ -204,8 +211,8 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
 
     first = results[0]
     table = Table(
-        title=f"{first.model}, {first.weights} weights · {first.dtype} · {first.mode} · {first.input_tokens} tokens + "
-        f"{first.decode_steps} steps",
+        title=f"{first.model}{_on(first.cards)}, {first.weights} weights · {first.dtype} · {first.mode} · "
+        f"{first.input_tokens} tokens + {first.decode_steps} steps",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -218,6 +225,8 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"Measured on {device}: {Verified.on(device)}.", highlight=False)
+    if first.cards > 1:
+        console.print(f"Every step is that of the slowest of {first.cards} ranks.", highlight=False)
     if _is_emulated(device):
         console.print("These are the emulator's times and say nothing about an NPU.", highlight=False)
     if any(r.documented_prefill_ms is not None or r.documented_decode_ms is not None for r in results):
@@ -257,7 +266,7 @@ def _show_breakdown(setup: Setup, case: BenchCase, console: Any) -> None:
     for line in measured.lines:
         table.add_row(line.operator, str(line.calls), f"{line.ms:.2f}", f"{line.share:.0%}")
     console.print(table)
-    predicted = breakdown.predicted(setup.weights.size, case.step, case.batch)
+    predicted = breakdown.predicted(setup.part, case.step, case.batch)
     if not predicted:
         console.print("No committed graph of this size, step and batch: no prediction.", highlight=False)
         return

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -46,14 +46,16 @@ class Child:
     Args:
         command: the program and its arguments.
         cwd: the folder that it runs in.
+        env: its environment; default: this process's.
     """
 
-    def __init__(self, command: Sequence[str], cwd: Path | None = None) -> None:
+    def __init__(self, command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         watched, self._held = os.pipe()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(watched), *command],
                 cwd=cwd,
+                env=env,
                 pass_fds=[watched],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -91,6 +93,34 @@ class Child:
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         with suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def run_to_end(
+    command: Sequence[str], seconds: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> tuple[int | None, list[str]]:
+    """Run a program until it ends, but no longer than ``seconds``. Nothing of it is left afterwards.
+
+    Returns:
+        Its exit status, None where the time was over; and its output, line by line.
+    """
+    child, late = Child(command, cwd, env), threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        child.end()
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        lines = [line.rstrip() for line in child.output]
+    except BaseException:  # an interrupt: nobody waits for the rest
+        child.end()
+        raise
+    finally:
+        timer.cancel()
+        timer.join()
+        status = child.wait()
+    return (None if late.is_set() else status), lines
 
 
 class Stop:

@@ -34,18 +34,31 @@ def agree(
     Raises:
         UnsupportedError: on every rank, with the same message: which rank differs from rank 0, and in what.
     """
-    group = group or launch.current()
-    if group is None or group.store is None:
-        return
-    call = group.store.add(f"agreements/{group.rank}", 1)
-    group.store.set(f"agree/{call}/{group.rank}", json.dumps(dict(facts)))
-    said = [json.loads(group.store.get(f"agree/{call}/{rank}")) for rank in range(group.world_size)]
+    said = of_all_ranks(dict(facts), group)
     for rank, own in enumerate(said):
         for name in dict.fromkeys((*said[0], *own)):
             first, other = _text(said[0].get(name)), _text(own.get(name))
             if first != other:
                 first, other = _shown(first, other)
                 raise UnsupportedError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way_out}")
+
+
+def of_all_ranks(value: Any, group: RankGroup | None = None) -> list[Any]:
+    """What every rank holds. Every rank of the group calls it, in the same order as :func:`agree`.
+
+    Args:
+        value: this rank's, which JSON can hold.
+        group: default: the current one.
+
+    Returns:
+        In the order of the ranks; ``value`` alone where there is one.
+    """
+    group = group or launch.current()
+    if group is None or group.store is None:
+        return [value]
+    call = group.store.add(f"agreements/{group.rank}", 1)
+    group.store.set(f"agree/{call}/{group.rank}", json.dumps(value))
+    return [json.loads(group.store.get(f"agree/{call}/{rank}")) for rank in range(group.world_size)]
 
 
 def versions() -> dict[str, str | None]:

@@ -9,9 +9,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+from torch import nn
+
 from qwen2_npu.compat import kv_head_count
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.parallel.agreement import of_all_ranks
 from qwen2_npu.parallel.collectives import Ranks
+from qwen2_npu.parallel.sharding import Slice
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def stock_sharded(model: Any, ranks: Ranks) -> Any:
@@ -57,3 +64,57 @@ def stock_sharded(model: Any, ranks: Ranks) -> Any:
         model, tensor_parallel={"tp_size": ranks.size}, dtype=model.dtype, replace_with_kernel_inject=False
     )
     return engine.module.to(device)
+
+
+def hollow(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """``model`` on ``device`` with parameters that take no memory: one number each, seen in their shape.
+
+    AutoTP cuts them like others; :func:`filled` then gives the parts their values. So no rank holds a whole model.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            number = torch.zeros((), dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.tie_weights()
+    return model
+
+
+def filled(model: Any, source: Any, ranks: Ranks) -> Any:
+    """A model that :func:`stock_sharded` made of a :func:`hollow` one, with weights. All ranks must ask.
+
+    Args:
+        source: where they come from (``qwen2_npu.checkpoint.sources.Source``). What the model has no parameter for,
+            such as rotary frequencies of old checkpoints, is left out.
+    """
+    shapes, parameters = source.shapes(), dict(model.named_parameters())
+    # AutoTP cuts an lm_head that is tied to the embedding, and leaves the embedding whole.
+    wholes = {**shapes, HEAD: shapes.get(HEAD, shapes[EMBEDDING])}
+    assert parameters.keys() <= wholes.keys(), "AutoTP renamed parameters"
+    cut = {name: _axis(tuple(parameter.shape), wholes[name]) for name, parameter in parameters.items()}
+    sizes = of_all_ranks({name: parameters[name].shape[axis] for name, axis in cut.items() if axis is not None})
+
+    def part(name: str) -> Slice | None:
+        axis = cut.get(name)
+        if axis is None:
+            return None
+        start = sum(each[name] for each in sizes[: ranks.shard.rank])
+        return Slice(axis, start, start + sizes[ranks.shard.rank][name])
+
+    def fill(name: str, tensor: torch.Tensor) -> None:
+        own = parameters[name]
+        own.data = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(tensor)
+
+    for name, tensor in source.tensors(part):
+        if name in parameters:
+            fill(name, tensor)
+    if HEAD in parameters and HEAD not in shapes:
+        embedding, found = parameters[EMBEDDING].data, part(HEAD)
+        fill(HEAD, embedding if found is None else embedding.narrow(found.axis, found.start, found.stop - found.start))
+    return model
+
+
+def _axis(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+    """The axis along which ``part`` was cut from ``whole``; None where it was not."""
+    return next((axis for axis, (own, all_of_it) in enumerate(zip(part, whole, strict=True)) if own != all_of_it), None)

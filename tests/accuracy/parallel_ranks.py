@@ -100,13 +100,21 @@ def same_tokens(dtype: str, card: str, mode: str) -> None:
 
 def autotp_agrees(dtype: str, card: str) -> None:
     """The stock model that DeepSpeed cuts and this project's model that ranks share: both by the suite's rule."""
-    from qwen2_npu.parallel.stock import stock_sharded
+    from qwen2_npu.checkpoint.sources import open_checkpoint
+    from qwen2_npu.parallel.stock import filled, hollow, stock_sharded
 
     subject, ranks, shape = shared(TINY, dtype), current(None, None), "ragged"
     baseline, reference = subject.pair.traces(shape)
     cut = stock_sharded(stock.stock_from_pretrained(tiny.path(), dtype=subject.pair.dtype, device=card), ranks)
     rows = cut.model.layers[0].self_attn.q_proj.weight.shape[0]
     assert rows * ranks.size == subject.state["model.layers.0.self_attn.q_proj.weight"].shape[0], "nothing was cut"
+    # Cut without a whole model on any rank, and filled part by part: the same bits.
+    source = open_checkpoint(tiny.path())
+    config = stock.with_eager_attention(source.config)
+    parts = stock_sharded(hollow(stock.uninitialised(config, cut.dtype), cut.dtype, cut.device), ranks)
+    wanted, found = dict(cut.named_parameters()), dict(filled(parts, source, ranks).named_parameters())
+    assert wanted.keys() == found.keys()
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
     steps = baseline.forced.shape[1]
     theirs = teacher_forcing.run(cut, subject.pair.batch(shape), decode_steps=steps, forced=baseline.forced)
     ours = subject.trace(ranks, Optimizations.none(), shape, device=card)

@@ -8,6 +8,7 @@ says, as JSON:
     past        + milliseconds on every latency     limit       true: start from the slowest that passes
     changes     fields of Measurement               identity    fields of the fingerprint
     baselines   folder of baselines                 why_not     the reason why nothing can be measured
+    job_fails   what a job of several ranks says
     model       a model the user named, 100 ms prefill and 50 ms decode
     recordable  true: do not say self-test, so that recording can be tested (into a temporary folder)
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.jobs import JobError
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import BASELINES, Documented
@@ -84,6 +86,8 @@ class FakeRunner:
         return SIZES[configuration.model]
 
     def measured(self, configuration: Configuration) -> Measurement:
+        if "job_fails" in self.settings:
+            raise JobError(self.settings["job_fails"])
         milliseconds = {phase: self._latency(configuration, phase) for phase in PHASES}
         changes = {key: tuple(v) if isinstance(v, list) else v for key, v in self.settings.get("changes", {}).items()}
         memory = memory_of(

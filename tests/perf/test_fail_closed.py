@@ -121,7 +121,7 @@ def test_switched_off_benchmarks_fail_every_row(arguments: list[str], message: s
 
 
 def test_all_rows_skipped_fails(tmp_path: Path) -> None:
-    reason = "needs tensor parallel: 72B runs on 8 cards"
+    reason = "needs 8 cards of this kind: npu has 2"
     lenient = run_pytest(tmp_path, fake_runner={"why_not": reason})
     assert (lenient.status, lenient.skipped) == (0, 76)
     assert f"not run: 76 rows: {reason}" in lenient.output
@@ -129,6 +129,19 @@ def test_all_rows_skipped_fails(tmp_path: Path) -> None:
     assert result.status == 1
     assert set(result.failed) == EVERY_ROW | {LAST}
     assert f"76 rows not run: {reason}" in result.failed[LAST]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--gate"]], ids=["lenient", "gate"])
+def test_ranks_that_fail_are_the_message_of_their_rows(arguments: list[str], tmp_path: Path) -> None:
+    cause = "72B on 8 cards, batch 4, graph, fused_qkv: rank 3 ended without a word: killed"
+    scope = "--gate-rows=72b-ladder-b4-graph-fused_qkv-*"
+    result = run_pytest(tmp_path, *arguments, scope, fake_runner={"job_fails": cause})
+    assert result.status == 1
+    rows = {f"72b-ladder-b4-graph-fused_qkv-{phase}" for phase in ("prefill", "decode")}
+    assert {f"test_latency[{row}]" for row in rows} == result.failed.keys() - {LAST}
+    for row in rows:
+        assert result.failed[f"test_latency[{row}]"].startswith(f"Failed: row {row}: {cause}\n")
+    assert "Traceback" not in result.output
 
 
 def test_any_skipped_or_excused_test_fails(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
     pytest tests/perf --gate --gate-rows='7b-*'              # fail closed, the 7B's rows alone
     pytest tests/perf --random-weights 0.5B --update-baselines="first runs"     # five times: this machine's own
 
-Rows on eight cards report "needs tensor parallel", which under --gate is a failure.
+A row on eight cards is measured by a job of eight processes, which DeepSpeed's launcher starts; on a machine with fewer
+cards it is not run and says so, which under --gate is a failure.
 
 Renaming this file or its test cuts every row off from its baselines; the gate says so.
 """

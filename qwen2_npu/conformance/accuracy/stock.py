@@ -37,12 +37,21 @@ _INITIALISATION = "transformers.initialization" if _MAJOR >= 5 else "transformer
 """Where ``no_init_weights`` is."""
 
 
-def uninitialised(config: Qwen2Config) -> PreTrainedModel:
-    """The stock model on the CPU, in the default dtype, with parameters that hold anything: the caller fills them."""
+def uninitialised(config: Qwen2Config, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The stock model on the CPU with parameters that hold anything: the caller fills them.
+
+    Args:
+        dtype: default: the default one. Rotary tables are made in float32 (``model.to`` would round them).
+    """
     from transformers import Qwen2ForCausalLM as StockQwen2
 
-    with torch.device("cpu"), import_module(_INITIALISATION).no_init_weights():
-        model = StockQwen2(config)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or previous)
+    try:
+        with torch.device("cpu"), import_module(_INITIALISATION).no_init_weights():
+            model = StockQwen2(config)
+    finally:
+        torch.set_default_dtype(previous)
     model.tie_weights()
     return model
 
@@ -67,8 +76,7 @@ def stock_from_state_dict(
 
     (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
     """
-    config = _with_eager_attention(config)
-    model = _uninitialised_in(dtype, config)
+    model = uninitialised(with_eager_attention(config), dtype)
     missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
     absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     if absent or unexpected:
@@ -105,7 +113,7 @@ def stock_from_pretrained(
 def _unmerged(source: MergedSource, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model of a merged folder, read one tensor at a time."""
     check_source(source)
-    model = _uninitialised_in(dtype, _with_eager_attention(source.config))
+    model = uninitialised(with_eager_attention(source.config), dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in source.tensors():
@@ -223,7 +231,8 @@ def exact(reference: PreTrainedModel) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _with_eager_attention(config: Qwen2Config) -> Qwen2Config:
+def with_eager_attention(config: Qwen2Config) -> Qwen2Config:
+    """A copy of ``config`` that asks for eager attention."""
     config = type(config).from_dict(config.to_dict())
     config._attn_implementation = "eager"
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,14 @@ def free_bytes(device: str) -> int | None:
         return int(psutil.virtual_memory().available)
     module: Any = getattr(torch, kind, None)
     return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
+
+
+def release(device: str) -> None:
+    """Give back to ``device`` what this process does not use any more, for another one to use."""
+    gc.collect()
+    memory: Any = getattr(torch, device.partition(":")[0], None)
+    if hasattr(memory, "empty_cache"):
+        memory.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from qwen2_npu.conformance.perf.documented import Documented, Measured
 from qwen2_npu.conformance.perf.lower_bound import Work, kv_per_token, work
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import steps_on
+from qwen2_npu.conformance.perf.rank import of_slowest_rank
 from qwen2_npu.conformance.perf.rows import Configuration, Mode
+from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.graph import compile_model
 from qwen2_npu.optimizations import ORIGINAL, PHASES, Phase
+from qwen2_npu.parallel.sharding import Shard
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,6 +40,7 @@ class Setup:
         mode: of ``compile_model``.
         input_tokens: of the prompt, per row.
         output_tokens: new ones, per row.
+        cards: that share the model: as many as there are ranks.
     """
 
     weights: Weights
@@ -45,6 +49,12 @@ class Setup:
     dtype: torch.dtype
     input_tokens: int
     output_tokens: int
+    cards: int = 1
+
+    @property
+    def part(self) -> Size:
+        """The size of what one card holds."""
+        return self.weights.size.shard(self.cards) if self.cards > 1 else self.weights.size
 
     @property
     def dtype_name(self) -> str:
@@ -64,6 +74,7 @@ class BenchResult:
     """What a case took; milliseconds. Shares are of a card's roofline, None where none is known for the device.
 
     Attributes:
+        cards: that shared the model; of every step, the time of the slowest.
         tokens_per_second: decoded, all rows together.
         documented_prefill_ms, documented_decode_ms: what the guide prints for this model, step, batch and kind of mode
             on an Atlas 800I A2, whatever device this is; None where it has no such row, or this may not be held against
@@ -92,6 +103,7 @@ class BenchResult:
     not_documented: tuple[str, ...]
     warnings: tuple[str, ...]
     faults: tuple[str, ...]
+    cards: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -107,17 +119,19 @@ def check(setup: Setup, todo: Sequence[BenchCase]) -> None:
     """Refuse, before a model is built, whatever can be known not to work.
 
     Raises:
-        UnsupportedError: a mode that this device or a step lacks.
+        UnsupportedError: a mode that this device or a step lacks, or ranks that cannot share the model.
         ValueError: the model has too few positions.
         MemoryError: what must be in memory together does not fit.
         BaselineError: the documented numbers are damaged.
     """
     for case in todo:
         check_mode(setup.mode, torch.device(setup.device), case.step)
-    protocol.check_positions(setup.weights.config(), setup.input_tokens, setup.output_tokens - 1)
-    free = free_bytes(setup.device)
+    config = setup.weights.config()
+    Shard(0, setup.cards).check(config)
+    protocol.check_positions(config, setup.input_tokens, setup.output_tokens - 1)
+    free, together = free_bytes(setup.device), setup.cards if setup.device == "cpu" else 1
     for case in todo:
-        needed = least_bytes(setup, case)
+        needed = least_bytes(setup, case) * together
         if free is not None and needed > free:
             raise MemoryError(
                 f"{case.step}, batch {case.batch}, needs {needed / 2**30:.3g} GiB at the least, and {free / 2**30:.3g} "
@@ -128,9 +142,9 @@ def check(setup: Setup, todo: Sequence[BenchCase]) -> None:
 
 
 def least_bytes(setup: Setup, case: BenchCase) -> int:
-    """What a case cannot do without: weights, the KV cache, and the scores of small-operator attention together with
-    their softmax, which is in float32."""
-    size, dtype = setup.weights.size, setup.dtype
+    """What a case cannot do without on one card: weights, the KV cache, and the scores of small-operator attention
+    together with their softmax, which is in float32."""
+    size, dtype = setup.part, setup.dtype
     cached = case.batch * (setup.input_tokens + setup.output_tokens - 1) * kv_per_token(size)
     small_operators = "flash_attention" not in steps_on(case.step)
     scores = case.batch * size.heads * setup.input_tokens**2 if small_operators else 0
@@ -167,13 +181,13 @@ def run(
             decode_steps=setup.output_tokens - 1,
             weights=setup.weights.description,
         )
-        yield _result(setup, case, measured, card)
+        yield _result(setup, case, of_slowest_rank(measured), card)
     progress("done", len(todo), len(todo))
 
 
 def build(setup: Setup, step: str) -> Any:
     """The model of a step, compiled for the mode."""
-    configuration = Configuration(setup.weights.size.name, 1, 1, "eager", step)
+    configuration = Configuration(setup.weights.size.name, setup.cards, 1, "eager", step)
     model = setup.weights.build(configuration, setup.device, setup.dtype)
     if step == ORIGINAL:
         return model if setup.mode == "eager" else compile_stock(model, setup.mode)
@@ -183,8 +197,8 @@ def build(setup: Setup, step: str) -> Any:
 def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware | None) -> BenchResult:
     size, decode = setup.weights.size, Summary.of(measured.decode_ms)
     numbers = {phase: documented.find(_measured(setup, case, measured, phase)) for phase in PHASES}
-    prefill_work = work(size, "prefill", case.batch, measured.input_tokens)
-    decode_work = work(size, "decode", case.batch, measured.mean_context)
+    prefill_work = work(size, "prefill", case.batch, measured.input_tokens, setup.cards)
+    decode_work = work(size, "decode", case.batch, measured.mean_context, setup.cards)
     return BenchResult(
         model=size.name,
         weights=setup.weights.description,
@@ -207,6 +221,7 @@ def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware
         not_documented=tuple(dict.fromkeys(reason for _, reason in numbers.values() if reason)),
         warnings=measured.warnings,
         faults=tuple(measured.faults()),
+        cards=setup.cards,
     )
 
 
@@ -223,7 +238,7 @@ def _measured(setup: Setup, case: BenchCase, measured: Measurement, phase: Phase
     """The guide's 图模式 stands for any compiled mode."""
     kind: Mode = "eager" if setup.mode == "eager" else "graph"
     return Measured(
-        configuration=Configuration(setup.weights.size.name, 1, case.batch, kind, case.step),
+        configuration=Configuration(setup.weights.size.name, setup.cards, case.batch, kind, case.step),
         phase=phase,
         dtype=setup.dtype_name,
         input_tokens=measured.input_tokens,

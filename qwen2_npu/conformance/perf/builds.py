@@ -14,13 +14,15 @@ import transformers
 from qwen2_npu import graph
 from qwen2_npu.checkpoint import weights
 from qwen2_npu.checkpoint.sources import Cutting, open_checkpoint, part_of, read_config, whole
-from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
+from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained, uninitialised, with_eager_attention
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import ORIGINAL, Optimizations
+from qwen2_npu.parallel.collectives import Ranks, current
+from qwen2_npu.parallel.stock import filled, hollow, stock_sharded
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -116,24 +118,31 @@ class Weights:
         return self.size.config() if self.path is None else read_config(self.path)
 
     def build(self, configuration: Configuration, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-        """The model of ``configuration``, on ``device``, compiled for graph rows.
+        """The model of ``configuration``, on ``device``, compiled for graph rows; of several ranks, this one's part.
 
         Raises:
-            UnsupportedError: a mode that this device lacks.
+            UnsupportedError: a mode that this device lacks, a model that the ranks cannot share, or other ranks than
+                the configuration's cards.
         """
         target = torch.device(device)
+        ranks = current(configuration.cards, None, target)
         if configuration.step == ORIGINAL:
-            model = self._stock(target, dtype)
+            model = self._stock(target, dtype) if ranks.size == 1 else self._stock_part(target, dtype, ranks)
             return model if configuration.mode == "eager" else compile_stock(model, graph_compiler(target))
         optimizations = Optimizations.up_to(configuration.step)
         if self.path is not None:
             ours = Qwen2ForCausalLM.from_pretrained(
-                self.path, dtype=dtype, device=target, optimizations=optimizations, assume_tp=self.assume_tp
+                self.path,
+                dtype=dtype,
+                device=target,
+                optimizations=optimizations,
+                tp_size=ranks.size,
+                assume_tp=self.assume_tp,
             )
         else:
             config = self.config()
             ours = weights.build(
-                lambda: Qwen2ForCausalLM(config, optimizations),
+                lambda: Qwen2ForCausalLM(config, optimizations, ranks),
                 RandomWeights(config, dtype, target),
                 dtype=dtype,
                 device=target,
@@ -144,6 +153,17 @@ class Weights:
         if self.path is not None:
             return stock_from_pretrained(self.path, dtype=dtype, device=device, assume_tp=self.assume_tp)
         return random_stock(self.config(), dtype, device)
+
+    def _stock_part(self, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Any:
+        """What this rank computes of the stock model. No card and no host could hold it whole, once per rank."""
+        config = self.config()
+        source = (
+            RandomWeights(config, dtype, device)
+            if self.path is None
+            else open_checkpoint(self.path, assume_tp=self.assume_tp)
+        )
+        model = hollow(uninitialised(with_eager_attention(config), dtype), dtype, device)
+        return filled(stock_sharded(model, ranks), source, ranks).eval().requires_grad_(False)
 
 
 def random_stock(config: Qwen2Config, dtype: torch.dtype, device: torch.device, attention: str | None = "eager") -> Any:

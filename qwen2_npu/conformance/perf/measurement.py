@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qwen2_npu.optimizations import Phase
 
@@ -32,6 +33,7 @@ class Measurement:
         warnings: what was wrong with the host meanwhile.
         weights: "random", or the checkpoint's name.
         self_test: injected latencies: nothing was measured, and nothing may be recorded.
+        of_ranks: faults that were found in the measurement of one of several ranks.
     """
 
     prefill_ms: float
@@ -44,6 +46,31 @@ class Measurement:
     warnings: tuple[str, ...] = ()
     weights: str = "random"
     self_test: bool = False
+    of_ranks: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Measurement:
+        """From what JSON made of its fields (``dataclasses.asdict``)."""
+        found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        times = {"prefill_ms": float(found["prefill_ms"]), "decode_ms": tuple(map(float, found["decode_ms"]))}
+        return cls(**(found | times))
+
+    @classmethod
+    def slowest(cls, ranks: Sequence[Measurement]) -> Measurement:
+        """Of one generate call that several ranks made together: in every step, the rank that took longest.
+
+        The ranks' host clocks are judged here, each beside its own device's, and left out.
+        """
+        first, peaks = ranks[0], [each.peak_bytes for each in ranks]
+        return replace(
+            first,
+            prefill_ms=max(each.prefill_ms for each in ranks),
+            decode_ms=tuple(map(max, zip(*(each.decode_ms for each in ranks), strict=False))),
+            wall_ms=(),
+            peak_bytes=None if None in peaks else max(peak for peak in peaks if peak is not None),
+            warnings=tuple(dict.fromkeys(warning for each in ranks for warning in each.warnings)),
+            of_ranks=tuple(f"rank {rank}: {fault}" for rank, each in enumerate(ranks) for fault in each.faults()),
+        )
 
     def samples(self, phase: Phase) -> tuple[float, ...]:
         """The milliseconds of a phase."""
@@ -56,6 +83,8 @@ class Measurement:
 
     def faults(self) -> list[str]:
         """Why these are not latencies of the protocol, whatever they are compared with."""
+        if self.of_ranks:
+            return list(self.of_ranks)
         found = []
         if len(self.decode_ms) != self.asked_steps:
             found.append(

@@ -85,6 +85,8 @@ def memory_of(
         float32_logits: the model upcasts all logits it returns (transformers 4.37).
     """
     shard = size.shard(cards) if cards > 1 else size
+    # AutoTP does not cut the embedding; a tied head it cuts apart from it.
+    left_whole = (size.vocab - (0 if size.tied else shard.vocab)) * size.hidden if step == ORIGINAL and cards > 1 else 0
     on = steps_on(step)
     length = tokens + decode_steps + 1
     fixed = "fixed_kv_cache" in on
@@ -93,7 +95,7 @@ def memory_of(
     tables += COMPRESSED_MASK if "last_token_logits" in on else 0
     elements = _elements_per_token(shard, on, batch, tokens, float32_logits)
     return MemoryFormula(
-        weights=BYTES * shard.parameters,
+        weights=BYTES * (shard.parameters + left_whole),
         cache=BYTES * batch * slots * kv_per_token(shard),
         tables=tables,
         activations=BYTES * batch * tokens * elements,
@@ -108,7 +110,9 @@ def _elements_per_token(size: Size, on: Collection[str], batch: int, tokens: int
     mlp = 3 * inner if "swiglu" in on else 4 * inner
     weights = 0 if on else size.heads * tokens  # the stock layer holds its attention's until it returns
     inside = max(_attention(size, on, tokens), weights + max(norm, mlp, inner + hidden))
-    logits = 0 if "last_token_logits" in on else hidden + size.vocab * (3 if float32_logits else 1)
+    vocab = size.vocab if size.whole is None else size.whole.vocab
+    gathered = size.vocab + vocab if on and size.vocab < vocab else 0  # a part, and the parts side by side
+    logits = 0 if "last_token_logits" in on else hidden + max(vocab * (3 if float32_logits else 1), vocab + gathered)
     ids = 3 * 4  # token ids, mask and positions, int64
     mask = -(-tokens // (BYTES * batch)) if "flash_attention" in on and "last_token_logits" not in on else 0
     return max(around + inside, logits) + ids + mask

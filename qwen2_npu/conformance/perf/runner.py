@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwen2_npu.conformance import jobs
+from qwen2_npu.conformance.jobs import JobError
 from qwen2_npu.conformance.machine import fingerprint
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.measurement import OUTPUT_TOKENS, Measurement
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.parallel import job
 
 
 class Runner(Protocol):
@@ -60,16 +63,22 @@ class Request:
 
 
 class DeviceRunner:
-    """Measures on ``request.device``, one card, in this process.
+    """Measures on ``request.device``: a row on one card in this process, one on several in a job of as many ranks.
 
-    Holds one model at a time: two of 7B do not fit a card of 32 GB.
+    Holds one model at a time: two of 7B do not fit a card of 32 GB. While a job runs it holds none.
+
+    Attributes:
+        rank_module: what every rank of a job runs; see :mod:`.rank`.
+        job_seconds: a job may take; ranks that wait for one another are ended long before (docs/parallel.md).
     """
 
     self_test = False
+    rank_module = "qwen2_npu.conformance.perf.rank"
+    job_seconds = 7200.0
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._measured: dict[Configuration, Measurement] = {}
+        self._measured: dict[Configuration, Measurement | JobError] = {}
         self._model: tuple[Configuration, Any] | None = None
 
     @cached_property
@@ -86,11 +95,11 @@ class DeviceRunner:
         return self.request.random_weights
 
     def why_not(self, configuration: Configuration) -> str | None:
-        if configuration.cards > 1:
-            return f"needs tensor parallel: {configuration.model} runs on {configuration.cards} cards"
         if self.model_name not in (None, configuration.model):
             return f"needs the {configuration.model} model: {self.model_name} was asked for"
-        return None
+        if configuration.cards == 1:
+            return None
+        return job.why_not(self.request.device, configuration.cards, int(self.fingerprint.identity["cards"]))
 
     def size(self, configuration: Configuration) -> Size:
         if configuration.model in SIZES:
@@ -98,20 +107,51 @@ class DeviceRunner:
         return self._weights(configuration).size
 
     def measured(self, configuration: Configuration) -> Measurement:
+        """Its measurement, made on the first call.
+
+        Raises:
+            JobError: the ranks that were to make it failed. Once is enough: the other phase has the same cause.
+        """
         if configuration not in self._measured:
-            self._measured[configuration] = self._measure(configuration)
-        return self._measured[configuration]
+            measure = self._measure if configuration.cards == 1 else self._measure_in_ranks
+            try:
+                self._measured[configuration] = measure(configuration)
+            except JobError as error:
+                self._measured[configuration] = error
+        found = self._measured[configuration]
+        if isinstance(found, JobError):
+            raise found
+        return found
+
+    @property
+    def _decode_steps(self) -> int:
+        return OUTPUT_TOKENS - 1 if self.request.decode_steps is None else self.request.decode_steps
+
+    def _measure_in_ranks(self, configuration: Configuration) -> Measurement:
+        from qwen2_npu.conformance.machine.memory import release
+
+        self._model = None
+        release(self.request.device)
+        path, own = self.request.model_path, self.fingerprint.identity["verified"]
+        request = {
+            "configuration": asdict(configuration),
+            "model_path": None if path is None else str(path.resolve()),
+            "decode_steps": self._decode_steps,
+        }
+        ranks = jobs.JobOfRanks(self.rank_module, configuration.cards, self.request.device, self.job_seconds)
+        found = jobs.ask(str(configuration), ranks, request)
+        if found["verified"] != own:
+            raise JobError(f"{configuration}: the ranks computed on {found['verified']}, and this process on {own}")
+        return Measurement.from_json(found["measurement"])
 
     def _measure(self, configuration: Configuration) -> Measurement:
         from qwen2_npu.conformance.perf import protocol
 
-        asked = self.request.decode_steps
-        steps = OUTPUT_TOKENS - 1 if asked is None else asked
         weights = self._weights(configuration)
         return protocol.measure(
             self._built(configuration, weights.build),
             batch=configuration.batch,
-            decode_steps=steps,
+            decode_steps=self._decode_steps,
             weights=weights.description,
         )
 

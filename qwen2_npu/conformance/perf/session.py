@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from qwen2_npu.conformance.jobs import JobError
 from qwen2_npu.conformance.machine import comparable, fingerprint
 from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.perf import benchmark_json, documented
@@ -72,7 +73,10 @@ class LatencyGate:
         measurable = self._why_not(row)
         if measurable is not None:
             self.not_run(row, measurable)
-        measurement = self.runner.measured(row.configuration)
+        try:
+            measurement = self.runner.measured(row.configuration)
+        except JobError as error:
+            pytest.fail(f"row {row.id}: {error}", pytrace=False)
         if measurement.samples(row.phase):
             _replay(node, benchmark, measurement.samples(row.phase))
         verdict = self._judge(row)

@@ -31,11 +31,13 @@ def _of(content: Mapping[str, Any], result: Result) -> Iterator[Claim]:
     verified = Provenance.from_json(content["provenance"]).verified
     problems = [*result["faults"], *result["warnings"]]
     for phase, ms in (("prefill", result["prefill_ms"]), ("decode", result["decode"]["mean"])):
-        name = "-".join(str(result[key]) for key in ("model", "dtype", "mode", "step")) + f"-b{result['batch']}-{phase}"
+        cards = f"-tp{result['cards']}" if result.get("cards", 1) > 1 else ""
+        name = "-".join(str(result[key]) for key in ("model", "dtype", "mode", "step"))
+        name += f"{cards}-b{result['batch']}-{phase}"
         yield Claim(
             id=f"bench/{name}",
             area=AREA,
-            title=f"{result['model']}, batch {result['batch']}, {result['mode']}, {result['step']}: {phase}",
+            title=f"{_model(result)}, batch {result['batch']}, {result['mode']}, {result['step']}: {phase}",
             status=Status.FAIL if result["faults"] else Status.NOT_COMPARABLE,
             step=result["step"],
             label=labels().get(result["step"], ""),
@@ -44,6 +46,12 @@ def _of(content: Mapping[str, Any], result: Result) -> Iterator[Claim]:
             value=Value(finite(ms), "ms"),
             message="\n".join(problems) or NOT_GATED,
         )
+
+
+def _model(result: Result) -> str:
+    """Files of before there were several cards do not say how many."""
+    cards = result.get("cards", 1)
+    return f"{result['model']} on {cards} cards" if cards > 1 else str(result["model"])
 
 
 def _what(result: Result) -> str:
@@ -81,7 +89,7 @@ def tables(inputs: RunInputs) -> list[Table]:
             for result, row in zip(results, cells, strict=True)
         )
         first = results[0]
-        title = f"{name}: {first['model']}, {_what(first)}, {first['mode']}"
+        title = f"{name}: {_model(first)}, {_what(first)}, {first['mode']}"
         verified = Provenance.from_json(content["provenance"]).verified
         made.append(Table(title, verified, tuple(COLUMNS[index] for index in used), rows))
     return made

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop
+from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop, run_to_end
 
 GONE = 10.0
 """Seconds in which all processes must be gone; milliseconds on a machine that has nothing else to do."""
@@ -216,3 +216,18 @@ def test_a_terminal_that_closes_hangs_up_twice() -> None:
     """By its kernel and by its shell. A later one ends the process, as every second signal does."""
     done = subprocess.run([sys.executable, "-c", HANGUPS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGHUP, "one event\n"), done.stderr
+
+
+def test_running_a_program_to_its_end(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.getcwd()); print(os.environ['OWN'], file=sys.stderr); sys.exit(3)"
+    status, output = run_to_end([sys.executable, "-S", "-c", code], 60, tmp_path, {"OWN": "its own"})
+    assert status == 3
+    assert sorted(output) == sorted([str(tmp_path), "its own"])
+
+
+def test_a_program_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    since, mark = time.monotonic(), f"mark of {tmp_path}"
+    code = "import subprocess, sys; subprocess.run(['sh', '-c', 'sleep 120; true', sys.argv[1]])"
+    status, _ = run_to_end([sys.executable, "-S", "-c", code, mark], 0.5)
+    assert (status, time.monotonic() - since < GONE) == (None, True)
+    assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]

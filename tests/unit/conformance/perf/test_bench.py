@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import bench
 from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 from qwen2_npu.conformance.perf.builds import Weights
@@ -118,3 +119,40 @@ def test_what_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_device_says_what_is_free() -> None:
     assert 1 << 20 < bench.free_bytes("cpu") < 1 << 50  # type: ignore[operator]
     assert bench.free_bytes("meta") is None
+
+
+# ---- several cards --------------------------------------------------------------------------------------------------
+def on_cards(cards: int, model: str = "72B") -> Setup:
+    return Setup(Weights.random(model), "torchair", "npu", torch.bfloat16, 1024, 1024, cards)
+
+
+def test_a_card_holds_its_part() -> None:
+    case = BenchCase("fused_qkv", 4)
+    whole, eighth = (bench.least_bytes(on_cards(cards), case) for cards in (1, 8))
+    assert whole > 140e9
+    assert eighth == pytest.approx(whole / 8, rel=0.01)
+
+
+def test_ranks_that_cannot_share_the_model_are_refused() -> None:
+    setup = Setup(Weights.random("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 4)
+    with pytest.raises(UnsupportedError, match="4 ranks do not divide 14; this model can be cut for 1, 2"):
+        bench.check(setup, [BenchCase("swiglu", 1)])
+
+
+def test_ranks_on_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BenchCase("swiglu", 1)
+    setup = Setup(Weights.random("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 2)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: bench.least_bytes(setup, case) * 2 - 1)
+    with pytest.raises(MemoryError, match=r"swiglu, batch 1, needs .* GiB at the least"):
+        bench.check(setup, [case])
+
+
+def test_the_guides_number_is_that_of_as_many_cards() -> None:
+    """72B on 8 cards is documented, on 4 it is not; the roofline is that of one card with its part."""
+    card = HARDWARE[DOCUMENTED_SOC]
+    measured = Measurement(1000.0, (50.0,) * 1023, (), (0, *range(1024, 2047)), 1024, 1023)
+    four, eight = (bench._result(on_cards(n), BenchCase("fused_qkv", 4), measured, card) for n in (4, 8))
+    assert (eight.cards, eight.documented_decode_ms is not None) == (8, True)
+    assert four.documented_decode_ms is None
+    assert four.decode_memory_share is not None
+    assert eight.decode_memory_share == pytest.approx(four.decode_memory_share / 2, rel=0.02)

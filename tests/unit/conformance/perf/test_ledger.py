@@ -19,7 +19,7 @@ def ledger() -> Ledger:
         measurement = measurement_of({"prefill": number.ms * factor, "decode": number.ms * factor})
         against = Against(documented=number, transformers="4.37.0", card=HARDWARE[DOCUMENTED_SOC])
         found.verdicts[number.row.id] = judge(number.row, SIZES["7B"], measurement, against, strict=True)
-    found.not_run[ROWS[2].id] = "needs tensor parallel"
+    found.not_run[ROWS[2].id] = "needs 8 cards of this kind"
     return found
 
 
@@ -27,7 +27,7 @@ def test_rows_nobody_judged() -> None:
     missing, not_run = ledger().unjudged(ROWS)
     assert missing.startswith("1 rows have a baseline and no test ran for them")
     assert ROWS[3].node_id in missing
-    assert not_run == "1 rows not run: needs tensor parallel"
+    assert not_run == "1 rows not run: needs 8 cards of this kind"
     assert ledger().unjudged(ROWS[:2]) == []
 
 
@@ -40,7 +40,7 @@ def test_lines_say_what_was_compared_with_what_and_what_was_not_run() -> None:
     assert "machine: Ascend910B4-0123" in text
     assert "documented on Atlas 800I A2, SKU unknown (mean at most × 1.10 and the rounding): 2 rows, 1 passed" in text
     assert f"FAILED {ROWS[1].id}: slower: mean 78 ms" in text
-    assert "not run: 1 rows: needs tensor parallel" in text
+    assert "not run: 1 rows: needs 8 cards of this kind" in text
     assert "outside of --gate-rows=7b-*: 40 rows, neither run nor gated" in text
     assert "recorded: 1 rows, whose baselines now have 3 runs" in text
     assert lines[-1] == "without --gate a row that is not compared passes"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
+from qwen2_npu.conformance.files import write_json
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 
 GOOD = Measurement(
@@ -51,3 +54,36 @@ def test_summary() -> None:
     assert Summary.of([3.0, 1.0, 2.0]) == Summary(mean=2.0, median=2.0, p99=3.0)
     assert Summary.of(list(map(float, range(1, 101)))).p99 == 99.0
     assert Summary.of([5.0]) == Summary(5.0, 5.0, 5.0)
+
+
+# ---- one call, several ranks ----------------------------------------------------------------------------------------
+def test_of_several_ranks_the_slowest_counts_in_every_step() -> None:
+    other = replace(
+        GOOD, prefill_ms=90.0, decode_ms=(20.0, 1.0, 30.0), wall_ms=(), peak_bytes=2000, warnings=("busy", "hot")
+    )
+    found = Measurement.slowest([GOOD, other])
+    assert (found.prefill_ms, found.decode_ms) == (100.0, (20.0, 11.0, 30.0))
+    assert (found.peak_bytes, found.warnings, found.faults()) == (2000, ("busy", "hot"), [])
+    assert found.contexts == GOOD.contexts
+    assert Measurement.slowest([GOOD, replace(other, peak_bytes=None)]).peak_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wall_ms": (1.0, 10.1, 11.1, 12.1)}, "rank 1: step 0: the host waited 1.000 ms for work that took"),
+        ({"decode_ms": (10.0,), "contexts": (0, 8), "wall_ms": ()}, "rank 1: 1 decode steps of 3 asked for"),
+        ({"decode_ms": (10.0, 0.0, 12.0)}, "rank 1: a step of no duration: the clock did not run"),
+    ],
+)
+def test_a_fault_of_one_rank_is_one_of_all(changes: dict[str, object], message: str) -> None:
+    faults = Measurement.slowest([GOOD, replace(GOOD, **changes)]).faults()  # type: ignore[arg-type]
+    assert len(faults) == 1
+    assert faults[0].startswith(message)
+
+
+@pytest.mark.parametrize("odd", [12.5, float("nan"), float("inf")])
+def test_a_file_holds_all_of_it(odd: float, tmp_path: Path) -> None:
+    given = replace(GOOD, decode_ms=(10.0, odd, 12.0), of_ranks=("rank 3: odd",))
+    write_json(tmp_path / "one.json", asdict(given))
+    assert repr(Measurement.from_json(json.loads((tmp_path / "one.json").read_text()))) == repr(given)

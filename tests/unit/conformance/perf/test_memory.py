@@ -143,3 +143,32 @@ def test_every_documented_row_fits_its_card() -> None:
 def test_the_bucket_is_the_caches() -> None:
     assert memory.CAPACITY_BUCKET == cache.CAPACITY_BUCKET
     assert set(memory.steps_on("swiglu")) == set(LADDER)
+
+
+MEASURED = {
+    "original": (94_535_168, 51_416_664),
+    "fixed_kv_cache": (191_131_136, 191_402_792),
+    "add_rms_norm": (191_393_280, 191_402_792),
+    "last_token_logits": (31_354_368, 31_363_896),
+    "swiglu": (30_830_080, 30_839_608),
+}
+"""Step -> the formula, and the peak of one of two emulated cards (torch_npu 2.13.0, transformers 5.24.0)."""
+
+
+@pytest.mark.parametrize("step", MEASURED)
+def test_a_part_of_a_model_needs_its_own_memory_and_the_logits_of_all(step: str) -> None:
+    """The stock model of 5.x computes the last logits alone, which the formula leaves room for."""
+    size = Size("small", 256, 512, 2, 8, 4, 32, 32768, tied=False)
+    found, (total, peak) = memory_of(size, step, 2, 512, 4, cards=2), MEASURED[step]
+    assert found.total == total
+    assert found.fault(peak) is None
+    assert step == ORIGINAL or peak == pytest.approx(total, rel=2e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_autotp_leaves_the_embedding_whole(tied: bool) -> None:
+    size = replace(SMALL, tied=tied)
+    vocabulary = size.vocab * size.hidden
+    ours, stock = (memory_of(size, step, 1, 8, 8, cards=2).weights for step in ("fixed_kv_cache", ORIGINAL))
+    assert ours == 2 * size.shard(2).parameters
+    assert stock - ours == 2 * (vocabulary if tied else vocabulary // 2)

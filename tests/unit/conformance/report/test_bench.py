@@ -43,6 +43,16 @@ def test_claims_say_what_was_measured_and_pass_nothing(tmp_path: Path) -> None:
     assert decode.subject == "random weights, bfloat16, 1024 tokens + 1023 steps"
 
 
+def test_what_two_cards_measured_is_a_check_of_its_own(tmp_path: Path) -> None:
+    inputs = write(tmp_path, result("swiglu", 9.0, 6.0, cards=1), result("swiglu", 9.0, 6.0, cards=2))
+    one, two = (claim for claim in bench.claims(inputs) if claim.id.endswith("decode"))
+    assert (one.id, two.id) == (
+        "bench/7B-bfloat16-eager-swiglu-b4-decode",
+        "bench/7B-bfloat16-eager-swiglu-tp2-b4-decode",
+    )
+    assert two.title.startswith("7B on 2 cards, batch 4")
+
+
 def test_a_faulty_measurement_fails(tmp_path: Path) -> None:
     inputs = write(tmp_path, result("original", 900.0, 60.0, faults=["a missing synchronize"]))
     assert {claim.status for claim in bench.claims(inputs)} == {Status.FAIL}
