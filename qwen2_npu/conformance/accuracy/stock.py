@@ -56,15 +56,6 @@ def uninitialised(config: Qwen2Config, dtype: torch.dtype | None = None) -> PreT
     return model
 
 
-def _uninitialised_in(dtype: torch.dtype, config: Qwen2Config) -> PreTrainedModel:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return uninitialised(config)
-    finally:
-        torch.set_default_dtype(previous)
-
-
 def stock_from_state_dict(
     config: Qwen2Config,
     state_dict: Mapping[str, torch.Tensor],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,19 +11,39 @@ if TYPE_CHECKING:
 NAME = "qwen2_npu_one_rank_{}"
 
 
-@cache
+_LOCK = threading.Lock()
+
+_GROUPS: dict[str, ProcessGroup] = {}
+
+
 def group(device_type: str) -> ProcessGroup:
-    """The group of this process alone, whose tensors are on ``device_type``: "cpu", "cuda" or "npu"."""
+    """The group of this process alone, whose tensors are on ``device_type``: "cpu", "cuda" or "npu".
+
+    ``destroy_process_group`` of any group makes torch forget the names of all: it is told this one's again.
+    """
+    import torch
+
+    registry: Any = torch._C._distributed_c10d
+    name = NAME.format(device_type)
+    with _LOCK:
+        if name not in _GROUPS:
+            _GROUPS[name] = _made(device_type, name)
+        try:
+            registry._resolve_process_group(name)
+        except RuntimeError:
+            registry._register_process_group(name, _GROUPS[name])
+        return _GROUPS[name]
+
+
+def _made(device_type: str, name: Any) -> ProcessGroup:
     import torch
     import torch.distributed as dist
 
-    store, registry = dist.HashStore(), torch._C._distributed_c10d
-    name: Any = NAME.format(device_type)
+    store = dist.HashStore()
     backend, kind = _backend(device_type, dist.PrefixStore(name, store))
     made = dist.ProcessGroup(store, 0, 1)
     made._register_backend(torch.device(device_type), kind, backend)
     made._set_group_name(name)
-    registry._register_process_group(name, made)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def groups() -> Iterator[list[dist.ProcessGroup]]:
         group = dist.ProcessGroup(store, rank, RANKS)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timedelta(seconds=60)  # where one of them fails, the other one waits for so long
         gloo = dist.ProcessGroupGloo(store, rank, RANKS, options)
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
         group._set_group_name(f"two_ranks_{rank}")
