@@ -131,13 +131,9 @@ class Weights:
             return model if configuration.mode == "eager" else compile_stock(model, graph_compiler(target))
         optimizations = Optimizations.up_to(configuration.step)
         if self.path is not None:
+            parts: Any = {"tp_size": ranks.size, "assume_tp": self.assume_tp}
             ours = Qwen2ForCausalLM.from_pretrained(
-                self.path,
-                dtype=dtype,
-                device=target,
-                optimizations=optimizations,
-                tp_size=ranks.size,
-                assume_tp=self.assume_tp,
+                self.path, dtype=dtype, device=target, optimizations=optimizations, **parts
             )
         else:
             config = self.config()
@@ -157,11 +153,8 @@ class Weights:
     def _stock_part(self, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Any:
         """What this rank computes of the stock model. No card and no host could hold it whole, once per rank."""
         config = self.config()
-        source = (
-            RandomWeights(config, dtype, device)
-            if self.path is None
-            else open_checkpoint(self.path, assume_tp=self.assume_tp)
-        )
+        stored = None if self.path is None else open_checkpoint(self.path, assume_tp=self.assume_tp)
+        source = stored or RandomWeights(config, dtype, device)
         model = hollow(uninitialised(with_eager_attention(config), dtype), dtype, device)
         return filled(stock_sharded(model, ranks), source, ranks).eval().requires_grad_(False)
 

@@ -26,8 +26,7 @@ class Work:
 
     def floor_ms(self, card: Hardware) -> float:
         """Milliseconds."""
-        seconds = max(self.bytes / card.memory_bandwidth.value, self.operations / card.bf16_peak.value)
-        return seconds * 1e3
+        return 1e3 * max(self.bytes / card.memory_bandwidth.value, self.operations / card.bf16_peak.value)
 
 
 def kv_per_token(size: Size) -> int:

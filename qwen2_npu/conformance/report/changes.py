@@ -118,8 +118,7 @@ def _same(claim: Claim, entry: Entry | None) -> bool:
 
 def _after(run: Run, past: Sequence[tuple[Run, Entry]]) -> Run | None:
     """The first run after the last good one."""
-    later = [other for other, _ in past if other.provenance.created > run.provenance.created]
-    return later[0] if later else None
+    return next((other for other, _ in past if other.provenance.created > run.provenance.created), None)
 
 
 def _elsewhere(claim: Claim, this: Run, others: Sequence[Run]) -> str:

@@ -138,8 +138,7 @@ def _checks(count: int) -> str:
 
 
 def _verb(count: int, verb: str) -> str:
-    plural = {"fail": "fails", "pass": "passes"}
-    return plural[verb] if count == 1 else verb
+    return {"fail": "fails", "pass": "passes"}[verb] if count == 1 else verb
 
 
 def bisection(change: Change, this: Run) -> str:
