@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from qwen2_npu.ops.checks import invalid, reject_unsupported
 OP = "npu_fused_infer_attention_score"
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
 MAX_BATCH = 65535
+
+_check_geometry = partial(check_geometry, OP, supported_layouts=LAYOUTS, max_batch=MAX_BATCH)
 INNER_PRECISE = (0, 1)
 DECODE_SPARSE_MODES = (0, 1, 3)
 
@@ -58,7 +61,9 @@ def npu_fused_infer_attention_score(
         reject_unsupported(OP, unsupported)
     if inner_precise not in INNER_PRECISE:
         raise invalid(OP, "inner_precise", inner_precise, "0 or 1")
-    size = _geometry(query, key, value, input_layout, num_heads, num_key_value_heads)
+    size = _check_geometry(
+        query, key, value, layout=input_layout, num_heads=num_heads, num_key_value_heads=num_key_value_heads
+    )
     mask = _mask(size, atten_mask, sparse_mode, kv_padding_size)
     if size.q_len == 1:
         out, lse = _step(query, key, value, size, scale, mask, actual_seq_lengths_kv, kv_padding_size, softmax_lse_flag)
@@ -79,20 +84,6 @@ def npu_fused_infer_attention_score(
             want_lse=softmax_lse_flag,
         )
     return out, torch.empty(0, dtype=torch.float32, device=query.device) if lse is None else lse
-
-
-def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
-    return check_geometry(
-        OP,
-        query,
-        key,
-        value,
-        layout=layout,
-        supported_layouts=LAYOUTS,
-        num_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_batch=MAX_BATCH,
-    )
 
 
 def _mask(size: Geometry, mask: Tensor | None, sparse_mode: int, kv_padding_size: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ OP = "npu_incre_flash_attention"
 LAYOUTS = ("BSH", "BSND", "BNSD")
 MAX_BATCH = 65535
 MAX_CACHE = 262144
+
+_check_geometry = partial(check_geometry, OP, supported_layouts=LAYOUTS, max_batch=MAX_BATCH)
 INNER_PRECISE = (0, 1)
 
 
@@ -70,17 +73,7 @@ def npu_incre_flash_attention(
 
 def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
     """Of one query per row and a cache that the device can hold."""
-    size = check_geometry(
-        OP,
-        query,
-        key,
-        value,
-        layout=layout,
-        supported_layouts=LAYOUTS,
-        num_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_batch=MAX_BATCH,
-    )
+    size = _check_geometry(query, key, value, layout=layout, num_heads=heads, num_key_value_heads=kv_heads)
     if size.q_len != 1:
         raise invalid(OP, "query", query, f"one query per row (S = 1 in {layout}); npu_prompt_flash_attention")
     if isinstance(size.kv_len, int) and size.kv_len > MAX_CACHE:

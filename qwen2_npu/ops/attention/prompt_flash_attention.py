@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from qwen2_npu.ops.checks import reject_unsupported
 OP = "npu_prompt_flash_attention"
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND")
 MAX_BATCH = 65536
+
+_check_geometry = partial(check_geometry, OP, supported_layouts=LAYOUTS, max_batch=MAX_BATCH)
 HIGH_PRECISION = 10
 
 
@@ -61,7 +64,9 @@ def npu_prompt_flash_attention(
         reject_unsupported(OP, unsupported)
     if HIGH_PRECISION <= sparse_mode <= HIGH_PRECISION + 4:
         sparse_mode -= HIGH_PRECISION
-    size = _geometry(query, key, value, input_layout, num_heads, num_key_value_heads)
+    size = _check_geometry(
+        query, key, value, layout=input_layout, num_heads=num_heads, num_key_value_heads=num_key_value_heads
+    )
     out, _ = attend_prompt(
         OP,
         query,
@@ -77,20 +82,6 @@ def npu_prompt_flash_attention(
         scale=scale_value,
     )
     return out
-
-
-def _geometry(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Geometry:
-    return check_geometry(
-        OP,
-        query,
-        key,
-        value,
-        layout=layout,
-        supported_layouts=LAYOUTS,
-        num_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_batch=MAX_BATCH,
-    )
 
 
 def attend_prompt(
