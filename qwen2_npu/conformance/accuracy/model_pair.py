@@ -18,7 +18,6 @@ from qwen2_npu.conformance.accuracy.pair import (
     Pair,
     PairWeights,
     weights_of_checkpoint,
-    weights_of_shape,
 )
 
 
@@ -51,19 +50,6 @@ class ModelPair(Pair):
             device,
             decode_steps,
         )
-
-    @classmethod
-    def of_shape(
-        cls,
-        shape: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        decode_steps: int = DECODE_STEPS,
-        seed: int = 0,
-    ) -> ModelPair:
-        """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
-        return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
     @classmethod
     def of(cls, weights: PairWeights, device: str, decode_steps: int) -> ModelPair:

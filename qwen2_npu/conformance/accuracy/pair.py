@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -64,6 +64,24 @@ class Pair(ABC):
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     _batches: dict[str, Batch] = field(default_factory=dict)
+
+    @classmethod
+    @abstractmethod
+    def of(cls, weights: PairWeights, device: str, decode_steps: int) -> Self:
+        """The pair of ``weights``."""
+
+    @classmethod
+    def of_shape(
+        cls,
+        shape: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        decode_steps: int = DECODE_STEPS,
+        seed: int = 0,
+    ) -> Self:
+        """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
+        return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
     # ---- what the stock model and its exact self say ----------------------------------------------------------------
     @property

@@ -44,7 +44,6 @@ from qwen2_npu.conformance.accuracy.pair import (
     Pair,
     PairWeights,
     weights_of_checkpoint,
-    weights_of_shape,
 )
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, reference_trace
 from qwen2_npu.conformance.machine.memory import free_bytes
@@ -67,19 +66,6 @@ class StreamedPair(Pair):
     reason: str = ASKED_FOR
     _traces: dict[str, tuple[Trace, Trace]] = field(default_factory=dict)
     _losses: tuple[Array, Array] | None = None
-
-    @classmethod
-    def of_shape(
-        cls,
-        shape: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        decode_steps: int = DECODE_STEPS,
-        seed: int = 0,
-    ) -> StreamedPair:
-        """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
-        return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
 
     @classmethod
     def of(cls, weights: PairWeights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
