@@ -19,7 +19,7 @@ from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_object
 from qwen2_npu.checkpoint.folders import is_file
 from qwen2_npu.compat import head_dim
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.parallel.sharding import CUTS, WHOLE, Shard, Slice
+from qwen2_npu.parallel.sharding import CUTS, WHOLE, Cutting, Shard, Slice
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 """What is merged, in this order."""
@@ -36,8 +36,6 @@ MODULE, MODULE_OF_GUIDE = "qkv_proj", "qkv"
 _MERGED = re.compile(rf"(model\.layers\.\d+\.self_attn\.)({MODULE}|{MODULE_OF_GUIDE})\.(weight|bias)")
 _PART = re.compile(rf"model\.layers\.\d+\.self_attn\.({'|'.join(PARTS)})\.(weight|bias)")
 _FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
-
-Cutting = Callable[[str], Slice | None]
 
 
 class Tensors(Protocol):

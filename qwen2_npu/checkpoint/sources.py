@@ -18,7 +18,7 @@ from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import one_line, read_config, read_object
 from qwen2_npu.checkpoint.folders import check_readable, is_file, locked
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from qwen2_npu.parallel.sharding import Slice
+from qwen2_npu.parallel.sharding import Cutting, Slice
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -38,10 +38,6 @@ STORED: dict[str, torch.dtype] = {
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-Cutting = Callable[[str], Slice | None]
-"""Name of a stock tensor -> the part of it that is wanted; None for all of it."""
 
 
 Cuttings = Callable[[str], Sequence[Slice | None]]

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
-from qwen2_npu.checkpoint.sources import INDEX_FILE, Cutting, Source
+from qwen2_npu.checkpoint.sources import INDEX_FILE, Source
 from qwen2_npu.compat import check_rope, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.parallel.sharding import Shard
+from qwen2_npu.parallel.sharding import Cutting, Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
     merged.MODULE: merged.PARTS,

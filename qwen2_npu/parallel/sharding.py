@@ -9,6 +9,7 @@ Biases stand only on products whose output is cut, so each is added once. (o_pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -52,6 +53,10 @@ class Slice(NamedTuple):
     axis: int
     start: int
     stop: int
+
+
+Cutting = Callable[[str], Slice | None]
+"""Name of a stock tensor -> the part of it that is wanted; None for all of it."""
 
 
 @dataclass(frozen=True)

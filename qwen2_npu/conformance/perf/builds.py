@@ -13,7 +13,7 @@ import transformers
 
 from qwen2_npu import graph
 from qwen2_npu.checkpoint import weights
-from qwen2_npu.checkpoint.sources import Cutting, open_checkpoint, part_of, read_config, whole
+from qwen2_npu.checkpoint.sources import open_checkpoint, part_of, read_config, whole
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained, uninitialised, with_eager_attention
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
@@ -22,6 +22,7 @@ from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import ORIGINAL, Optimizations
 from qwen2_npu.parallel.collectives import Ranks, current
+from qwen2_npu.parallel.sharding import Cutting
 from qwen2_npu.parallel.stock import filled, hollow, stock_sharded
 
 if TYPE_CHECKING:

@@ -142,9 +142,8 @@ def stages(options: NightlyOptions, where: Where) -> list[Stage]:
 
 def names(done: Sequence[Stage]) -> list[str]:
     """The files that a run of these stages leaves in its folder."""
-    return [inputs.RUN, inputs.PAGE, inputs.SUMMARY] + [
-        name for stage in done for name in (*stage.makes, *stage.may_make, stage.log)
-    ]
+    own = [inputs.RUN, inputs.PAGE, inputs.SUMMARY]
+    return own + [name for stage in done for name in (*stage.makes, *stage.may_make, stage.log)]
 
 
 def run(

@@ -14,11 +14,11 @@ import torch
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.checkpoint import weights
-from qwen2_npu.checkpoint.sources import Cutting, StateDictSource, open_checkpoint, part_of, whole
+from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, part_of, whole
 from qwen2_npu.checkpoint.weights import FUSED, held_shapes
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.parallel.collectives import Ranks
-from qwen2_npu.parallel.sharding import Shard
+from qwen2_npu.parallel.sharding import Cutting, Shard
 from tests.unit.parallel.virtual import sharded
 from tests.unit.small import small_config, small_stock, stock_weights
 
