@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,6 +15,8 @@ from qwen2_npu.conformance.operators.check import to_array, to_tensors
 from qwen2_npu.conformance.operators.mm_all_reduce import golden_of_ranks
 from qwen2_npu.conformance.operators.one_rank import group as one_rank
 from qwen2_npu.ops.mm_all_reduce import communicator_name
+from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.parallel.virtual import Run, virtual_ranks
 
 npu = torch.ops.npu
 RANKS = 2
@@ -26,62 +25,41 @@ BOTH = {"rows": [2, 3], "inner": 64, "columns": 24, "bias": True, "x3": True}
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[list[dist.ProcessGroup]]:
-    """Per rank its group; in one process every rank's needs a name of its own."""
-    store = dist.HashStore()
-
-    def join(rank: int) -> dist.ProcessGroup:
-        group = dist.ProcessGroup(store, rank, RANKS)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timedelta(seconds=60)  # where one of them fails, the other one waits for so long
-        gloo = dist.ProcessGroupGloo(store, rank, RANKS, options)
-        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        group._set_group_name(f"two_ranks_{rank}")
-        torch._C._distributed_c10d._register_process_group(group.group_name, group)
-        return group
-
-    made = on_ranks(join)
-    yield made
-    for group in made:
-        torch._C._distributed_c10d._unregister_process_group(group.group_name)
+def run() -> Iterator[Run]:
+    with virtual_ranks(RANKS) as run:
+        yield run
 
 
-def on_ranks(function: Callable[[int], Any]) -> list[Any]:
-    with ThreadPoolExecutor(RANKS) as pool:
-        return list(pool.map(function, range(RANKS)))
+def results(run: Run, every: list[dict[str, Any]], dtype: str) -> list[Tensor]:
+    def product(ranks: Ranks) -> Tensor:
+        given = {**to_tensors(every[ranks.shard.rank], dtype), "hcom": ranks.communicator(torch.device("cpu"))}
+        return npu.npu_mm_all_reduce_base(**given)
 
-
-def results(groups: list[dist.ProcessGroup], every: list[dict[str, Any]], dtype: str) -> list[Tensor]:
-    def run(rank: int) -> Tensor:
-        hcom = communicator_name(groups[rank], torch.device("cpu"))
-        return npu.npu_mm_all_reduce_base(**{**to_tensors(every[rank], dtype), "hcom": hcom})
-
-    return on_ranks(run)
+    return run(product)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", [{}, {"bias": True}, {"x3": True}, BOTH], ids=["alone", "bias", "x3", "both"])
-def test_two_ranks_match_the_golden(groups: list[dist.ProcessGroup], given: dict[str, Any], dtype: str) -> None:
+def test_two_ranks_match_the_golden(run: Run, given: dict[str, Any], dtype: str) -> None:
     every = [RECORD.arguments({"rows": [5], "inner": 96, "columns": 33, **given}, dtype, rank) for rank in range(RANKS)]
     (expected,) = golden_of_ranks(every, dtype)
-    first, second = results(groups, every, dtype)
+    first, second = results(run, every, dtype)
     assert torch.equal(first, second)
     assert first.dtype == getattr(torch, dtype)
     assert compare(expected, to_array(first)) is None
 
 
-def test_bias_and_x3_count_once_per_rank(groups: list[dist.ProcessGroup]) -> None:
+def test_bias_and_x3_count_once_per_rank(run: Run) -> None:
     """Two ranks that give the same residual get it twice: CANN's formula, and a trap for row-parallel layers."""
     x1, x2, bias, x3 = torch.zeros(2, 4), torch.zeros(4, 3), torch.full((3,), 10.0), torch.ones(2, 3)
-    found = on_ranks(lambda rank: npu.npu_mm_all_reduce_base(x1, x2, groups[rank].group_name, bias=bias, x3=x3))
+    found = run(lambda ranks: npu.npu_mm_all_reduce_base(x1, x2, ranks.group.group_name, bias=bias, x3=x3))
     assert all(torch.equal(one, torch.full((2, 3), 22.0)) for one in found)
 
 
-def test_the_golden_of_two_ranks_sees_x3_added_once(groups: list[dist.ProcessGroup]) -> None:
+def test_the_golden_of_two_ranks_sees_x3_added_once(run: Run) -> None:
     every = [RECORD.arguments(BOTH, "bfloat16", rank) for rank in range(RANKS)]
     (expected,) = golden_of_ranks(every, "bfloat16")
-    (right, _) = results(groups, every, "bfloat16")
+    (right, _) = results(run, every, "bfloat16")
     late = to_tensors(every[1], "bfloat16")["x3"]
     assert compare(expected, to_array(right)) is None
     assert compare(expected, to_array(right - late)) is not None
