@@ -144,8 +144,9 @@ class CheckpointIO:
                 folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
             )
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
-            if ranks.group is not None:
-                agree(fingerprint(folder), way_out=f"copy one checkpoint to all nodes ({folder})")
+            files = {} if ranks.group is None else fingerprint(folder)
+        if ranks.group is not None:  # outside of the lock: ranks wait here for one another
+            agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
             lambda: cls(settings, optimizations, ranks),
             source,
