@@ -165,7 +165,8 @@ class GenerationHooks:
 
     # ---- 4.37 ---------------------------------------------------------------------------------------------------
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        # Both versions call it once the final length is known.
+        # Both versions call it once the final length is known, and all else is settled.
+        parallel.check(self.ranks, generation_config)  # type: ignore[attr-defined]
         if (call := self._call()) is not None:
             call.max_length = generation_config.max_length
         super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]

@@ -21,7 +21,7 @@ from qwen2_npu.parallel import launch
 from qwen2_npu.parallel.sharding import WHOLE, Shard
 
 FUSED_SIZES = (2, 4, 8)
-"""Cards that npu_mm_all_reduce_base takes (CANN's documentation), and one, on which there is nothing to reduce."""
+"""Cards that npu_mm_all_reduce_base takes (CANN's documentation). It takes one as well, which has nothing to sum."""
 
 
 @dataclass(frozen=True)

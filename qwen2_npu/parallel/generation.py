@@ -22,21 +22,31 @@ def start(ranks: Ranks, call: Mapping[str, Any], device: torch.device) -> None:
         call: the arguments of ``generate`` by name.
 
     Raises:
-        UnsupportedError: the ranks were given different arguments, or one that would let them end apart.
+        UnsupportedError: the ranks were given different arguments.
     """
     if ranks.size == 1:
         return
-    configuration = call.get("generation_config")
-    limit = call.get("max_time") or getattr(configuration, "max_time", None)
-    if limit is not None:
-        raise UnsupportedError(
-            f"max_time={limit!r}: each of the {ranks.size} ranks would stop by its own clock; use max_new_tokens"
-        )
     agree({name: _described(value) for name, value in call.items() if name not in LOCAL}, way_out=WAY_OUT)
     # Of the device that samples; on rank 0 nothing changes.
     module: Any = torch if device.type == "cpu" else getattr(torch, device.type)
     state = module.get_rng_state()
     module.set_rng_state(ranks.from_first(state.to(device)).cpu())
+
+
+def check(ranks: Ranks, configuration: Any) -> None:
+    """Refuse what would let the ranks end apart.
+
+    Args:
+        configuration: the GenerationConfig that ``generate`` has settled on, wherever its values are from.
+
+    Raises:
+        UnsupportedError: a limit of time.
+    """
+    limit = getattr(configuration, "max_time", None)
+    if ranks.size > 1 and limit is not None:
+        raise UnsupportedError(
+            f"max_time={limit!r}: each of the {ranks.size} ranks would stop by its own clock; use max_new_tokens"
+        )
 
 
 LOCAL = ("streamer", "synced_gpus")

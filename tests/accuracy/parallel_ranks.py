@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import qwen2_npu  # noqa: F401 - before torch: the emulated NPU where there is none
 
@@ -27,7 +30,9 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import stock, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import compare_traces
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import MODES_OF
+from qwen2_npu.parallel.agreement import of_all_ranks
 from qwen2_npu.parallel.collectives import current
 from tests.accuracy.pairs import TINY
 from tests.accuracy.parallel_faults import GRAPH, PARALLEL_FAULTS, UNBROKEN, ParallelFault
@@ -49,7 +54,7 @@ def main(device: str, folder: str) -> int:
         torch.npu.set_device(rank)
     dist.init_process_group("hccl" if device == "npu" else "gloo", timeout=TIMEOUT)
     found: dict[str, str] = {}
-    for name, check in checks(device, f"npu:{rank}" if device == "npu" else "cpu"):
+    for name, check in checks(device, f"npu:{rank}" if device == "npu" else "cpu", Path(folder)):
         try:
             torch._dynamo.reset()
             check()
@@ -64,11 +69,14 @@ def main(device: str, folder: str) -> int:
     return 0
 
 
-def checks(device: str, card: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def checks(device: str, card: str, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """In the order they run."""
     dtype = DTYPE[device]
     for mode in MODES_OF[device]:
         yield f"tokens in {mode}", partial(same_tokens, dtype, card, mode)
+    yield "sampling", partial(same_samples, dtype, card)
+    yield "other prompts", partial(other_prompts_are_refused, dtype, card)
+    yield "other checkpoints", partial(other_checkpoints_are_refused, folder)
     if importlib.util.find_spec("deepspeed") is not None:
         yield "AutoTP", partial(autotp_agrees, dtype, card)
     if device == "npu":
@@ -96,6 +104,35 @@ def same_tokens(dtype: str, card: str, mode: str) -> None:
         ours = greedy(None, optimizations, mode)
         found = text.explain_divergences(ours, alone, batch, pair.baseline, pair.reference)
         assert all(each.excused for each in found), [each.describe(str) for each in found]
+
+
+def same_samples(dtype: str, card: str) -> None:
+    """Ranks whose generators differ sample the same tokens; what is drawn differs from call to call."""
+    model = Qwen2ForCausalLM.from_pretrained(tiny.path(), dtype=dtype, device=card)
+    torch.manual_seed(1000 + dist.get_rank())
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]], device=card)
+    drawn = [model.generate(ids, max_new_tokens=24, do_sample=True, temperature=3.0, top_k=0) for _ in range(2)]
+    assert not torch.equal(*drawn), "nothing was drawn"
+    for own in drawn:
+        every = of_all_ranks(own.tolist())
+        assert all(each == every[0] for each in every)
+
+
+def other_prompts_are_refused(dtype: str, card: str) -> None:
+    model = Qwen2ForCausalLM.from_pretrained(tiny.path(), dtype=dtype, device=card)
+    with pytest.raises(UnsupportedError, match=r"rank 1 has inputs .*: give generate"):
+        model.generate(torch.tensor([[5, 6, 7 + dist.get_rank()]], device=card), max_new_tokens=2)
+
+
+def other_checkpoints_are_refused(folder: Path) -> None:
+    """Every rank its copy, of which one has another end of text."""
+    own = folder / f"checkpoint-{dist.get_rank()}"
+    shutil.copytree(tiny.path(), own)
+    if dist.get_rank():
+        config = own / "generation_config.json"
+        config.write_text(config.read_text().replace("2047", "2046"))
+    with pytest.raises(UnsupportedError, match=r"rank 1 has generation_config\.json .*: copy one checkpoint"):
+        Qwen2ForCausalLM.from_pretrained(own)
 
 
 def autotp_agrees(dtype: str, card: str) -> None:

@@ -49,7 +49,7 @@ def test_two_processes(device: str, tmp_path: Path) -> None:
     found = launch(device, tmp_path)
     failed = [f"rank {rank}, {name}: {said}" for rank, each in enumerate(found) for name, said in each.items() if said]
     assert not failed, "\n".join(failed)
-    expected = len(MODES_OF[device]) + (importlib.util.find_spec("deepspeed") is not None)
+    expected = len(MODES_OF[device]) + 3 + (importlib.util.find_spec("deepspeed") is not None)
     if device == "npu":
         expected += 1 + sum(fault.ranks == RANKS for fault in PARALLEL_FAULTS)
     assert [len(each) for each in found] == [expected] * RANKS

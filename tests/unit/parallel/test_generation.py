@@ -1,0 +1,90 @@
+"""One call of generate on all ranks. Two real processes make such calls in tests/accuracy/parallel_ranks.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.parallel import generation
+from qwen2_npu.parallel.collectives import ALONE, Ranks
+from qwen2_npu.parallel.sharding import Shard
+from tests.unit.parallel.virtual import sharded
+from tests.unit.small import small_config, small_stock, stock_weights
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[3, 5, 7]])
+
+
+class SecondRank(Ranks):
+    """What is broadcast to it is the state of a generator with another seed."""
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.Generator().manual_seed(41).get_state()
+
+
+@pytest.fixture
+def facts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the ranks are asked to agree on, call by call."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(generation, "agree", lambda facts, way_out: found.append(facts))
+    return found
+
+
+def test_random_numbers_are_those_of_rank_0(facts: list[dict[str, Any]]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        generation.start(SecondRank(Shard(1, 2)), {"input_ids": IDS}, CPU)
+        assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(41)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"input_ids": IDS + 1},
+        {"input_ids": IDS.to(torch.int32)},
+        {"input_ids": IDS.T},
+        {"input_ids": IDS, "do_sample": True},
+        {"input_ids": IDS, "generation_config": GenerationConfig(top_k=3)},
+    ],
+    ids=["ids", "dtype", "shape", "an option more", "configuration"],
+)
+def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
+    ranks = SecondRank(Shard(1, 2))
+    for call in ({"input_ids": IDS}, {"input_ids": IDS.clone(), "streamer": object()}, other):
+        generation.start(ranks, call, CPU)
+    assert facts[0] == facts[1], "equal arguments, and a streamer that one rank has for itself"
+    assert facts[2] != facts[0]
+
+
+def test_alone_nothing_is_agreed_on_and_no_state_changes(facts: list[dict[str, Any]]) -> None:
+    before = torch.get_rng_state()
+    generation.start(ALONE, {"input_ids": IDS}, CPU)
+    generation.check(ALONE, GenerationConfig(max_time=1.0))
+    assert facts == []
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("where", ["argument", "configuration", "the model's own"])
+def test_a_limit_of_time_is_refused_wherever_it_is_from(where: str, facts: list[dict[str, Any]]) -> None:
+    config = small_config()
+    model = sharded(config, stock_weights(small_stock(config)), ALONE)
+    model.ranks = SecondRank(Shard(1, 2))
+    given: dict[str, Any] = {}
+    if where == "argument":
+        given["max_time"] = 2.5
+    elif where == "configuration":
+        given["generation_config"] = GenerationConfig(max_time=2.5, pad_token_id=0)
+    else:
+        model.generation_config.max_time = 2.5
+    with (
+        torch.random.fork_rng(devices=[]),
+        pytest.raises(
+            UnsupportedError,
+            match=r"^max_time=2\.5: each of the 2 ranks would stop by its own clock; use max_new_tokens$",
+        ),
+    ):
+        model.generate(IDS, max_new_tokens=2, **given)
