@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,9 +120,9 @@ class StreamedPair(Pair):
         assert [list(window) for window in windows] == self.windows(), "other text than the held-out one was not read"
         return self._losses
 
-    def locate(self, model: object, shape: str) -> ErrorLocation | None:
+    def locate(self, model: Any, shape: str) -> ErrorLocation | None:
         batch, forced = self.batch(shape), self.traces(shape)[0].forced
-        ours = locate_error.captures(model, batch, forced)
+        ours = self.ask(locate_error.captures, model, batch=batch, forced=forced)
         first: ErrorLocation | None = None
         steps = len(ours)  # a later layer matters only in the forward passes before the first one with an error
         for layer, stock, true in self.models.points(step_by_step(batch, forced)):
