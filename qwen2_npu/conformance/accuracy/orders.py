@@ -37,6 +37,18 @@ CALLS: dict[str, Callable[..., Any]] = {
 """The other orders: name -> what is called with the model that was built last."""
 
 
+def rank_count() -> int:
+    """How many ranks share the optimised model."""
+    group = launch.current()
+    return 1 if group is None else group.world_size
+
+
+def ranks_of_host() -> int:
+    """How many of them are on this host; all where the launcher does not say it."""
+    found = launch.launched()
+    return min((found and found.local_size) or rank_count(), rank_count())
+
+
 class Orders:
     """What rank 0 of ``group`` tells the others, one after the other, as JSON in the store.
 
