@@ -162,24 +162,24 @@ def damaged(name: str) -> Damage:
 
 
 @pytest.mark.parametrize(
-    ("step", "parameter", "place"),
+    ("step", "parameter", "said"),
     [
-        ("fused_qkv", "model.layers.1.self_attn.qkv_proj.bias", "layer 1, q_proj (linear)"),
-        ("fused_gate_up", "model.layers.0.mlp.gate_up_proj.weight", "layer 0, gate_proj (linear)"),
+        ("", "model.layers.1.self_attn.o_proj.weight", "with every optimisation off, layer 1, o_proj (linear, all-red"),
+        pytest.param(
+            "fused_qkv",
+            "model.layers.1.self_attn.qkv_proj.bias",
+            "step fused_qkv, layer 1, q_proj (linear): ",
+            marks=pytest.mark.slow,
+        ),
+        ("fused_gate_up", "model.layers.0.mlp.gate_up_proj.weight", "step fused_gate_up, layer 0, gate_proj (linear)"),
     ],
 )
 def test_the_part_of_one_rank_is_followed_to_step_layer_and_operator(
-    pair: Pair, state: Any, step: str, parameter: str, place: str
+    pair: Pair, state: Any, step: str, parameter: str, said: str
 ) -> None:
-    optimizations = Optimizations.of(["fixed_kv_cache", step])
-    found = led(pair, state, lambda pair: str(pair.explain(optimizations, "ragged")), damaged(parameter))
-    assert found.startswith(f"step {step}, {place}: "), found
-
-
-def test_a_sum_over_the_ranks_is_named_as_one(pair: Pair, state: Any) -> None:
-    damage, none = damaged("model.layers.1.self_attn.o_proj.weight"), Optimizations.none()
-    found = led(pair, state, lambda pair: str(pair.explain(none, "ragged")), damage)
-    assert found.startswith("with every optimisation off, layer 1, o_proj (linear, all-reduce): "), found
+    optimizations = Optimizations.of([step] if step else [])
+    found = led(pair, state, lambda pair: str(pair.explain(optimizations, "one")), damaged(parameter))
+    assert found.startswith(said), found
 
 
 @pytest.mark.parametrize(("size", "kv_heads", "vocabulary"), [(2, 2, 199), (4, 2, 200)])
