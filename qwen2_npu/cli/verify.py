@@ -69,19 +69,22 @@ def command(
     if console.is_terminal:
         console.out("starting", end="\r", highlight=False)
     options.import_first("qwen2_npu.conformance.accuracy.verify")
+    if not ranks.first():
+        from qwen2_npu.conformance.accuracy.verify import take_part
+
+        options.quiet_transformers()
+        passed = take_part(model_path, device=options.check_device(device), dtype=dtype)
+        sys.exit(0 if passed else 1)
     with options.progress(console, "starting") as progress:
         options.quiet_transformers()
-        from qwen2_npu.conformance.accuracy.verify import take_part, verify
+        from qwen2_npu.conformance.accuracy.verify import verify
         from qwen2_npu.conformance.files import check_writable, write_json
         from qwen2_npu.conformance.report.own_files import rewritten
 
-        device = options.check_device(device)
-        if not ranks.first():
-            sys.exit(0 if take_part(model_path, device=device, dtype=dtype) else 1)
         check_writable(json_path)
         result = verify(
             model_path,
-            device=device,
+            device=options.check_device(device),
             dtype=dtype,
             steps=steps,
             mode=mode,
