@@ -20,7 +20,10 @@ from click.testing import CliRunner
 
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import stock
+from qwen2_npu.conformance.accuracy import (
+    stock,
+    streamed_pair,  # noqa: F401 - before stock is patched: what it imports from there stays as it is
+)
 from qwen2_npu.models.attention import Attention
 from qwen2_npu.parallel import agreement, launch
 
