@@ -26,11 +26,12 @@ from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
-from qwen2_npu.conformance.accuracy.orders import Orders
+from qwen2_npu.conformance.accuracy.orders import Orders, rank_count
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.sharding import Shard
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
@@ -269,9 +270,11 @@ def weights_of_checkpoint(
 
     Raises:
         CheckpointError: the folder is unusable, or its tokenizer does not fit it.
+        UnsupportedError: the ranks that there are cannot share the model.
     """
     folder = Path(path) if path is not None else tiny.path()
     source = open_checkpoint(folder)
+    Shard(0, rank_count()).check(source.config)
     # What does not fit is found here, and named, before the stock model meets it in its own way.
     skeleton(lambda: Qwen2ForCausalLM(source.config), source)
     tokenizer = load_tokenizer(folder)
