@@ -60,7 +60,8 @@ def let_the_first_speak() -> None:
 def in_ranks(function: Callable[..., None]) -> Callable[..., None]:
     """Run a command, which has a ``device`` among its parameters, inside of the group that the launcher started.
 
-    It gets the rank's own device. Every rank must have been given the same options, and end with the same status.
+    It gets the rank's own device. Every rank must have been given the same options, find the same checkpoint in the
+    folder ``model_path``, and end with the same status.
     """
 
     @functools.wraps(function)
@@ -70,12 +71,17 @@ def in_ranks(function: Callable[..., None]) -> Callable[..., None]:
         if found is None or found.world_size == 1:
             return function(device=device, **given)
         options.import_first("torch")
-        from qwen2_npu.parallel.agreement import agree
+        from qwen2_npu.parallel.agreement import agree, fingerprint
 
         status: Any = 0
+        said: dict[str, str] = {}
         _met = True
         with launch.joined(options.device_name(device), given_as=f"--device {device}") as group:
             agree({f"--{name.replace('_', '-')}": _plain(value) for name, value in {"device": device, **given}.items()})
+            if (folder := given.get("model_path")) is not None:
+                with contextlib.suppress(OSError):  # the command says what is wrong with the folder
+                    said = fingerprint(folder)
+                agree(said, way_out=f"{folder}: put the same checkpoint on every node")
             try:
                 function(device=str(group.device), **given)
             except SystemExit as end:

@@ -11,7 +11,7 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts, options, ranks
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, PARALLEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from qwen2_npu.conformance.accuracy.verify import StepResult, Verification
 
 
+def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else options.names_of(value, (*LADDER, *PARALLEL))
+
+
 @click.command("verify")
 @options.model_path_option(help="Hugging Face checkpoint folder.  [default: the trained tiny one of this package]")
 @options.assume_tp_option()
@@ -28,9 +32,10 @@ if TYPE_CHECKING:
 @options.dtype_option()
 @click.option(
     "--steps",
-    callback=options.parse_steps,
+    callback=_parse_steps,
     metavar="STEP,…",
-    help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}]",
+    help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}; under a launcher with 2, 4 "
+    f"or 8 ranks {','.join(PARALLEL)} as well]",
 )
 @options.mode_option()
 @click.option(
@@ -57,6 +62,7 @@ def command(
 
     Both models see the same tokens (prefill, then the decode path with the stock model's tokens forced); a different
     best token is excused only where the stock model's own rounding, measured against float64, could have made it.
+    Under a launcher of several ranks they share the optimised model; the stock model is on the first one alone.
     Exit status: 0 all passed, 1 a step failed, 2 nothing could be compared, 130 interrupted.
     """
     from rich.console import Console
@@ -65,28 +71,32 @@ def command(
     if console.is_terminal:
         console.out("starting", end="\r", highlight=False)
     options.import_first("qwen2_npu.conformance.accuracy.verify")
+    if not ranks.first():
+        from qwen2_npu.conformance.accuracy.verify import take_part
+
+        options.quiet_transformers()
+        passed = take_part(model_path, device=options.check_device(device), dtype=dtype, assume_tp=assume_tp)
+        sys.exit(0 if passed else 1)
     with options.progress(console, "starting") as progress:
         options.quiet_transformers()
         from qwen2_npu.conformance.accuracy.verify import verify
         from qwen2_npu.conformance.files import check_writable, write_json
         from qwen2_npu.conformance.report.own_files import rewritten
 
-        if ranks.first():
-            check_writable(json_path)
+        check_writable(json_path)
         result = verify(
             model_path,
             device=options.check_device(device),
             dtype=dtype,
-            steps=steps or LADDER,
+            steps=steps,
             mode=mode,
             stream=stream,
             assume_tp=assume_tp,
             progress=progress,
         )
         interrupts.check()
-        if ranks.first():
-            write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
-            rewritten(json_path)
+        write_json(json_path, result.to_dict())  # first, whether or not somebody reads the rest
+        rewritten(json_path)
     interrupts.check()
     show(result, console)
     console.print(f"Report: {json_path}", highlight=False)
@@ -109,6 +119,13 @@ def show(result: Verification, console: Console) -> None:
         console.print(
             f"The stock model and its float64 self went layer by layer ({result.streamed}); decode was forced to the "
             "tokens that follow the prompts in the held-out text",
+            highlight=False,
+        )
+    if result.ranks > 1:
+        left_out = f"; left out: {result.left_out}" if result.left_out else ""
+        console.print(
+            f"{result.ranks} ranks shared the optimised model; the stock model and its float64 self were on rank 0 "
+            f"alone{left_out}",
             highlight=False,
         )
     environment = result.environment

@@ -10,17 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.parallel.sharding import Shard, Unit
 
 ATTENTION_OPERATORS = ("npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_fused_infer_attention_score")
 ROTARY_OPERATORS = ("npu_apply_rotary_pos_emb", "npu_rotary_mul")
 CACHE_OPERATORS = ("scatter_update_", "scatter_update")
+
+CUT_POINTS: dict[str, Unit] = {
+    **dict.fromkeys(("q_proj", "query", "attention"), "query heads"),
+    **dict.fromkeys(("k_proj", "v_proj", "key", "value"), "kv heads"),
+    **dict.fromkeys(("gate_proj", "up_proj", "mlp activation"), "columns"),
+    "lm_head": "vocabulary",
+}
+"""Points of which every rank of a shared model computes a part; the others are whole on each."""
+
+SUMMED_POINTS = ("o_proj", "down_proj")
+"""Points that are sums over the ranks."""
 
 
 def npu_operator(func: Any) -> str | None:
@@ -77,6 +89,23 @@ class PassRecorder:
 
     def by_place(self) -> dict[tuple[int | None, str], Point]:
         return {(point.layer, point.name): point for point in self.points}
+
+
+def of_all_ranks(point: Point, model: Any) -> Point:
+    """The whole of which ``point`` is one rank's part. All ranks of ``model`` must ask, for the same points."""
+    unit, size = CUT_POINTS.get(point.name), model.ranks.size
+    if point.name in SUMMED_POINTS and not point.operators:
+        return replace(point, operators=("linear", "all-reduce"))
+    if unit is None:
+        return point
+    parts = [Shard(rank, size).part(unit, model.config) for rank in range(size)]
+    # Ranks that share a kv head, or a vocabulary that is not cut, hold the same.
+    kept = [rank for rank, part in enumerate(parts) if rank == 0 or part != parts[rank - 1]]
+    if len(kept) == 1 and unit == "vocabulary":
+        return point
+    gathered = model.ranks.all_gather(torch.from_numpy(point.values).to(model.device)).cpu().numpy()
+    tokens = len(gathered)
+    return replace(point, values=gathered.reshape(tokens, size, -1)[:, kept].reshape(tokens, -1))
 
 
 @contextmanager

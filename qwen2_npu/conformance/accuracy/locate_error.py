@@ -18,14 +18,21 @@ import torch
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
-from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
-from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing
+from qwen2_npu.conformance.accuracy.compare import Comparison
+from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing, of_all_ranks
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.collectives import ALONE
 
 BuildModel = Callable[[Optimizations], Any]
 """Makes the optimised model with the given switches; the weights are the caller's."""
+
+
+def call(function: Callable[..., Any], model: Any, **arguments: Any) -> Any:
+    """``function`` of ``model``, which is this process's alone."""
+    return function(model, **arguments)
+
 
 SMALL_OPERATORS: dict[str, str] = {
     "q_proj": "linear",
@@ -95,18 +102,15 @@ def explain(
     build: BuildModel,
     optimizations: Optimizations,
     *,
-    batch: Batch,
-    baseline_trace: teacher_forcing.Trace,
-    reference_trace: teacher_forcing.Trace,
-    dtype: torch.dtype,
+    compare: Callable[[Any], Comparison],
     find: Callable[[Any], ErrorLocation | None],
 ) -> Explanation | None:
-    """Bisects the failure of ``optimizations`` on ``batch``. None if, built again, nothing fails.
+    """Bisects the failure of ``optimizations`` on a batch. None if, built again, nothing fails.
 
     Args:
         build: called once per step tried, starting with none.
-        baseline_trace, reference_trace: of the stock model and its float64 self, over ``batch``.
-        find: says where a model that fails on ``batch`` goes wrong, as :func:`locate` does.
+        compare: holds a model against the stock model on that batch.
+        find: says where a model that fails there goes wrong, as :func:`locate` does.
     """
     names = optimizations.names()
     for count in range(len(names) + 1):
@@ -114,29 +118,29 @@ def explain(
             continue
         tried = Optimizations.of(names[:count])
         model = build(tried)
-        comparison = compare_model(model, batch, baseline_trace, reference_trace, dtype)
+        comparison = compare(model)
         if not comparison.passed:
             step = names[count - 1] if count else None
             return Explanation(step, tried.names(), find(model), tuple(comparison.failures()))
+        del model  # before the next one is built
     return None
 
 
-def compare_model(
+def trace_model(
     model: Any,
     batch: Batch,
     baseline_trace: teacher_forcing.Trace,
-    reference_trace: teacher_forcing.Trace,
-    dtype: torch.dtype,
-) -> Comparison:
-    """Runs ``model`` forced to the baseline's tokens, and compares. What its switches ask for is run as well."""
-    return compare_traces(trace_model(model, batch, baseline_trace), baseline_trace, reference_trace, dtype)
+    ask: Callable[..., teacher_forcing.Trace] = call,
+) -> teacher_forcing.Trace:
+    """The optimised model's trace, on the paths that its switches and compilation give a meaning to.
 
-
-def trace_model(model: Any, batch: Batch, baseline_trace: teacher_forcing.Trace) -> teacher_forcing.Trace:
-    """The optimised model's trace, on the paths that its switches and compilation give a meaning to."""
-    return teacher_forcing.run(
+    Args:
+        ask: calls a function with the model, as ``Pair.ask`` does.
+    """
+    return ask(
+        teacher_forcing.run,
         model,
-        batch,
+        batch=batch,
         decode_steps=baseline_trace.forced.shape[1],
         forced=baseline_trace.forced,
         hidden=baseline_trace.hidden is not None,
@@ -145,10 +149,20 @@ def trace_model(model: Any, batch: Batch, baseline_trace: teacher_forcing.Trace)
 
 
 def locate(
-    optimised: Any, baseline: Any, reference: Any, batch: Batch, forced: Array, dtype: torch.dtype
+    optimised: Any,
+    baseline: Any,
+    reference: Any,
+    batch: Batch,
+    forced: Array,
+    dtype: torch.dtype,
+    ask: Callable[..., list[PassRecorder]] = call,
 ) -> ErrorLocation | None:
-    """The first point, in order of execution, whose error exceeds its bound; None if there is none."""
-    runs = [captures(model, batch, forced) for model in (optimised, baseline)]
+    """The first point, in order of execution, whose error exceeds its bound; None if there is none.
+
+    Args:
+        ask: calls a function with the optimised model, as ``Pair.ask`` does.
+    """
+    runs = [ask(captures, optimised, batch=batch, forced=forced), captures(baseline, batch, forced)]
     with exact(reference):
         runs.append(captures(reference, batch, forced))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
@@ -186,7 +200,8 @@ def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorR
 
 @torch.no_grad()
 def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
-    """One capture per forward pass: the prefill, then every decode step."""
+    """One capture per forward pass: the prefill, then every decode step. Of a model that ranks share, the whole
+    tensors: all ranks must ask."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
     lengths = batch.lengths
@@ -207,6 +222,9 @@ def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
             out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
         cache = {CACHE_NAME: cache_of(out)}
         found.append(capture)
+    if getattr(model, "ranks", ALONE).size > 1:
+        for capture in found:
+            capture.points = [of_all_ranks(point, model) for point in capture.points]
     return found
 
 

@@ -93,7 +93,8 @@ class ModelPair(Pair):
 
     def locate(self, model: Any, shape: str) -> ErrorLocation | None:
         forced = self.traces(shape)[0].forced
-        return locate_error.locate(model, self.baseline, self.reference, self.batch(shape), forced, self.dtype)
+        batch, models = self.batch(shape), (model, self.baseline, self.reference)
+        return locate_error.locate(*models, batch, forced, self.dtype, self.ask)
 
     def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         return text.token_losses(self.baseline, windows), text.reference_losses(self.reference, windows)

@@ -7,10 +7,10 @@ are in memory (``model_pair``) or pass through it layer by layer (``streamed_pai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +26,18 @@ from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.orders import Orders, rank_count
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import Optimizations
+from qwen2_npu.parallel.sharding import Shard
 
 DECODE_STEPS = 12
 PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 512, 128
 SAMPLE_TOKENS = 32
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Pair(ABC):
     Attributes:
         config, generation_config: of the stock model.
         build: this project's model of the same weights, with the given switches.
+        orders: to the other ranks that share that model; None where it is this process's alone.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Pair(ABC):
     build: BuildModel
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
+    orders: Orders | None = None
     _batches: dict[str, Batch] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +88,21 @@ class Pair(ABC):
     ) -> Self:
         """Random weights in the small version of a member of the family: see ``accuracy.configs``."""
         return cls.of(weights_of_shape(shape, dtype=dtype, device=device, seed=seed), device, decode_steps)
+
+    # ---- this project's model ---------------------------------------------------------------------------------------
+    def lead(self, orders: Orders) -> None:
+        """Compare the model that the ranks of ``orders`` share: they are told of every call of it."""
+        self.orders, self.build = orders, orders.leading(self.build)
+
+    def ask(self, function: Callable[..., ResultT], model: Any, **arguments: Any) -> ResultT:
+        """``function`` of the optimised model, which was built last, on all ranks that share it.
+
+        Args:
+            function: one of ``orders.CALLS``.
+        """
+        if self.orders is not None:
+            self.orders.tell(function.__name__, **arguments)
+        return function(model, **arguments)
 
     # ---- what the stock model and its exact self say ----------------------------------------------------------------
     @property
@@ -131,7 +152,7 @@ class Pair(ABC):
     def compare(self, model: Any, shape: str) -> tuple[Comparison, Trace]:
         """``model`` forced through the batch of that shape, and its trace."""
         baseline, reference = self.traces(shape)
-        trace = locate_error.trace_model(model, self.batch(shape), baseline)
+        trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
         return compare_traces(trace, baseline, reference, self.dtype), trace
 
     def explain(
@@ -142,14 +163,10 @@ class Pair(ABC):
         Args:
             build: in place of the pair's own, for models that are compiled or tampered with.
         """
-        baseline_trace, reference_trace = self.traces(shape)
         return locate_error.explain(
             build or self.build,
             optimizations,
-            batch=self.batch(shape),
-            baseline_trace=baseline_trace,
-            reference_trace=reference_trace,
-            dtype=self.dtype,
+            compare=lambda model: self.compare(model, shape)[0],
             find=lambda model: self.locate(model, shape),
         )
 
@@ -169,14 +186,15 @@ class Pair(ABC):
         windows = self.windows()
         if not windows:
             return None
-        return text.perplexity(text.token_losses(model, windows), *self.losses(windows), self.dtype)
+        ours = self.ask(text.token_losses, model, windows=windows)
+        return text.perplexity(ours, *self.losses(windows), self.dtype)
 
     def samples(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int = SAMPLE_TOKENS) -> list[GreedyText]:
         """Greedy continuations of ``prompts``, one left-padded batch through ``generate`` of both models."""
         if self.tokenizer is None or not prompts:
             return []
         batch = Batch.of([self.encode(prompt) for prompt in prompts], pad_token_id=self.pad_token_id)
-        got = self.greedy(model, batch, max_new_tokens)
+        got = self.greedy(model, batch, max_new_tokens, self.ask)
         expected, found = self.stock_texts(batch, got, max_new_tokens)
         by_row = {divergence.row: divergence for divergence in found}
         return [
@@ -190,10 +208,27 @@ class Pair(ABC):
             for row, prompt in enumerate(prompts)
         ]
 
-    def greedy(self, model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
-        """What ``model`` adds to the prompts of ``batch`` by itself."""
+    def greedy(
+        self,
+        model: Any,
+        batch: Batch,
+        max_new_tokens: int,
+        ask: Callable[..., list[list[int]]] = locate_error.call,
+    ) -> list[list[int]]:
+        """What ``model`` adds to the prompts of ``batch`` by itself.
+
+        Args:
+            ask: :meth:`ask` where it is the optimised one.
+        """
         ends, padding = self.eos_token_ids, self.pad_token_id
-        return text.greedy(model, batch, max_new_tokens=max_new_tokens, eos_token_ids=ends, pad_token_id=padding)
+        return ask(
+            text.greedy,
+            model,
+            batch=batch,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=ends,
+            pad_token_id=padding,
+        )
 
     def windows(self) -> list[list[int]]:
         """The held-out text in pieces, to measure perplexity on; empty without a tokenizer."""
@@ -259,9 +294,11 @@ def weights_of_checkpoint(
 
     Raises:
         CheckpointError: the folder is unusable, or its tokenizer does not fit it.
+        UnsupportedError: the ranks that there are cannot share the model.
     """
     folder = Path(path) if path is not None else tiny.path()
     source = open_checkpoint(folder, assume_tp=assume_tp)
+    Shard(0, rank_count()).check(source.config)
     # What does not fit is found here, and named, before the stock model meets it in its own way.
     skeleton(lambda: Qwen2ForCausalLM(source.config), source)
     tokenizer = load_tokenizer(folder)

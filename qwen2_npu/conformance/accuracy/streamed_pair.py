@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from qwen2_npu.conformance.accuracy.layer_by_layer import (
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, ErrorLocation, divergences
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.orders import rank_count, ranks_of_host
 from qwen2_npu.conformance.accuracy.pair import (
     DECODE_STEPS,
     Pair,
@@ -47,6 +49,7 @@ from qwen2_npu.conformance.accuracy.pair import (
 )
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, reference_trace
 from qwen2_npu.conformance.machine.memory import free_bytes
+from qwen2_npu.parallel.sharding import Shard
 
 ASKED_FOR = "asked for"
 
@@ -105,9 +108,9 @@ class StreamedPair(Pair):
         assert [list(window) for window in windows] == self.windows(), "other text than the held-out one was not read"
         return self._losses
 
-    def locate(self, model: object, shape: str) -> ErrorLocation | None:
+    def locate(self, model: Any, shape: str) -> ErrorLocation | None:
         batch, forced = self.batch(shape), self.traces(shape)[0].forced
-        ours = locate_error.captures(model, batch, forced)
+        ours = self.ask(locate_error.captures, model, batch=batch, forced=forced)
         first: ErrorLocation | None = None
         steps = len(ours)  # a later layer matters only in the forward passes before the first one with an error
         for layer, stock, true in self.models.points(step_by_step(batch, forced)):
@@ -223,10 +226,16 @@ def pair_of_checkpoint(
 
 
 def why_streamed(weights: PairWeights, device: str, free: Callable[[str], int | None] = free_bytes) -> str:
-    """What does not fit the free memory, in words; empty where the whole models do."""
-    parameters = sum(math.prod(shape) for shape in weights.source.shapes().values())
-    exact, both = parameters * torch.float64.itemsize, 2 * parameters * weights.dtype.itemsize
+    """What does not fit the free memory, in words; empty where the whole models do.
+
+    Of a model that ranks share, the parts that go into the same memory count.
+    """
+    shapes = weights.source.shapes()
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     shared = device == "cpu" or (emulator.is_active() and device.startswith("npu"))
+    shard, here = Shard(0, rank_count()), ranks_of_host() if shared else 1
+    part = sum(math.prod(shard.shape_of(name, shape, weights.source.config)) for name, shape in shapes.items())
+    exact, both = parameters * torch.float64.itemsize, (parameters + here * part) * weights.dtype.itemsize
     needs = {"cpu": exact + both} if shared else {"cpu": exact, device: both}
     for where, needed in needs.items():
         available = free(where)

@@ -15,18 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
-from qwen2_npu.conformance.accuracy.pair import GreedyText, Pair
+from qwen2_npu.conformance.accuracy.orders import END, Orders, follow, rank_count
+from qwen2_npu.conformance.accuracy.pair import DECODE_STEPS, GreedyText, Pair, weights_of_checkpoint
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import check_mode, compile_model
-from qwen2_npu.optimizations import LADDER, Optimizations
+from qwen2_npu.optimizations import LADDER, PARALLEL, Optimizations
+from qwen2_npu.parallel.collectives import FUSED_SIZES
 
 SCHEMA = 1
 SAMPLE_PROMPTS = 4
@@ -108,6 +112,10 @@ class Verification:
     mode: str = "eager"
     streamed: str = ""
     """Why the stock model went layer by layer; empty if it was whole."""
+    ranks: int = 1
+    """How many shared the optimised model."""
+    left_out: str = ""
+    """Why several ranks did not run the steps that only they have; empty if they did, or were not asked to."""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -138,6 +146,7 @@ class Verification:
             "mode": self.mode,
             "reference_dtype": self.reference_dtype,
             "streamed": self.streamed,
+            **({"ranks": self.ranks, "left_out": self.left_out} if self.ranks > 1 else {}),
             "rows": [row.to_dict() for row in self.rows],
             "samples": [asdict(sample) for sample in self.samples],
             "perplexity": None if self.perplexity is None else asdict(self.perplexity),
@@ -149,17 +158,19 @@ def verify(
     *,
     device: str = "cpu",
     dtype: str = "auto",
-    steps: Sequence[str] = LADDER,
+    steps: Sequence[str] | None = None,
     mode: str = "eager",
     stream: bool | None = None,
     assume_tp: int | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
-    """The ladder, cumulatively, on one checkpoint.
+    """The ladder, cumulatively, on one checkpoint. Of several ranks the first calls it, and the others
+    :func:`take_part`.
 
     Args:
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
-        steps: which rows to run; each includes all steps of the ladder before it.
+        steps: which rows to run; each includes all steps of the ladder before it. None for the ladder, and on several
+            ranks what only they have.
         mode: how the optimised model is compiled, see ``compile_model``.
         stream: the stock model and its float64 self layer by layer, or whole; None for whole where that fits the free
             memory.
@@ -171,6 +182,8 @@ def verify(
         MemoryError: what does not fit, and the way out.
         ValueError: an unknown step.
     """
+    orders = Orders.of_ranks()
+    steps, left_out = _steps(steps, model_path, device, dtype, assume_tp)
     presets = {step: Optimizations.up_to(step) for step in steps}
     for optimizations in presets.values():
         check_mode(mode, torch.device(device), optimizations)
@@ -183,9 +196,11 @@ def verify(
         streamed = pair.reason
         progress(f"stock model layer by layer: {streamed}", done, total)
         pair.models.progress = lambda layer: progress(f"{part}, {layer}", done, total)
+    if orders is not None:
+        pair.lead(orders)
     eager = pair.build
     if mode != "eager":
-        pair.build = lambda optimizations: compile_model(eager(optimizations), mode)
+        pair.build = lambda optimizations: pair.ask(compile_model, eager(optimizations), mode=mode)
     baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES]) or None
     rows: list[StepResult] = []
     for done, (part, optimizations) in enumerate(presets.items(), start=1):
@@ -205,9 +220,59 @@ def verify(
         perplexity=pair.perplexity(model),
         mode=mode,
         streamed=streamed,
+        ranks=rank_count(),
+        left_out=left_out,
     )
+    if orders is not None:
+        orders.tell(END, passed=result.passed)
     progress("done", total, total)
     return result
+
+
+def take_part(
+    model_path: Path | None = None, *, device: str = "cpu", dtype: str = "auto", assume_tp: int | None = None
+) -> bool:
+    """What ranks other than the first do while that one calls :func:`verify` with the same arguments.
+
+    Returns:
+        Whether all passed, as the first rank found.
+
+    Raises:
+        CheckpointError: as of :func:`verify`.
+    """
+    orders = Orders.of_ranks()
+    assert orders is not None, "there are no other ranks here"
+    weights = weights_of_checkpoint(
+        model_path, dtype=dtype, device=device, decode_steps=DECODE_STEPS, assume_tp=assume_tp
+    )
+    return follow(orders, weights.build)
+
+
+def _steps(
+    asked: Sequence[str] | None, model_path: Path | None, device: str, dtype: str, assume_tp: int | None = None
+) -> tuple[Sequence[str], str]:
+    """The rows to run, and why several ranks do not run all that there are.
+
+    Args:
+        asked: None for all.
+
+    Raises:
+        UnsupportedError: a step of several ranks was asked for, and cannot be had.
+    """
+    missing, way_out, ranks = "", "", rank_count()
+    if ranks not in FUSED_SIZES:
+        sizes = ", ".join(map(str, FUSED_SIZES))
+        missing = f"mm_all_reduce takes {sizes} ranks, and there {'is 1' if ranks == 1 else f'are {ranks}'}"
+        way_out = "leave it out, or start as many (docs/parallel.md)"
+    elif device.startswith("npu") and (asked is None or set(asked) & set(PARALLEL)):
+        stored = parse_dtype(dtype) or open_checkpoint(model_path or tiny.path(), assume_tp=assume_tp).stored_dtype()
+        missing = "mm_all_reduce takes no float32 on an NPU" if stored == torch.float32 else ""
+        way_out = "leave it out, or take --dtype bfloat16"
+    if asked is None:
+        return ((*LADDER, *PARALLEL), "") if not missing else (LADDER, missing if ranks > 1 else "")
+    if missing and set(asked) & set(PARALLEL):
+        raise UnsupportedError(f"--steps {','.join(asked)}: {missing}; {way_out}")
+    return asked, ""
 
 
 def _row(

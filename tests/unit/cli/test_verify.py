@@ -31,6 +31,15 @@ def test_one_line_and_no_report(tmp_path: Path) -> None:
     assert not report.exists()
 
 
+def test_a_step_of_several_ranks_on_one(tmp_path: Path) -> None:
+    report = tmp_path / "verify.json"
+    result = CliRunner().invoke(main, ["verify", "--device", "cpu", "--steps", "mm_all_reduce", "--json", str(report)])
+    assert result.exit_code == 2
+    (line,) = filter(None, result.output.splitlines())
+    assert line.startswith("error: --steps mm_all_reduce: mm_all_reduce takes 2, 4, 8 ranks, and there is 1; leave it")
+    assert not report.exists()
+
+
 def test_layer_by_layer_with_every_other_option(tmp_path: Path) -> None:
     report = tmp_path / "verify.json"
     options = ["--model-path", str(small_folder(tmp_path / "model")), "--device", "cpu", "--dtype", "bfloat16"]

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import stock
+from qwen2_npu.conformance.accuracy import pair, stock
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import PERPLEXITY_WINDOW
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import small_stock
 
 
@@ -90,6 +90,12 @@ def test_named_before_the_stock_model_is_loaded(
     assert str(folder) in str(caught.value)
 
 
+def test_ranks_that_cannot_share_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "rank_count", lambda: 7)
+    with pytest.raises(UnsupportedError, match=r"^tp_size=7: .* query heads .*; this model can be cut for 1, 2"):
+        pair.weights_of_checkpoint(None, dtype="auto", device="cpu", decode_steps=1)
+
+
 def test_a_few_positions_suffice_without_a_tokenizer(tmp_path: Path) -> None:
     small_stock().save_pretrained(tmp_path, safe_serialization=True)
     edit_config(tmp_path, max_position_embeddings=32)
@@ -100,9 +106,9 @@ def test_a_few_positions_suffice_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_padding_is_a_token_that_the_model_knows() -> None:
-    pair = ModelPair.of_checkpoint()
-    assert pair.pad_token_id == pair.tokenizer.pad_token_id
-    pair.tokenizer.pad_token_id = None
-    pair.baseline.generation_config.eos_token_id = 10**6
-    assert pair.pad_token_id == 0
-    assert torch.tensor(pair.heldout_ids()).max() < pair.baseline.config.vocab_size
+    found = ModelPair.of_checkpoint()
+    assert found.pad_token_id == found.tokenizer.pad_token_id
+    found.tokenizer.pad_token_id = None
+    found.baseline.generation_config.eos_token_id = 10**6
+    assert found.pad_token_id == 0
+    assert torch.tensor(found.heldout_ids()).max() < found.baseline.config.vocab_size

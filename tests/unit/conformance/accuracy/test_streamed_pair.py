@@ -20,6 +20,7 @@ from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import weights_of_checkpoint
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint, why_streamed
 from qwen2_npu.conformance.machine.memory import peak_of
+from qwen2_npu.parallel.sharding import Shard
 from tests.accuracy.faults import FAULTS, Fault
 from tests.accuracy.pairs import pair_of, streamed
 from tests.unit.small import small_config, small_stock
@@ -148,6 +149,25 @@ def test_layer_by_layer_where_the_whole_does_not_fit(monkeypatch: pytest.MonkeyP
     assert isinstance(chosen, StreamedPair)
     assert chosen.reason == reason
     assert isinstance(pair_of_checkpoint(stream=False), ModelPair)
+
+
+def test_of_a_shared_model_the_parts_of_this_memory_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of_checkpoint(None, dtype="bfloat16", device="cpu", decode_steps=1)
+    config, shapes = weights.source.config, weights.source.shapes()
+    parameters = int(sum(np.prod(shape) for shape in shapes.values()))
+    part = int(sum(np.prod(Shard(1, 2).shape_of(name, shape, config)) for name, shape in shapes.items()))
+    assert parameters / 2 <= part < 0.6 * parameters
+    monkeypatch.setattr(module, "rank_count", lambda: 2)
+    for here in (1, 2):  # ranks on this host
+        monkeypatch.setattr(module, "ranks_of_host", lambda here=here: here)
+        needed = parameters * (8 + 2) + here * part * 2
+        assert why_streamed(weights, "cpu", lambda device, needed=needed: needed) == ""
+        assert why_streamed(weights, "cpu", lambda device, needed=needed: needed - 1)
+        # A card holds the part of one rank.
+        free = {"cpu": 8 * parameters, "cuda:0": (parameters + part) * 2}
+        assert why_streamed(weights, "cuda:0", free.get) == ""
+        free["cuda:0"] -= 1
+        assert "beside ours" in why_streamed(weights, "cuda:0", free.get)
 
 
 def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
