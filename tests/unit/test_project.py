@@ -36,10 +36,11 @@ def test_ci_runs_the_readme_s_second_command() -> None:
     (command,) = re.findall(r"^\.venv/bin/pip install (.*) && \.venv/bin/(.*)$", readme, re.MULTILINE)
     assert command == ("tox", "tox")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    install, run = script[-2:]
+    install, prepare, run = script[-3:]
     # tox.ini asks for that version, too, and tox would install it by itself.
     assert re.fullmatch(r'\.tox/ci/bin/python -m pip install --quiet "(tox\S*)"', install)
     assert f'"{tox("tox", "requires")[0]}"' in install
+    assert prepare.split("  #")[0] == f"{run} run-parallel --notest --parallel all", "it installs, and tests nothing"
     assert run == ".tox/ci/bin/python -m tox"
     assert not [line for line in script if re.search(r"(TOX_|TOXENV|\s-e\s)", line)], "all environments, as in tox.ini"
 
@@ -54,13 +55,25 @@ def test_checks_before_a_commit_are_those_of_lint() -> None:
     (repository,) = load(".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local", "the project's own versions"
     hooks = [hook["entry"].removeprefix("python -m ").removesuffix(" --force-exclude") for hook in repository["hooks"]]
-    lint = [re.sub(r" (--check|\.)(?= |$)", "", command) for command in tox("testenv:lint", "commands")]
+    lint = [re.sub(r" (--check|\.)(?= |$)", "", command) for command in tox("lint", "commands")]
     assert hooks == lint
+
+
+def test_lint_is_part_of_every_run_of_tox() -> None:
+    lanes = [
+        name
+        for name in tox("tox", "env_list")[0].split(", ")
+        if f"{name}: {{[lint]commands}}" in tox("testenv", "commands")
+    ]
+    assert lanes == ["transformers5"]
+    for section in ("testenv", "testenv:lint"):
+        assert [line for line in tox(section, "deps") if line.endswith("{[lint]deps}")]
+    assert tox("testenv:lint", "commands") == ["{[lint]commands}"]
 
 
 def test_one_version_of_each_tool_everywhere() -> None:
     test = pyproject()["project"]["optional-dependencies"]["test"]
-    pins = {pin for pin in tox("testenv:lint", "deps") if pin.startswith(("ruff", "mypy"))}
+    pins = {pin for pin in tox("lint", "deps") if pin.startswith(("ruff", "mypy"))}
     assert pins == {pin for pin in test if pin.startswith(("ruff", "mypy"))}
     assert all("==" in pin for pin in pins)
 
