@@ -49,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model-path", type=Path, metavar="DIR", help="test a real checkpoint in place of the small models"
     )
     group.addoption(
+        "--assume-tp",
+        type=int,
+        metavar="N",
+        help="with --model-path, for a folder that the upstream guide's script merged: its tp_size",
+    )
+    group.addoption(
         "--stream",
         action="store_const",
         const=True,
@@ -98,6 +104,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.device = check_device(config.option.device)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    if config.option.assume_tp is not None and config.option.model_path is None:
+        raise pytest.UsageError("--assume-tp needs --model-path DIR")
     config.option.decode_steps_given = config.option.decode_steps
     if config.option.decode_steps is None:
         config.option.decode_steps = DECODE_STEPS

@@ -107,11 +107,7 @@ def command(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    weights = (
-        Weights.of_checkpoint(model_path, assume_tp=assume_tp)
-        if model_path is not None
-        else Weights.random(str(random_weights))
-    )
+    weights = Weights.of(str(random_weights), model_path, assume_tp)
     if json_path is not None:
         check_writable(json_path)
     todo = bench.cases(steps, batches)

@@ -26,9 +26,9 @@ def dtypes_of(config: pytest.Config) -> tuple[str, ...]:
 
 def pair_of(config: pytest.Config, weights: str, dtype: str) -> Pair:
     """The pair for one entry of :func:`weights_of`."""
-    path = str(config.option.model_path) if weights == CHECKPOINT else None
     option = config.option
-    return _pair(weights, path, dtype, option.device, option.decode_steps, option.stream)
+    path = str(option.model_path) if weights == CHECKPOINT else None
+    return _pair(weights, path, dtype, option.device, option.decode_steps, option.stream, option.assume_tp)
 
 
 def streamed(config: pytest.Config, dtype: str) -> str:
@@ -38,7 +38,11 @@ def streamed(config: pytest.Config, dtype: str) -> str:
         return ASKED_FOR if option.stream else ""
     try:
         weights = weights_of_checkpoint(
-            option.model_path, dtype=dtype, device=option.device, decode_steps=option.decode_steps
+            option.model_path,
+            dtype=dtype,
+            device=option.device,
+            decode_steps=option.decode_steps,
+            assume_tp=option.assume_tp,
         )
     except (ValueError, OSError):  # the tests say so
         return ""
@@ -46,8 +50,18 @@ def streamed(config: pytest.Config, dtype: str) -> str:
 
 
 @cache
-def _pair(weights: str, path: str | None, dtype: str, device: str, decode_steps: int, stream: bool | None) -> Pair:
+def _pair(
+    weights: str,
+    path: str | None,
+    dtype: str,
+    device: str,
+    decode_steps: int,
+    stream: bool | None,
+    assume_tp: int | None,
+) -> Pair:
     if weights in SHAPES:
         kind = StreamedPair if stream else ModelPair
         return kind.of_shape(weights, dtype=getattr(torch, dtype), device=device, decode_steps=decode_steps)
-    return pair_of_checkpoint(path, dtype=dtype, device=device, decode_steps=decode_steps, stream=stream)
+    return pair_of_checkpoint(
+        path, dtype=dtype, device=device, decode_steps=decode_steps, stream=stream, assume_tp=assume_tp
+    )

@@ -80,6 +80,7 @@ def checks(device: str, card: str, folder: Path) -> Iterator[tuple[str, Callable
     if importlib.util.find_spec("deepspeed") is not None:
         yield "AutoTP", partial(autotp_agrees, dtype, card)
     if device == "npu":
+        yield "graphs on disk", partial(graphs_on_disk, dtype, card, folder / "graphs")
         yield UNBROKEN.name, partial(fault_in_graph, UNBROKEN, dtype, card)
         for fault in PARALLEL_FAULTS:
             if fault.ranks == dist.get_world_size():
@@ -133,6 +134,25 @@ def other_checkpoints_are_refused(folder: Path) -> None:
         config.write_text(config.read_text().replace("2047", "2046"))
     with pytest.raises(UnsupportedError, match=r"rank 1 has generation_config\.json .*: copy one checkpoint"):
         Qwen2ForCausalLM.from_pretrained(own)
+
+
+def graphs_on_disk(dtype: str, card: str, folder: Path) -> None:
+    """Every rank finds its own again, in a folder that all share."""
+
+    def generated() -> list[list[int]]:
+        torch._dynamo.reset()
+        model = Qwen2ForCausalLM.from_pretrained(tiny.path(), dtype=dtype, device=card)
+        compile_model(model, "torchair", cache_dir=folder)
+        ids = torch.tensor([[5, 6, 7], [8, 9, 10]], device=card)
+        return list(model.generate(ids, max_new_tokens=12).tolist())
+
+    def graphs() -> dict[str, int]:
+        own = f"world{dist.get_world_size()}global_rank{dist.get_rank()}"
+        return {str(path): path.stat().st_mtime_ns for path in folder.rglob(f"{own}/*") if path.suffix != ".lock"}
+
+    first, compiled = generated(), graphs()
+    assert compiled
+    assert (generated(), graphs()) == (first, compiled)
 
 
 def autotp_agrees(dtype: str, card: str) -> None:

@@ -51,5 +51,5 @@ def test_two_processes(device: str, tmp_path: Path) -> None:
     assert not failed, "\n".join(failed)
     expected = len(MODES_OF[device]) + 3 + (importlib.util.find_spec("deepspeed") is not None)
     if device == "npu":
-        expected += 1 + sum(fault.ranks == RANKS for fault in PARALLEL_FAULTS)
+        expected += 2 + sum(fault.ranks == RANKS for fault in PARALLEL_FAULTS)
     assert [len(each) for each in found] == [expected] * RANKS

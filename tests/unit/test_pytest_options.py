@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from qwen2_npu import Optimizations
+from tests.accuracy import pairs
+from tests.unit.checkpoint.merges import guide_merged, write_folder
+from tests.unit.small import small_stock, stock_weights
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,3 +50,23 @@ def test_decode_steps_that_cannot_be_taken(decode_steps: Callable[[str], int], v
 @pytest.mark.parametrize(("value", "number"), [("1", 1), ("007", 7), ("1000000", 1_000_000)])
 def test_decode_steps_that_can(decode_steps: Callable[[str], int], value: str, number: int) -> None:
     assert decode_steps(value) == number
+
+
+def test_assume_tp_is_for_a_folder(conftest: Any, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytestconfig.option, "assume_tp", 2)
+    monkeypatch.setattr(pytestconfig.option, "model_path", None)
+    with pytest.raises(pytest.UsageError, match=r"^--assume-tp needs --model-path DIR$"):
+        conftest.pytest_configure(pytestconfig)
+
+
+def test_a_folder_that_does_not_record_its_layout_is_compared(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stock = small_stock()
+    folder = write_folder(tmp_path / "guide", stock.config, guide_merged(stock.config, stock_weights(stock), 2))
+    (folder / "tokenizer_config.json").unlink()  # random tokens do
+    given = {"device": "cpu", "assume_tp": 2, "model_path": folder, "stream": None, "decode_steps": 2}
+    for name, value in given.items():
+        monkeypatch.setattr(pytestconfig.option, name, value)
+    assert pairs.streamed(pytestconfig, "float32") == ""
+    assert pairs.pair_of(pytestconfig, pairs.CHECKPOINT, "float32").failure(Optimizations.all(), "one") == ""

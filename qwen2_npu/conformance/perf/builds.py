@@ -98,8 +98,9 @@ class Weights:
     assume_tp: int | None = None
 
     @classmethod
-    def random(cls, name: str) -> Weights:
-        return cls(SIZES[name])
+    def of(cls, name: str, path: Path | None = None, assume_tp: int | None = None) -> Weights:
+        """Of the folder ``path``; without one, random ones of the size ``name``."""
+        return cls(SIZES[name]) if path is None else cls.of_checkpoint(path, assume_tp=assume_tp)
 
     @classmethod
     def of_checkpoint(cls, path: Path, *, assume_tp: int | None = None) -> Weights:

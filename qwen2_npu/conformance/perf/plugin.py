@@ -151,6 +151,7 @@ def pytest_qwen2_npu_runner(config: pytest.Config) -> Runner:
             device=getattr(option, "device", None) or "cpu",
             random_weights=option.random_weights,
             model_path=getattr(option, "model_path", None),
+            assume_tp=getattr(option, "assume_tp", None),
             decode_steps=getattr(option, "decode_steps_given", None),
         )
     )

@@ -27,7 +27,7 @@ def measured(request: dict[str, Any], group: RankGroup, **protocol_changes: Any)
     from qwen2_npu.conformance.perf.rows import Configuration
 
     configuration, path, device = Configuration(**request["configuration"]), request["model_path"], str(group.device)
-    weights = Weights.random(configuration.model) if path is None else Weights.of_checkpoint(Path(path))
+    weights = Weights.of(configuration.model, path and Path(path), request["assume_tp"])
     own = protocol.measure(
         weights.build(configuration, device),
         batch=configuration.batch,

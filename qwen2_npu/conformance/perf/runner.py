@@ -53,12 +53,14 @@ class Request:
     Attributes:
         random_weights: name of a size, or None.
         model_path: a checkpoint folder, or None. With neither, every size is measured with random weights.
+        assume_tp: for how many ranks it was merged, where it does not record that.
         decode_steps: None for the guide's 1023.
     """
 
     device: str
     random_weights: str | None = None
     model_path: Path | None = None
+    assume_tp: int | None = None
     decode_steps: int | None = None
 
 
@@ -89,9 +91,7 @@ class DeviceRunner:
     def model_name(self) -> str | None:
         """Name of the one model the user named; None for any size."""
         if self.request.model_path is not None:
-            from qwen2_npu.conformance.perf.builds import Weights
-
-            return Weights.of_checkpoint(self.request.model_path).size.name
+            return str(self._weights("").size.name)
         return self.request.random_weights
 
     def why_not(self, configuration: Configuration) -> str | None:
@@ -104,7 +104,7 @@ class DeviceRunner:
     def size(self, configuration: Configuration) -> Size:
         if configuration.model in SIZES:
             return SIZES[configuration.model]
-        return self._weights(configuration).size
+        return self._weights(configuration.model).size
 
     def measured(self, configuration: Configuration) -> Measurement:
         """Its measurement, made on the first call.
@@ -136,6 +136,7 @@ class DeviceRunner:
         request = {
             "configuration": asdict(configuration),
             "model_path": None if path is None else str(path.resolve()),
+            "assume_tp": self.request.assume_tp,
             "decode_steps": self._decode_steps,
         }
         ranks = jobs.JobOfRanks(self.rank_module, configuration.cards, self.request.device, self.job_seconds)
@@ -147,7 +148,7 @@ class DeviceRunner:
     def _measure(self, configuration: Configuration) -> Measurement:
         from qwen2_npu.conformance.perf import protocol
 
-        weights = self._weights(configuration)
+        weights = self._weights(configuration.model)
         return protocol.measure(
             self._built(configuration, weights.build),
             batch=configuration.batch,
@@ -155,12 +156,10 @@ class DeviceRunner:
             weights=weights.description,
         )
 
-    def _weights(self, configuration: Configuration) -> Any:
+    def _weights(self, model: str) -> Any:
         from qwen2_npu.conformance.perf.builds import Weights
 
-        if self.request.model_path is not None:
-            return Weights.of_checkpoint(self.request.model_path)
-        return Weights.random(configuration.model)
+        return Weights.of(model, self.request.model_path, self.request.assume_tp)
 
     def _built(self, configuration: Configuration, build: Callable[..., Any]) -> Any:
         """The model, shared by configurations that differ in the batch alone."""

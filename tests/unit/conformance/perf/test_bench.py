@@ -24,7 +24,7 @@ def result(monkeypatch: pytest.MonkeyPatch, model: str, case: BenchCase, mode: s
     monkeypatch.setattr(bench, "package_version", lambda name: how[name])
     contexts = (0, *range(how["input_tokens"], how["input_tokens"] + how["steps"]))
     measured = Measurement(100.0, (50.0,) * how["steps"], (), contexts, how["input_tokens"], how["steps"])
-    setup = Setup(Weights.random(model), mode, "cpu", how["dtype"], how["input_tokens"], how["steps"] + 1)
+    setup = Setup(Weights.of(model), mode, "cpu", how["dtype"], how["input_tokens"], how["steps"] + 1)
     return bench._result(setup, case, measured, None)
 
 
@@ -106,10 +106,10 @@ class NpuDevice:
 
 def test_what_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "free_bytes", lambda device: 2 << 30)
-    small = Weights.random("0.5B")
+    small = Weights.of("0.5B")
     check(small, BenchCase("original", 1), BenchCase("swiglu", 4))
     with pytest.raises(MemoryError, match=r"swiglu, batch 1, needs 2.88 GiB at the least, and 2 GiB are free on cpu"):
-        check(Weights.random("1.5B"), BenchCase("swiglu", 1))
+        check(Weights.of("1.5B"), BenchCase("swiglu", 1))
     # Scores of small operators: 14 heads · 8192² · (2 + 4) bytes. With fused attention there are none.
     check(small, BenchCase("swiglu", 1), length=8192)
     with pytest.raises(MemoryError, match=r"original, batch 1, needs 6.17 GiB"):
@@ -123,7 +123,7 @@ def test_a_device_says_what_is_free() -> None:
 
 # ---- several cards --------------------------------------------------------------------------------------------------
 def on_cards(cards: int, model: str = "72B") -> Setup:
-    return Setup(Weights.random(model), "torchair", "npu", torch.bfloat16, 1024, 1024, cards)
+    return Setup(Weights.of(model), "torchair", "npu", torch.bfloat16, 1024, 1024, cards)
 
 
 def test_a_card_holds_its_part() -> None:
@@ -134,14 +134,14 @@ def test_a_card_holds_its_part() -> None:
 
 
 def test_ranks_that_cannot_share_the_model_are_refused() -> None:
-    setup = Setup(Weights.random("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 4)
+    setup = Setup(Weights.of("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 4)
     with pytest.raises(UnsupportedError, match="4 ranks do not divide 14; this model can be cut for 1, 2"):
         bench.check(setup, [BenchCase("swiglu", 1)])
 
 
 def test_ranks_on_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     case = BenchCase("swiglu", 1)
-    setup = Setup(Weights.random("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 2)
+    setup = Setup(Weights.of("0.5B"), "eager", "cpu", torch.bfloat16, 16, 16, 2)
     monkeypatch.setattr(bench, "free_bytes", lambda device: bench.least_bytes(setup, case) * 2 - 1)
     with pytest.raises(MemoryError, match=r"swiglu, batch 1, needs .* GiB at the least"):
         bench.check(setup, [case])

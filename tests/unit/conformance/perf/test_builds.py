@@ -94,7 +94,7 @@ def test_a_checkpoint_keeps_its_weights_and_its_published_name() -> None:
     assert weights.description == Path(tiny.path()).name
     model = weights.build(configuration("swiglu"), "cpu")
     assert model.dtype == torch.bfloat16
-    assert Weights.random("7B").description == "random"
+    assert Weights.of("7B").description == "random"
 
 
 def test_a_checkpoint_that_does_not_fit_is_named_before_any_model_meets_it(tmp_path: Path) -> None:

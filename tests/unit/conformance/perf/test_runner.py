@@ -18,7 +18,9 @@ from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.perf.runner import DeviceRunner, Request
 from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel import job
+from tests.unit.checkpoint.merges import config_of, guide_merged, weights_of, write_folder
 
 SEVEN = Configuration("7B", 1, 4, "eager", "swiglu")
 
@@ -104,7 +106,13 @@ def test_a_row_on_several_cards_is_one_job_and_this_process_holds_no_model(monke
     assert bench.measured(TWO) == bench.measured(TWO) == ONE_STEP
     assert bench._model is None
     (request,) = ranks.requests
-    assert request == {"configuration": asdict(TWO), "device": "npu", "model_path": None, "decode_steps": 1023}
+    assert request == {
+        "configuration": asdict(TWO),
+        "device": "npu",
+        "model_path": None,
+        "assume_tp": None,
+        "decode_steps": 1023,
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,6 +149,22 @@ def test_a_checkpoint_is_measured_for_real() -> None:
     assert (len(found.decode_ms), found.contexts) == (2, (0, 1024, 1025))
     assert bench.size(configuration).name == name
     assert bench.fingerprint.identity["device"] == "cpu"
+
+
+def test_a_folder_that_does_not_record_for_how_many_ranks_it_was_merged(tmp_path: Path) -> None:
+    config = config_of(4, 2)
+    config.max_position_embeddings = 2048
+    folder = write_folder(tmp_path / "guide", config, guide_merged(config, weights_of(config), 2))
+    bench = DeviceRunner(Request("cpu", model_path=folder, assume_tp=2, decode_steps=1))
+    found = bench.measured(Configuration(str(bench.model_name), 1, 1, "eager", "swiglu"))
+    assert found.weights == "guide"
+    with pytest.raises(CheckpointError, match="--assume-tp N"):
+        DeviceRunner(Request("cpu", model_path=folder)).model_name  # noqa: B018
+    ranks = Jobs(result={"verified": bench.fingerprint.identity["verified"], "measurement": asdict(ONE_STEP)})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(children, "run_to_end", ranks)
+        bench._measure_in_ranks(TWO)
+    assert (ranks.requests[0]["model_path"], ranks.requests[0]["assume_tp"]) == (str(folder), 2)
 
 
 @pytest.fixture(autouse=True)
