@@ -137,4 +137,5 @@ def _join(device: torch.device) -> None:
     if not dist.is_available() or dist.is_initialized() or found is None or found.world_size == 1:
         return
     own = launch.own_device(found, device.type)
+    launch.set_hccl_timeouts(launch.timeout())
     dist.init_process_group(launch.BACKENDS[own.type], timeout=timedelta(seconds=launch.timeout()))

@@ -183,6 +183,13 @@ def current() -> RankGroup | None:
     return RankGroup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store, timeout())
 
 
+def set_hccl_timeouts(seconds: float) -> None:
+    """HCCL's own, where the user has not set them, for a process group with a timeout of ``seconds``."""
+    for name, (low, high) in HCCL_TIMEOUTS.items():
+        # A second less than the group's: torch_npu warns otherwise.
+        os.environ.setdefault(name, str(round(min(max(seconds - 1, low), high))))
+
+
 @contextlib.contextmanager
 def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGroup]:
     """Be one rank of the group that the launcher started, on a card of its own.
@@ -223,11 +230,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
     from qwen2_npu.parallel.board import Board
     from qwen2_npu.parallel.monitor import Monitor
 
-    if launch.local_size is not None:
-        os.environ.setdefault("LOCAL_SIZE", str(launch.local_size))  # DeepSpeed's operators for the CPU crash without
-    for name, (low, high) in HCCL_TIMEOUTS.items():
-        # A second less than the group's own: torch_npu warns otherwise.
-        os.environ.setdefault(name, str(round(min(max(seconds - 1, low), high))))
+    set_hccl_timeouts(seconds)
     try:
         own = own_device(launch, device, given_as=given_as)
         board = Board.open(launch, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from qwen2_npu import Optimizations
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.parallel import collectives
+from qwen2_npu.parallel import collectives, launch
 from qwen2_npu.parallel.collectives import ALONE, FUSED_SIZES, Ranks, current
 from qwen2_npu.parallel.sharding import WHOLE, Shard
 from tests.unit.parallel.virtual import virtual_ranks
@@ -19,6 +20,22 @@ from tests.unit.small import small_config
 
 
 # ---- current ---------------------------------------------------------------------------------------------------------
+def test_a_script_of_a_user_joins_its_launcher_s_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the timeouts of the package's own commands, HCCL's too."""
+    called: list[Any] = []
+    double = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: False,
+        init_process_group=lambda *a, **b: called.append((a, b)),
+    )
+    two = launch.Launch(0, 0, 2, None, "localhost", 29500)
+    monkeypatch.setattr(collectives, "dist", double)
+    monkeypatch.setattr(launch, "launched", lambda: two)
+    monkeypatch.setattr(launch, "set_hccl_timeouts", called.append)
+    collectives._join(torch.device("cpu"))
+    assert called == [launch.timeout(), (("gloo",), {"timeout": timedelta(seconds=launch.timeout())})]
+
+
 @pytest.fixture
 def world_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.distributed says on rank 1 of two."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 
 import pytest
@@ -156,3 +157,17 @@ def test_a_rank_that_does_not_come(tmp_path):
 
 def test_a_free_port_is_one():
     assert 0 < free_port() < 65536
+
+
+@pytest.mark.parametrize(
+    ("seconds", "connect", "execute"), [(600, "599", "599"), (2, "120", "1"), (1e9, "7200", "17340")]
+)
+def test_timeouts_of_hccl(seconds: float, connect: str, execute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launch.HCCL_TIMEOUTS:
+        monkeypatch.setenv(name, "")  # to be taken back
+        monkeypatch.delenv(name)
+    launch.set_hccl_timeouts(seconds)
+    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == (connect, execute)
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "7")
+    launch.set_hccl_timeouts(seconds)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "7", "the user's own"
