@@ -80,6 +80,14 @@ class Qwen2Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """For transformers, as its own models have it."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``."""
+        self.embed_tokens = value
+
     def forward(
         self,
         tokens: torch.Tensor,

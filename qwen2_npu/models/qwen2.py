@@ -106,6 +106,14 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, for transformers."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``."""
+        self.lm_head = new_embeddings
+
     # ---- caches --------------------------------------------------------------------------------------------------
     def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
         """Shape, and so the memory, of the fixed cache for ``batch_size`` rows of ``capacity`` tokens."""
@@ -279,7 +287,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     @property
     def _hides_wrong_ids(self) -> bool:
         """Whether a lookup of an id beyond the vocabulary raises no IndexError, though it is made on a CPU."""
-        return self.model.embed_tokens.cut and self.device.type == "cpu"
+        return getattr(self.model.embed_tokens, "cut", False) and self.device.type == "cpu"
 
     def _check_cache(self, cache: Cache | None) -> Cache | None:
         fixed = self.optimizations.fixed_kv_cache
