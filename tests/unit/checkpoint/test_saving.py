@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import saving, weights
-from qwen2_npu.checkpoint.sources import INDEX_FILE
+from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_config, small_stock, stock_weights
 
