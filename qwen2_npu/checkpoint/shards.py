@@ -117,9 +117,10 @@ def _indexed_files(folder: Path, name: str) -> list[str]:
     paths = [str(PurePath(name).parent / file) for file in files]
     missing = [file for file in paths if not is_file(folder / file)]
     if missing:
-        reason = "which is a folder" if is_folder(folder / missing[0]) else "fetch the rest"
+        kind = " (a folder)" if is_folder(folder / missing[0]) else ""
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} shards named by {index} are missing, first {missing[0]}; {reason}"
+            f"{len(missing)} of {len(files)} shards named by {index} are missing, first {missing[0]}{kind}; fetch the "
+            "rest"
         )
     return paths
 

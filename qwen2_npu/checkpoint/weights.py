@@ -177,7 +177,10 @@ def check_source(source: Source) -> None:
         if items
     ]
     if missing == [HEAD]:
-        way_out = "a base model has none: save the whole model, or set tie_word_embeddings to true if that is its head"
+        way_out = (
+            "a base model has none: save the whole model; or, where the embedding is the head, set tie_word_embeddings "
+            "to true in config.json"
+        )
     elif (fused := next((name for name in extra if name.split(".")[-2:-1] in _FUSED_ALONE), None)) is not None:
         way_out = f"{fused} is fused: take the weights of such a model with stock_state_dict()"
     if problems:
