@@ -48,9 +48,9 @@ def as_stock(source: Tensors) -> Any:
     if source.config.tie_word_embeddings and _has_head_of_its_own(source):
         if IS_V4:
             raise CheckpointError(
-                f"{source.where}: {HEAD} differs from {EMBEDDING}, and tie_word_embeddings is true: transformers "
-                f"{transformers.__version__} would put one in the place of the other; set tie_word_embeddings to false "
-                "in config.json to use both"
+                f"{source.where} does not fit its configuration: {HEAD} differs from {EMBEDDING}, and "
+                f"tie_word_embeddings is true: transformers {transformers.__version__} would put one in the place of "
+                "the other; set tie_word_embeddings to false in config.json to use both"
             )
         source.config = copy.deepcopy(source.config)
         source.config.tie_word_embeddings = False
