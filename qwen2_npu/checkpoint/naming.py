@@ -32,7 +32,7 @@ _PREFIX = "model."
 _OF_BASE = re.compile(r"(embed_tokens|layers|norm)\..*")
 """Names in a base model."""
 
-_PREFIX_TOO_MANY = re.compile(r"model\.(model|lm_head)\..*")
+_PREFIX_TOO_MANY = re.compile(rf"model\.(model\.{_OF_BASE.pattern}|lm_head\..*)")
 
 
 def as_stock(source: Tensors) -> Any:

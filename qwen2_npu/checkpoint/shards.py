@@ -40,6 +40,8 @@ def weights_files(folder: Path, weights_file: str | None = None, config: Any = N
         CheckpointError: there are none, some are missing, or they are not in the folder.
     """
     named: Any = named_weights(config)
+    if weights_file is None:
+        _check_adapter(folder)
     if weights_file is not None:
         name, said = weights_file, f"weights_file={weights_file!r}"
     elif named is not None:
@@ -48,7 +50,6 @@ def weights_files(folder: Path, weights_file: str | None = None, config: Any = N
             raise CheckpointError(f"{folder}: {said} must be a *{SAFETENSORS} file or an index of some; correct it")
     else:
         name, said = _default_weights(folder), ""
-        _check_adapter(folder)
     if _leads_outside(name):
         raise CheckpointError(f"{said} is not inside {folder}: name a file of that folder, by its path in the folder")
     if not is_file(folder / name):

@@ -220,7 +220,8 @@ def open_checkpoint(
     assume_tp: int | None = None,
     tp_size: int = 1,
 ) -> SafetensorsSource | StateDictSource | Renamed | merged.MergedSource:
-    """Look at a checkpoint folder: configuration and tensor shapes, no weights yet.
+    """Look at a checkpoint folder: configuration and tensor shapes, no weights yet. (Only a tied head that is stored
+    beside the embedding is compared with it.)
 
     What is found is what transformers' ``from_pretrained`` finds; see :mod:`qwen2_npu.checkpoint.naming` for the names
     of tensors, and for ``tie_word_embeddings``, which the configuration of the source may have otherwise than the file.

@@ -35,8 +35,6 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused module -> the stock modules whose rows it stacks, in this order."""
 
-_FUSED_ALONE = [[module] for module in FUSED]
-
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
@@ -181,7 +179,7 @@ def check_source(source: Source) -> None:
             "a base model has none: save the whole model; or, where the embedding is the head, set tie_word_embeddings "
             "to true in config.json"
         )
-    elif (fused := next((name for name in extra if name.split(".")[-2:-1] in _FUSED_ALONE), None)) is not None:
+    elif (fused := next((name for name in extra if FUSED.keys() & name.split(".")), None)) is not None:
         way_out = f"{fused} is fused: take the weights of such a model with stock_state_dict()"
     if problems:
         raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems)}; {way_out}")

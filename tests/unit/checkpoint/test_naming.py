@@ -79,7 +79,7 @@ def test_usual_names_cost_nothing():
         ([f"model.{HEAD}", f"model.{LAYER}"], [HEAD, f"model.{LAYER}"], [f"model.{HEAD}", f"model.{LAYER}"]),
         (["modelled", LAYER], ["modelled", f"model.{LAYER}"], ["modelled", LAYER]),
         (["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"]),
-        ([f"model.model.model.{LAYER}"], [f"model.model.{LAYER}"], [f"model.model.model.{LAYER}"]),
+        ([f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"]),
     ],
 )  # fmt: skip
 def test_names_as_the_installed_transformers_finds_them(stored, v5, v4):
