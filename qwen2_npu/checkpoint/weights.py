@@ -23,7 +23,7 @@ from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.sources import INDEX_FILE, Source
-from qwen2_npu.compat import check_rope, head_dim, kv_head_count
+from qwen2_npu.compat import check_rope, head_dim, kv_head_count, readable_by_both
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
@@ -211,7 +211,7 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
             (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         vars(model.config).pop(merged.RECORD, None)  # the layout of what was loaded; here it is the stock one
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(target)
+        readable_by_both(model.config).save_pretrained(target)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(target)
 

@@ -9,7 +9,6 @@ Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +31,7 @@ from qwen2_npu.compat import (
     check_config,
     growing_cache,
     one_cache,
+    settled,
     sliding_windows,
     unchanged_on_error,
 )
@@ -76,10 +76,10 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
+        config = settled(config)
         check_config(config)
         optimizations = Optimizations.all() if optimizations is None else optimizations
         ranks.check(config, optimizations)
-        config = copy.deepcopy(config)
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )

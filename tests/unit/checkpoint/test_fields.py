@@ -16,6 +16,7 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, Number
+from qwen2_npu.compat import check_rope
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock
 
@@ -90,13 +91,23 @@ def test_tokens_in_config(origin, folder, name):
         check(origin, folder, "config.json", name, {name: value})
 
 
-@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
-def test_frequencies_that_are_no_numbers(folder):
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ["attention_factor", "factor"])
+def test_frequencies_that_are_no_numbers(folder, key, name):
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | {key: ROPE | {name: math.nan}}))
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json: {key}: {name}=nan must be a number from .*; correct it$"
+    ):
+        Qwen2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
+def test_frequencies_that_come_out_as_no_numbers():
     for name in ("attention_factor", "factor"):
-        (folder / "config.json").write_text(json.dumps(values | {"rope_parameters": ROPE | {name: math.nan}}))
+        config = small_config(rope_parameters=ROPE | {name: math.nan})
         with pytest.raises(UnsupportedError, match=r"^rope_parameters=\{.*they are not finite\); correct it in config"):
-            Qwen2ForCausalLM.from_pretrained(folder)
+            check_rope(config)
 
 
 @pytest.mark.skipif(V4, reason="transformers 4.37.0's model has no rope scaling")
