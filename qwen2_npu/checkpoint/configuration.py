@@ -45,7 +45,8 @@ def check_fields(config: Qwen2Config) -> None:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and len(kinds) < config.num_hidden_layers:
         raise CheckpointError(
-            f"layer_types has {len(kinds)} entries for num_hidden_layers={config.num_hidden_layers}; correct config.json"
+            f"layer_types has {len(kinds)} entries for num_hidden_layers={config.num_hidden_layers}; correct "
+            "config.json"
         )
     if head_dim(config) % 2:
         raise CheckpointError(
