@@ -95,7 +95,7 @@ OF_4_37: dict[tuple[str, ...], Callable[[Mapping[str, Any]], dict[str, Any]]] = 
 }
 """Fields that 5.x reads and 4.37.0 does not, and what 4.37.0 reads in their place. (5.x reads all that 4.37.0 writes.)
 
-Where both are given, the one counts that counts in 5.x. 4.37.0 has no rope scaling; under ``rope_scaling`` it is refused.
+Where both are given, the one counts that counts in 5.x. 4.37.0 has no rope scaling; ``rope_scaling`` is refused there.
 """
 
 
@@ -129,7 +129,7 @@ def settled(config: Qwen2Config) -> Qwen2Config:
     return config
 
 
-def readable_by_both(config: Qwen2Config) -> Qwen2Config:
+def readable_by_both(config: Any) -> Any:
     """``config`` to be saved: what 5.x writes under names of its own is there under those of 4.37.0, too."""
     if IS_V4:
         return config
@@ -200,9 +200,9 @@ def sliding_windows(config: Qwen2Config) -> list[int | None]:
     """Per layer its sliding window in tokens, or None where the layer sees everything."""
     if IS_V4:
         return [None] * config.num_hidden_layers
-    window = config.sliding_window
-    kinds = (config.layer_types or [])[: config.num_hidden_layers]
-    return [window if kind == SLIDING else None for kind in kinds]
+    assert config.layer_types is not None, "check_config() comes first"
+    kinds = config.layer_types[: config.num_hidden_layers]
+    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
 def check_config(config: Qwen2Config) -> None:
@@ -214,8 +214,8 @@ def check_config(config: Qwen2Config) -> None:
     """
     if config.hidden_act not in ACTIVATIONS:
         raise UnsupportedError(
-            f"hidden_act={reprlib.repr(config.hidden_act)}: this model computes silu, which all Qwen2 and Qwen1.5 checkpoints use; "
-            "use the stock model for others"
+            f"hidden_act={reprlib.repr(config.hidden_act)}: this model computes silu, which all Qwen2 and Qwen1.5 "
+            "checkpoints use; use the stock model for others"
         )
     version = transformers.__version__
     if IS_V4:
@@ -231,7 +231,9 @@ def check_config(config: Qwen2Config) -> None:
                 "is no baseline to agree with; remove rope_scaling from config.json or install 'transformers>=5,<6'"
             )
         return
-    if SLIDING in (config.layer_types or []) and config.sliding_window is None:
+    if config.layer_types is None:
+        raise UnsupportedError("layer_types=None: list 'full_attention' or 'sliding_attention' for each layer")
+    if SLIDING in config.layer_types and config.sliding_window is None:
         raise UnsupportedError(
             f"layer_types has {SLIDING!r}, and sliding_window=None (use_sliding_window={config.use_sliding_window}): "
             "set both, or make all layers 'full_attention'"

@@ -28,12 +28,12 @@ UNSERVED = ("assistant_early_exit", "is_assistant")
 
 
 def check_fields(config: Qwen2Config) -> None:
-    """Refuse values that no model has, head counts that do not divide, and layers without a type.
+    """Refuse values that no model has, head counts that do not divide.
 
     Raises:
         CheckpointError: with the values.
     """
-    check_values(vars(config), where="", way_out="correct config.json")
+    check_values(vars(config), where="", way_out="correct config.json", spare=True)
     heads, kv_heads, hidden = config.num_attention_heads, kv_head_count(config), config.hidden_size
     if heads % kv_heads:
         raise CheckpointError(
@@ -42,21 +42,17 @@ def check_fields(config: Qwen2Config) -> None:
         )
     if getattr(config, "head_dim", None) is None and hidden % heads:
         raise CheckpointError(f"num_attention_heads={heads} does not divide hidden_size={hidden}; correct config.json")
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and len(kinds) < config.num_hidden_layers:
-        raise CheckpointError(
-            f"layer_types has {len(kinds)} entries for num_hidden_layers={config.num_hidden_layers}; correct "
-            "config.json"
-        )
     if head_dim(config) % 2:
         raise CheckpointError(
             f"head_dim={head_dim(config)} (hidden_size / num_attention_heads unless given) is odd, and rotary "
             "positions turn pairs of values; correct config.json"
         )
-    if (padding := getattr(config, "pad_token_id", None)) is not None and padding >= config.vocab_size:
-        raise CheckpointError(
-            f"pad_token_id={padding} is outside the vocabulary of vocab_size={config.vocab_size}; correct config.json"
-        )
+    for name in PUT_IN:
+        if max(_listed(getattr(config, name, None)), default=-1) >= config.vocab_size:
+            raise CheckpointError(
+                f"{name}={reprlib.repr(getattr(config, name))} is outside the vocabulary of "
+                f"vocab_size={config.vocab_size}; correct config.json"
+            )
 
 
 def read_config(folder: Path, **changes: Any) -> Qwen2Config:
@@ -97,6 +93,7 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     try:
         config = Qwen2Config.from_dict(in_own_words(values), **changes)
         config.name_or_path = str(folder)
+        GenerationConfig.from_model_config(config)  # 4.37.0 makes one where there is no file of it
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error
     check_fields(config)

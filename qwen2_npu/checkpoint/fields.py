@@ -67,7 +67,7 @@ class Number(NamedTuple):
 
 
 class Word(NamedTuple):
-    """What a field takes: one of ``values``, or a list of them.
+    """What a field takes: one of ``values``; or a list of them, or null.
 
     Attributes:
         text: those in words.
@@ -79,9 +79,9 @@ class Word(NamedTuple):
 
     def takes(self, value: Any) -> bool:
         """Whether ``value``, as JSON gives it, is one of them."""
-        if self.listed and isinstance(value, list):
-            return all(self._is_one(each) for each in value)
-        return (not self.listed or value is None) and self._is_one(value)
+        if self.listed:
+            return value is None or (isinstance(value, list) and all(self._is_one(each) for each in value))
+        return self._is_one(value)
 
     def _is_one(self, value: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in self.values)
@@ -102,7 +102,7 @@ TOKEN = Number(-1, null=True)  # -1 stands for none in some files
 TOKENS = TOKEN._replace(listed="may")
 TOKEN_LIST = TOKEN._replace(listed="must")
 
-GENERATION: dict[str, Number] = {
+GENERATION: dict[str, Field] = {
     **dict.fromkeys(("pad_token_id", "forced_bos_token_id"), TOKEN),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), TOKENS),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKEN_LIST),
@@ -118,6 +118,7 @@ GENERATION: dict[str, Number] = {
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), _real(0, 1)),
     "assistant_confidence_threshold": _real(0, 1),
     "assistant_ensemble_weight": _real(1e-6, 1 - 1e-6),
+    "early_stopping": Word((False, True, "never", None), "true, false, 'never' or null"),
     "exponential_decay_length_penalty": _real(0)._replace(listed="must", length=2),
 }
 """Fields of generation_config.json. config.json may hold them, too."""
@@ -127,7 +128,7 @@ FLAG = Word((False, True), "true or false")
 FLAG_OR_NULL = Word((False, True, None), "true, false or null")
 UNSERVED = Word((False, None, {}, []), "absent: this model does not serve it")
 LAYER_TYPES = Word(
-    ("full_attention", "sliding_attention", "attention", None),  # "attention" is an older name of the first
+    ("full_attention", "sliding_attention", "attention"),  # "attention" is an older name of the first
     "a list of 'full_attention' and 'sliding_attention', one for each layer, or null",
     listed=True,
 )
@@ -183,8 +184,11 @@ def check_numbers(values: Mapping[str, Any], table: Mapping[str, Field], *, wher
             raise CheckpointError(f"{where}{name}={reprlib.repr(values[name])} must be {number}; {way_out}")
 
 
-def check_values(values: Mapping[str, Any], *, where: str, way_out: str) -> None:
+def check_values(values: Mapping[str, Any], *, where: str, way_out: str, spare: bool = False) -> None:
     """Refuse what a configuration cannot hold, whichever version of transformers wrote it.
+
+    Args:
+        spare: whether layer_types may list more layers than the model has, as in memory, where that was made smaller.
 
     Raises:
         CheckpointError: naming the field, its value and what it takes.
@@ -200,3 +204,6 @@ def check_values(values: Mapping[str, Any], *, where: str, way_out: str) -> None
                 f"or null; {way_out}"
             )
         check_numbers(rope, ROPE, where=f"{where}{name}: ", way_out=way_out)
+    kinds, layers = values.get("layer_types"), values.get("num_hidden_layers")
+    if kinds is not None and layers is not None and (len(kinds) < layers or (len(kinds) > layers and not spare)):
+        raise CheckpointError(f"{where}layer_types has {len(kinds)} entries for num_hidden_layers={layers}; {way_out}")

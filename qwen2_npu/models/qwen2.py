@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.checkpoint.configuration import check_fields
+from qwen2_npu.checkpoint.weights import check_room
 from qwen2_npu.compat import (
     CACHE_NAME,
     LOGITS_IN_FLOAT32,
@@ -80,6 +81,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         check_config(config)
         optimizations = Optimizations.all() if optimizations is None else optimizations
         ranks.check(config, optimizations)
+        check_room(config, ranks.shard)
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )

@@ -1,4 +1,4 @@
-"""config.json means the same with transformers 4.37.0 and 5.x, whichever of them wrote it, to the model and its baseline.
+"""config.json means the same with transformers 4.37.0 and 5.x, to the model and to its baseline, whoever wrote it.
 
 Two faults would hide each other here: a model that computes with another rope_theta than the checkpoint's, and a
 baseline that does, too.
