@@ -116,14 +116,15 @@ def in_own_words(values: Mapping[str, Any]) -> dict[str, Any]:
 def settled(config: Qwen2Config) -> Qwen2Config:
     """A copy of ``config`` in which every setting is where the installed version looks for it.
 
-    4.37.0's reader leaves what 5.x wrote aside. ``layer_types`` may be longer than the model, as the stock one takes
-    it; a saved file with it would be refused.
+    4.37.0's reader leaves what 5.x wrote aside. 5.x takes ``layer_types`` that are longer than the model, and a window
+    with use_sliding_window=False; from a file it would refuse the one and ignore the other.
     """
     config = copy.deepcopy(config)
     fields = vars(config)
     own = in_own_words(fields)
     if own.get("layer_types") is not None:
         own["layer_types"] = own["layer_types"][: config.num_hidden_layers]
+        own["use_sliding_window"] = own["use_sliding_window"] or SLIDING in own["layer_types"]
     fields.clear()
     fields.update(own)
     return config

@@ -88,8 +88,8 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
             f"{path} describes weights quantised with {reprlib.repr(method)}; use the checkpoint in bf16, fp16 or fp32"
         )
     # Before transformers: it makes lists of the lengths that are given.
-    for given in (values, changes):
-        check_values(given, where=f"{path}: ", way_out="correct it")
+    check_values(values, where=f"{path}: ", way_out="correct it")
+    check_values(changes, where=f"{path}: ", way_out="correct it", spare=True)
     try:
         config = Qwen2Config.from_dict(in_own_words(values), **changes)
         config.name_or_path = str(folder)
