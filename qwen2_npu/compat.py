@@ -223,13 +223,14 @@ def check_config(config: Qwen2Config) -> None:
         if getattr(config, "use_sliding_window", False):
             raise UnsupportedError(
                 f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every "
-                "layer, so there is no baseline to agree with; set use_sliding_window=False or install "
-                "'transformers>=5,<6'"
+                "layer, so there is no baseline to agree with; set use_sliding_window=False (and every entry of "
+                "layer_types to 'full_attention') or install 'transformers>=5,<6'"
             )
         if getattr(config, "rope_scaling", None) is not None:
             raise UnsupportedError(
                 f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there "
-                "is no baseline to agree with; remove rope_scaling from config.json or install 'transformers>=5,<6'"
+                "is no baseline to agree with; remove it, or rope_parameters, from config.json, or install "
+                "'transformers>=5,<6'"
             )
         return
     if config.layer_types is None:

@@ -21,8 +21,8 @@ from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock
 
 VALUES: tuple[Any, ...] = (
-    "abc", "5", 1.5, True, [1, 2], [], ["a"], {"a": 1}, -1, -7, 0, 1, 2**31 - 1, 10**30, None, math.nan, math.inf,
-    1e308,
+    "abc", "5", 1.5, True, [1, 2], [], ["a"], {"a": 1}, -1, -7, 0, 1, 2**31 - 1, 10**30, 10**400, None, math.nan,
+    math.inf, 1e308,
 )  # fmt: skip
 """What may stand in place of a number."""
 
