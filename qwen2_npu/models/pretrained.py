@@ -144,7 +144,8 @@ class CheckpointIO:
             source: sources.Source = sources.open_checkpoint(
                 folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
             )
-            if "num_hidden_layers" in changes:  # asked for: else layers that config.json does not have are an error
+            # Fewer layers may be asked for. In a folder, layers that its config.json does not have are an error.
+            if "num_hidden_layers" in changes or isinstance(config, Qwen2Config):
                 source = sources.FirstLayers(source, settings.num_hidden_layers)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             files = {} if ranks.group is None else fingerprint(folder)

@@ -248,6 +248,15 @@ def test_a_field_by_keyword_has_the_effect_that_it_has_on_the_stock_model(
     StockQwen2.from_pretrained(tmp_path)
 
 
+def test_fewer_layers_in_a_configuration_in_memory(three_layers: Path) -> None:
+    config = Qwen2Config.from_pretrained(three_layers)
+    config.num_hidden_layers = 2
+    ids = torch.arange(1, 9).unsqueeze(0)
+    theirs = StockQwen2.from_pretrained(three_layers, config=config, attn_implementation="eager")
+    ours = Qwen2ForCausalLM.from_pretrained(three_layers, config=config)
+    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("changes", NEITHER, ids=str)
 def test_a_field_by_keyword_that_the_stock_model_fails_on(changes: dict[str, Any], three_layers: Path) -> None:
     with pytest.raises((CheckpointError, UnsupportedError, TypeError)) as caught:
