@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Qwen2Config
@@ -84,7 +86,7 @@ class Qwen2Model(nn.Module):
         """For transformers, as its own models have it."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """For transformers' ``resize_token_embeddings``."""
         self.embed_tokens = value
 
