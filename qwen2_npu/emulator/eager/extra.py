@@ -33,5 +33,6 @@ DECOMPOSED = (
     "aten::gru.input",
     "aten::lstm_cell",
     "aten::_pad_packed_sequence",
+    "aten::slogdet",
 )
 """Composite operators that torch_npu overrides above autograd by calls of CANN: PyTorch's own are put back."""
