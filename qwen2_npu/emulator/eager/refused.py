@@ -46,7 +46,7 @@ _NAMES: dict[str, str] = {
         npu::npu_convert_weight_to_int4pack npu::npu_dequant_bias npu::npu_dequant_rope_quant_kvcache
         npu::npu_dequant_swiglu_quant npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
         npu::npu_dynamic_block_quant npu::npu_dynamic_dual_level_mx_quant npu::npu_dynamic_mx_quant
-        npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_dynamic_quant_asymmetric npu::npu_gelu_quant
+        npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_gelu_quant
         npu::npu_group_quant npu::npu_grouped_dynamic_block_quant npu::npu_grouped_dynamic_mx_quant
         npu::npu_grouped_matmul_swiglu_quant npu::npu_grouped_matmul_swiglu_quant_v2 npu::npu_hans_decode.out
         npu::npu_hans_encode.out npu::npu_ifmr npu::npu_kronecker_quant npu::npu_matmul_compress_dequant
