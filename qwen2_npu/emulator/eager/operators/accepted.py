@@ -20,9 +20,10 @@ INDICES = {
 """Operator -> its argument of indices, which may be int32."""
 
 
-def with_int32(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
-    """``op``, whose argument ``name`` may be int32."""
+def with_int32(op: torch._ops.OpOverload, name: str, compute: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``compute`` (default: ``op`` itself), whose argument ``name`` may be int32."""
     position = [argument.name for argument in op._schema.arguments].index(name)
+    inner = op if compute is None else compute
 
     def run(*args: Any, **kwargs: Any) -> Any:
         index = args[position] if position < len(args) else kwargs[name]
@@ -31,7 +32,16 @@ def with_int32(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
                 args = (*args[:position], index.long(), *args[position + 1 :])
             else:
                 kwargs = {**kwargs, name: index.long()}
-        return op(*args, **kwargs)
+        return inner(*args, **kwargs)
+
+    return run
+
+
+def one_hot_of_int32(one_hot: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``one_hot``, also of int32, in which its result is then."""
+
+    def run(x: Tensor, num_classes: int = -1) -> Tensor:
+        return one_hot(x.long(), num_classes).int() if x.dtype is torch.int32 else one_hot(x, num_classes)
 
     return run
 

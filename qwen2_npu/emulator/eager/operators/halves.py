@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qwen2_npu.emulator.eager.operators.accepted import overloads
+from qwen2_npu.emulator.eager.operators.accepted import overloads, with_int32
 
 Tensor = torch.Tensor
 
@@ -36,6 +36,9 @@ NO_CPU_KERNEL: dict[str, tuple[torch.dtype, ...]] = {
     "linalg_qr": FLOAT16,
 }
 """Operator -> the halves that its NPU kernel takes and PyTorch's CPU kernel does not."""
+
+INT32 = {"multilabel_margin_loss_forward": "target"}
+"""Those of ``NO_CPU_KERNEL`` with an argument of indices, which may be int32."""
 
 ROUNDED_MIDWAY: dict[str, tuple[str | None, ...]] = {
     "native_batch_norm": ("input", None, None),
@@ -110,9 +113,17 @@ def in_fp32(
     return run
 
 
+def multilabel_margin_loss_out(*args: Any, output: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """torch_npu gives ``is_target`` in the dtype of the target."""
+    results = TABLE["multilabel_margin_loss_forward"](*args)
+    for target, result in zip((output, is_target), results, strict=True):
+        target.resize_(result.shape).copy_(result)
+    return output, is_target
+
+
 TABLE: dict[str, Callable[..., Any]] = {
     **{
-        qualified: in_fp32(op, dtypes)
+        qualified: with_int32(op, INT32[name], in_fp32(op, dtypes)) if name in INT32 else in_fp32(op, dtypes)
         for name, dtypes in NO_CPU_KERNEL.items()
         for qualified, op in overloads(name).items()
     },
@@ -121,4 +132,5 @@ TABLE: dict[str, Callable[..., Any]] = {
         for name, like in ROUNDED_MIDWAY.items()
         for qualified, op in overloads(name).items()
     },
+    "multilabel_margin_loss_forward.output": multilabel_margin_loss_out,
 }

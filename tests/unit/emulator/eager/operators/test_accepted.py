@@ -147,6 +147,30 @@ def test_cross_entropy_and_take_in_int32():
     assert torch.equal(torch.take(x.npu(), index.int().npu()).cpu(), x.take(index))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_multilabel_margin_loss_in_int32(reduction, dtype):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = torch.tensor([[3, 0, -1, 1], [1, 1, 1, 1], [-1, 0, 0, 0]])
+    wanted = F.multilabel_margin_loss(x.double(), target, reduction=reduction)
+    found = F.multilabel_margin_loss(x.npu(), target.int().npu(), reduction=reduction)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=torch.finfo(dtype).eps, atol=0)
+    out = torch.empty_like(found)
+    number = ["none", "mean", "sum"].index(reduction)
+    torch._C._nn.multilabel_margin_loss(x.npu(), target.int().npu(), number, out=out)
+    assert torch.equal(out, found)
+
+
+@pytest.mark.parametrize("classes", [-1, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_one_hot_has_the_dtype_of_its_argument(dtype, classes):
+    x = torch.tensor([[0, 4], [2, 2]])
+    found = F.one_hot(x.to(dtype).npu(), classes)
+    assert found.dtype is dtype
+    assert torch.equal(found.cpu().long(), F.one_hot(x, classes))
+
+
 @pytest.mark.parametrize(("name", "function"), [("_softmax", torch.softmax), ("_log_softmax", torch.log_softmax)])
 def test_from_half_to_float(name, function):
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).half()
