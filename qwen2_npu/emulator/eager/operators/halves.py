@@ -58,7 +58,7 @@ ROUNDED_MIDWAY: dict[str, tuple[str | None, ...]] = {
 """Operator that PyTorch's CPU kernel computes with roundings on the way -> whose dtype each result has; None: fp32."""
 
 
-WRITTEN_WITHOUT_A_WORD = ("running_mean", "running_var")
+WRITTEN_UNDECLARED = ("running_mean", "running_var")
 """Arguments that operators update although their schemas do not say so."""
 
 
@@ -78,7 +78,7 @@ def in_fp32(
     written = [
         argument.name
         for argument in schema.arguments
-        if (argument.alias_info and argument.alias_info.is_write) or argument.name in WRITTEN_WITHOUT_A_WORD
+        if (argument.alias_info and argument.alias_info.is_write) or argument.name in WRITTEN_UNDECLARED
     ]
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -88,11 +88,12 @@ def in_fp32(
             return op(*args, **kwargs)
         wide = {**given, **{name: value.float() for name, value in halves.items()}}
         results = op(**wide)
-        for name in written:
-            if name in halves:
-                if halves[name].shape != wide[name].shape:
-                    halves[name].resize_(wide[name].shape)
-                halves[name].copy_(wide[name])
+        outputs = [(halves[name], wide[name]) for name in written if name in halves]
+        for target, result in outputs:  # before anything is written: where it is an error, the rule calls again
+            if target.shape != result.shape:
+                target.resize_(result.shape)
+        for target, result in outputs:
+            target.copy_(result)
         first = next(iter(halves.values())).dtype
 
         def rounded(index: int, result: Any) -> Any:

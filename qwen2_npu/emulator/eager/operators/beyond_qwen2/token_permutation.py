@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 def _refuse(operator: str, padded_mode: bool, restore_shape: Sequence[int] | None = None) -> None:
     if padded_mode:
-        raise NotImplementedError(f"{operator}: padded_mode=True is not supported, by hardware either; pass False")
+        raise NotImplementedError(f"{operator}: padded_mode=True is not supported, nor is it on hardware; pass False")
     if restore_shape is not None:
         raise NotImplementedError(f"{operator}: restore_shape belongs to padded_mode=True, which is not supported")
 

@@ -156,6 +156,17 @@ def test_out_is_written_and_resized(size):
     assert torch.equal(out.cpu(), x.float().inverse().half())
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_running_statistics_move_once_where_results_are_resized():
+    x, weight = rand(16, 3, 5).half(), torch.ones(3).half()
+    mean, var = torch.zeros(3).half().npu(), torch.ones(3).half().npu()
+    outs = [torch.empty(2, dtype=torch.float16, device="npu"), *(torch.empty(3, device="npu") for _ in range(2))]
+    arguments = x.npu(), weight.npu(), weight.npu(), mean, var, True, 0.5, 1e-5
+    torch.ops.aten.native_batch_norm.out(*arguments, out=outs[0], save_mean=outs[1], save_invstd=outs[2])
+    assert outs[0].shape == x.shape
+    torch.testing.assert_close(mean.cpu(), (0.5 * x.float().mean((0, 2))).half())
+
+
 def test_float32_is_left_alone():
     x = rand(2, 3, 5, 5, 5)
     assert torch.equal(F.avg_pool3d(x.npu(), 2).cpu(), F.avg_pool3d(x, 2))
