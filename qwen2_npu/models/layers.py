@@ -19,6 +19,11 @@ from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
 
+def take_positions(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, S, …) and positions (B, K) -> (B, K, …)."""
+    return values.gather(1, index.reshape(index.shape + (1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:]))
+
+
 class Linear(nn.Linear):
     """nn.Linear by :func:`qwen2_npu.ops.linear.linear`: the same product, faster for a few rows on a CPU."""
 
