@@ -32,6 +32,11 @@ class Graph:
         return [op for op in self.ops if op.node.type in PRODUCTS and any(v.origin == "weight" for v in op.given)]
 
     @property
+    def kept_alone(self) -> bool:
+        """Whether the last layer computes the kept positions alone."""
+        return self.optimizations.last_layer and self.lowered.phase == "prefill"
+
+    @property
     def heads(self) -> list[Operation]:
         """The products with lm_head."""
         return [op for op in self.products if op.outputs[0].shape[-1] == self.vocab]
@@ -85,9 +90,11 @@ def fused_products(graph: Graph) -> Problems:
     """One product for q, k and v, and one for gate and up, where those steps are on."""
     per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
     found = len(graph.products) - len(graph.heads)
-    if found != per_layer * graph.lowered.layers:
+    # The last layer of a prefill takes two parts of its weight of q, k and v, one product each.
+    expected = per_layer * graph.lowered.layers - (graph.kept_alone and graph.optimizations.fused_qkv)
+    if found != expected:
         yield (
-            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer: "
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {expected}, {per_layer} per layer: "
             "q, k and v, or gate and up, are not fused as switched on"
         )
 
@@ -101,6 +108,9 @@ ANGLE_WORK = frozenset(["Cos", "Sin"])
 EMBEDDING_MASK = {"Less": 1, "GreaterEqual": 1, "LogicalOr": 1, "MaskedFill": 2}
 """Where the embedding table is cut over ranks: which tokens another rank holds, once per step."""
 
+KEPT_MASK = {"Less": 1}
+"""With last_layer: what the kept positions of a prompt may not see, once per prefill."""
+
 TABLE_READS = 3
 """The embedding, cos and sin."""
 
@@ -113,6 +123,7 @@ def nothing_repeated_in_layers(graph: Graph) -> Problems:
     if len(gathers) != TABLE_READS:
         yield f"{len(gathers)} reads of tables, expected {TABLE_READS} per step (embedding, cos, sin) for all layers"
     allowed = Counter(EMBEDDING_MASK if graph.lowered.ranks > 1 else {})
+    allowed.update(KEPT_MASK if graph.kept_alone else {})
     for op in graph.ops:
         if op.node.type in MASK_WORK | ANGLE_WORK:
             allowed[op.node.type] -= 1
@@ -125,6 +136,17 @@ def live_attention(graph: Graph) -> Problems:
     for op in graph.of_type("IncreFlashAttention"):
         if op.live_slots is None:
             yield f"{op.node.name} is given no actual_seq_lengths and attends the whole cache"
+
+
+def last_layer_on_kept_positions(graph: Graph) -> Problems:
+    """Of the last layer k and v alone are computed for every token, all other products for one per row."""
+    switched = graph.optimizations
+    per_layer = 7 - 2 * switched.fused_qkv - switched.fused_gate_up
+    rows = Counter(op.outputs[0].elements // op.outputs[0].shape[-1] for op in graph.of_type(*PRODUCTS))
+    every = graph.lowered.batch * graph.lowered.live
+    expected = per_layer * (graph.lowered.layers - 1) + (1 if switched.fused_qkv else 2)
+    if rows[every] != expected or set(rows) != {every, graph.lowered.batch}:
+        yield f"products by rows: {dict(rows)}, expected {expected} of {every} and the others of {graph.lowered.batch}"
 
 
 @dataclass(frozen=True)
@@ -144,9 +166,10 @@ def collectives(graph: Graph) -> Problems:
     """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none."""
     several, layers = graph.lowered.ranks > 1, graph.lowered.layers
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
+    alone = 2 * (layers if not fused else 1 if graph.kept_alone else 0)  # few rows: as in decode
     expected = {
-        "MatmulAllReduce": 2 * layers if fused else 0,
-        "HcomAllReduce": several * (1 if fused else 2 * layers + 1),
+        "MatmulAllReduce": 2 * layers - alone if fused else 0,
+        "HcomAllReduce": several * (alone + 1),
         "HcomAllGather": int(several),
     }
     for name, count in expected.items():
@@ -162,6 +185,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(no_wide_copies),
     Invariant(head_on_last_token, since="last_token_logits"),
     Invariant(fused_products),
+    Invariant(last_layer_on_kept_positions, since="last_layer", phases=("prefill",)),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
 )
