@@ -36,7 +36,7 @@ LAUNCHES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "ifa_tiling": ((17, 15), (17, 8)),
     "fused_gate_up": ((16, 15), (16, 8)),
     "swiglu": ((15, 15), (15, 8)),
-    "last_layer": ((15, 24), (15, 8)),
+    "last_layer": ((15, 21), (15, 8)),
 }
 
 

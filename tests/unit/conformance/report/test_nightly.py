@@ -232,7 +232,7 @@ def test_quick_is_the_fast_lane() -> None:
     found = commands(Where.EMULATED, quick=True)
     for suite in ("accuracy", "graph", "perf"):
         assert "-m not slow" in found[suite]
-    assert found["verify torchair"].endswith("--steps swiglu")
+    assert found["verify torchair"].endswith("--steps last_layer")
 
 
 def test_device_and_workers_are_handed_on() -> None:
