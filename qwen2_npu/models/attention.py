@@ -94,7 +94,7 @@ class Attention(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
         kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, H) -> (B, S or kept, H), and the attention weights (B, N, S, tokens) where small operators compute them.
+        """(B, S, H) -> (B, S or kept, H), and the attention weights (B, N, S, tokens) of small operators.
 
         Args:
             cos_sin: shared by the layers from the flash_attention step on, (B, S, 1, D) each; None before it.

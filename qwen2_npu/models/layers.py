@@ -21,7 +21,9 @@ from qwen2_npu.parallel.collectives import Ranks
 
 def take_positions(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(B, S, …) and positions (B, K) -> (B, K, …)."""
-    return values.gather(1, index.reshape(index.shape + (1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:]))
+    return values.gather(
+        1, index.reshape(index.shape + (1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+    )
 
 
 class Linear(nn.Linear):

@@ -94,8 +94,8 @@ def fused_products(graph: Graph) -> Problems:
     expected = per_layer * graph.lowered.layers - (graph.kept_alone and graph.optimizations.fused_qkv)
     if found != expected:
         yield (
-            f"{found} products with weights in {graph.lowered.layers} layers, expected {expected}, {per_layer} per layer: "
-            "q, k and v, or gate and up, are not fused as switched on"
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {expected}, {per_layer} per "
+            "layer: q, k and v, or gate and up, are not fused as switched on"
         )
 
 
