@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
-from transformers import Qwen2Config, StaticCache
-from transformers import Qwen2ForCausalLM as StockQwen2
+
+import qwen2_npu  # noqa: F401 - before torch: then no NPU is needed
+
+import torch  # isort: skip
+from transformers import Qwen2Config, StaticCache  # isort: skip
+from transformers import Qwen2ForCausalLM as StockQwen2  # isort: skip
+from timing import seconds  # isort: skip
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
 from qwen2_npu.checkpoint.sources import DTYPES

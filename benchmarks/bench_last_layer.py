@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
-from timing import medians
+
+import qwen2_npu  # noqa: F401 - before torch: then no NPU is needed
+
+import torch  # isort: skip
+from timing import medians  # isort: skip
 
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.rows import Configuration
