@@ -118,8 +118,8 @@ So a prediction is an interval, the last column below: the least and the most of
 
 ## What would speed decode up next
 
-{size}, batch 4, one decode step with every step of the ladder on: **{base} ms** predicted. What a change would save at
-most, over the same fits:
+{size}, batch 4, one decode step with every step of the ladder on: **{base} ms** predicted. What a change
+would save at most, over the same fits:
 
 | change | saves, ms | why |
 |---|---|---|
@@ -188,6 +188,7 @@ SAVINGS: tuple[tuple[str, str, Callable[[Census, Census, Efficiencies], float]],
 )
 """Change, why, and what it saves of the step on one card, or of the 72B's on eight."""
 
+
 def ranking(fits: Sequence[Efficiencies]) -> list[str]:
     """Rows of the table, the largest first."""
     one, shard = decode_of(DECODED), decode_of("72B-tp8")
@@ -240,7 +241,14 @@ def _errors(kind: str, errors: list[float]) -> str:
 def _cells(p: cost_model.Prediction) -> list[str]:
     row, what = p.documented.row, p.documented.row.configuration
     place = [row.table, f"{p.documented.label} `{what.step}`", str(what.batch), what.mode, row.phase]
-    return [*place, f"{p.documented.ms:.0f}", f"{p.ms:.1f}", f"{p.error:+.0%}", "fitted" if p.fitted else "held out", interval((p.low, p.high))]
+    return [
+        *place,
+        f"{p.documented.ms:.0f}",
+        f"{p.ms:.1f}",
+        f"{p.error:+.0%}",
+        "fitted" if p.fitted else "held out",
+        interval((p.low, p.high)),
+    ]
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def train(
         lr=rate,
         betas=(0.9, 0.95),
     )
-    warmup = min(100, steps // 4)
+    warmup = max(1, min(100, steps // 4))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))),

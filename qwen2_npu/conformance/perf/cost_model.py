@@ -10,8 +10,7 @@ The counts of ``graphs/cost.py`` over what the card can do (``hardware.py``), ti
 The efficiencies are fitted on the guide's 7B tables, those of the collective on one configuration of the 72B; every
 other number of the 72B is held out. ``scripts/fit_cost_model.py`` does it and writes ``baselines/cost_model.json``.
 
-The tables cannot tell the time of a launch from bandwidth: launches of 0 to 7 µs fit about as well, each with other
-efficiencies. So a prediction is an interval: the least and the most that any of these fits says.
+The tables cannot tell launches from bandwidth: 0 to 7 µs fit about as well. A prediction is an interval of such fits.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A documented row beside what the model says of it. ``fitted``: the row was used to fit; ``low``, ``high``: of
-    all fits."""
+    """A documented row, what the model says of it, whether it was used to fit; ``low``, ``high``: of all fits."""
 
     documented: Documented
     ms: float
@@ -153,9 +151,7 @@ def collective_seconds(census: Census, efficiencies: Efficiencies, hardware: Har
     if not sent.launches:
         return 0.0
     if hardware.link_bandwidth is None:
-        raise ValueError(
-            f"nothing is known of the links of {hardware.soc}: add them to conformance/machine/hardware.py"
-        )
+        raise ValueError(f"nothing is known of the links of {hardware.soc}: add them to machine/hardware.py")
     links = hardware.link_bandwidth.value * efficiencies.link
     return sent.launches * efficiencies.collective_us * 1e-6 + sent.link_bytes / links
 
@@ -165,9 +161,8 @@ def predict(row: Row, efficiencies: Efficiencies, hardware: Hardware = HARDWARE[
     census = census_of(row)
     device = sum(part.seconds for part in parts(census, efficiencies, hardware))
     device += collective_seconds(census, efficiencies, hardware)
-    if row.configuration.mode == "graph":
-        return device
-    return max(device, census.cost.launches * efficiencies.host_us * 1e-6)
+    host = 0.0 if row.configuration.mode == "graph" else census.cost.launches * efficiencies.host_us * 1e-6
+    return max(device, host)
 
 
 def is_fitted(row: Row) -> bool:
