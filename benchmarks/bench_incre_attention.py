@@ -11,10 +11,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-import qwen2_npu.ops  # noqa: F401 - before torch: then no NPU is needed; defines torch.ops.npu elsewhere
+import qwen2_npu  # before torch: then no NPU is needed
 
 import torch  # isort: skip
 from timing import medians  # isort: skip
+
+import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 64  # of Qwen2-0.5B
 LIVE = 128
