@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def weights(request):
+def weights(request: pytest.FixtureRequest) -> Any:
     stock = small_stock(small_config(**SHAPES[request.param]))
     return stock.config, stock_weights(stock)
 
@@ -67,7 +67,9 @@ def largest_difference(first: Any, second: Any) -> float:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", MASKS)
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 7, 7, 2])], ids=["one", "three", "any"])
-def test_same_logits_and_cache_in_a_prompt_its_continuation_and_a_decode_step(weights, variant, rows, keep):
+def test_same_logits_and_cache_in_a_prompt_its_continuation_and_a_decode_step(
+    weights: Any, variant: str, rows: str, keep: int | torch.Tensor
+) -> None:
     before, after = (build(weights, VARIANTS[variant].replace(last_layer=on)) for on in (False, True))
     caches = before.allocate_cache(3, 32), after.allocate_cache(3, 32)
     shapes = computed(after)
@@ -99,7 +101,7 @@ def test_same_logits_and_cache_in_a_prompt_its_continuation_and_a_decode_step(we
     ],
     ids=["all logits", "as many logits as tokens", "hidden states", "loss"],
 )
-def test_every_layer_computes_all_positions_where_more_is_wanted(weights, asked):
+def test_every_layer_computes_all_positions_where_more_is_wanted(weights: Any, asked: dict[str, Any]) -> None:
     before, after = (build(weights, Optimizations.all().replace(last_layer=on)) for on in (False, True))
     shapes = computed(after)
     expected, found = before(ids_of(12, 0), **asked), after(ids_of(12, 0), **asked)
@@ -111,7 +113,7 @@ def test_every_layer_computes_all_positions_where_more_is_wanted(weights, asked)
 
 
 @torch.no_grad()
-def test_the_arithmetic_it_saves_is_exactly_that_of_the_other_positions(weights):
+def test_the_arithmetic_it_saves_is_exactly_that_of_the_other_positions(weights: Any) -> None:
     """Of the products with weights; tests/perf/test_graph_cost.py counts attention, too."""
     config, counts = weights[0], []
     for on in (False, True):
@@ -125,7 +127,7 @@ def test_the_arithmetic_it_saves_is_exactly_that_of_the_other_positions(weights)
     assert counts[0] - counts[1] == 2 * others * config.hidden_size * (2 * query + 3 * config.intermediate_size)
 
 
-def test_compiled_prefill_is_one_graph_per_bucket(weights, monkeypatch):
+def test_compiled_prefill_is_one_graph_per_bucket(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     graphs: list[int] = []
 
