@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, compile_model
 from qwen2_npu.graph import inductor
-from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
 """As in test_qwen2."""
@@ -29,6 +29,8 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def weights(request: pytest.FixtureRequest) -> Any:
+    if V4 and request.param == "sliding":
+        pytest.skip("4.37.0 refuses it: see test_compat")
     stock = small_stock(small_config(**SHAPES[request.param]))
     return stock.config, stock_weights(stock)
 
