@@ -54,6 +54,9 @@ CACHE_NAME: str = "cache" if VERSION >= (5, 24) else "past_key_values"
 LOGITS_IN_FLOAT32: bool = IS_V4
 """4.37.0's model upcasts the logits before it returns them; 5.x leaves that to ``generate``."""
 
+WEIGHTS_FIELD = "transformers_weights"
+"""Field of config.json in which 5.x finds the name of a file of weights, read in place of the usual ones."""
+
 TIED_WEIGHTS: Any = ["lm_head.weight"] if IS_V4 else {"lm_head.weight": "model.embed_tokens.weight"}
 
 STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
@@ -215,6 +218,11 @@ def torch_dtype_of(config: Qwen2Config) -> torch.dtype | None:
     """The dtype a checkpoint's config names, or None."""
     dtype = getattr(config, "torch_dtype" if IS_V4 else "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def named_weights(config: Any) -> str | None:
+    """The file of weights that config.json names, or None. 4.37 knows no such field."""
+    return None if IS_V4 else getattr(config, WEIGHTS_FIELD, None)
 
 
 def set_torch_dtype(config: Any, dtype: torch.dtype) -> None:

@@ -22,8 +22,11 @@ from qwen2_npu.checkpoint.byte_ranges import NewFile, Range, Stored, equal, read
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_config, read_object
 from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART, check_readable, is_file, locked, unreadable
 from qwen2_npu.checkpoint.merged import Layout, MergedSource
-from qwen2_npu.checkpoint.sources import INDEX_FILE, SINGLE_FILE, open_stored, weights_files
+from qwen2_npu.checkpoint.naming import EMBEDDING, Renamed, as_stock
+from qwen2_npu.checkpoint.shards import INDEX_FILE, SINGLE_FILE, weights_files
+from qwen2_npu.checkpoint.sources import open_stored
 from qwen2_npu.checkpoint.weights import check_source, held_shapes, stock_shapes
+from qwen2_npu.compat import WEIGHTS_FIELD, named_weights
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Shard
 
@@ -110,8 +113,8 @@ def plan_merge(source: str | Path, output: str | Path, *, tp_size: int = 1) -> M
     with locked(folder, shared=True):
         config = read_config(folder)
         layout.check(config)
-        files = _plain(folder, weights_files(folder))
-        stored = open_stored(folder, config, files)
+        files = _plain(folder, weights_files(folder, config=config))
+        stored = _opened(folder, config, files)
         if (name := next(filter(merged.is_merged, stored.shapes()), None)) is not None:
             raise _already_merged(folder, name)
         check_source(stored)
@@ -140,10 +143,12 @@ def plan_merge(source: str | Path, output: str | Path, *, tp_size: int = 1) -> M
                 stock: file_of[stock] for stock in merged.stock_names(whole).values() if file_of[stock] != file_of[name]
             }
     text = _read_text(folder / CONFIG_FILE)
+    names = stored.names if isinstance(stored, Renamed) else {}
+    by_stock_name = {names.get(name, name): each for name, each in found.items()}
     return _plan(
         folder, output, {"merge": tp_size}, headers, new,
         config_text=with_record(text, Layout(tp_size, moved=moved)),
-        read_by_rank=tuple(_read_by(Shard(rank, tp_size), config, found) for rank in range(tp_size)),
+        read_by_rank=tuple(_read_by(Shard(rank, tp_size), stored.config, by_stock_name) for rank in range(tp_size)),
     )  # fmt: skip
 
 
@@ -163,8 +168,8 @@ def plan_unmerge(
     folder = _folders(source, output)
     with locked(folder, shared=True):
         config = read_config(folder)
-        files = _plain(folder, weights_files(folder))
-        stored = merged.present(open_stored(folder, config, files), folder, assume_tp=assume_tp)
+        files = _plain(folder, weights_files(folder, config=config))
+        stored = merged.present(_opened(folder, config, files), folder, assume_tp=assume_tp)
         if not isinstance(stored, MergedSource):
             raise CheckpointError(f"{folder} has no merged q, k and v: it is an ordinary checkpoint, loaded as it is")
         check_source(stored)
@@ -303,6 +308,22 @@ def _plain(folder: Path, files: list[str]) -> list[str]:
                 "write the checkpoint anew with save_pretrained"
             )
     return files
+
+
+def _opened(folder: Path, config: Any, files: list[str]) -> Any:
+    """The tensors of ``files``, which are to have the usual names, as are the files.
+
+    Raises:
+        CheckpointError: they have others.
+    """
+    way_out = "write the checkpoint anew with save_pretrained"
+    if (file := named_weights(config)) is not None:
+        raise CheckpointError(f"{folder}: {CONFIG_FILE} says that its weights are {WEIGHTS_FIELD}={file!r}: {way_out}")
+    source = as_stock(open_stored(folder, config, files))
+    names = source.names if isinstance(source, Renamed) else {}
+    if (other := next((name for name in names if names[name] not in (name, EMBEDDING)), None)) is not None:
+        raise CheckpointError(f"{folder}: {other} is what the model has as {names[other]}: {way_out}")
+    return source
 
 
 def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, GENERATION_CONFIG_FILE, read_object
 from qwen2_npu.checkpoint.folders import SAVING, locked, try_lock
 from qwen2_npu.checkpoint.folders import sync as _sync
-from qwen2_npu.checkpoint.sources import INDEX_FILE, SINGLE_FILE
+from qwen2_npu.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from qwen2_npu.errors import CheckpointError
 
 LOCK_FILE = "lock"

@@ -5,6 +5,7 @@ they are asked for, one at a time.
 from __future__ import annotations
 
 import reprlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen2Config
 
 from qwen2_npu.checkpoint import merged
-from qwen2_npu.checkpoint.configuration import one_line, read_config, read_object
-from qwen2_npu.checkpoint.folders import check_readable, is_file, locked
+from qwen2_npu.checkpoint.configuration import one_line, read_config
+from qwen2_npu.checkpoint.folders import check_readable, locked
+from qwen2_npu.checkpoint.naming import Renamed, as_stock
+from qwen2_npu.checkpoint.shards import is_safetensors, weights_files
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Cutting, Slice
 
@@ -34,11 +37,6 @@ STORED: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 """safetensors' names of the same dtypes. What is stored otherwise is quantised."""
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
 
 Cuttings = Callable[[str], Sequence[Slice | None]]
 """The same for several parts of a tensor."""
@@ -154,10 +152,7 @@ class SafetensorsSource:
         if dtype is None:
             raise _not_floating(self._folder / file, name, tensor.get_dtype())
         if (first := self._file_of.setdefault(name, file)) != file:
-            raise CheckpointError(
-                f"{self.where}: tensor {name} is in {first} and in {file}, which are not of one checkpoint; fetch all "
-                "files again"
-            )
+            raise _in_two_files(self.where, name, first, file)
         self._dtype = self._dtype or dtype
         self._shapes[name] = tuple(tensor.get_shape())
 
@@ -224,8 +219,12 @@ def open_checkpoint(
     weights_file: str | None = None,
     assume_tp: int | None = None,
     tp_size: int = 1,
-) -> SafetensorsSource | StateDictSource | merged.MergedSource:
-    """Look at a checkpoint folder: configuration and tensor shapes, no weights yet.
+) -> SafetensorsSource | StateDictSource | Renamed | merged.MergedSource:
+    """Look at a checkpoint folder: configuration and tensor shapes, no weights yet. (Only a tied head that is stored
+    beside the embedding is compared with it.)
+
+    What is found is what transformers' ``from_pretrained`` finds; see :mod:`qwen2_npu.checkpoint.naming` for the names
+    of tensors, and for ``tie_word_embeddings``, which the configuration of the source may have otherwise than the file.
 
     Args:
         weights_file: a file of weights in the folder, or an index of several; default: the safetensors ones. Pickled
@@ -240,23 +239,11 @@ def open_checkpoint(
     folder = Path(path).expanduser()
     with locked(folder, shared=True):
         config = read_config(folder) if config is None else config
-        source = open_stored(folder, config, weights_files(folder, weights_file))
-        found: SafetensorsSource | StateDictSource | merged.MergedSource = merged.present(
+        source = as_stock(open_stored(folder, config, weights_files(folder, weights_file, config)))
+        found: SafetensorsSource | StateDictSource | Renamed | merged.MergedSource = merged.present(
             source, folder, assume_tp=assume_tp, tp_size=tp_size
         )
         return found
-
-
-def weights_files(folder: Path, weights_file: str | None = None) -> list[str]:
-    """The files of weights in ``folder``; see :func:`open_checkpoint`.
-
-    Raises:
-        CheckpointError: there are none, or some are missing.
-    """
-    name = _default_weights(folder) if weights_file is None else weights_file
-    if not is_file(folder / name):
-        raise CheckpointError(f"weights_file={name!r}: {folder / name} does not exist; name a file of that folder")
-    return _indexed_files(folder / name) if name.endswith(".index.json") else [name]
 
 
 def open_stored(folder: Path, config: Qwen2Config, files: Sequence[str]) -> SafetensorsSource | StateDictSource:
@@ -265,62 +252,40 @@ def open_stored(folder: Path, config: Qwen2Config, files: Sequence[str]) -> Safe
     Raises:
         CheckpointError: what is wrong with them.
     """
-    if all(file.endswith(".safetensors") for file in files):
+    if all(map(is_safetensors, files)):
         return SafetensorsSource(folder, config, files)
     state_dict: dict[str, torch.Tensor] = {}
+    file_of: dict[str, str] = {}
     for file in files:
-        state_dict |= _unpickled(folder / file)
+        found = _unpickled(folder / file)
+        for name in found:
+            if name in file_of:
+                raise _in_two_files(folder, name, file_of[name], file)
+            file_of[name] = file
+        state_dict |= found
     return StateDictSource(config, state_dict, where=str(folder))
-
-
-def _default_weights(folder: Path) -> str:
-    for name in (SINGLE_FILE, INDEX_FILE):  # the order of transformers
-        if is_file(folder / name):
-            return name
-    pickled = next((name for name in PICKLED if is_file(folder / name)), None)
-    hint = (
-        "; fetch them again"
-        if pickled is None
-        else f"; it has {pickled}, and pickled weights are read by name only: pass weights_file={pickled!r}, or write "
-        'them as safetensors once with `python -c "from qwen2_npu import Qwen2ForCausalLM as M; '
-        f'M.from_pretrained({str(folder)!r}, weights_file={pickled!r}).save_pretrained({str(folder)!r})"`'
-    )
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """The files that an index of weights names.
-
-    Raises:
-        CheckpointError: it names none, or missing ones.
-    """
-    weight_map = read_object(index).get("weight_map")
-    named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not named or not all(isinstance(file, str) for file in named):
-        raise CheckpointError(
-            f"{index} is not a valid index: weight_map={reprlib.repr(weight_map)} must map tensors to files; "
-            "fetch it again"
-        )
-    files = sorted(set(named))
-    missing = [file for file in files if not is_file(index.parent / file)]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {len(files)} shards named by {index} are missing, first {missing[0]}; fetch the rest"
-        )
-    return files
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     check_readable(path)
     try:
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        state_dict = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as a torch state dict: {one_line(error)}; fetch it again"
         ) from error
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"{path} holds a {type(state_dict).__name__} in place of a state dict; fetch it again")
+    if (name := next((name for name in state_dict if not isinstance(name, str)), None)) is not None:
+        raise CheckpointError(f"{path} has {reprlib.repr(name)} in place of the name of a tensor; fetch it again")
     return state_dict
+
+
+def _in_two_files(where: str | Path, name: str, first: str, second: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: tensor {name} is in {first} and in {second}, which are not of one checkpoint; fetch all files again"
+    )
 
 
 def _not_floating(where: str | Path, name: str, stored: object) -> CheckpointError:

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
+from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
-from qwen2_npu.checkpoint.sources import INDEX_FILE, Source
-from qwen2_npu.compat import check_rope, head_dim, kv_head_count
+from qwen2_npu.checkpoint.shards import INDEX_FILE
+from qwen2_npu.checkpoint.sources import Source
+from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
@@ -63,12 +65,12 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
@@ -83,7 +85,7 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
     ranks: Any = model.ranks
     shapes = held_shapes(model.config, ranks.shard)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if model.config.tie_word_embeddings and name == "lm_head.weight":
+        if model.config.tie_word_embeddings and name == HEAD:
             continue
         *scope, module, kind = name.split(".")
         start = 0
@@ -172,6 +174,13 @@ def check_source(source: Source) -> None:
         for kind, items in (("tensors missing", missing), ("tensors unexpected", extra), ("tensors mis-shaped", wrong))
         if items
     ]
+    if missing == [HEAD]:
+        way_out = (
+            "a base model has none: save the whole model; or, where the embedding is the head, set tie_word_embeddings "
+            "to true in config.json"
+        )
+    elif (fused := next((name for name in extra if FUSED.keys() & name.split(".")), None)) is not None:
+        way_out = f"{fused} is fused: take the weights of such a model with stock_state_dict()"
     if problems:
         raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems)}; {way_out}")
     check_rope(config)
@@ -179,7 +188,7 @@ def check_source(source: Source) -> None:
 
 def _ignorable(name: str, tied: bool) -> bool:
     # Old checkpoints carry the rotary frequencies, and some a copy of a tied head.
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == HEAD)
 
 
 def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -209,7 +218,8 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        vars(model.config).pop(merged.RECORD, None)  # the layout of what was loaded; here it is the stock one
+        for field in (merged.RECORD, WEIGHTS_FIELD):  # of what was loaded; here are the stock layout and files
+            vars(model.config).pop(field, None)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(target)
         if model.generation_config is not None:

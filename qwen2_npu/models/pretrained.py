@@ -13,6 +13,7 @@ from transformers import GenerationConfig, Qwen2Config
 from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.folders import locked
+from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
@@ -148,7 +149,7 @@ class CheckpointIO:
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another
             agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
-            lambda: cls(settings, optimizations, ranks),
+            lambda: cls(source.config, optimizations, ranks),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
             device=target,
@@ -178,9 +179,10 @@ class CheckpointIO:
         """
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
+        source = as_stock(sources.StateDictSource(config, state_dict))
         model: Qwen2ForCausalLM = weights.build(
-            lambda: cls(config, optimizations, ranks),
-            sources.StateDictSource(config, state_dict),
+            lambda: cls(source.config, optimizations, ranks),
+            source,
             dtype=dtype,
             device=target,
         )
@@ -216,6 +218,22 @@ class CheckpointIO:
             return
         set_torch_dtype(self.config, self.dtype)
         weights.save(self, Path(save_directory), max_shard_size=max_shard_size)
+
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """``torch.nn.Module.load_state_dict``, for what :meth:`state_dict` of a model with the same switches gave.
+
+        Raises:
+            UnsupportedError: ``state_dict`` has weights of the stock model that are fused here.
+        """
+        own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        layout = weights.stock_layout(self)
+        if (stock := next((name for name in state_dict if name in layout and name not in own), None)) is not None:
+            raise UnsupportedError(
+                f"load_state_dict(): {stock} is a weight of the stock model, and here it is rows of "
+                f"{layout[stock].parameter}: make the model with Qwen2ForCausalLM.from_state_dict(config, state_dict)"
+            )
+        module: Any = super()
+        return module.load_state_dict(state_dict, *args, **kwargs)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
         """The weights under the stock class's names: fused ones as views of their parts, tied ones once.

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_any
 
 from qwen2_npu.checkpoint.configuration import read_generation_config
 from qwen2_npu.checkpoint.merged import MergedSource
-from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
+from qwen2_npu.checkpoint.naming import as_stock
+from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, parse_dtype
 from qwen2_npu.checkpoint.weights import check_source
 from qwen2_npu.errors import CheckpointError
 
@@ -67,6 +68,7 @@ def stock_from_state_dict(
 
     (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
     """
+    config = as_stock(StateDictSource(config, state_dict)).config  # not tied where the state dict has both tensors
     model = uninitialised(with_eager_attention(config), dtype)
     missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
     absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
@@ -88,11 +90,12 @@ def stock_from_pretrained(
         assume_tp: for how many ranks it was merged, where it was and does not record it.
 
     Raises:
-        CheckpointError: what is wrong with the folder. (transformers would fill missing q, k and v with random values.)
+        CheckpointError: what is wrong with the folder. (transformers would fill missing tensors with random values.)
     """
     from transformers import Qwen2ForCausalLM as StockQwen2
 
     source = open_checkpoint(path, assume_tp=assume_tp)
+    check_source(source)
     if isinstance(source, MergedSource):
         unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
         return cast("PreTrainedModel", unmerged.to(device))
@@ -103,7 +106,6 @@ def stock_from_pretrained(
 
 def _unmerged(source: MergedSource, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model of a merged folder, read one tensor at a time."""
-    check_source(source)
     model = uninitialised(with_eager_attention(source.config), dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():

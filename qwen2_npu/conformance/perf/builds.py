@@ -154,10 +154,9 @@ class Weights:
 
     def _stock_part(self, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Any:
         """What this rank computes of the stock model. No card and no host could hold it whole, once per rank."""
-        config = self.config()
         stored = None if self.path is None else open_checkpoint(self.path, assume_tp=self.assume_tp)
-        source = stored or RandomWeights(config, dtype, device)
-        model = hollow(uninitialised(with_eager_attention(config), dtype), dtype, device)
+        source = stored or RandomWeights(self.config(), dtype, device)
+        model = hollow(uninitialised(with_eager_attention(source.config), dtype), dtype, device)
         return filled(stock_sharded(model, ranks), source, ranks).eval().requires_grad_(False)
 
 

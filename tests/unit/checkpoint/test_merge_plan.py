@@ -16,6 +16,7 @@ from qwen2_npu.checkpoint.merge_plan import plan_merge, plan_unmerge, with_recor
 from qwen2_npu.checkpoint.merged import Layout
 from qwen2_npu.checkpoint.merging import merge_qkv, run, unmerge_qkv
 from qwen2_npu.checkpoint.sources import open_checkpoint
+from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.checkpoint.merges import (
@@ -97,12 +98,71 @@ def test_the_index_is_right_about_sizes_and_files(tmp_path: Path) -> None:
 def test_tied_heads_and_old_rotary_frequencies_are_copied(tmp_path: Path) -> None:
     config = config_of(4, 2)
     config.tie_word_embeddings = True
-    extra = {"lm_head.weight": torch.ones(24, 8), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(1)}
-    folder = write_folder(tmp_path / "ordinary", config, weights_of(config) | extra)
+    weights = weights_of(config)
+    embedding = weights["model.embed_tokens.weight"]
+    extra = {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(1)}
+    folder = write_folder(tmp_path / "ordinary", config, weights | extra)
     merge_qkv(folder, tmp_path / "merged")
     assert tensors_of(tmp_path / "merged").keys() >= extra.keys()
     unmerge_qkv(tmp_path / "merged", tmp_path / "back")
     assert digest(tmp_path / "back") == digest(folder)
+
+
+@pytest.mark.parametrize("kind", ["a head of its own", "a head alone"])
+def test_tied_models_that_store_a_head(kind: str, tmp_path: Path) -> None:
+    """They stay what they are, and each rank reads the head."""
+    config = config_of(4, 2)
+    weights = weights_of(config)
+    config.tie_word_embeddings = True
+    if kind == "a head alone":
+        weights.pop("model.embed_tokens.weight")
+    folder = write_folder(tmp_path / "ordinary", config, weights)
+    if IS_V4 and kind == "a head of its own":
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            plan_merge(folder, tmp_path / "merged")
+        return
+    plan = plan_merge(folder, tmp_path / "merged", tp_size=2)
+    assert sum(plan.read_by_rank) >= sum(tensor.nbytes for tensor in weights.values())
+    run(plan)
+    assert tensors_of(tmp_path / "merged").keys() >= {"lm_head.weight"}
+    source = open_checkpoint(tmp_path / "merged")
+    assert source.config.tie_word_embeddings is (kind == "a head alone")
+    found = dict(source.tensors())
+    assert same_bits(found.get("lm_head.weight", found["model.embed_tokens.weight"]), weights["lm_head.weight"])
+    unmerge_qkv(tmp_path / "merged", tmp_path / "back")
+    assert digest(tmp_path / "back") == digest(folder)
+
+
+def test_names_of_a_base_model_are_not_merged(tmp_path: Path) -> None:
+    """The folder is loaded, and its names would not be found in the one that is written."""
+    config = config_of(4, 2)
+    config.tie_word_embeddings = True
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights_of(config).items()}
+    folder = write_folder(tmp_path / "base", config, weights)
+    assert open_checkpoint(folder).shapes().keys() == {f"model.{name}" for name in weights}
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.\S+ is what the model has as model\.layers.*save_pretrained"
+    ):
+        plan_merge(folder, tmp_path / "merged")
+    merged = {
+        name.removeprefix("model."): tensor for name, tensor in guide_merged(config, weights_of(config), 2).items()
+    }
+    guide = write_folder(tmp_path / "guide", config, merged)
+    found = dict(open_checkpoint(guide, assume_tp=2).tensors())
+    assert all(same_bits(found[name], tensor) for name, tensor in weights_of(config).items())
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.\S+ is what the model has as model\.layers.*save_pretrained"
+    ):
+        plan_unmerge(guide, tmp_path / "ordinary", assume_tp=2)
+
+
+@pytest.mark.skipif(IS_V4, reason="transformers 4.37.0 reads no such field")
+def test_weights_that_the_configuration_names_are_not_merged(folder: Path, tmp_path: Path) -> None:
+    save_file(WEIGHTS, folder / "model-best.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "model-best.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"transformers_weights='model-best\.safetensors': write the checkpoint"):
+        plan_merge(folder, tmp_path / "merged")
 
 
 def test_files_beside_the_weights(folder: Path, tmp_path: Path) -> None:

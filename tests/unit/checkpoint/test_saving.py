@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import saving, weights
-from qwen2_npu.checkpoint.sources import INDEX_FILE
+from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_config, small_stock, stock_weights
 
@@ -438,14 +439,40 @@ def test_who_may_read_it_is_up_to_the_umask(tmp_path, umask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
-def test_files_of_others_stay(tmp_path):
-    OLD.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
-    others = {name: name.encode() for name in ("README.md", "tokenizer.json", "model.fp16.safetensors", "model.py")}
+OTHERS = (
+    "README.md", "tokenizer.json", "model.py", "sub/model.safetensors", "sub/model-00001-of-00002.safetensors",
+    "model.fp16.safetensors", "model_ema.safetensors", "model-best.safetensors", "model.safetensors.bak",
+    "model-00001-of-00002.fp16.safetensors", "model_ema-00001-of-00002.safetensors", "model-1-of-2.safetensors",
+    "model.safetensors.index.fp16.json", "model_ema.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "adapter_model.safetensors", "optimizer.pt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("after", ["single", "several", "many"])
+@pytest.mark.parametrize("before", ["single", "several"])
+def test_files_of_others_stay(tmp_path, before, after):
+    """Nothing goes but the weights that are replaced: transformers removes more, whatever is numbered like a shard."""
+    OLD.save_pretrained(tmp_path / "folder", max_shard_size=LAYOUTS[before])
+    NEW.save_pretrained(tmp_path / "fresh", max_shard_size=LAYOUTS[after])
+    (tmp_path / "folder" / "sub").mkdir()
+    others = {name: name.encode() for name in OTHERS}
     for name, text in others.items():
-        (tmp_path / name).write_bytes(text)
+        (tmp_path / "folder" / name).write_bytes(text)
+    NEW.save_pretrained(tmp_path / "folder", max_shard_size=LAYOUTS[after])
+    assert content(tmp_path / "folder") == content(tmp_path / "fresh") | others
+
+
+def test_files_that_an_index_named_and_no_save_wrote_stay(tmp_path):
+    """Their names are not those of shards: whoever gave them knows more about them than their index."""
+    OLD.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_ema.safetensors")
+    weight_map = dict.fromkeys(OLD.stock_state_dict(), "model_ema.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    before = (tmp_path / "model_ema.safetensors").read_bytes()
+    assert loaded(tmp_path, NEW) == "old"
     NEW.save_pretrained(tmp_path)
-    assert set(content(tmp_path)) == {"config.json", "generation_config.json", "model.safetensors", *others}
-    assert {name: content(tmp_path)[name] for name in others} == others
+    assert loaded(tmp_path, NEW) == "new"
+    assert (tmp_path / "model_ema.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["saved", "failed"])

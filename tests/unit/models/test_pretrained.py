@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
-from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
 from tests.unit.small import small_config, small_stock
@@ -195,3 +195,32 @@ def test_every_keyword_of_transformers_is_decided_on(function, known):
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self"
     }
     assert theirs <= known | set(ours)
+
+
+# ---- load_state_dict ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("keywords", [{}, {"strict": False}, {"assign": True}], ids=str)
+def test_weights_of_the_stock_model_are_not_loaded_into_fused_ones(folder, keywords):
+    """Without strict, torch would leave them as they are without a word."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stock = small_stock(seed=1)
+    with pytest.raises(
+        UnsupportedError, match=r"_proj\.\w+ is a weight of the stock model.*\.from_state_dict\(config,"
+    ):
+        model.load_state_dict(stock.state_dict(), **keywords)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    copied = Qwen2ForCausalLM.from_state_dict(model.config, stock.state_dict())
+    assert torch.equal(copied.model.layers[0].mlp.down_proj.weight, stock.model.layers[0].mlp.down_proj.weight)
+
+
+def test_weights_of_the_same_class_are_loaded(folder):
+    """And those of the stock class where nothing is fused."""
+    stock = small_stock(seed=1)
+    other = Qwen2ForCausalLM.from_state_dict(stock.config, stock.state_dict())
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    assert not any(model.load_state_dict(other.state_dict()))
+    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in model.stock_state_dict().items())
+    plain = Qwen2ForCausalLM.from_pretrained(folder, optimizations=Optimizations.none())
+    assert not any(plain.load_state_dict(stock.state_dict()))
+    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in plain.stock_state_dict().items())
+    assert model.load_state_dict({}, strict=False).missing_keys
