@@ -7,8 +7,10 @@ of the layers, so with it there is no baseline for them and both are refused; an
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +68,83 @@ STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
 ACTIVATIONS: tuple[str, ...] = ("silu", "swish")
 """Names of one function."""
 
+SLIDING = "sliding_attention"
+"""The entry of ``layer_types`` for a layer that sees a window."""
+
+
+# ---- config.json: one meaning, whichever version wrote it -----------------------------------------------------------
+def _rope_of_4_37(values: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", values.get("rope_theta", DEFAULT_THETA))
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return {"rope_theta": theta} | ({"rope_scaling": rope} if scaled else {})
+
+
+def _windows_of_4_37(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_sliding_window": SLIDING in values["layer_types"]}
+
+
+def _dtype_of_4_37(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"torch_dtype": values["dtype"]}
+
+
+DEFAULT_THETA = 10000.0
+"""rope_theta in both versions, where a configuration has none."""
+
+OF_4_37: dict[tuple[str, ...], Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    ("rope_parameters", "rope_scaling"): _rope_of_4_37,
+    ("layer_types",): _windows_of_4_37,
+    ("dtype",): _dtype_of_4_37,
+}
+"""Fields that 5.x reads and 4.37.0 does not, and what 4.37.0 reads in their place. (5.x reads all that 4.37.0 writes.)
+
+Where both are given, the one counts that counts in 5.x. 4.37.0 has no rope scaling; ``rope_scaling`` is refused there.
+"""
+
+
+def in_words_of_4_37(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration as 4.37.0 names them."""
+    found = dict(values)
+    for names, translate in OF_4_37.items():
+        if any(values.get(name) is not None for name in names):
+            found = {name: value for name, value in found.items() if name not in names} | translate(values)
+    return found
+
+
+def in_own_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that either version may have written, as the installed one reads them."""
+    return in_words_of_4_37(values) if IS_V4 else dict(values)
+
+
+def settled(config: Qwen2Config) -> Qwen2Config:
+    """A copy of ``config`` in which every setting is where the installed version looks for it.
+
+    4.37.0's reader leaves what 5.x wrote aside. ``layer_types`` may be longer than the model, as the stock one takes
+    it; a saved file with it would be refused.
+    """
+    config = copy.deepcopy(config)
+    fields = vars(config)
+    own = in_own_words(fields)
+    if own.get("layer_types") is not None:
+        own["layer_types"] = own["layer_types"][: config.num_hidden_layers]
+    fields.clear()
+    fields.update(own)
+    return config
+
+
+def readable_by_both(config: Any) -> Any:
+    """``config`` to be saved: what 5.x writes under names of its own is there under those of 4.37.0, too."""
+    if IS_V4:
+        return config
+    values = config.to_dict()
+    added = {name: value for name, value in in_words_of_4_37(values).items() if name not in values}
+    config = copy.deepcopy(config)
+    vars(config).update(added)  # torch_dtype and rope_scaling are properties of 5.x's class
+    return config
+
+
+# ---- what a configuration means -------------------------------------------------------------------------------------
+
 
 def rope_frequencies(config: Qwen2Config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies (head_dim/2,) float32 and the factor on cos and sin, as the installed stock model has
@@ -84,9 +163,11 @@ def check_rope(config: Qwen2Config) -> None:
     """Refuse what no rotary frequencies can be computed from.
 
     Raises:
-        UnsupportedError: see :func:`rope_frequencies`; or they are not finite.
+        UnsupportedError: see :func:`rope_frequencies`; or they are not finite, or not one for each pair of values.
     """
     inv_freq, scaling = rope_frequencies(config)
+    if len(inv_freq) != head_dim(config) // 2:
+        raise _no_frequencies(config, f"they are {len(inv_freq)}, for head_dim={head_dim(config)}")
     if not math.isfinite(scaling) or not bool(torch.isfinite(inv_freq).all()):
         raise _no_frequencies(config, "they are not finite")
 
@@ -122,20 +203,22 @@ def sliding_windows(config: Qwen2Config) -> list[int | None]:
     """Per layer its sliding window in tokens, or None where the layer sees everything."""
     if IS_V4:
         return [None] * config.num_hidden_layers
-    window = config.sliding_window
-    return [window if kind == "sliding_attention" else None for kind in config.layer_types or ()]
+    assert config.layer_types is not None, "check_config() comes first"
+    kinds = config.layer_types[: config.num_hidden_layers]
+    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
 def check_config(config: Qwen2Config) -> None:
     """Refuse what the installed transformers gives no baseline for.
 
     Raises:
-        UnsupportedError: rope scaling or sliding windows on 4.37.0, or a rope type without fixed frequencies.
+        UnsupportedError: rope scaling or sliding windows on 4.37.0, a rope type without fixed frequencies, rope
+            parameters that are not complete, or a sliding layer without a window.
     """
     if config.hidden_act not in ACTIVATIONS:
         raise UnsupportedError(
-            f"hidden_act={config.hidden_act!r}: this model computes silu, which all Qwen2 and Qwen1.5 checkpoints use; "
-            "use the stock model for others"
+            f"hidden_act={reprlib.repr(config.hidden_act)}: this model computes silu, which all Qwen2 and Qwen1.5 "
+            "checkpoints use; use the stock model for others"
         )
     version = transformers.__version__
     if IS_V4:
@@ -151,11 +234,23 @@ def check_config(config: Qwen2Config) -> None:
                 "is no baseline to agree with; remove rope_scaling from config.json or install 'transformers>=5,<6'"
             )
         return
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    if config.layer_types is None:
+        raise UnsupportedError("layer_types=None: list 'full_attention' or 'sliding_attention' for each layer")
+    if SLIDING in config.layer_types and config.sliding_window is None:
+        raise UnsupportedError(
+            f"layer_types has {SLIDING!r}, and sliding_window=None (use_sliding_window={config.use_sliding_window}): "
+            "set both, or make all layers 'full_attention'"
+        )
+    rope: Any = config.rope_parameters
+    if not isinstance(rope, dict) or None in (rope.get("rope_type"), rope.get("rope_theta")):
+        raise UnsupportedError(
+            f"rope_parameters={reprlib.repr(rope)} must have rope_type and rope_theta (as rope_scaling=, given by "
+            "keyword, it replaces all of them): {'rope_type': 'default', 'rope_theta': 1000000.0}"
+        )
     rope_type = rope["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise UnsupportedError(
-            f"rope_type={rope_type!r} changes its frequencies with the sequence; supported are "
+            f"rope_type={reprlib.repr(rope_type)} changes its frequencies with the sequence; supported are "
             f"{', '.join(STATIC_ROPE_TYPES)}"
         )
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import GenerationConfig, Qwen2Config
 
-from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, check_numbers
+from qwen2_npu.checkpoint.fields import GENERATION, check_numbers, check_values
 from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
-from qwen2_npu.compat import check_config, head_dim, kv_head_count
+from qwen2_npu.compat import check_config, head_dim, in_own_words, kv_head_count, settled
 from qwen2_npu.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -28,12 +28,12 @@ UNSERVED = ("assistant_early_exit", "is_assistant")
 
 
 def check_fields(config: Qwen2Config) -> None:
-    """Refuse sizes and token ids that no model has, and head counts that do not divide.
+    """Refuse values that no model has, head counts that do not divide.
 
     Raises:
         CheckpointError: with the values.
     """
-    check_numbers(vars(config), GENERATION | CONFIG, where="", way_out="correct config.json")
+    check_values(vars(config), where="", way_out="correct config.json", spare=True)
     heads, kv_heads, hidden = config.num_attention_heads, kv_head_count(config), config.hidden_size
     if heads % kv_heads:
         raise CheckpointError(
@@ -47,10 +47,12 @@ def check_fields(config: Qwen2Config) -> None:
             f"head_dim={head_dim(config)} (hidden_size / num_attention_heads unless given) is odd, and rotary "
             "positions turn pairs of values; correct config.json"
         )
-    if (padding := getattr(config, "pad_token_id", None)) is not None and padding >= config.vocab_size:
-        raise CheckpointError(
-            f"pad_token_id={padding} is outside the vocabulary of vocab_size={config.vocab_size}; correct config.json"
-        )
+    for name in PUT_IN:
+        if max(_listed(getattr(config, name, None)), default=-1) >= config.vocab_size:
+            raise CheckpointError(
+                f"{name}={reprlib.repr(getattr(config, name))} is outside the vocabulary of "
+                f"vocab_size={config.vocab_size}; correct config.json"
+            )
 
 
 def read_config(folder: Path, **changes: Any) -> Qwen2Config:
@@ -86,12 +88,16 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
             f"{path} describes weights quantised with {reprlib.repr(method)}; use the checkpoint in bf16, fp16 or fp32"
         )
     # Before transformers: it makes lists of the lengths that are given.
-    check_numbers(values | changes, GENERATION | CONFIG, where=f"{path}: ", way_out="correct it")
+    for given in (values, changes):
+        check_values(given, where=f"{path}: ", way_out="correct it")
     try:
-        config = Qwen2Config.from_pretrained(folder, local_files_only=True, **changes)
+        config = Qwen2Config.from_dict(in_own_words(values), **changes)
+        config.name_or_path = str(folder)
+        GenerationConfig.from_model_config(config)  # 4.37.0 makes one where there is no file of it
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error
     check_fields(config)
+    config = settled(config)
     check_config(config)
     return config
 

@@ -1,11 +1,13 @@
-"""Which numbers config.json and generation_config.json may hold: a table for each."""
+"""What config.json and generation_config.json may hold: a table for each kind of field."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
 
 from qwen2_npu.errors import CheckpointError
 
@@ -14,6 +16,13 @@ LARGEST = 2**31 - 1
 
 LARGEST_REAL = 1e6
 """The largest real number: products with a larger one may overflow."""
+
+
+class Field(Protocol):
+    """What a field takes; its text completes "must be ..."."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether it takes ``value``, as JSON gives it."""
 
 
 class Number(NamedTuple):
@@ -57,6 +66,30 @@ class Number(NamedTuple):
         return f"{text}, or null" if self.null else text
 
 
+class Word(NamedTuple):
+    """What a field takes: one of ``values``; or a list of them, or null.
+
+    Attributes:
+        text: those in words.
+    """
+
+    values: tuple[Any, ...]
+    text: str
+    listed: bool = False
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value``, as JSON gives it, is one of them."""
+        if self.listed:
+            return value is None or (isinstance(value, list) and all(self._is_one(each) for each in value))
+        return self._is_one(value)
+
+    def _is_one(self, value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in self.values)
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def _count(low: int, high: int = LARGEST) -> Number:
     return Number(low, high, null=True)
 
@@ -69,7 +102,7 @@ TOKEN = Number(-1, null=True)  # -1 stands for none in some files
 TOKENS = TOKEN._replace(listed="may")
 TOKEN_LIST = TOKEN._replace(listed="must")
 
-GENERATION: dict[str, Number] = {
+GENERATION: dict[str, Field] = {
     **dict.fromkeys(("pad_token_id", "forced_bos_token_id"), TOKEN),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), TOKENS),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKEN_LIST),
@@ -85,11 +118,26 @@ GENERATION: dict[str, Number] = {
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), _real(0, 1)),
     "assistant_confidence_threshold": _real(0, 1),
     "assistant_ensemble_weight": _real(1e-6, 1 - 1e-6),
+    "early_stopping": Word((False, True, "never", None), "true, false, 'never' or null"),
     "exponential_decay_length_penalty": _real(0)._replace(listed="must", length=2),
 }
 """Fields of generation_config.json. config.json may hold them, too."""
 
-CONFIG: dict[str, Number] = {
+THETA = Number(1, 1e15, real=True)
+FLAG = Word((False, True), "true or false")
+FLAG_OR_NULL = Word((False, True, None), "true, false or null")
+UNSERVED = Word((False, None, {}, []), "absent: this model does not serve it")
+LAYER_TYPES = Word(
+    ("full_attention", "sliding_attention", "attention"),  # "attention" is an older name of the first
+    "a list of 'full_attention' and 'sliding_attention', one for each layer, or null",
+    listed=True,
+)
+_FLOATING = {
+    name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point
+}
+DTYPE = Word((*_FLOATING, *_FLOATING.values(), None), "the name of a floating-point dtype, as 'bfloat16', or null")
+
+CONFIG: dict[str, Field] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), Number(1)),
     "num_hidden_layers": Number(1, 100_000),  # transformers makes a list of that length
     "num_key_value_heads": _count(1),
@@ -97,16 +145,36 @@ CONFIG: dict[str, Number] = {
     "max_position_embeddings": Number(1),
     "sliding_window": _count(1),
     "max_window_layers": Number(0),
-    "rms_norm_eps": Number(0, LARGEST_REAL, real=True),
+    "rms_norm_eps": Number(1e-30, LARGEST_REAL, real=True),
+    "rope_theta": THETA,
     "initializer_range": Number(0, LARGEST_REAL, real=True),
     "attention_dropout": Number(0, 1, real=True),
     "num_labels": _count(0, 100_000),  # transformers makes a dictionary of that size
+    **dict.fromkeys(("use_cache", "tie_word_embeddings", "use_sliding_window"), FLAG),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict", "is_decoder"), FLAG_OR_NULL),
+    **dict.fromkeys(("torchscript", "tf_legacy_loss", "use_bfloat16"), FLAG_OR_NULL),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), UNSERVED),
+    **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), UNSERVED),
+    **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
+    "layer_types": LAYER_TYPES,
 }
 """Fields of config.json."""
 
+ROPE: dict[str, Field] = {
+    "rope_theta": THETA,
+    "original_max_position_embeddings": Number(1),
+    **dict.fromkeys(("factor", "attention_factor", "low_freq_factor", "high_freq_factor"), _real(1e-6)),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _real(0)),  # 0 is the default of all
+    "truncate": FLAG,
+}
+"""What rope_parameters, or rope_scaling, of config.json may hold."""
 
-def check_numbers(values: Mapping[str, Any], table: Mapping[str, Number], *, where: str, way_out: str) -> None:
-    """Refuse the first field that holds something else than its number.
+ROPES = ("rope_parameters", "rope_scaling")
+"""Where they are."""
+
+
+def check_numbers(values: Mapping[str, Any], table: Mapping[str, Field], *, where: str, way_out: str) -> None:
+    """Refuse the first field that holds something else than it takes.
 
     Raises:
         CheckpointError: naming the field, its value and what it takes.
@@ -114,3 +182,28 @@ def check_numbers(values: Mapping[str, Any], table: Mapping[str, Number], *, whe
     for name, number in table.items():
         if name in values and not number.takes(values[name]):
             raise CheckpointError(f"{where}{name}={reprlib.repr(values[name])} must be {number}; {way_out}")
+
+
+def check_values(values: Mapping[str, Any], *, where: str, way_out: str, spare: bool = False) -> None:
+    """Refuse what a configuration cannot hold, whichever version of transformers wrote it.
+
+    Args:
+        spare: whether layer_types may list more layers than the model has, as in memory, where that was made smaller.
+
+    Raises:
+        CheckpointError: naming the field, its value and what it takes.
+    """
+    check_numbers(values, GENERATION | CONFIG, where=where, way_out=way_out)
+    for name in ROPES:
+        rope = values.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict) or any(isinstance(value, (dict, list)) for value in rope.values()):
+            raise CheckpointError(
+                f"{where}{name}={reprlib.repr(rope)} must be one object of numbers and words, the same for all layers, "
+                f"or null; {way_out}"
+            )
+        check_numbers(rope, ROPE, where=f"{where}{name}: ", way_out=way_out)
+    kinds, layers = values.get("layer_types"), values.get("num_hidden_layers")
+    if kinds is not None and layers is not None and (len(kinds) < layers or (len(kinds) > layers and not spare)):
+        raise CheckpointError(f"{where}layer_types has {len(kinds)} entries for num_hidden_layers={layers}; {way_out}")

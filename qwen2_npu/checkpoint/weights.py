@@ -7,25 +7,29 @@ bit-identical.
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwen2_npu.cache import human_bytes
 from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.checkpoint.sources import Source
-from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, kv_head_count
+from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, kv_head_count, readable_by_both
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
@@ -95,6 +99,29 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
             layout[stock] = StackedRows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
+
+
+def check_room(config: Any, shard: Shard) -> None:
+    """Refuse a model that the memory of this machine cannot hold, where the CPU is the device that models are made on.
+
+    Raises:
+        MemoryError: with both sizes.
+    """
+    if torch.get_default_device().type != "cpu":
+        return
+    one = copy.copy(config)
+    one.num_hidden_layers = 1
+    counts = {name: math.prod(shape) for name, shape in held_shapes(one, shard).items()}
+    layer = sum(count for name, count in counts.items() if name.startswith("model.layers."))
+    parameters = sum(counts.values()) + layer * (config.num_hidden_layers - 1)
+    needed, there = parameters * torch.get_default_dtype().itemsize, psutil.virtual_memory().total
+    if needed > there:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        raise MemoryError(
+            f"the weights of this configuration take {human_bytes(needed)}, this machine has {human_bytes(there)}: "
+            f"correct {', '.join(f'{name}={getattr(config, name)}' for name in sizes)}, or read a checkpoint onto an "
+            "accelerator with from_pretrained"
+        )
 
 
 def skeleton(factory: Callable[[], ModelT], source: Source) -> ModelT:
@@ -221,7 +248,7 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
         for field in (merged.RECORD, WEIGHTS_FIELD):  # of what was loaded; here are the stock layout and files
             vars(model.config).pop(field, None)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(target)
+        readable_by_both(model.config).save_pretrained(target)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(target)
 

@@ -9,7 +9,6 @@ Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.checkpoint.configuration import check_fields
+from qwen2_npu.checkpoint.weights import check_room
 from qwen2_npu.compat import (
     CACHE_NAME,
     LOGITS_IN_FLOAT32,
@@ -32,6 +32,7 @@ from qwen2_npu.compat import (
     check_config,
     growing_cache,
     one_cache,
+    settled,
     sliding_windows,
     unchanged_on_error,
 )
@@ -76,10 +77,11 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
+        config = settled(config)
         check_config(config)
         optimizations = Optimizations.all() if optimizations is None else optimizations
         ranks.check(config, optimizations)
-        config = copy.deepcopy(config)
+        check_room(config, ranks.shard)
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )

@@ -22,7 +22,9 @@ from qwen2_npu.checkpoint.merged import MergedSource
 from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, parse_dtype
 from qwen2_npu.checkpoint.weights import check_source
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.compat import head_dim, settled
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.models.layers import TABLE_ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen2Config
@@ -100,7 +102,13 @@ def stock_from_pretrained(
         unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
         return cast("PreTrainedModel", unmerged.to(device))
     dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
-    model = StockQwen2.from_pretrained(str(path), attn_implementation="eager", local_files_only=True, **dtype_argument)
+    model = StockQwen2.from_pretrained(
+        str(path),
+        config=with_eager_attention(source.config),  # its own reader may not know what another version wrote
+        attn_implementation="eager",
+        local_files_only=True,
+        **dtype_argument,
+    )
     return model.eval().to(device)
 
 
@@ -225,7 +233,23 @@ def exact(reference: PreTrainedModel) -> Iterator[None]:
 
 
 def with_eager_attention(config: Qwen2Config) -> Qwen2Config:
-    """A copy of ``config`` that asks for eager attention."""
-    config = type(config).from_dict(config.to_dict())
+    """A copy of ``config`` for the stock model, with eager attention: it means there what it means here.
+
+    Raises:
+        UnsupportedError: transformers 4.37's model has no such heads.
+    """
+    config = type(config).from_dict(settled(config).to_dict())
     config._attn_implementation = "eager"
+    if HEAD_DIM_IS_FREE:
+        return config
+    if head_dim(config) * config.num_attention_heads != config.hidden_size:
+        raise UnsupportedError(
+            f"head_dim={head_dim(config)}: transformers {transformers.__version__}'s own Qwen2 has hidden_size / "
+            f"num_attention_heads = {config.hidden_size} / {config.num_attention_heads}, so there is no baseline to "
+            "compare with; install 'transformers>=5,<6'"
+        )
+    if not config.use_sliding_window:
+        config.sliding_window = None  # 4.37's eager attention is masked by it, whatever use_sliding_window says
+    # 4.37 builds a table of all positions in every layer. It makes a longer one where it needs that.
+    config.max_position_embeddings = min(config.max_position_embeddings, TABLE_ROWS)
     return config
