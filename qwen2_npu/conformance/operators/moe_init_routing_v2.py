@@ -31,7 +31,7 @@ def build(
     experts: int,
     count: bool = True,
     chosen: str = "different",
-    active: Sequence[int] | None = None,
+    active: Sequence[int] | str = "all",
     active_num: str | None = "all",
     row_idx_type: int | None = None,
 ) -> Arguments:
@@ -52,8 +52,8 @@ def build(
     }
     if active_num is not None:
         made["active_num"] = rows * k if active_num == "all" else 0
-    if active is not None:
-        made["active_expert_range"] = list(active)
+    if active != "default":
+        made["active_expert_range"] = [0, experts] if active == "all" else list(active)
     return made if row_idx_type is None else made | {"row_idx_type": row_idx_type}
 
 
@@ -89,7 +89,7 @@ def strategy() -> SearchStrategy[dict[str, Any]]:
     def fitted(made: tuple[int, int, dict[str, Any], int, int]) -> dict[str, Any]:
         experts, k, rest, first, size = made
         first %= experts
-        active = [first, first + 1 + size % (experts - first)] if size else None
+        active = [first, first + 1 + size % (experts - first)] if size else "all"
         return {"experts": experts, "k": k % experts + 1, "active": active, **rest}
 
     rest = st.fixed_dictionaries(
@@ -119,12 +119,12 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "active": {"rows": 9, "width": 8, "k": 4, "experts": 16, "active": [5, 11]},
     "active_ends": {"rows": 9, "width": 8, "k": 4, "experts": 16, "active": [0, 11], "count": False},
     "active_scatter": {"rows": 9, "width": 8, "k": 4, "experts": 16, "active": [5, 16], "row_idx_type": 1},
-    "all_active": {"rows": 4, "width": 8, "k": 2, "experts": 6, "active": [0, 6]},
+    "default_range": {"rows": 4, "width": 8, "k": 2, "experts": 6, "active": "default"},
     "none_for_the_active": {"rows": 4, "width": 8, "k": 2, "experts": 8, "chosen": "first", "active": [4, 8]},
     "finished_rows": {"rows": 6, "width": 8, "k": 3, "experts": 10, "chosen": "finished"},
 }
 
-_BASE: dict[str, Any] = {"rows": 3, "width": 4, "k": 2, "experts": 8, "active": [0, 8], "row_idx_type": 0}
+_BASE: dict[str, Any] = {"rows": 3, "width": 4, "k": 2, "experts": 8, "row_idx_type": 0}
 
 _ONLY_THE_HOST = ("cpu",)
 """Where the values of a tensor are read before the kernel runs; a device checks none."""

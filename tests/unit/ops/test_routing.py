@@ -57,7 +57,7 @@ def test_all_rows_on_the_same_experts() -> None:
     torch.testing.assert_close(mixture(x, logits, *rest).double(), dense(x, logits, *rest), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_whatever_is_routed_where(backend: str) -> None:
     """The group list is data: rows that choose other experts, or all the same ones, use the graph that is there."""
     run, counter = compiled(mixture, backend)
