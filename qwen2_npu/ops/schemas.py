@@ -72,6 +72,30 @@ SCHEMAS: Final = MappingProxyType(
             "int? dequant_scale_dtype=None, int? pertoken_scale_dtype=None, int comm_quant_mode=0, "
             "str? comm_mode=None) -> Tensor"
         ),
+        "npu_moe_gating_top_k_softmax": (
+            "npu_moe_gating_top_k_softmax(Tensor x, Tensor? finished=None, int k=1) -> (Tensor, Tensor, Tensor)"
+        ),
+        "npu_moe_init_routing_v2": (
+            "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
+            "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, "
+            "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, "
+            "int[2] active_expert_range=[], int row_idx_type=0, int? x_dtype=None) "
+            "-> (Tensor, Tensor, Tensor, Tensor)"
+        ),
+        "npu_grouped_matmul": (
+            "npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, "
+            "Tensor[]? offset=None, Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, "
+            "Tensor[]? per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, "
+            "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+            "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, "
+            "int[]? tuning_config=None, int? output_dtype=None, int? x_dtype=None, int? weight_dtype=None, "
+            "int? scale_dtype=None, int? per_token_scale_dtype=None) -> Tensor[]"
+        ),
+        "npu_moe_finalize_routing": (
+            "npu_moe_finalize_routing(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, "
+            "Tensor? scales, Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, "
+            "int? drop_pad_mode=0, int? k=1) -> Tensor"
+        ),
     }
 )
 
@@ -114,6 +138,18 @@ UNSUPPORTED: Final = MappingProxyType(
             "comm_turn": 0,
             "comm_quant_mode": 0,
             "comm_mode": None,
+        },
+        "npu_moe_init_routing_v2": {
+            **_absent("scale", "offset", "x_dtype"),
+            "expert_capacity": -1,
+            "drop_pad_mode": 0,
+            "quant_mode": -1,
+        },
+        "npu_grouped_matmul": {
+            **_absent("scale", "offset", *_ANTIQUANTISATION, "per_token_scale"),
+            **_absent("activation_input", "activation_quant_scale", "activation_quant_offset"),
+            **_absent("output_dtype", "x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype"),
+            "act_type": 0,
         },
     }
 )

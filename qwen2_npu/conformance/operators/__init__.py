@@ -11,8 +11,12 @@ from qwen2_npu.conformance.operators import (
     add_rms_norm,
     apply_rotary_pos_emb,
     fused_infer_attention_score,
+    grouped_matmul,
     incre_flash_attention,
     mm_all_reduce,
+    moe_finalize_routing,
+    moe_gating_top_k_softmax,
+    moe_init_routing_v2,
     prompt_flash_attention,
     rms_norm,
     rotary_mul,
@@ -34,6 +38,10 @@ _RECORDS = (
     scatter_update.IN_PLACE,
     swiglu.OPERATOR,
     mm_all_reduce.OPERATOR,
+    moe_gating_top_k_softmax.OPERATOR,
+    moe_init_routing_v2.OPERATOR,
+    grouped_matmul.OPERATOR,
+    moe_finalize_routing.OPERATOR,
 )
 
 CATALOGUE: dict[str, OperatorRecord] = {record.name: record for record in _RECORDS}

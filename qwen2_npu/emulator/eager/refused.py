@@ -89,7 +89,7 @@ _NAMES: dict[str, str] = {
         npu::_npu_moe_token_unpermute npu::_npu_moe_token_unpermute_with_routing_map npu::npu_grouped_matmul_add
         npu::npu_grouped_matmul_add_ npu::npu_grouped_matmul_finalize_routing npu::npu_moe_gating_top_k
         npu::npu_moe_gating_top_k_backward npu::npu_moe_gating_top_k_softmax_v2 npu::npu_moe_init_routing_quant
-        npu::npu_moe_init_routing_v2 npu::npu_moe_re_routing npu::npu_moe_token_permute
+        npu::npu_moe_re_routing npu::npu_moe_token_permute
         npu::npu_moe_token_permute_grad npu::npu_moe_token_permute_grad_v2
         npu::npu_moe_token_permute_with_routing_map npu::npu_moe_token_permute_with_routing_map_grad
         npu::npu_moe_token_unpermute npu::npu_moe_token_unpermute_grad npu::npu_moe_token_unpermute_grad_v2

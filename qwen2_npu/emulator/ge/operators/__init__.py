@@ -12,6 +12,7 @@ from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its op
     collectives,
     creation,
     elementwise,
+    experts,
     indexing,
     normalization,
     products,

@@ -103,6 +103,43 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         "x3_twice",
         narrow=("product_rounded_before_bias", "not_rounded_before_x3"),
     ),
+    "npu_moe_gating_top_k_softmax": faults(
+        "ties_to_the_last",
+        "smallest_first",
+        "normalised_again",
+        "finished_ignored",
+        "finished_get_the_last_expert",
+        "row_numbers_by_row",
+        narrow=("softmax_in_the_dtype",),
+    ),
+    "npu_moe_init_routing_v2": faults(
+        "later_rows_first",
+        "by_column",
+        "rows_by_column",
+        "range_ignored",
+        "inactive_at_zero",
+        "ends_for_sizes",
+        "expert_zero_is_empty",
+        "gather_for_scatter",
+    ),
+    "npu_grouped_matmul": faults(
+        "empty_groups_skipped",
+        "one_row_to_the_next_group",
+        "first_weight_for_all",
+        "reversed",
+        "bias_forgotten",
+        narrow=("product_rounded_before_bias",),
+    ),
+    "npu_moe_finalize_routing": faults(
+        "other_order",
+        "scales_ignored",
+        "bias_forgotten",
+        "bias_not_scaled",
+        "last_copy_dropped",
+        "skip1_forgotten",
+        "skip2_forgotten",
+        bfloat16=("scales_rounded", "terms_rounded", "sum_rounded_before_skips"),
+    ),
 }
 
 
