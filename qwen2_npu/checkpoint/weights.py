@@ -29,7 +29,7 @@ from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.checkpoint.sources import Source
-from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, kv_head_count, readable_by_both
+from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, is_sparse, kv_head_count, readable_by_both
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
@@ -39,15 +39,31 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused module -> the stock modules whose rows it stacks, in this order."""
 
+EXPERTS = "experts"
+"""The module whose parameters hold one matrix per expert."""
+
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 class StackedRows(NamedTuple):
-    """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model."""
+    """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model; of an expert, the
+    columns of its matrix, which stands transposed, as grouped products take it.
+
+    Attributes:
+        shape: of the stock tensor.
+        expert: the matrix of (experts, K, N) that it is in; None for a parameter of all tokens.
+    """
 
     parameter: str
     start: int
     shape: tuple[int, ...]
+    expert: int | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The stock tensor as a view of ``parameter``."""
+        if self.expert is None:
+            return parameter.narrow(0, self.start, self.shape[0])
+        return parameter[self.expert].narrow(1, self.start, self.shape[0]).t()
 
 
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
@@ -63,19 +79,39 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.v_proj.bias": (keys,),
         "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
+    dense = _mlp_shapes("mlp.", hidden, intermediate)
+    sparse = _sparse_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        mlp = sparse if is_sparse(config, index) else dense
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (layer | mlp).items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+def _mlp_shapes(scope: str, hidden: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{scope}gate_proj.weight": (columns, hidden),
+        f"{scope}up_proj.weight": (columns, hidden),
+        f"{scope}down_proj.weight": (hidden, columns),
+    }
+
+
+def _sparse_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Of the MLP of a layer with experts; none in a dense model."""
+    experts, hidden = getattr(config, "num_experts", 0), config.hidden_size
+    if not experts:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}
+    for expert in range(experts):
+        shapes |= _mlp_shapes(f"mlp.experts.{expert}.", hidden, config.moe_intermediate_size)
+    shapes |= _mlp_shapes("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size)
+    return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
 
 
 def held_shapes(config: Any, shard: Shard) -> dict[str, tuple[int, ...]]:
@@ -92,6 +128,9 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
         if model.config.tie_word_embeddings and name == HEAD:
             continue
         *scope, module, kind = name.split(".")
+        if module == EXPERTS:
+            layout |= _experts_layout(name, parameter)
+            continue
         start = 0
         for part in FUSED.get(module, (module,)):
             stock = ".".join([*scope, part, kind])
@@ -99,6 +138,19 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
             layout[stock] = StackedRows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
+
+
+def _experts_layout(name: str, parameter: torch.Tensor) -> dict[str, StackedRows]:
+    """The stock tensors in a parameter (experts, K, N), which stack their rows along N."""
+    scope, module = name.rsplit(".", 1)
+    parts = FUSED.get(module, (module,))
+    experts, inner, columns = parameter.shape
+    rows = columns // len(parts)
+    return {
+        f"{scope}.{expert}.{part}.weight": StackedRows(name, place * rows, (rows, inner), expert)
+        for expert in range(experts)
+        for place, part in enumerate(parts)
+    }
 
 
 def check_room(config: Any, shard: Shard) -> None:
@@ -151,8 +203,8 @@ def build(factory: Callable[[], ModelT], source: Source, *, dtype: torch.dtype |
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in source.tensors(cut_for(model)):
         if name in layout:
-            parameter, start, shape = layout[name]
-            parameters[parameter].data.narrow(0, start, shape[0]).copy_(tensor)
+            place = layout[name]
+            place.of(parameters[place.parameter].data).copy_(tensor)
     return model.eval()
 
 
@@ -221,10 +273,7 @@ def _ignorable(name: str, tied: bool) -> bool:
 def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights under stock names, as views."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        name: parameters[rows.parameter].data.narrow(0, rows.start, rows.shape[0])
-        for name, rows in stock_layout(model).items()
-    }
+    return {name: rows.of(parameters[rows.parameter].data) for name, rows in stock_layout(model).items()}
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

@@ -5,13 +5,16 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
-from qwen2_npu.compat import sliding_windows
+from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
+from qwen2_npu.models.experts import SparseMLP
 from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -38,7 +41,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         fused_norm = optimizations.add_rms_norm
         self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks)
-        self.mlp = MLP(config, optimizations, ranks)
+        self.mlp = (SparseMLP if is_sparse(config, layer) else MLP)(config, optimizations, ranks)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
 
@@ -84,7 +87,7 @@ class Qwen2Model(nn.Module):
         """For transformers, as its own models have it."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """For transformers' ``resize_token_embeddings``."""
         self.embed_tokens = value
 

@@ -104,13 +104,20 @@ class RowParallelLinear(Linear):
 
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up]."""
+    """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up].
 
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
+    Args:
+        intermediate: columns that this rank holds; default: those that the configuration gives it.
+    """
+
+    def __init__(
+        self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks, intermediate: int | None = None
+    ) -> None:
         super().__init__()
         self.swiglu = optimizations.swiglu
         self.fused = optimizations.fused_gate_up
-        hidden, intermediate = config.hidden_size, ranks.shard.count("columns", config)
+        hidden = config.hidden_size
+        intermediate = ranks.shard.count("columns", config) if intermediate is None else intermediate
         if self.fused:
             self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
         else:

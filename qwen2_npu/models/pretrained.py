@@ -14,7 +14,7 @@ from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.naming import as_stock
-from qwen2_npu.compat import set_torch_dtype
+from qwen2_npu.compat import CONFIGURATIONS, set_torch_dtype
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import Optimizations
@@ -92,6 +92,15 @@ class CheckpointIO:
     """Mixed into Qwen2ForCausalLM."""
 
     @classmethod
+    def of_kind(cls: Any, config: Any) -> Any:
+        """This class, or the one for mixtures of experts where ``config`` describes one."""
+        if isinstance(config, cls.config_class):
+            return cls
+        from qwen2_npu.models.qwen2_moe import Qwen2MoeForCausalLM
+
+        return Qwen2MoeForCausalLM
+
+    @classmethod
     def from_pretrained(
         cls: Any,
         pretrained_model_name_or_path: str | Path,
@@ -149,7 +158,7 @@ class CheckpointIO:
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another
             agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
-            lambda: cls(source.config, optimizations, ranks),
+            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
             device=target,
@@ -181,7 +190,7 @@ class CheckpointIO:
         ranks = current(tp_size, tp_rank, target)
         source = as_stock(sources.StateDictSource(config, state_dict))
         model: Qwen2ForCausalLM = weights.build(
-            lambda: cls(source.config, optimizations, ranks),
+            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
             dtype=dtype,
             device=target,
@@ -295,7 +304,7 @@ def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) 
         config = read_config(Path(given).expanduser(), **changes)
         unknown = [name for name in changes if not hasattr(config, name)]
         reason = "it is neither a keyword of transformers nor a field of config.json"
-    elif isinstance(given, Qwen2Config):
+    elif isinstance(given, tuple(CONFIGURATIONS.values())):
         config, unknown = given, list(changes)
         reason = "with config= a Qwen2Config, set its fields in that"
     else:

@@ -42,7 +42,7 @@ from qwen2_npu.models.attention import AttentionInputs
 from qwen2_npu.models.decoder import LayerCache, Qwen2Model, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
-from qwen2_npu.models.layers import TABLE_ROWS, Linear
+from qwen2_npu.models.layers import TABLE_ROWS, Linear, RowParallelLinear
 from qwen2_npu.models.passes import Pass, Prepared, shifted_loss
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.optimizations import Optimizations
@@ -68,7 +68,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         UnsupportedError: a configuration this model does not serve, or that the ranks cannot share.
     """
 
-    config_class = Qwen2Config
+    config_class: type[Any] = Qwen2Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - as transformers declares it
@@ -79,7 +79,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         check_fields(config)
         config = settled(config)
         check_config(config)
-        optimizations = Optimizations.all() if optimizations is None else optimizations
+        optimizations = (Optimizations.all() if optimizations is None else optimizations).of_model(config)
         ranks.check(config, optimizations)
         check_room(config, ranks.shard)
         config._attn_implementation = (
@@ -159,10 +159,11 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
 
     def _open_communicator(self, device: torch.device) -> None:
         """With mm_all_reduce: name the communicator of the ranks to the products, before the first graph."""
-        if self.optimizations.mm_all_reduce and self.model.layers[0].mlp.down_proj.hcom is None:
+        if self.optimizations.mm_all_reduce and self.model.layers[0].self_attn.o_proj.hcom is None:
             hcom = self.ranks.communicator(device)
-            for layer in self.model.layers:
-                layer.self_attn.o_proj.hcom = layer.mlp.down_proj.hcom = hcom
+            for module in self.model.layers.modules():
+                if isinstance(module, RowParallelLinear) and module.ranks.size > 1:
+                    module.hcom = hcom
 
     # ---- the two steps that are compiled -------------------------------------------------------------------------
     def prefill_step(

@@ -22,6 +22,7 @@ from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of
 
 VOCABULARY, EOS = 199, 7
 
+
 @dataclass(frozen=True)
 class Scenario:
     """One thing that is done.
