@@ -13,6 +13,7 @@ from transformers import GenerationConfig, Qwen2Config
 from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.folders import locked
+from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.compat import CONFIGURATIONS, set_torch_dtype
 from qwen2_npu.devices import usable
@@ -188,7 +189,7 @@ class CheckpointIO:
         """
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
-        source = as_stock(sources.StateDictSource(config, state_dict))
+        source = as_stock(sources.StateDictSource(config, one_by_one(state_dict)))
         model: Qwen2ForCausalLM = weights.build(
             lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
