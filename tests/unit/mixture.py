@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu
+
 npu = torch.ops.npu
 
 
