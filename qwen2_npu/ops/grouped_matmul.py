@@ -63,7 +63,7 @@ def npu_grouped_matmul(
     _check_numbers(split_item, group_type, kind, group_list)
     groups = _check_tensors(x, weight, bias, whole)
     if group_list is None or len(x) > 1:
-        _check_one_x_per_group(x, groups, group_type)
+        _check_one_x_per_group(x, groups, group_type, group_list)
         weights, biases = _per_group(weight, 3), [None] * groups if not bias else _per_group(bias, 2)
         results = [product(*operands) for operands in zip(x, weights, biases, strict=True)]
         return [torch.cat(results)] if whole else results
@@ -154,10 +154,8 @@ def _check_tensors(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence
         inner = [tensor.shape[0] for tensor in weight]
         if any(tensor.dim() != 2 for tensor in weight):
             raise invalid(OP, "weight", list(weight), "one (groups, K, N), or one (K, N) per group")
-    if any(
-        tensor.shape[-1] != size
-        for tensor, size in zip(list(x) * (len(inner) if len(x) == 1 else 1), inner, strict=False)
-    ):
+    own = list(x) * len(inner) if len(x) == 1 else list(x)
+    if any(tensor.shape[-1] != size for tensor, size in zip(own, inner, strict=False)):
         raise invalid(OP, "x", list(x), f"(..., K) with K = {inner}, as the weights have it")
     if (whole or len(x) == 1) and any(tensor.shape[-1] != weight[0].shape[-1] for tensor in weight):
         raise invalid(OP, "weight", list(weight), "weights with the same N, whose products are one tensor")
@@ -174,7 +172,9 @@ def _check_bias(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], gro
         raise invalid(OP, "bias", list(bias), f"{dtype} tensors of shapes {shapes}")
 
 
-def _check_one_x_per_group(x: Sequence[Tensor], groups: int, group_type: int | None) -> None:
+def _check_one_x_per_group(x: Sequence[Tensor], groups: int, group_type: int | None, group_list: object) -> None:
+    if group_list is not None:
+        raise invalid(OP, "group_list", group_list, "None where every group has an x of its own")
     if len(x) != groups or (group_type == 0 and len(x) == 1):
         wanted = f"one tensor for each of the {groups} weights, or one tensor and a group_list that divides its rows"
         raise invalid(OP, "group_list" if len(x) == 1 else "x", None if len(x) == 1 else list(x), wanted)

@@ -142,6 +142,7 @@ OPERATOR = OperatorRecord(
         Invalid("group_list_too_short", {"group_list": lambda g: g[1:]}, "group_list", _BASE),
         Invalid("group_list_as_int32", {"group_list": lambda g: g.astype(np.int32)}, "group_list", _BASE),
         Invalid("group_list_missing", {"group_list": None}, "group_list", _BASE),
+        Invalid("group_list_of_lists", {"group_list": np.array([2, 1, 3])}, "group_list", _LISTS),
         Invalid("sizes_as_ends", {"group_list_type": 0}, "group_list", _BASE),
         Invalid("sizes_of_fewer_rows", {"group_list": lambda g: g - g.max() // 3}, "group_list", _BASE),
         Invalid("pairs", {"group_list_type": 2}, "group_list_type", _BASE),

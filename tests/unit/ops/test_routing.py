@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.unit.mixture import SMALL, Experts, block, dense
 from tests.unit.ops.support import compiled
 
 npu = torch.ops.npu
@@ -21,57 +22,39 @@ def route(x: Tensor, experts: Tensor, **more: Any) -> tuple[Tensor, ...]:
     return npu.npu_moe_init_routing_v2(x, experts, **given)
 
 
-def mixture(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None) -> Tensor:
-    """The block of experts of Qwen2-57B-A14B, from its router's logits on."""
-    values, experts, _ = npu.npu_moe_gating_top_k_softmax(logits, None, TOP)
-    copies, index, sizes, _ = route(x, experts, active_num=experts.numel())
-    groups = {"group_list": sizes, "split_item": 2, "group_type": 0, "group_list_type": 1}
-    (hidden,) = npu.npu_grouped_matmul([copies], [gate_up], **groups)
-    (made,) = npu.npu_grouped_matmul([npu.npu_swiglu(hidden)], [down], **groups)
-    return npu.npu_moe_finalize_routing(made, shared, None, None, values, index, None, drop_pad_mode=2)
-
-
-def operands(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    shapes = (rows, WIDTH), (rows, EXPERTS), (EXPERTS, WIDTH, 10), (EXPERTS, 5, WIDTH), (rows, WIDTH)
-    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
-
-
-def dense(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor) -> Tensor:
-    """Every expert on every row, those not chosen counted zero times; in float64."""
-    values, experts = torch.softmax(logits.double(), -1).topk(TOP)
-    weights = torch.zeros(logits.shape, dtype=torch.float64).scatter_(1, experts, values)
-    gate, up = torch.einsum("rh,ehn->ern", x.double(), gate_up.double()).chunk(2, -1)
-    every = torch.einsum("ern,enh->erh", torch.nn.functional.silu(gate) * up, down.double())
-    return torch.einsum("re,erh->rh", weights, every) + shared.double()
-
-
 @pytest.mark.parametrize("rows", [1, 2, 31])
 def test_the_chain_is_the_dense_mixture(rows: int) -> None:
-    given = operands(rows)
-    torch.testing.assert_close(mixture(*given).double(), dense(*given), rtol=1e-4, atol=1e-5)
+    x, weights = torch.randn(rows, SMALL.hidden), SMALL.random(torch.float32)
+    torch.testing.assert_close(
+        block(x, weights, SMALL.top).double(), dense(x, weights, SMALL.top), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_all_rows_on_the_same_experts() -> None:
-    x, logits, *rest = operands(5)
-    logits = logits.abs() + torch.tensor([0.0] * 5 + [100.0] * 3)
-    torch.testing.assert_close(mixture(x, logits, *rest).double(), dense(x, logits, *rest), rtol=1e-4, atol=1e-4)
+    x, weights = torch.rand(5, SMALL.hidden), SMALL.random(torch.float32)
+    weights.router[2:5] += 3  # x is positive
+    torch.testing.assert_close(
+        block(x, weights, SMALL.top).double(), dense(x, weights, SMALL.top), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_whatever_is_routed_where(backend: str) -> None:
     """The group list is data: rows that choose other experts, or all the same ones, use the graph that is there."""
-    run, counter = compiled(mixture, backend)
-    x, logits, *rest = operands(4)
-    for scores in (logits, -logits, torch.zeros_like(logits)):
+    weights = SMALL.random(torch.float32)
+    run, counter = compiled(lambda x: block(x, weights, SMALL.top), backend)
+    x = torch.randn(4, SMALL.hidden)
+    for rows in (x, -x, x[:1].expand(4, -1).contiguous()):
         with torch.no_grad():
-            torch.testing.assert_close(run(x, scores, *rest), mixture(x, scores, *rest), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(run(rows), block(rows, weights, SMALL.top), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
 
 
 def test_fake_tensors_have_the_shapes() -> None:
     with FakeTensorMode():
-        out = mixture(*operands(4, torch.bfloat16))
-    assert (out.shape, out.dtype) == ((4, WIDTH), torch.bfloat16)
+        weights = Experts(*(torch.empty(shape, dtype=torch.bfloat16) for shape in SMALL.shapes()))
+        out = block(torch.empty(4, SMALL.hidden, dtype=torch.bfloat16), weights, SMALL.top)
+    assert (out.shape, out.dtype) == ((4, SMALL.hidden), torch.bfloat16)
 
 
 def test_ties_go_to_the_lower_expert() -> None:

@@ -6,6 +6,8 @@ it that holds anything, when the node runs; an attribute, when the graph is load
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen2_npu import ops
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 
@@ -78,9 +80,9 @@ def grouped_matmul(
     return tuple(made)
 
 
-def _given(tensors: list[Tensor]) -> list[Tensor] | None:
+def _given(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     """What a list holds beside the empty tensor that stands for nothing."""
-    return [tensor for tensor in tensors if tensor.numel()] or None
+    return [tensor for tensor in tensors if tensor is not None and tensor.numel()] or None
 
 
 @operator("MoeFinalizeRouting")

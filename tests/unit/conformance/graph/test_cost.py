@@ -124,6 +124,22 @@ def test_a_collective_of_one_card_sends_nothing(operator):
     ).link_bytes
 
 
+@pytest.mark.parametrize(("rows", "touched"), [(6, 6), (40, 32)])
+def test_a_grouped_product_reads_no_more_weights_than_it_has_rows(rows, touched):
+    graph = Graph()
+    x, weight = graph.data((rows, 8)), graph.data((32, 8, 16), weight=True)
+    sizes = graph.data((32,), torch.int64)
+    names = "x0 weight0 bias0 scale0 offset0 antiquant_scale0 antiquant_offset0 group_list per_token_scale"
+    options = {"split_item": 2, "group_type": 0, "group_list_type": 1}
+    out = graph.op("GroupedMatmul", names, x, weight, None, None, None, None, None, sizes, None, **options)
+    assert graph_cost(graph.lowered(out)) == Cost(
+        flops=2 * rows * 8 * 16,
+        weight_bytes=touched * 8 * 16 * BF16,
+        activation_bytes=rows * (8 + 16) * BF16 + 32 * 8,
+        launches=1,
+    )
+
+
 def product_and_all_reduce(ranks: int) -> Census:
     graph = Graph(ranks=ranks)
     x, w, x3 = graph.data((2, 3, 8)), graph.data((16, 8), weight=True), graph.data((2, 3, 16))
