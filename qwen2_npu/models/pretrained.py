@@ -12,8 +12,8 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
-from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.experts import one_by_one
+from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.compat import CONFIGURATIONS, set_torch_dtype
 from qwen2_npu.devices import usable
