@@ -44,7 +44,7 @@ class Experts(nn.Module):
         """(T, H) -> (T, H): what the chosen experts make of each token, weighted, and ``shared`` added.
 
         Args:
-            weights: (T, k) float32.
+            weights: (T, k), of the dtype of ``x``.
             chosen: (T, k) int32, the experts.
             shared: (T, H).
         """
@@ -67,10 +67,8 @@ class Experts(nn.Module):
         (gate_up,) = torch.ops.npu.npu_grouped_matmul([rows], [self.gate_up_proj], **groups)
         inner = torch.ops.npu.npu_swiglu(gate_up, dim=-1)
         (rows,) = torch.ops.npu.npu_grouped_matmul([inner], [self.down_proj], **groups)
-        # Its scales are of the rows' dtype, or float32 beside bfloat16.
-        scales = weights if rows.dtype == torch.bfloat16 else weights.to(rows.dtype)
         return torch.ops.npu.npu_moe_finalize_routing(
-            rows, shared, None, None, scales, index, chosen, drop_pad_mode=ROWS
+            rows, shared, None, None, weights, index, None, drop_pad_mode=ROWS
         )
 
     def _one_by_one(
@@ -82,7 +80,7 @@ class Experts(nn.Module):
             rows, place = torch.where(chosen == expert)
             gate, up = (x[rows] @ self.gate_up_proj[expert]).chunk(2, dim=-1)
             inner = (F.silu(gate) * up) @ self.down_proj[expert]
-            found.index_add_(0, rows, inner * weights[rows, place, None].to(x.dtype))
+            found.index_add_(0, rows, inner * weights[rows, place, None])
         return found + shared
 
 
@@ -109,13 +107,17 @@ class SparseMLP(nn.Module):
         return self.ranks.all_reduce(self.experts(rows, weights, chosen, shared)).view(x.shape)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, H) -> weights float32 and numbers int32 of the chosen experts, (T, k) each, the heaviest first."""
-        logits = self.gate(x).float()
-        if self.fused:
+        """(T, H) -> weights and numbers (int32) of the chosen experts, (T, k) each, the heaviest first.
+
+        Softmax and sum are in float32; the weights are rounded once, to the dtype of ``x``.
+        """
+        logits = self.gate(x)
+        if self.fused:  # the operator computes in float32 whatever it is given, and rounds its result to that
+            logits = logits.float() if self.normalised else logits
             weights, chosen, _ = torch.ops.npu.npu_moe_gating_top_k_softmax(logits, k=self.top_k)
         else:
-            weights, chosen = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+            weights, chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
             chosen = chosen.int()
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, chosen
+        return weights.to(x.dtype), chosen
