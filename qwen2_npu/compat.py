@@ -124,14 +124,15 @@ def in_own_words(values: Mapping[str, Any]) -> dict[str, Any]:
 def settled(config: Qwen2Config) -> Qwen2Config:
     """A copy of ``config`` in which every setting is where the installed version looks for it.
 
-    4.37.0's reader leaves what 5.x wrote aside. ``layer_types`` may be longer than the model, as the stock one takes
-    it; a saved file with it would be refused.
+    4.37.0's reader leaves what 5.x wrote aside. 5.x takes ``layer_types`` that are longer than the model, and a window
+    with use_sliding_window=False; from a file it would refuse the one and ignore the other.
     """
     config = copy.deepcopy(config)
     fields = vars(config)
     own = in_own_words(fields)
     if own.get("layer_types") is not None:
         own["layer_types"] = own["layer_types"][: config.num_hidden_layers]
+        own["use_sliding_window"] = own["use_sliding_window"] or SLIDING in own["layer_types"]
     fields.clear()
     fields.update(own)
     return config
@@ -199,9 +200,14 @@ def head_dim(config: Qwen2Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def expert_count(config: Any) -> int:
+    """Experts of each layer that has them; 0 in a dense model, whatever else its configuration holds."""
+    return config.num_experts if config.model_type == "qwen2_moe" else 0
+
+
 def is_sparse(config: Any, layer: int) -> bool:
     """Whether the MLP of that layer is a mixture of experts."""
-    if not getattr(config, "num_experts", 0) or layer in config.mlp_only_layers:
+    if not expert_count(config) or layer in config.mlp_only_layers:
         return False
     return bool((layer + 1) % config.decoder_sparse_step == 0)
 
@@ -252,20 +258,21 @@ def check_config(config: Qwen2Config) -> None:
             f"hidden_act={reprlib.repr(config.hidden_act)}: this model computes silu, which all Qwen2 and Qwen1.5 "
             "checkpoints use; use the stock model for others"
         )
-    if getattr(config, "num_experts", 0):
+    if expert_count(config):
         _check_experts(config)
     version = transformers.__version__
     if IS_V4:
         if getattr(config, "use_sliding_window", False):
             raise UnsupportedError(
                 f"use_sliding_window=True: transformers {version}'s own Qwen2 applies the window to every "
-                "layer, so there is no baseline to agree with; set use_sliding_window=False or install "
-                "'transformers>=5,<6'"
+                "layer, so there is no baseline to agree with; set use_sliding_window=False (and every entry of "
+                "layer_types to 'full_attention') or install 'transformers>=5,<6'"
             )
         if getattr(config, "rope_scaling", None) is not None:
             raise UnsupportedError(
                 f"rope_scaling={config.rope_scaling}: transformers {version}'s own Qwen2 ignores it, so there "
-                "is no baseline to agree with; remove rope_scaling from config.json or install 'transformers>=5,<6'"
+                "is no baseline to agree with; remove it, or rope_parameters, from config.json, or install "
+                "'transformers>=5,<6'"
             )
         return
     if config.layer_types is None:

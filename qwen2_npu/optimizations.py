@@ -163,7 +163,7 @@ class Optimizations:
 
     def of_model(self, config: Any) -> Optimizations:
         """Without the steps that a model of ``config`` has nothing to switch for."""
-        return self if getattr(config, "num_experts", 0) else self.replace(**dict.fromkeys(EXPERTS, False))
+        return self if config.model_type == "qwen2_moe" else self.replace(**dict.fromkeys(EXPERTS, False))
 
     def replace(self, **changes: Any) -> Optimizations:
         """A copy with some switches changed."""

@@ -29,7 +29,7 @@ UNSERVED = ("assistant_early_exit", "is_assistant")
 
 
 def check_fields(config: Qwen2Config) -> None:
-    """Refuse values that no model has, head counts that do not divide.
+    """Refuse values that no model has, and head counts that do not divide.
 
     Raises:
         CheckpointError: with the values.
@@ -89,11 +89,10 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
             f"{path} describes weights quantised with {reprlib.repr(method)}; use the checkpoint in bf16, fp16 or fp32"
         )
     # Before transformers: it makes lists of the lengths that are given.
-    for given in (values, changes):
-        check_values(given, where=f"{path}: ", way_out="correct it")
+    check_values(values, where=f"{path}: ", way_out="correct it")
+    check_values(changes, where=f"{path}: ", way_out="correct it", spare=True)
     try:
         config = CONFIGURATIONS[model_type].from_dict(in_own_words(values), **changes)
-        config.name_or_path = str(folder)
         GenerationConfig.from_model_config(config)  # 4.37.0 makes one where there is no file of it
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error

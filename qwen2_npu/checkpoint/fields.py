@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -53,7 +52,7 @@ class Number(NamedTuple):
 
     def _is_one(self, value: Any) -> bool:
         kinds = (int, float) if self.real else (int,)
-        return type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
+        return type(value) in kinds and self.low <= value <= self.high  # NaN is neither
 
     def __str__(self) -> str:
         one = f"{'a number' if self.real else 'an integer'} from {self.low:g} to {self.high:.10g}"
@@ -126,7 +125,7 @@ GENERATION: dict[str, Field] = {
 THETA = Number(1, 1e15, real=True)
 FLAG = Word((False, True), "true or false")
 FLAG_OR_NULL = Word((False, True, None), "true, false or null")
-UNSERVED = Word((False, None, {}, []), "absent: this model does not serve it")
+ABSENT = Word((False, None, {}, []), "absent: this model does not serve it")
 LAYER_TYPES = Word(
     ("full_attention", "sliding_attention", "attention"),  # "attention" is an older name of the first
     "a list of 'full_attention' and 'sliding_attention', one for each layer, or null",
@@ -153,8 +152,8 @@ CONFIG: dict[str, Field] = {
     **dict.fromkeys(("use_cache", "tie_word_embeddings", "use_sliding_window"), FLAG),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict", "is_decoder"), FLAG_OR_NULL),
     **dict.fromkeys(("torchscript", "tf_legacy_loss", "use_bfloat16"), FLAG_OR_NULL),
-    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), UNSERVED),
-    **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), UNSERVED),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), ABSENT),
+    **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), ABSENT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "layer_types": LAYER_TYPES,
     # Of a mixture of experts. What npu_moe_init_routing_v2 and npu_moe_gating_top_k_softmax take.
@@ -178,7 +177,7 @@ ROPE: dict[str, Field] = {
 """What rope_parameters, or rope_scaling, of config.json may hold."""
 
 ROPES = ("rope_parameters", "rope_scaling")
-"""Where they are."""
+"""Fields of config.json with such settings."""
 
 
 def check_numbers(values: Mapping[str, Any], table: Mapping[str, Field], *, where: str, way_out: str) -> None:

@@ -202,6 +202,32 @@ class SafetensorsSource:
         return found
 
 
+class FirstLayers:
+    """The first ``layers`` layers of ``inner``, and all that belongs to no layer."""
+
+    def __init__(self, inner: Source, layers: int) -> None:
+        self.inner, self.layers = inner, layers
+        self.config = inner.config
+        self.where: str = getattr(inner, "where", type(inner).__name__)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self.inner.shapes().items() if self._has(name)}
+
+    def stored_dtype(self) -> torch.dtype:
+        return self.inner.stored_dtype()
+
+    def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        row = Slice(0, 0, 1)  # all that is read of the others
+        for name, tensor in self.inner.tensors(lambda name: cut(name) if self._has(name) else row):
+            if self._has(name):
+                yield name, tensor
+
+    def _has(self, name: str) -> bool:
+        prefix, _, rest = name.partition("layers.")
+        number = rest.partition(".")[0]
+        return prefix != "model." or not number.isdecimal() or int(number) < self.layers
+
+
 def part_of(tensor: torch.Tensor, part: Slice | None) -> torch.Tensor:
     """A view of that part of ``tensor``."""
     return tensor if part is None else tensor[indices(part)]

@@ -29,7 +29,15 @@ from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.checkpoint.sources import Source
-from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, is_sparse, kv_head_count, readable_by_both
+from qwen2_npu.compat import (
+    WEIGHTS_FIELD,
+    check_rope,
+    expert_count,
+    head_dim,
+    is_sparse,
+    kv_head_count,
+    readable_by_both,
+)
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
@@ -104,7 +112,7 @@ def _mlp_shapes(scope: str, hidden: int, columns: int) -> dict[str, tuple[int, .
 
 def _sparse_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Of the MLP of a layer with experts; none in a dense model."""
-    experts, hidden = getattr(config, "num_experts", 0), config.hidden_size
+    experts, hidden = expert_count(config), config.hidden_size
     if not experts:
         return {}
     shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}

@@ -182,9 +182,12 @@ class RotaryTable(nn.Module):
             rows = min(self.positions, max(TABLE_ROWS, 1 << (positions - 1).bit_length()))
             inv_freq, scaling = self.frequencies
             angles = torch.outer(torch.arange(rows, dtype=torch.float32, device="cpu"), inv_freq)
-            angles = torch.cat((angles, angles), dim=-1)
-            self.sin = (angles.sin() * scaling).to(device=device, dtype=dtype)
-            self.cos = (angles.cos() * scaling).to(device=device, dtype=dtype)
+            self.sin, self.cos = (
+                torch.cat((half, half), dim=-1)
+                for half in (
+                    (function(angles) * scaling).to(device=device, dtype=dtype) for function in (torch.sin, torch.cos)
+                )
+            )
 
     def _serves(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
         table = self.cos

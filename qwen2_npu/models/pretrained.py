@@ -137,8 +137,9 @@ class CheckpointIO:
                 process group, or one where there is none.
             tp_rank: which of them; None for that of this process.
             assume_tp: for a folder merged by the upstream guide's script, which records nothing: its ``tp_size``.
-            others: fields of the configuration that take another value, ``use_cache=False``; and the remaining keywords
-                of transformers, as far as they ask for nothing that there is not: see the tables of this module.
+            others: fields of the configuration that take another value, ``use_cache=False`` (``num_hidden_layers=2``:
+                the first two layers); and the remaining keywords of transformers, as far as they ask for nothing that
+                there is not: see the tables of this module.
 
         Raises:
             CheckpointError: what is wrong with the folder, naming file and tensor.
@@ -151,9 +152,12 @@ class CheckpointIO:
         ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
-            source = sources.open_checkpoint(
+            source: sources.Source = sources.open_checkpoint(
                 folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
             )
+            # Fewer layers may be asked for. In a folder, layers that its config.json does not have are an error.
+            if "num_hidden_layers" in changes or isinstance(config, Qwen2Config):
+                source = sources.FirstLayers(source, settings.num_hidden_layers)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             files = {} if ranks.group is None else fingerprint(folder)
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import expert_count, head_dim, kv_head_count
 from qwen2_npu.errors import UnsupportedError
 
 Unit = Literal["query heads", "kv heads", "columns", "expert columns", "shared columns", "vocabulary"]
@@ -175,7 +175,7 @@ COLUMNS: dict[Unit, str] = {
 def _count(unit: Unit, config: Any) -> int:
     """How many there are; none of the experts in a dense model."""
     if unit in COLUMNS:
-        return int(getattr(config, COLUMNS[unit], 0))
+        return int(getattr(config, COLUMNS[unit])) if unit == "columns" or expert_count(config) else 0
     if unit == "kv heads":
         return kv_head_count(config)
     return int(config.num_attention_heads if unit == "query heads" else config.vocab_size)

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import Qwen2Config
+from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM, compat
 from qwen2_npu.checkpoint.configuration import read_config
-from qwen2_npu.checkpoint.sources import open_checkpoint
+from qwen2_npu.checkpoint.merging import merge_qkv
+from qwen2_npu.checkpoint.sources import FirstLayers, open_checkpoint
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import stock
 from qwen2_npu.conformance.accuracy.layer_by_layer import LayerByLayer
-from qwen2_npu.errors import UnsupportedError
-from tests.unit.small import V4, small_stock
+from qwen2_npu.errors import CheckpointError, UnsupportedError
+from tests.unit.small import V4, small_config, small_stock
 
 SAME: dict[str, Any] = {
     "attention_dropout": 0.0, "eos_token_id": [5, 7], "hidden_act": "silu", "hidden_size": 64,
@@ -174,6 +176,114 @@ def test_what_4_37_does_not_compute_is_saved_as_it_was(kind: str, tmp_path: Path
     config = read_config(write(tmp_path, NOT_ON_4_37[kind][1]))
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "saved")
     assert meaning(Qwen2Config.from_pretrained(tmp_path / "saved")) == meaning(config)
+
+
+# ---- fields by keyword ----------------------------------------------------------------------------------------------
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+SECOND_SLIDES = ["full_attention", "sliding_attention", "full_attention"]
+
+ALIKE: tuple[dict[str, Any], ...] = (
+    {"num_hidden_layers": 1},
+    {"num_hidden_layers": 2, "rms_norm_eps": 1e-2},
+    {"attention_dropout": 0.5},
+    *(
+        ({"rope_theta": 5e5},)
+        if V4
+        else (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_scaling": LINEAR | {"rope_theta": 1e6}},
+            {"use_sliding_window": True, "sliding_window": 2},  # after layer_types were made: no effect
+            {"use_sliding_window": True, "sliding_window": 2, "layer_types": SECOND_SLIDES},
+            {"num_hidden_layers": 2, "sliding_window": 2, "layer_types": SECOND_SLIDES},
+            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        )
+    ),
+)
+"""What the stock class takes: the logits are the same."""
+
+NEITHER: tuple[dict[str, Any], ...] = (
+    {"num_hidden_layers": 0},
+    {"num_key_value_heads": None},
+    *(
+        ({"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": LINEAR})
+        if V4
+        else (
+            {"num_hidden_layers": 4},
+            {"rope_theta": 5e5},
+            {"rope_scaling": LINEAR},  # it replaces rope_theta, too
+            {"rope_scaling": None},
+            {"rope_parameters": None},
+            {"rope_parameters": {"rope_theta": 5e5}},
+            {"layer_types": None},
+            {"layer_types": ["full_attention"]},
+            {"layer_types": ["chunked_attention"] * 3},
+            {"layer_types": SECOND_SLIDES},
+        )
+    ),
+)
+"""What it fails on somewhere inside."""
+
+
+@pytest.fixture(scope="module", params=["with layer_types", "without"])
+def three_layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    small_stock(small_config(rope_theta=1e6)).save_pretrained(folder, safe_serialization=True)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kinds = {"layer_types": ["full_attention"] * 3} if request.param == "with layer_types" else {}
+    return write(folder, {name: value for name, value in values.items() if name != "layer_types"} | kinds)
+
+
+@pytest.mark.parametrize("changes", ALIKE, ids=str)
+def test_a_field_by_keyword_has_the_effect_that_it_has_on_the_stock_model(
+    changes: dict[str, Any], three_layers: Path, tmp_path: Path
+) -> None:
+    model = Qwen2ForCausalLM.from_pretrained(three_layers, **changes)
+    theirs = StockQwen2.from_pretrained(three_layers, attn_implementation="eager", **changes)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    logits = model(ids).logits
+    assert len(model.model.layers) == len(theirs.model.layers) == changes.get("num_hidden_layers", 3)
+    assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Qwen2ForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    StockQwen2.from_pretrained(tmp_path)
+
+
+def test_fewer_layers_in_a_configuration_in_memory(three_layers: Path) -> None:
+    config = Qwen2Config.from_pretrained(three_layers)
+    config.num_hidden_layers = 2
+    ids = torch.arange(1, 9).unsqueeze(0)
+    theirs = StockQwen2.from_pretrained(three_layers, config=config, attn_implementation="eager")
+    ours = Qwen2ForCausalLM.from_pretrained(three_layers, config=config)
+    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", NEITHER, ids=str)
+def test_a_field_by_keyword_that_the_stock_model_fails_on(changes: dict[str, Any], three_layers: Path) -> None:
+    with pytest.raises((CheckpointError, UnsupportedError, TypeError)) as caught:
+        Qwen2ForCausalLM.from_pretrained(three_layers, **changes)
+    own = not isinstance(caught.value, TypeError) or "from_pretrained() takes no argument" in str(caught.value)
+    assert own, caught.value
+
+
+def test_fewer_layers_by_keyword_read_nothing_of_the_others(three_layers: Path) -> None:
+    source = FirstLayers(open_checkpoint(three_layers), 1)
+    assert {name for name, _ in source.tensors()} == set(source.shapes())
+    read: list[str] = []
+    inner = open_checkpoint(three_layers)
+    pieces = inner.pieces
+    inner.pieces = lambda cuts: ((name, read.append(f"{name} {cuts(name)}") or got) for name, got in pieces(cuts))
+    assert len(dict(FirstLayers(inner, 1).tensors())) == len(source.shapes())
+    others = [line for line in read if "layers.1." in line or "layers.2." in line]
+    assert len(others) == 24
+    assert all(line.endswith("(Slice(axis=0, start=0, stop=1),)") for line in others)
+
+
+def test_fewer_layers_of_a_merged_folder(three_layers: Path, tmp_path: Path) -> None:
+    merge_qkv(three_layers, tmp_path / "merged", tp_size=2)
+    expected = Qwen2ForCausalLM.from_pretrained(three_layers, num_hidden_layers=1).state_dict()
+    found = Qwen2ForCausalLM.from_pretrained(tmp_path / "merged", num_hidden_layers=1).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 # ---- the baseline of verify -----------------------------------------------------------------------------------------

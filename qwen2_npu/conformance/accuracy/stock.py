@@ -23,7 +23,7 @@ from qwen2_npu.checkpoint.merged import MergedSource
 from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, parse_dtype
 from qwen2_npu.checkpoint.weights import check_source
-from qwen2_npu.compat import head_dim, settled
+from qwen2_npu.compat import expert_count, head_dim, settled
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models.layers import TABLE_ROWS
 
@@ -60,7 +60,7 @@ def uninitialised(config: Qwen2Config, dtype: torch.dtype | None = None) -> PreT
 
 def stock_class(config: Any) -> Any:
     """The stock model's class for a configuration."""
-    return getattr(transformers, "Qwen2MoeForCausalLM" if getattr(config, "num_experts", 0) else "Qwen2ForCausalLM")
+    return getattr(transformers, "Qwen2MoeForCausalLM" if expert_count(config) else "Qwen2ForCausalLM")
 
 
 def stock_from_state_dict(
@@ -244,7 +244,7 @@ def with_eager_attention(config: Qwen2Config) -> Qwen2Config:
     """
     config = type(config).from_dict(settled(config).to_dict())
     config._attn_implementation = "eager"
-    if getattr(config, "num_experts", 0):
+    if expert_count(config):
         config._experts_implementation = "eager"  # one expert after the other
     if HEAD_DIM_IS_FREE:
         return config

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +16,15 @@ import torch
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint import weights
 from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, Number
 from qwen2_npu.compat import check_rope
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock
 
 VALUES: tuple[Any, ...] = (
-    "abc", "5", 1.5, True, [1, 2], [], ["a"], {"a": 1}, -1, -7, 0, 1, 2**31 - 1, 10**30, None, math.nan, math.inf,
-    1e308,
+    "abc", "5", 1.5, True, [1, 2], [], ["a"], {"a": 1}, -1, -7, 0, 1, 2**31 - 1, 10**30, 10**400, None, math.nan,
+    math.inf, 1e308,
 )  # fmt: skip
 """What may stand in place of a number."""
 
@@ -182,7 +184,14 @@ MEMORY_FIELDS = sorted(
 )
 
 
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 GiB, also where there is more."""
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**36))
+
+
 @pytest.mark.parametrize("name", [name for name in MEMORY_FIELDS if name not in set(GENERATION) | NO_NUMBERS])
+@pytest.mark.usefixtures("small_machine")
 def test_any_value_in_memory(name):
     """Refused in one line that names the field, or a model comes out: sizes that no memory holds included."""
     for value in (*VALUES, "", False, -math.inf, {}, 2**40):
@@ -196,12 +205,13 @@ def test_any_value_in_memory(name):
                 pytest.fail(f"{name}={value}: {message}")
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_sizes_that_no_memory_holds_are_refused_before_any_is_taken():
     for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
         config = one_layer()
         setattr(config, name, 100_000 if name == "num_hidden_layers" else 2**31 - 1)
         config.hidden_size, config.layer_types = 8192, ["full_attention"] * config.num_hidden_layers
-        with pytest.raises(MemoryError, match=rf"take \d.* TiB, this machine has .*: correct .*{name}="):
+        with pytest.raises(MemoryError, match=rf"take \d.* TiB, this machine has 64 GiB: correct .*{name}="):
             Qwen2ForCausalLM(config)
     with torch.device("meta"):  # nothing is taken there
         Qwen2ForCausalLM(one_layer(intermediate_size=2**31 - 1))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.models import layers, qwen2
@@ -113,6 +114,28 @@ def test_threads_that_need_tables_of_different_sizes(monkeypatch):
         for thread in threads:
             thread.join()
         assert not failures
+
+
+class Computed(TorchFunctionMode):
+    """Counts the numbers whose sine or cosine is computed."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.sin, torch.cos, torch.Tensor.sin, torch.Tensor.cos):
+            self.count += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_million_positions_and_a_short_prompt():
+    """No more is computed, and held, than for 131072 positions; and each number once, not for both halves."""
+    model = Qwen2ForCausalLM(small_config(max_position_embeddings=1_010_000, num_hidden_layers=1)).to(torch.bfloat16)
+    with Computed() as computed:
+        model.eval().generate(torch.arange(1, 9)[None], max_new_tokens=2)
+    held = [table.numel() * table.element_size() for table in (model.model.rotary.cos, model.model.rotary.sin)]
+    assert sum(held) == 2 * 131072 * 64 * 2
+    assert computed.count == 131072 * 64
+    assert torch.equal(model.model.rotary.cos[:, :32], model.model.rotary.cos[:, 32:])
 
 
 @pytest.mark.parametrize("positions", [10**7, 2**31 - 1])
