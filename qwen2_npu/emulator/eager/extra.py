@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qwen2_npu.emulator.eager import operators
+from qwen2_npu.emulator.eager.operators import accepted
 
 Tensor = torch.Tensor
 
@@ -33,5 +34,9 @@ DECOMPOSED = (
     "aten::gru.input",
     "aten::lstm_cell",
     "aten::_pad_packed_sequence",
+    "aten::slogdet",
 )
 """Composite operators that torch_npu overrides above autograd by calls of CANN: PyTorch's own are put back."""
+
+AROUND: dict[str, Callable[..., Any]] = {"aten::one_hot": accepted.one_hot_of_int32}
+"""Name in ``DECOMPOSED`` -> what makes the kernel of PyTorch's own."""

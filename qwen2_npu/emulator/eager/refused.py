@@ -46,7 +46,7 @@ _NAMES: dict[str, str] = {
         npu::npu_convert_weight_to_int4pack npu::npu_dequant_bias npu::npu_dequant_rope_quant_kvcache
         npu::npu_dequant_swiglu_quant npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
         npu::npu_dynamic_block_quant npu::npu_dynamic_dual_level_mx_quant npu::npu_dynamic_mx_quant
-        npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_dynamic_quant_asymmetric npu::npu_gelu_quant
+        npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_gelu_quant
         npu::npu_group_quant npu::npu_grouped_dynamic_block_quant npu::npu_grouped_dynamic_mx_quant
         npu::npu_grouped_matmul_swiglu_quant npu::npu_grouped_matmul_swiglu_quant_v2 npu::npu_hans_decode.out
         npu::npu_hans_encode.out npu::npu_ifmr npu::npu_kronecker_quant npu::npu_matmul_compress_dequant
@@ -86,15 +86,12 @@ _NAMES: dict[str, str] = {
         npu::npu_sparse_flash_attention_grad npu::npu_sparse_lightning_indexer_grad_kl_loss
     """,
     _EXPERTS: """
-        npu::_npu_moe_token_unpermute npu::_npu_moe_token_unpermute_with_routing_map npu::npu_grouped_matmul_add
-        npu::npu_grouped_matmul_add_ npu::npu_grouped_matmul_finalize_routing npu::npu_moe_gating_top_k
-        npu::npu_moe_gating_top_k_backward npu::npu_moe_gating_top_k_softmax_v2 npu::npu_moe_init_routing_quant
-        npu::npu_moe_re_routing npu::npu_moe_token_permute
-        npu::npu_moe_token_permute_grad npu::npu_moe_token_permute_grad_v2
-        npu::npu_moe_token_permute_with_routing_map npu::npu_moe_token_permute_with_routing_map_grad
-        npu::npu_moe_token_unpermute npu::npu_moe_token_unpermute_grad npu::npu_moe_token_unpermute_grad_v2
-        npu::npu_moe_token_unpermute_with_routing_map npu::npu_moe_token_unpermute_with_routing_map_grad
-        npu::npu_moe_update_expert
+        npu::_npu_moe_token_unpermute_with_routing_map npu::npu_grouped_matmul_add npu::npu_grouped_matmul_add_
+        npu::npu_grouped_matmul_finalize_routing npu::npu_moe_gating_top_k npu::npu_moe_gating_top_k_backward
+        npu::npu_moe_gating_top_k_softmax_v2 npu::npu_moe_init_routing_quant
+        npu::npu_moe_re_routing npu::npu_moe_token_permute_with_routing_map
+        npu::npu_moe_token_permute_with_routing_map_grad npu::npu_moe_token_unpermute_with_routing_map
+        npu::npu_moe_token_unpermute_with_routing_map_grad npu::npu_moe_update_expert
     """,
     _RECURRENT: """
         npu::_gru_npu npu::_gru_npu_backward npu::_lstm_npu npu::_lstm_npu_backward npu::npu_gru npu::npu_gru_backward

@@ -51,7 +51,8 @@ def register_all() -> None:
             namespace, _, name = qualified.partition("::")
             composite = overload(namespace, name)
             if composite is not None:
-                libraries[namespace].impl(composite, decomposed(composite), AUTOGRAD_KEY, allow_override=True)
+                around = extra.AROUND.get(qualified, lambda kernel: kernel)
+                libraries[namespace].impl(composite, around(decomposed(composite)), AUTOGRAD_KEY, allow_override=True)
     _libraries.extend(libraries.values())
 
 

@@ -6,6 +6,7 @@ other result is a new tensor on the card of the arguments. Nothing handed back i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ HOST_RESULTS = {"_pack_padded_sequence": (1,)}
 
 UNKNOWN, HOST = -1, -2
 """In place of a card's number: no argument says which; the result belongs on the CPU."""
+
+_LACKING = re.compile(r"(?:not implemented for '|Low precision dtypes not supported. Got )(\w+)")
+"""How PyTorch says that a kernel does not take a dtype."""
 
 _modes_enabled = torch._C._is_torch_function_mode_enabled
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -99,6 +103,9 @@ class _Rule:
             else:
                 result = self.run(*cpu_args, **cpu_kwargs)
         except RuntimeError as error:
+            lacking = _LACKING.search(str(error))
+            if lacking:
+                raise _without_cpu_kernel(self.plan, lacking[1], error) from None
             if not self.resizes or "not resizable" not in str(error):
                 raise
             result = self.run_resizing(args, kwargs, cpu_args, cpu_kwargs)
@@ -318,6 +325,14 @@ def _on_host(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             if isinstance(item, Tensor) and item.get_device() < 0 and item.dim():
                 return True
     return False
+
+
+def _without_cpu_kernel(plan: Plan, dtype: str, error: RuntimeError) -> NotImplementedError:
+    return NotImplementedError(
+        f"{plan.op} is not supported on the emulated NPU for {dtype}: PyTorch has no CPU kernel for it ({error}). "
+        "Convert its arguments, to float32 for example; where hardware takes the dtype, add the operator to "
+        "qwen2_npu/emulator/eager/operators/halves.py"
+    )
 
 
 def _mixed(plan: Plan, views: Views, host: bool) -> RuntimeError:

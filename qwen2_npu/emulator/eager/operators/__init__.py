@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from qwen2_npu.emulator.eager.operators import (
+    accepted,
     beyond_qwen2,
     dropout,
     fusion_attention,
     fusion_attention_out,
+    halves,
     inference_attention,
     linear,
     movement,
@@ -32,6 +34,9 @@ def merged(families: Iterable[ModuleType]) -> dict[str, Callable[..., Any]]:
 
 
 TABLE = merged(
-    (dropout, fusion_attention, fusion_attention_out, inference_attention, linear, movement, *beyond_qwen2.FAMILIES)
+    (
+        *(accepted, dropout, fusion_attention, fusion_attention_out, halves, inference_attention, linear, movement),
+        *beyond_qwen2.FAMILIES,
+    )
 )
 """Operator name, with its overload where it has one -> function."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from qwen2_npu.conformance.operators import CATALOGUE, compare
 from qwen2_npu.conformance.operators.check import to_array, to_tensors
 from qwen2_npu.conformance.operators.mm_all_reduce import golden_of_ranks
+from qwen2_npu.emulator.collectives.reduction import OPERATIONS
 from qwen2_npu.ops.mm_all_reduce import communicator_name
 from tests.unit.emulator.collectives.harness import (
     UNIT,
@@ -185,6 +186,23 @@ def graph_of_collectives() -> None:
     bound = size() * (bound + 2 * UNIT[torch.float32] * size() * np.abs(exact))
     expect(part, size() * exact[rows], torch.float32, bound[rows])
     expect(again, size() * exact, torch.float32, bound)
+
+
+@slow_check
+def graph_of_every_reduction() -> None:
+    group, shape = dist.new_group(list(range(size()))), (2 * size(), 3)
+    rows = slice(2 * rank(), 2 * rank() + 2)
+    for operation in OPERATIONS:
+        name = {"prod": "product"}.get(operation, operation)  # as PyTorch calls it
+
+        def step(x: torch.Tensor, name: str = name) -> tuple[torch.Tensor, ...]:
+            whole = functional.all_reduce(x, name, group)
+            return whole + 0, functional.reduce_scatter_tensor(x, name, 0, group) + 0
+
+        whole, part = same_in_graph(step, npu(operand(operation, shape)))
+        exact, bound = reduced(operands(operation, shape), operation, torch.float32)
+        expect(whole, exact, torch.float32, bound)
+        expect(part, exact[rows], torch.float32, np.broadcast_to(bound, shape)[rows])
 
 
 @slow_check

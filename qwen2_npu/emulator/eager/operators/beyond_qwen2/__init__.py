@@ -19,6 +19,7 @@ from qwen2_npu.emulator.eager.operators.beyond_qwen2 import (
     routing,
     spectral,
     synchronized_norm,
+    token_permutation,
 )
 
 FAMILIES = (
@@ -34,4 +35,5 @@ FAMILIES = (
     routing,
     spectral,
     synchronized_norm,
+    token_permutation,
 )

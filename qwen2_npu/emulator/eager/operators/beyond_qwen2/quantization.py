@@ -1,4 +1,4 @@
-"""Int8 quantisation of activations and weights. Rounding is to nearest, ties to even."""
+"""Int8 and int4 quantisation of activations and weights. Rounding is to nearest, ties to even."""
 
 from __future__ import annotations
 
@@ -64,6 +64,69 @@ def _along(value: Tensor, dims: int, axis: int) -> Tensor:
     return value.view(shape)
 
 
+INT4 = 16
+"""Number of torch.quint4x2: int4, of which eight are packed into an int32."""
+
+
+def _smoothed(x: Tensor, scales: Tensor | None, group_index: Tensor | None) -> Tensor:
+    """x · scales in fp32.
+
+    Args:
+        scales: (H,), or with ``group_index`` (groups, H): row i for rows of x from group_index[i − 1] to
+            group_index[i]. Rows after the last group stay as they are.
+    """
+    wide = x.float()
+    if scales is None:
+        return wide
+    if group_index is None:
+        return wide * scales.float()
+    rows = wide.reshape(-1, x.shape[-1])
+    group = torch.searchsorted(group_index.long(), torch.arange(rows.shape[0]), right=True)
+    rest = torch.ones(1, scales.shape[-1])
+    return (rows * torch.cat((scales.float(), rest))[group]).view(x.shape)
+
+
+def _bits(operator: str, x: Tensor, dst_type: int | torch.dtype | None) -> int:
+    """8 or 4, from the number of a dtype."""
+    if dst_type in (INT4, torch.quint4x2):
+        if x.shape[-1] % 8:
+            raise ValueError(f"{operator}: int4 needs a last dimension divisible by 8, not {x.shape[-1]}")
+        return 4
+    target = _dtype(operator, "dst_type", dst_type, torch.int8)
+    if target is not torch.int8:
+        raise NotImplementedError(f"{operator}: dst_type={dst_type} ({target}) is not emulated; int8 and int4 are")
+    return 8
+
+
+def _rounded(y: Tensor, bits: int) -> Tensor:
+    """int8, or int4 packed into int32: the first of eight is in the lowest bits."""
+    top = 1 << (bits - 1)
+    whole = y.round().clamp(-top, top - 1)
+    return whole.to(torch.int8) if bits == 8 else pack_int4(whole)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Eight int4 per int32 along the last dimension, the first in the lowest bits."""
+    nibbles = values.to(torch.int64).view(*values.shape[:-1], -1, 8) & 15
+    return (nibbles << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+
+
+def _prepared(
+    operator: str,
+    x: Tensor,
+    smooth_scales: Tensor | None,
+    group_index: Tensor | None,
+    quant_mode: str,
+    dst_type_max: float,
+) -> Tensor:
+    _refuse(operator, dst_type_max=dst_type_max or None)
+    if quant_mode != "pertoken":
+        raise NotImplementedError(f"{operator}: quant_mode={quant_mode!r} is not emulated; 'pertoken' is")
+    if group_index is not None and smooth_scales is None:
+        raise ValueError(f"{operator}: group_index needs smooth_scales")
+    return _smoothed(x, smooth_scales, group_index)
+
+
 def dynamic_quant(
     x: Tensor,
     *,
@@ -73,14 +136,30 @@ def dynamic_quant(
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(int8 rows, their scale max|row| / 127)"""
-    _refuse("npu_dynamic_quant", group_index=group_index, dst_type_max=dst_type_max or None)
-    target = _dtype("npu_dynamic_quant", "dst_type", dst_type, torch.int8)
-    if quant_mode != "pertoken" or target is not torch.int8:
-        raise NotImplementedError(f"npu_dynamic_quant: quant_mode={quant_mode!r}, {target} is not emulated")
-    wide = x.float() if smooth_scales is None else x.float() * smooth_scales.float()
-    scale = wide.abs().amax(-1) / 127
-    return _clamp(wide / torch.where(scale == 0, 1, scale).unsqueeze(-1), torch.int8), scale
+    """(int8 or packed int4 rows, their scale max|row| / 127 or / 7)"""
+    wide = _prepared("npu_dynamic_quant", x, smooth_scales, group_index, quant_mode, dst_type_max)
+    bits = _bits("npu_dynamic_quant", x, dst_type)
+    scale = wide.abs().amax(-1) / ((1 << (bits - 1)) - 1)
+    return _rounded(wide / torch.where(scale == 0, 1, scale).unsqueeze(-1), bits), scale
+
+
+def dynamic_quant_asymmetric(
+    x: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x / scale + offset in int8 or packed int4, scale (max − min) / 255 or / 15, offset). max becomes 127 or 7"""
+    wide = _prepared("npu_dynamic_quant_asymmetric", x, smooth_scales, group_index, quant_mode, dst_type_max)
+    bits = _bits("npu_dynamic_quant_asymmetric", x, dst_type)
+    low, high = wide.aminmax(dim=-1)
+    scale = (high - low) / ((1 << bits) - 1)
+    divisor = torch.where(scale == 0, 1, scale)
+    offset = ((1 << (bits - 1)) - 1) - high / divisor
+    return _rounded(wide / divisor.unsqueeze(-1) + offset.unsqueeze(-1), bits), scale, offset
 
 
 def quant_matmul(
@@ -167,6 +246,7 @@ def anti_quant(
 TABLE: dict[str, Callable[..., Any]] = {
     "npu_quantize": quantize,
     "npu_dynamic_quant": dynamic_quant,
+    "npu_dynamic_quant_asymmetric": dynamic_quant_asymmetric,
     "npu_quant_matmul": quant_matmul,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
     "npu_anti_quant": anti_quant,

@@ -16,6 +16,8 @@ from qwen2_npu.conformance.operators import CATALOGUE
 from qwen2_npu.conformance.operators.check import find_problems, operator_of
 from qwen2_npu.conformance.operators.record import OperatorRecord, Sample
 from qwen2_npu.emulator.ge import graph
+from qwen2_npu.emulator.ge.operators.table import TABLE
+from tests.unit.emulator.ge.operators import argument_faults
 
 LOWERED = {
     "npu_prompt_flash_attention": "PromptFlashAttention",
@@ -53,23 +55,60 @@ NO_NODE = {"no_rows": "torchair makes results without elements constants of the 
 """Sample -> why its graph lacks the operator. Every other sample of the catalogue is lowered to it."""
 
 
+FAST = {
+    "npu_prompt_flash_attention": (
+        "no_mask_is_not_causal", "ragged_mode_4", "mode_0_band", "BNSD", "default_scale", "mode_3_wide",
+    ),
+    "npu_incre_flash_attention": ("regular", "mask_in_cache_coordinates", "BNSD", "default_scale"),
+    "npu_fused_infer_attention_score": (
+        "prefill_no_mask_is_not_causal", "prefill_ragged_mode_4", "prefill_mode_0_band", "prefill_BNSD",
+        "prefill_mode_3_wide", "prefill_default_scale", "prefill_lse", "decode_mask_in_cache_coordinates",
+        "inner_precise_1",
+    ),
+    "npu_rms_norm": ("regular", "tiny_epsilon_1e-5"),
+    "npu_add_rms_norm": ("regular", "tiny_epsilon_1e-5"),
+    "npu_apply_rotary_pos_emb": ("prefill", "explicit_layout"),
+    "scatter_update": ("BNSD_decode", "BSH"),
+    "scatter_update_": ("BNSD_decode", "BSH"),
+    "npu_swiglu": ("regular", "middle"),
+    "npu_mm_all_reduce_base": ("regular", "bias_and_x3", "explicit_sum"),
+}  # fmt: skip
+"""Operator -> the samples of the fast lane: so many that they see every wrong use of an argument.
+
+Of an operator that is not here it is the first one.
+"""
+
+HARMLESS = {
+    "npu_fused_infer_attention_score": {"inner_precise ignored"},  # how hardware computes in fp16
+    "npu_add_rms_norm": {"x1 and x2 exchanged"},
+}
+"""Wrong uses of arguments that change no result."""
+
+
 @pytest.fixture(scope="module")
 def backend() -> Any:
     return torchair.get_npu_backend(compiler_config=CompilerConfig())
 
 
+def fast(record: OperatorRecord) -> list[Sample]:
+    names = FAST.get(record.name, (record.samples[0].name,))
+    chosen = [sample for sample in record.samples if sample.name in names]
+    assert len(chosen) == len(names), f"FAST[{record.name!r}] has a name that no sample of the catalogue has"
+    return chosen
+
+
 def samples() -> list[Any]:
-    """All of the catalogue; the first sample of an operator in the fast lane, the others in the slow one."""
+    """All of the catalogue; those in ``FAST`` in the fast lane, in one dtype, the others in the slow one."""
     return [
         pytest.param(
             record,
             sample,
             dtype,
             id=f"{name}-{sample.name}-{dtype}",
-            marks=[] if (index, dtype) == (0, record.dtypes_on("emulated")[0]) else [pytest.mark.slow],
+            marks=[] if sample in fast(record) and dtype == record.dtypes_on("emulated")[0] else [pytest.mark.slow],
         )
         for name, record in CATALOGUE.items()
-        for index, sample in enumerate(record.samples)
+        for sample in record.samples
         for dtype in record.dtypes_on("emulated")
         if not record.skip(sample.name, dtype, "emulated")
     ]
@@ -92,7 +131,55 @@ def test_the_lowered_operator_agrees_with_its_golden(
 
 
 def test_every_operator_of_the_catalogue_is_lowered() -> None:
-    assert LOWERED.keys() == CATALOGUE.keys()
+    assert LOWERED.keys() == CATALOGUE.keys() >= FAST.keys()
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_fast_samples_see_every_wrong_use_of_an_argument(name: str) -> None:
+    record = CATALOGUE[name]
+    possible = argument_faults.possible(record)
+    unseen = possible.keys() - argument_faults.seen(record, fast(record))
+    more = {fault: possible[fault] for fault in sorted(unseen - HARMLESS.get(name, set()))}
+    assert not more, f"nothing in FAST[{name!r}] shows these faults; samples that have the arguments: {more}"
+    assert unseen == HARMLESS.get(name, set())
+    same = argument_faults.constant(record, fast(record))
+    assert not same, f"these arguments have one value in all of FAST[{name!r}], and others in the catalogue"
+
+
+def test_samples_that_see_too_little_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAST, "npu_rms_norm", ("regular",))
+    with pytest.raises(AssertionError, match="epsilon ignored"):
+        test_the_fast_samples_see_every_wrong_use_of_an_argument("npu_rms_norm")
+    monkeypatch.setitem(FAST, "scatter_update", ("BNSD_decode",))
+    with pytest.raises(AssertionError, match="one value in all of FAST"):
+        test_the_fast_samples_see_every_wrong_use_of_an_argument("scatter_update")
+
+
+WRONG = {
+    "RmsNorm": (
+        "npu_rms_norm", "tiny_epsilon_1e-5", lambda right: lambda x, gamma, *, epsilon: right(x, gamma)
+    ),
+    "PromptFlashAttention": (
+        "npu_prompt_flash_attention", "ragged_mode_4",
+        lambda right: lambda *inputs, pre_tokens, **attributes: right(*inputs, **attributes),
+    ),
+    "IncreFlashAttention": (
+        "npu_incre_flash_attention", "mask_in_cache_coordinates",
+        lambda right: lambda *inputs, **attributes: right(*inputs[:-1], None, **attributes),
+    ),
+}  # fmt: skip
+"""GE operator -> the operator lowered to it, a sample in ``FAST``, what makes a wrong function of the right one."""
+
+
+@pytest.mark.parametrize("type_", WRONG)
+def test_a_wrong_operator_of_the_table_is_seen(type_: str, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    name, wanted, make = WRONG[type_]
+    record = CATALOGUE[name]
+    (sample,) = [sample for sample in fast(record) if sample.name == wanted]
+    entry = TABLE[type_]
+    monkeypatch.setitem(TABLE, type_, dataclasses.replace(entry, function=make(entry.function)))
+    run, _ = compiled(operator_of(name), backend)
+    assert find_problems(record, sample.parameters, "float32", "npu", sample.seed, implementation=run)
 
 
 def test_a_golden_sees_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:

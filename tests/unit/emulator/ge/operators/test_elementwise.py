@@ -135,6 +135,8 @@ CASES = [
     Case("Cast", lambda x: ge.Cast(x, dst_type=12), (torch.tensor([0.0, 0.5, 2.0]),), lambda x: x != 0, note="bool"),
     Case("Cast", lambda x: ge.Cast(x, dst_type=27), (X,), lambda x: x, note="bfloat16"),
     Case("Cast", lambda x: ge.Cast(x, dst_type=1), (X,), lambda x: x, note="float16"),
+    Case("Adds", lambda x: ge.Adds(x, value=-2.0), (X,), lambda x: x - 2, size=lambda x: np.abs(x) + 2, note="minus"),
+    Case("Muls", lambda x: ge.Muls(x, value=-2.0), (X,), lambda x: -2 * x, note="minus"),
 ]  # fmt: skip
 
 

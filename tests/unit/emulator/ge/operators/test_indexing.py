@@ -103,6 +103,16 @@ CASES = [
         "IndexByTensor", lambda x, i, j: ge.IndexByTensor(x, [i, j], indices_mask=[1, 0, 1]),
         (X, torch.tensor([0, 3]), torch.tensor([2, 1])), lambda x, i, j: x[i, :, j],
     ),
+    Case(
+        "Gather", lambda x, i: ge.Gather(x, i, negative_index_support=True), (X, torch.tensor([-1, 0])),
+        lambda x, i: x[[3, 0]], note="negative",
+    ),
+    Case(
+        "InplaceIndexAdd", lambda x, i, u: ge.InplaceIndexAdd(ge.TensorMove(x), i, u, None, axis=0),
+        (ROWS, torch.tensor([3, 1], dtype=torch.int32), floats(2, 5, seed=1)),
+        lambda x, i, u: x + np.stack([0 * u[0], u[1], 0 * u[0], u[0]]), size=lambda x, i, u: np.abs(x) + 3,
+        note="rows",
+    ),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from tests.unit.emulator.ge.building import compute, ge
 from tests.unit.emulator.ge.operators.cases import Array, Case, floats
 
 X = floats(3, 4, 8)
+HALF = X.half().float()
 
 
 def softmax(x: Array, axis: int) -> Array:
@@ -24,6 +25,12 @@ CASES = [
     Case("SoftmaxV2", lambda x: ge.SoftmaxV2(x, axes=[-1]), (X,), lambda x: softmax(x, -1), roundings=8),
     Case("SoftmaxV2", lambda x: ge.SoftmaxV2(x, axes=[1]), (X,), lambda x: softmax(x, 1), roundings=8, note="middle"),
     Case("LogSoftmaxV2", lambda x: ge.LogSoftmaxV2(x, axes=[-1]), (X,), lambda x: np.log(softmax(x, -1)), size=around),
+    Case(
+        "SoftmaxV2", lambda x: ge.SoftmaxV2(ge.Cast(x, dst_type=1), axes=[-1], half_to_float=True), (HALF,),
+        lambda x: softmax(x, -1).astype(np.float32), roundings=8, halves=False, note="half to float",
+    ),
+    Case("LogSoftmaxV2", lambda x: ge.LogSoftmaxV2(x, axes=[0]), (X,), lambda x: np.log(softmax(x, 0)), size=around,
+         note="first"),
 ]  # fmt: skip
 
 

@@ -47,6 +47,15 @@ CASES = [
         "BatchMatMulV2", lambda a, b, c: ge.BatchMatMulV2(a, b, c, None), (BATCH_A, BATCH_B, BIAS),
         lambda a, b, c: a @ b + c, size=magnitude, roundings=8,
     ),
+    Case(
+        "MatMulV2", lambda a, b: ge.MatMulV2(a, b, None, None, transpose_x1=True), (A.T.contiguous(), B),
+        lambda a, b: a.T @ b, size=lambda a, b: magnitude(a.T, b), roundings=6, note="transposed",
+    ),
+    Case(
+        "BatchMatMulV2", lambda a, b: ge.BatchMatMulV2(a, b, None, None, adj_x1=True, adj_x2=True),
+        (BATCH_A.mT.contiguous(), BATCH_B.mT.contiguous()), lambda a, b: swapped(a) @ swapped(b),
+        size=lambda a, b: magnitude(swapped(a), swapped(b)), roundings=6, note="transposed",
+    ),
 ]  # fmt: skip
 
 

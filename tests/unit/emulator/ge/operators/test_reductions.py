@@ -37,6 +37,7 @@ def norm(order: float) -> Any:
 
 ROWS = [7, 0, 4, 9, 2, 8]
 DISTINCT = torch.tensor([ROWS, ROWS[::-1]], dtype=torch.float32)
+TIES = torch.tensor([[2.0, 1], [1, 1], [2, 0], [1, 0]]).repeat(10, 1)
 
 CASES = [
     Case("ReduceSum", lambda x: ge.ReduceSum(x, [1]), (X,), lambda x: x.sum(1), size=total(1), roundings=4),
@@ -110,6 +111,43 @@ CASES = [
         "SearchSorted", lambda s, v: ge.SearchSorted(s, v, None, right=True, dtype=3),
         (torch.arange(5.0), torch.tensor([0.5, 2.0, 9.0])),
         lambda s, v: np.searchsorted(s, v, side="right").astype(np.int32), note="right",
+    ),
+    *(
+        Case(name, lambda x, make=make: make(x, [1], keep_dims=True), (values,), reference, roundings=8, note="kept",
+             size=lambda x: np.abs(x).sum(1, keepdims=True) + 1.0)
+        for name, make, values, reference in (
+            ("ReduceMean", ge.ReduceMean, X, lambda x: x.mean(1, keepdims=True)),
+            ("ReduceMax", ge.ReduceMax, X, lambda x: x.max(1, keepdims=True)),
+            ("ReduceProd", ge.ReduceProd, X, lambda x: x.prod(1, keepdims=True)),
+            ("ReduceAll", ge.ReduceAll, FLAGS, lambda x: x.all(1, keepdims=True)),
+            ("ReduceAny", ge.ReduceAny, FLAGS, lambda x: x.any(1, keepdims=True)),
+            ("ReduceLogSumExp", ge.ReduceLogSumExp, X, lambda x: logsumexp(x, 1, keepdims=True)),
+        )
+    ),
+    Case(
+        "ReduceStdWithMean",
+        lambda x: ge.ReduceStdWithMean(
+            x, ge.Expand(ge.ReduceMean(x, [1], keep_dims=True), ge.Shape(x)), dim=[1], correction=0, keepdim=True
+        ),
+        (X,), lambda x: x.std(1, keepdims=True), roundings=8, note="kept",
+    ),
+    Case(
+        "LpNormV2", lambda x: ge.LpNormV2(x, p=1.0, axes=[0, 2], keepdim=True, epsilon=0.0), (X,),
+        lambda x: np.abs(x).sum((0, 2), keepdims=True), roundings=15, note="kept",
+    ),
+    Case("ArgMaxV2", lambda x: ge.ArgMaxV2(x, 1, dtype=3), (X,), lambda x: x.argmax(1).astype(np.int32), note="int32"),
+    Case("ArgMin", lambda x: ge.ArgMin(x, 0, dtype=3), (X,), lambda x: x.argmin(0).astype(np.int32), note="int32"),
+    Case(
+        "ArgMaxWithValue", lambda x: ge.ArgMaxWithValue(x, dimension=0, keep_dims=True), (X,),
+        lambda x: (x.argmax(0).astype(np.int32)[None], x.max(0, keepdims=True)), note="kept",
+    ),
+    Case(
+        "ArgMinWithValue", lambda x: ge.ArgMinWithValue(x, dimension=0), (X,),
+        lambda x: (x.argmin(0).astype(np.int32), x.min(0)), note="first",
+    ),
+    Case(
+        "Sort", lambda x: ge.Sort(x, axis=0, stable=True), (TIES,),
+        lambda x: (np.sort(x, 0), np.argsort(x, 0, kind="stable").astype(np.int32)), note="ties stay in order",
     ),
 ]  # fmt: skip
 

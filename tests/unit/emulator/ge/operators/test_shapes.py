@@ -61,6 +61,26 @@ CASES = [
     Case(
         "Bitcast", lambda x: ge.Bitcast(x, type=3), (X,), lambda x: x.astype(np.float32).view(np.int32), halves=False,
     ),
+    Case(
+        "SplitV", lambda x: ge.SplitV(x, [1, 1, 2], 1, num_split=3), (X,), lambda x: (x[:, :1], x[:, 1:2], x[:, 2:]),
+        note="three",
+    ),
+    Case("Split", lambda x: ge.Split(0, x, num_split=3), (X,), lambda x: (x[:1], x[1:2], x[2:]), note="three"),
+    Case("SplitD", lambda x: ge.SplitD(x, split_dim=1, num_split=2), (X,), lambda x: (x[:, :2], x[:, 2:]), note="two"),
+    Case(
+        "Unpack", lambda x: ge.Unpack(x, num=4, axis=1), (X,), lambda x: tuple(x[:, i] for i in range(4)),
+        note="middle",
+    ),
+    Case(
+        "ConcatD", lambda a, b: ge.ConcatD([a, b], concat_dim=2, N=2), (X, X[..., :1]),
+        lambda a, b: np.concatenate((a, b), 2), note="last",
+    ),
+    Case("ConcatD", lambda a: ge.ConcatD([a], concat_dim=0, N=1), (X,), lambda a: a, note="one"),
+    Case("Pack", lambda a: ge.Pack([a, a, a], axis=0, N=3), (X,), lambda a: np.stack((a, a, a)), note="three"),
+    Case(
+        "Bitcast", lambda x: ge.Bitcast(x, type=0), (integers(3, 4, dtype=torch.int32),),
+        lambda x: x.view(np.float32).astype(np.float64), note="float",
+    ),
 ]  # fmt: skip
 
 

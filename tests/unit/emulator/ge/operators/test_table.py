@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,41 @@ def test_defaults_are_the_prototypes(name: str) -> None:
         else:
             assert kind == "ATTR", attribute
             assert default == literal(value), attribute
+
+
+SAME_IN_ALL_CASES = {
+    ("ReduceMean", "noop_with_empty_axes"): "torchair leaves it at its default, and means all dimensions by no axes",
+    ("TopKV2", "sorted"): "results in any order have no reference",
+    ("MirrorPad", "mode"): "REFLECT alone is emulated",
+}
+"""(operator, attribute) -> why the cases below do not vary it."""
+
+
+def plain(value: Any) -> str:
+    """A value of an attribute, the same text for the same value: graphs hold lists, and floats in 32 bits."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(list(value)) if isinstance(value, list | tuple) else str(value)
+
+
+def test_every_attribute_takes_several_values() -> None:
+    """Another than its default, or several where there is none: one that is ignored would not be seen else."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for case in CASES:
+        for made in parse(build(case.make, *case.inputs)):
+            for name, default in TABLE[made.type].attributes.items() if made.type == case.type else ():
+                known = values.setdefault((made.type, name), set() if default is REQUIRED else {plain(default)})
+                known.add(plain(made.attributes.get(name, default)))
+    same = {key for key, found in values.items() if len(found) == 1}
+    assert same == SAME_IN_ALL_CASES.keys()
+
+
+def test_an_attribute_of_one_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CASES", [case for case in CASES if case.note != "base 2"])
+    test_every_attribute_takes_several_values()  # base 10 is left
+    monkeypatch.setattr(sys.modules[__name__], "CASES", [case for case in CASES if not case.note.startswith("base")])
+    with pytest.raises(AssertionError, match="base"):
+        test_every_attribute_takes_several_values()
 
 
 DTYPES = {"DT_FLOAT": 0, "DT_INT32": 3, "DT_INT64": 9, "DT_COMPLEX64": 16}

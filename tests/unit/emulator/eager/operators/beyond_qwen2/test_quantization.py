@@ -1,7 +1,8 @@
-"""Int8 operators against integer arithmetic."""
+"""Int8 and int4 operators against integer arithmetic."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch_npu
@@ -31,6 +32,83 @@ def test_dynamic_quant_gives_back_the_rows():
     assert y.cpu().abs().amax(-1).tolist() == [127] * 5
     back = y.cpu().double() * scale.cpu().double().unsqueeze(-1)
     assert ((back - x.double()).abs() <= scale.cpu().double().unsqueeze(-1) * 0.5001).all()
+
+
+def unpacked(packed):
+    """int4 numbers of int32, eight each, the first in the lowest bits."""
+    words = packed.cpu().numpy().astype("int64")
+    nibbles = [(words >> shift) & 15 for shift in range(0, 32, 4)]
+    signed = [nibble - 16 * (nibble > 7) for nibble in nibbles]
+    return torch.from_numpy(np.stack(signed, -1).reshape(*packed.shape[:-1], -1))
+
+
+GROUPS = torch.tensor([2, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("scaling", ["none", "smooth", "groups"])
+@pytest.mark.parametrize("dst_type", [None, torch.int8, torch.quint4x2], ids=str)
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16)], ids=["2d", "3d"])
+@pytest.mark.parametrize("name", ["npu_dynamic_quant", "npu_dynamic_quant_asymmetric"])
+def test_dynamic_quant(name, shape, dst_type, scaling):
+    x = draw(*shape, dtype=torch.float16, grad=False)
+    smooth = {"none": None, "smooth": torch.rand(16).half() + 0.5, "groups": torch.rand(3, 16).half() + 0.5}[scaling]
+    index = GROUPS if scaling == "groups" else None
+    more = {} if dst_type is None else {"dst_type": dst_type}
+    given = {
+        key: None if value is None else value.npu()
+        for key, value in (("smooth_scales", smooth), ("group_index", index))
+    }
+    y, scale, *offset = getattr(torch_npu, name)(x.npu(), **given, **more)
+
+    wide = x.double().view(-1, 16)
+    if scaling == "smooth":
+        wide = wide * smooth.double()
+    if scaling == "groups":
+        for group, (first, last) in enumerate([(0, 2), (2, 2), (2, 5)]):
+            wide[first:last] *= smooth[group].double()
+    largest = 7 if dst_type is torch.quint4x2 else 127
+    if offset:
+        wanted = (wide.amax(-1) - wide.amin(-1)) / (2 * largest + 1)
+        shift = largest - wide.amax(-1) / wanted
+        torch.testing.assert_close(offset[0].cpu().double().view(-1), shift, rtol=1e-5, atol=1e-4)
+    else:
+        wanted, shift = wide.abs().amax(-1) / largest, torch.zeros(len(wide), dtype=torch.float64)
+    assert scale.shape == shape[:-1]
+    torch.testing.assert_close(scale.cpu().double().view(-1), wanted, rtol=1e-5, atol=0)
+    if dst_type is torch.quint4x2:
+        assert (y.dtype, y.shape) == (torch.int32, (*shape[:-1], 2))
+        y = unpacked(y)
+    else:
+        assert (y.dtype, y.shape) == (torch.int8, shape)
+    exact = wide / wanted.unsqueeze(-1) + shift.unsqueeze(-1)
+    # Rounding has one answer except next to a half, where float32 may differ from float64.
+    assert (y.cpu().double().view(-1, 16) - exact).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize("name", ["npu_dynamic_quant", "npu_dynamic_quant_asymmetric"])
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_constant_rows(name, value):
+    y, scale, *offset = getattr(torch_npu, name)(torch.full((2, 8), value).half().npu())
+    back = (y.cpu().double() - (offset[0].cpu().double().unsqueeze(-1) if offset else 0)) * scale.cpu().unsqueeze(-1)
+    if not offset:
+        torch.testing.assert_close(back, torch.full((2, 8), value).double(), rtol=1e-6, atol=0)
+    assert torch.isfinite(back).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "error", "message"),
+    [
+        ((2, 12), {"dst_type": torch.quint4x2}, ValueError, "last dimension divisible by 8, not 12"),
+        ((2, 8), {"group_index": GROUPS}, ValueError, "group_index needs smooth_scales"),
+        ((2, 8), {"dst_type": torch.float16}, NotImplementedError, "float16.* is not emulated; int8 and int4 are"),
+        ((2, 8), {"quant_mode": "pertensor"}, NotImplementedError, "quant_mode='pertensor' is not emulated"),
+        ((2, 8), {"dst_type_max": 15.0}, NotImplementedError, "dst_type_max is not emulated"),
+    ],
+)
+def test_what_dynamic_quant_does_not_take(shape, arguments, error, message):
+    given = {key: value.npu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    with pytest.raises(error, match=message):
+        torch_npu.npu_dynamic_quant(torch.ones(shape).half().npu(), **given)
 
 
 def test_quant_matmul():

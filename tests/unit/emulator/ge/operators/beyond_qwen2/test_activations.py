@@ -61,6 +61,10 @@ CASES = [
         "ThresholdV2", lambda x: ge.ThresholdV2(x, 0.5, -2.0), (X,), lambda x: np.where(x > 0.5, x, -2.0),
     ),
     Case("GLU", lambda x: ge.GLU(x, dim=1), (X,), glu, roundings=4),
+    Case(
+        "HardSigmoid", lambda x: ge.HardSigmoid(x, alpha=0.25, beta=0.125), (X,),
+        lambda x: np.clip(x / 4 + 0.125, 0, 1), size=lambda x: 1.0, note="beta",
+    ),
 ]  # fmt: skip
 
 

@@ -60,6 +60,29 @@ CASES = [
                                         data_format="NCDHW"),
         (VOLUME, BACK3), F.conv_transpose3d,
     ),
+    conv(
+        "Conv3D",
+        lambda x, w: ge.Conv3D(x, w, None, None, strides=[1] * 5, pads=[0, 0, 1, 1, 2, 2], groups=2,
+                               dilations=[1, 1, 1, 1, 2], data_format="NCDHW"),
+        (VOLUME, FILTER3[:2, :1].contiguous()), F.conv3d, padding=(0, 1, 2), dilation=(1, 1, 2), groups=2,
+        note="groups",
+    ),
+    conv(
+        "Conv2DTranspose",
+        lambda x, w, b: ge.Conv2DTranspose([2, 6, 9, 13], x, w, b, None, strides=[1, 1, 1, 2], pads=[1, 1, 0, 0],
+                                           dilations=[1, 1, 2, 1], groups=2, output_padding=[0, 0, 0, 1],
+                                           data_format="NCHW"),
+        (IMAGE, BACK, CHANNELS), F.conv_transpose2d, note="groups", stride=(1, 2), padding=(1, 0), dilation=(2, 1),
+        groups=2, output_padding=(0, 1),
+    ),
+    conv(
+        "Conv3DTranspose",
+        lambda x, w: ge.Conv3DTranspose([1, 6, 9, 4, 6], x, w, None, None, strides=[1, 1, 2, 1, 1],
+                                        pads=[0, 0, 1, 1, 0, 0], dilations=[1, 1, 1, 1, 2], groups=2,
+                                        output_padding=[0, 0, 1, 0, 0], data_format="NCDHW"),
+        (VOLUME, BACK3), F.conv_transpose3d, note="groups", stride=(2, 1, 1), padding=(0, 1, 0), dilation=(1, 1, 2),
+        groups=2, output_padding=(1, 0, 0),
+    ),
 ]  # fmt: skip
 
 

@@ -27,6 +27,11 @@ def max_pool(x: Array) -> tuple[Array, Array]:
     return cut.max(-1), flat.astype(np.int32)
 
 
+def max_pool_by_pytorch(x: Array) -> tuple[Array, Array]:
+    values, index = F.max_pool2d(torch.from_numpy(x), 3, (2, 3), 1, (1, 2), True, return_indices=True)
+    return values.numpy(), index.int().numpy()
+
+
 def average_with_padding(x: Array) -> Array:
     counted = windows(np.ones_like(x), 2, 2, pad=1).sum(-1)
     return windows(x, 2, 2, pad=1).sum(-1) / counted
@@ -95,6 +100,27 @@ CASES = [
     Case(
         "GridSampler3D", ge.GridSampler3D, (VOLUME, GRID3), grid_sample("bilinear", "zeros", False),
         size=lambda x, g: 20.0, roundings=8, halves=False,
+    ),
+    Case(
+        "AvgPoolV2",
+        lambda x: ge.AvgPoolV2(x, ksize=[1, 1, 4, 3], strides=[1, 1, 4, 3], ceil_mode=True, divisor_override=5), (X,),
+        lambda x: windows(np.pad(x, [(0, 0), (0, 0), (0, 2), (0, 1)]), 4, 3).sum(-1) / 5, size=lambda x: 9.0,
+        note="rounded up",
+    ),
+    Case(
+        "MaxPoolWithArgmaxV1",
+        lambda x: ge.MaxPoolWithArgmaxV1(x, ksize=[1, 3, 3, 1], strides=[1, 2, 3, 1], pads=[1, 1, 1, 1],
+                                         dilation=[1, 1, 2, 1], ceil_mode=True), (X,),
+        max_pool_by_pytorch, note="rounded up",
+    ),
+    Case(
+        "AdaptiveAvgPool2d", lambda x: ge.AdaptiveAvgPool2d(x, output_size=[2, 4]), (X,),
+        lambda x: windows(x, 3, 2).mean(-1), size=lambda x: 3.0, note="other sizes",
+    ),
+    Case(
+        "GridSampler3D",
+        lambda x, g: ge.GridSampler3D(x, g, interpolation_mode="nearest", padding_mode="border", align_corners=True),
+        (VOLUME, GRID3 * 2), grid_sample("nearest", "border", True), halves=False, note="nearest",
     ),
 ]  # fmt: skip
 

@@ -19,10 +19,12 @@ def layer_norm(x: Array, gamma: Array, beta: Array) -> tuple[Array, Array, Array
     return (x - mean) * rstd * gamma + beta, mean, rstd
 
 
-def group_norm(x: Array, gamma: Array, beta: Array) -> tuple[Array, Array, Array]:
-    grouped = x.reshape(2, 3, -1)
+def group_norm(
+    x: Array, gamma: Array, beta: Array, groups: int = 3, epsilon: float = EPSILON
+) -> tuple[Array, Array, Array]:
+    grouped = x.reshape(2, groups, -1)
     mean, variance = grouped.mean(-1), grouped.var(-1)
-    normal = (grouped - mean[..., None]) / np.sqrt(variance[..., None] + EPSILON)
+    normal = (grouped - mean[..., None]) / np.sqrt(variance[..., None] + epsilon)
     return normal.reshape(x.shape) * per_channel(gamma) + per_channel(beta), mean, variance
 
 
@@ -30,8 +32,8 @@ def per_channel(values: Array) -> Array:
     return values[:, None, None]
 
 
-def bn_infer(x: Array, scale: Array, offset: Array, mean: Array, variance: Array) -> Array:
-    normal = (x - per_channel(mean)) / np.sqrt(per_channel(variance) + EPSILON)
+def bn_infer(x: Array, scale: Array, offset: Array, mean: Array, variance: Array, epsilon: float = EPSILON) -> Array:
+    normal = (x - per_channel(mean)) / np.sqrt(per_channel(variance) + epsilon)
     return normal * per_channel(scale) + per_channel(offset)
 
 
@@ -56,6 +58,14 @@ CASES = [
     Case(
         "BNInfer", lambda *tensors: ge.BNInfer(*tensors, epsilon=EPSILON), (IMAGE, SCALE, OFFSET, MEAN, VARIANCE),
         bn_infer, size=around,
+    ),
+    Case(
+        "GroupNorm", lambda x, g, b: ge.GroupNorm(x, g, b, num_groups=2, eps=2.0), (IMAGE, SCALE, OFFSET),
+        lambda *tensors: group_norm(*tensors, groups=2, epsilon=2.0), size=lambda *_: (8.0, 8.0, 8.0), note="two",
+    ),
+    Case(
+        "BNInfer", lambda *tensors: ge.BNInfer(*tensors, epsilon=2.0), (IMAGE, SCALE, OFFSET, MEAN, VARIANCE),
+        lambda *tensors: bn_infer(*tensors, epsilon=2.0), size=around, note="large epsilon",
     ),
 ]  # fmt: skip
 
