@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,11 +12,12 @@ import torch
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint import sources, weights
+from qwen2_npu.checkpoint.adapter import ADAPTER_CONFIG, AdaptedSource, base_and_adapter
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.devices import usable
-from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.agreement import agree, fingerprint
 from qwen2_npu.parallel.collectives import current
@@ -101,6 +103,7 @@ class CheckpointIO:
         device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         optimizations: Optimizations | None = None,
         weights_file: str | None = None,
+        adapter: str | Path | bool | None = None,
         config: Qwen2Config | str | Path | None = None,
         generation_config: GenerationConfig | None = None,
         subfolder: str = "",
@@ -119,6 +122,8 @@ class CheckpointIO:
             device: where to, one device. Default cpu. ``device_map`` names it, too; "auto" is the accelerator, if any.
             weights_file: weights in another file than the usual safetensors ones, or the index of several; pickled
                 weights (pytorch_model.bin) are read by name only.
+            adapter: the folder of a LoRA adapter, as peft saves it, to merge into the weights. Where the model's own
+                folder holds one: that folder again, or False to leave it out.
             config: instead of the folder's config.json; or the folder of another one.
             generation_config: instead of the folder's generation_config.json.
             subfolder: of the folder, where the checkpoint lies.
@@ -136,15 +141,20 @@ class CheckpointIO:
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
+        folder, lora = base_and_adapter(folder, adapter)
         target = one_device(device, device_map)
         ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
-            source = sources.open_checkpoint(
+            source: sources.Source = sources.open_checkpoint(
                 folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
             )
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             files = {} if ranks.group is None else fingerprint(folder)
+        if lora is not None:
+            source = AdaptedSource(source, lora)
+            if ranks.group is not None:
+                files |= {f"the adapter's {name}": mark for name, mark in fingerprint(lora).items()}
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another
             agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
@@ -212,6 +222,11 @@ class CheckpointIO:
         if unknown:
             raise TypeError(f"save_pretrained() takes no argument {', '.join(unknown)}")
         self._check_whole("save_pretrained")
+        if Path(save_directory, ADAPTER_CONFIG).exists():
+            raise CheckpointError(
+                f"{save_directory} holds an adapter ({ADAPTER_CONFIG}), which would be applied to the saved weights "
+                "when they are loaded; choose another folder"
+            )
         if not is_main_process:
             return
         set_torch_dtype(self.config, self.dtype)
@@ -221,12 +236,49 @@ class CheckpointIO:
         """The weights under the stock class's names: fused ones as views of their parts, tied ones once.
 
         Raises:
-            UnsupportedError: the model is one part of several.
+            UnsupportedError: the model is one part of several, or holds an adapter of peft.
         """
         self._check_whole("stock_state_dict")
         return weights.stock_state_dict(self)
 
+    # ---- peft ----------------------------------------------------------------------------------------------------
+    def _no_adapter(self: Any) -> Any:
+        """What ``peft_config`` is until peft sets it. peft asks for it before it puts in the first adapter.
+
+        Raises:
+            UnsupportedError: the products that adapters are for do not stand in this model one by one.
+            AttributeError: they do.
+        """
+        self._check_adaptable("peft")
+        raise AttributeError("peft_config")
+
+    peft_config: Any = cached_property(_no_adapter)
+    """Not a property, which could not be set; nothing is cached, since :meth:`_no_adapter` never returns."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for a model without fused products on one rank."""
+        self._check_adaptable("load_adapter()")
+        return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def add_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for a model without fused products on one rank."""
+        self._check_adaptable("add_adapter()")
+        return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_adaptable(self: Any, what: str) -> None:
+        if self.optimizations.fused_qkv or self.optimizations.fused_gate_up or self.ranks.shard.size > 1:
+            raise UnsupportedError(
+                f"{what}: q, k, v, gate and up are fused or cut in this model, so that an adapter would reach only "
+                "some of its products; load it merged with from_pretrained(FOLDER, adapter=FOLDER_OF_THE_ADAPTER), or "
+                "use optimizations=Optimizations.none() on one rank"
+            )
+
     def _check_whole(self: Any, function: str) -> None:
+        if "peft_config" in vars(self):
+            raise UnsupportedError(
+                f"{function}(): peft has put an adapter into this model; save the adapter with the PeftModel's "
+                "save_pretrained, or take merge_and_unload()'s result"
+            )
         shard = self.ranks.shard
         if shard.size > 1:
             raise UnsupportedError(
