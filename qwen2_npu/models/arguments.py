@@ -27,8 +27,11 @@ IGNORED_LABEL = -100
 """What no loss is computed of."""
 
 
-def check_names(arguments: dict[str, Any]) -> None:
+def check_names(arguments: dict[str, Any], model: str = "Qwen2ForCausalLM") -> None:
     """Refuse keyword arguments that would have an effect which they do not have here.
+
+    Args:
+        model: the name of its class.
 
     Raises:
         TypeError: with their names.
@@ -36,7 +39,7 @@ def check_names(arguments: dict[str, Any]) -> None:
     wrong = [name for name, value in arguments.items() if name not in IGNORED and value is not None]
     if wrong:
         reasons = "".join(f"; {name}: {REFUSED[name]}" for name in wrong if name in REFUSED)
-        raise TypeError(f"Qwen2ForCausalLM.forward() takes no argument {', '.join(wrong)}{reasons}")
+        raise TypeError(f"{model}.forward() takes no argument {', '.join(wrong)}{reasons}")
 
 
 INTEGERS = (torch.int64, torch.int32)

@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states, phase), residual
 
 
-class Qwen2Model(nn.Module):
+class Network(nn.Module):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:

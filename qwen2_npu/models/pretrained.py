@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, Qwen2Config
@@ -21,9 +21,6 @@ from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.agreement import agree, fingerprint
 from qwen2_npu.parallel.collectives import current
-
-if TYPE_CHECKING:
-    from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
 ACCELERATOR_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """transformers' ways to spread a model over its accelerators. Here it goes to one: the current, or else the CPU."""
@@ -90,7 +87,13 @@ SAVING_REFUSED: dict[str, Refused] = {
 
 
 class CheckpointIO:
-    """Mixed into Qwen2ForCausalLM."""
+    """Mixed into the models.
+
+    Attributes:
+        head: the names of the parameters that a model has beyond the network.
+    """
+
+    head: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -111,7 +114,7 @@ class CheckpointIO:
         tp_rank: int | None = None,
         assume_tp: int | None = None,
         **others: Any,
-    ) -> Qwen2ForCausalLM:
+    ) -> Any:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
 
         A folder that ``qwen2-npu merge-qkv`` wrote is loaded as well, by one process or by as many as it is merged for.
@@ -146,9 +149,10 @@ class CheckpointIO:
         ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
-            source: sources.Source = sources.open_checkpoint(
+            stored = sources.open_checkpoint(
                 folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
             )
+            source = weights.with_usual_names(stored)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             files = {} if ranks.group is None else fingerprint(folder)
         if lora is not None:
@@ -162,12 +166,12 @@ class CheckpointIO:
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
             device=target,
+            head=cls.head,
         )
-        if generation_config is not None:
+        if generation_config is not None and cls.can_generate():
             model.generation_config = generation_config
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
-        loaded: Qwen2ForCausalLM = model
-        return loaded
+        return model
 
     @classmethod
     def from_state_dict(
@@ -180,7 +184,7 @@ class CheckpointIO:
         optimizations: Optimizations | None = None,
         tp_size: int | None = None,
         tp_rank: int | None = None,
-    ) -> Qwen2ForCausalLM:
+    ) -> Any:
         """The model with the weights of a stock state dict (names of the stock class); see :meth:`from_pretrained`.
 
         Raises:
@@ -188,11 +192,12 @@ class CheckpointIO:
         """
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
-        model: Qwen2ForCausalLM = weights.build(
+        model: Any = weights.build(
             lambda: cls(config, optimizations, ranks),
-            sources.StateDictSource(config, state_dict),
+            weights.with_usual_names(sources.StateDictSource(config, state_dict)),
             dtype=dtype,
             device=target,
+            head=cls.head,
         )
         return model
 
