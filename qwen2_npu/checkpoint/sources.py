@@ -27,6 +27,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
+COMPUTED = ("float32", "bfloat16", "float16")
+"""Those of them that an NPU, and so this model, computes in."""
+
 STORED: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -80,9 +83,22 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     parsed = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
-        raise UnsupportedError(f"dtype={dtype!r}; supported are {', '.join(DTYPES)} and 'auto'")
+    if parsed is None or parsed not in map(DTYPES.get, COMPUTED):
+        raise UnsupportedError(f"dtype={dtype!r}; supported are {', '.join(COMPUTED)} and 'auto'")
     return parsed
+
+
+def check_dtype(dtype: torch.dtype, way_out: str) -> None:
+    """Refuse a dtype that this model does not compute in.
+
+    Raises:
+        UnsupportedError: with ``way_out``.
+    """
+    if dtype not in map(DTYPES.get, COMPUTED):
+        raise UnsupportedError(
+            f"the weights are {dtype}, and an NPU computes in {', '.join(COMPUTED[:-1])} and {COMPUTED[-1]} alone: "
+            f"{way_out}"
+        )
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------

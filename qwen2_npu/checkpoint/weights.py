@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
-from qwen2_npu.checkpoint.sources import INDEX_FILE, Source, whole
+from qwen2_npu.checkpoint.sources import INDEX_FILE, Source, check_dtype, whole
 from qwen2_npu.compat import check_rope, head_dim, kv_head_count
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Cutting, Shard
@@ -134,10 +134,13 @@ def build(
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is read.
+        UnsupportedError: a dtype that the model does not compute in.
     """
+    dtype = dtype or source.stored_dtype()
+    check_dtype(dtype, "pass dtype='float32'")
     model = skeleton(factory, source, head)
     layout = stock_layout(model)
-    _materialise(model, dtype or source.stored_dtype(), device)
+    _materialise(model, dtype, device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in source.tensors(cut_for(model)):
         if name in layout:

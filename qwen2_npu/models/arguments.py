@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from qwen2_npu.checkpoint.sources import check_dtype
 from qwen2_npu.compat import CACHE_NAME, cached_rows
+from qwen2_npu.errors import UnsupportedError
 
 IGNORED = ("cache_position", "is_first_iteration", "tokenizer")
 """What some version of ``generate`` hands on to every model, and this one does not need."""
@@ -81,7 +83,9 @@ def check_tensors(
 
     Raises:
         ValueError: what does not fit, with what does.
+        UnsupportedError: a dtype that the model does not compute in.
     """
+    check_precision(table)
     given = tokens_of(input_ids, inputs_embeds)
     batch, tokens = given.shape[:2]
     check_cache(cache, batch)
@@ -92,6 +96,21 @@ def check_tensors(
     if labels is not None:
         check_labels(labels, vocabulary)
     return given
+
+
+def check_precision(weight: torch.Tensor) -> None:
+    """Refuse a dtype of the weights that no NPU computes in, and an autocast to another one than theirs.
+
+    Raises:
+        UnsupportedError: with the way to another dtype.
+    """
+    check_dtype(weight.dtype, "call model.float()")
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and (wanted := torch.get_autocast_dtype(kind)) != weight.dtype:
+        raise UnsupportedError(
+            f"torch.autocast({kind!r}, dtype={wanted}) around a model of {weight.dtype}: it computes in the dtype of "
+            f"its weights; load it with dtype={str(wanted).removeprefix('torch.')!r}, or call it outside of autocast"
+        )
 
 
 def check_prompt(call: dict[str, Any], device: torch.device, *, continues: bool) -> None:

@@ -122,7 +122,8 @@ class CheckpointIO:
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
             dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
-            device: where to, one device. Default cpu. ``device_map`` names it, too; "auto" is the accelerator, if any.
+            device: where to, one device. Default: torch's, which is the CPU unless ``torch.set_default_device`` or
+                ``with torch.device`` says another. ``device_map`` names it, too; "auto" is the accelerator, if any.
             weights_file: weights in another file than the usual safetensors ones, or the index of several; pickled
                 weights (pytorch_model.bin) are read by name only.
             adapter: the folder of a LoRA adapter, as peft saves it, to merge into the weights. Where the model's own
@@ -308,7 +309,7 @@ def effective(
 
 
 def one_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """The one device that ``device`` and ``device_map`` stand for; cpu where neither is given.
+    """The one device that ``device`` and ``device_map`` stand for; torch's default device where neither is given.
 
     Raises:
         UnsupportedError: there are several, or it is not usable here.
@@ -319,7 +320,10 @@ def one_device(device: torch.device | str | int | None, device_map: Any) -> torc
     named = {str(each): each for each in (device, *mapped) if each is not None}
     if len(named) > 1:
         raise UnsupportedError(f"device={device!r}, device_map={device_map!r}: {_ONE_DEVICE.way_out}")
-    return usable(next(iter(named.values()), "cpu"))
+    if not named:
+        default = torch.get_default_device()
+        return usable(default, given_as=f"torch's default device is {str(default)!r}")
+    return usable(next(iter(named.values())))
 
 
 def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) -> Qwen2Config:
