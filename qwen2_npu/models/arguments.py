@@ -319,6 +319,23 @@ def live_tokens(mask: torch.Tensor | None, total: int, limit: int) -> int:
     return total - int((mask == 0).sum(dim=1).min())
 
 
+def check_gradient(training: bool, values: torch.Tensor) -> None:
+    """Refuse the loss of a training step that nothing can be learned from.
+
+    Args:
+        training: whether the model is in training mode.
+        values: what the loss is computed of.
+
+    Raises:
+        UnsupportedError: with the model to train.
+    """
+    if training and torch.is_grad_enabled() and not values.requires_grad:
+        raise UnsupportedError(
+            "this model is for inference, and none of its parameters requires a gradient: train the stock model and "
+            "load the result here, or call eval() before a loss that is only looked at"
+        )
+
+
 def kept_positions(logits_to_keep: Any, tokens: int) -> slice | torch.Tensor | None:
     """What indexes the positions whose logits are wanted; None for all as they stand.
 

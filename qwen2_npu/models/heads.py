@@ -128,6 +128,7 @@ class _Classifier(_WithoutGeneration):
         if wanted is not None:
             output.logits = output.logits[torch.arange(len(wanted), device=wanted.device), wanted]
         if labels is not None:
+            arguments.check_gradient(self.training, output.logits)
             output.loss = self._loss(output.logits, labels, attention_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

@@ -70,6 +70,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
     main_input_name = "input_ids"
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - as transformers declares it
     _supports_cache_class = True
+    accepts_loss_kwargs = False  # of Trainer: the loss is the mean over the labels of one call
     _decoder: tuple[Any, ...] = ()  # in a tuple: not a submodule
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
@@ -463,5 +464,8 @@ class Qwen2ForCausalLM(Backbone, GenerationMixin):  # type: ignore[misc]
         return self.ranks.from_first(logits)
 
     def _output(self, values: Any, labels: Any, live: torch.Tensor | None, **others: Any) -> ModelOutput:
-        loss = None if labels is None else shifted_loss(values, labels, live)
+        loss = None
+        if labels is not None:
+            arguments.check_gradient(self.training, values)
+            loss = shifted_loss(values, labels, live)
         return CausalLMOutputWithPast(loss=loss, logits=values, **others)
