@@ -125,11 +125,13 @@ class _Classifier(_WithoutGeneration):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, None, use_cache, output_attentions,
             output_hidden_states, True, cache=cache,
         )  # fmt: skip
+        scores, loss = output.logits, None
         if wanted is not None:
-            output.logits = output.logits[torch.arange(len(wanted), device=wanted.device), wanted]
+            scores = scores[torch.arange(len(wanted), device=wanted.device), wanted]
         if labels is not None:
-            arguments.check_gradient(self.training, output.logits)
-            output.loss = self._loss(output.logits, labels, attention_mask)
+            arguments.check_gradient(self.training, scores)
+            loss = self._loss(scores, labels, attention_mask)
+        output = type(output)(**(dict(output) | {"loss": loss, "logits": scores}))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -15,7 +16,7 @@ from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.checkpoint.adapter import ADAPTER_CONFIG, AdaptedSource, base_and_adapter
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.folders import locked
-from qwen2_npu.compat import set_torch_dtype
+from qwen2_npu.compat import set_torch_dtype, torch_dtype_of
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import Optimizations
@@ -70,6 +71,7 @@ LOADING_REFUSED: dict[str, Refused] = {
     "gguf_file": _NO_OTHER_FORMAT,
     "use_safetensors": Refused("name the pickled file: weights_file='pytorch_model.bin'", harmless=(None, True)),
     "variant": Refused("name the file: weights_file='model.VARIANT.safetensors'"),
+    "_adapter_model_path": Refused("a LoRA adapter is merged with adapter=FOLDER_OF_THE_ADAPTER"),
     "key_mapping": Refused("rename the tensors and pass them to from_state_dict"),
     "state_dict": Refused("pass it to from_state_dict"),
     "ignore_mismatched_sizes": Refused("a tensor that does not fit is an error here; correct the checkpoint"),
@@ -98,7 +100,7 @@ class CheckpointIO:
     @classmethod
     def from_pretrained(
         cls: Any,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -121,7 +123,8 @@ class CheckpointIO:
 
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
-            dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
+            dtype: of the weights in memory; "auto" or None: what config.json says, or else as stored. ``torch_dtype``
+                is its older name.
             device: where to, one device. Default: torch's, which is the CPU unless ``torch.set_default_device`` or
                 ``with torch.device`` says another. ``device_map`` names it, too; "auto" is the accelerator, if any.
             weights_file: weights in another file than the usual safetensors ones, or the index of several; pickled
@@ -144,6 +147,11 @@ class CheckpointIO:
             TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            raise UnsupportedError(
+                f"pretrained_model_name_or_path={pretrained_model_name_or_path!r}: pass a local folder; weights in "
+                "memory are taken by from_state_dict"
+            )
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
         folder, lora = base_and_adapter(folder, adapter)
         target = one_device(device, device_map)
@@ -165,7 +173,7 @@ class CheckpointIO:
         model: Any = weights.build(
             lambda: cls(settings, optimizations, ranks),
             source,
-            dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
+            dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype) or torch_dtype_of(settings),
             device=target,
             head=cls.head,
         )
@@ -280,7 +288,7 @@ class CheckpointIO:
             )
 
     def _check_whole(self: Any, function: str) -> None:
-        if "peft_config" in vars(self):
+        if any(type(module).__module__.startswith("peft.") for module in self.modules()):
             raise UnsupportedError(
                 f"{function}(): peft has put an adapter into this model; save the adapter with the PeftModel's "
                 "save_pretrained, or take merge_and_unload()'s result"

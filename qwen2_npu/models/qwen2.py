@@ -313,7 +313,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         if isinstance(arguments.check_cache(cache), FixedKVCache) != fixed and cache is not None:
             raise UnsupportedError(
                 f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache {'on' if fixed else 'off'} pass one of "
-                f"allocate_cache(), or load the model with fixed_kv_cache {'off' if fixed else 'on'}"
+                "allocate_cache()"
             )
         return cache
 

@@ -333,7 +333,7 @@ def test_the_configuration_that_peft_writes_is_decided_on(peft, tmp_path):
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 3}},
         {"target_modules": r".*\.(gate|up)_proj", "alpha_pattern": {"up_proj": 30}},
-        {"target_modules": list(PRODUCTS), "layers_to_transform": [1], "exclude_modules": ["o_proj"]},
+        {"target_modules": list(PRODUCTS), "layers_to_transform": [1]},
     ],
     ids=str,
 )
@@ -414,5 +414,5 @@ def test_prompts_that_were_trained(peft, stock):
     with torch.no_grad():
         assert (tuned[0](ids).logits - tuned[1](ids).logits).abs().max() < 2e-4
     prefix = peft.get_peft_model(ours, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(UnsupportedError, match=r"DynamicCache; .*or load the model with fixed_kv_cache off"):
+    with pytest.raises(ValueError, match="allocate_cache"):
         prefix(ids)

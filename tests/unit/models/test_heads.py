@@ -146,6 +146,8 @@ def test_the_loss_of_sequences(problem, labels):
     mine, theirs = (model(ids, attention_mask=mask, labels=labels) for model in (ours_of(stock), stock))
     assert close(mine.loss, theirs.loss)
     assert close(mine.logits, theirs.logits)
+    assert list(mine)[:2] == list(theirs)[:2] == ["loss", "logits"]
+    assert close(ours_of(stock)(ids, attention_mask=mask, labels=labels, return_dict=False)[0], theirs.loss)
 
 
 @torch.no_grad()
