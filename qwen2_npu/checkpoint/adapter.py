@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import is_peft_available
 
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, one_line, read_object
 from qwen2_npu.checkpoint.folders import is_file, is_folder
@@ -105,7 +106,8 @@ def base_and_adapter(folder: Path, adapter: str | Path | bool | None) -> tuple[P
 
     Args:
         folder: of either: with an adapter alone, its configuration names the base.
-        adapter: its folder; False for none; None where nothing is said about it.
+        adapter: its folder; False for none; None where nothing is said about it: then it must be clear what the
+            stock class does, which ignores adapters where peft is not installed.
 
     Raises:
         CheckpointError: ``folder`` has both, or the adapter's base is not on this machine.
@@ -121,9 +123,12 @@ def base_and_adapter(folder: Path, adapter: str | Path | bool | None) -> tuple[P
     if not is_file(path):
         return folder, None
     if is_file(folder / CONFIG_FILE):
+        if not is_peft_available():
+            return folder, None
         raise CheckpointError(
-            f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}): pass adapter={str(folder)!r} to merge it into "
-            "the weights, or adapter=False to load the model alone"
+            f"{folder} has {ADAPTER_CONFIG}: transformers applies that adapter to the weights; pass "
+            f"adapter={str(folder)!r} to have it merged, or adapter=False to leave it out; or use peft's "
+            "merge_and_unload(), or remove the file if the weights have it already"
         )
     base = read_object(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_folder(Path(base).expanduser()):

@@ -171,14 +171,15 @@ def test_the_folder_of_an_adapter_in_place_of_the_model(base, stock, tmp_path):
         Qwen2ForCausalLM.from_pretrained(tmp_path / "lora")
 
 
-def test_a_folder_with_a_model_and_an_adapter(stock, tmp_path):
+def test_a_folder_with_a_model_and_an_adapter(stock, tmp_path, monkeypatch):
     """The stock class applies the adapter where peft is installed: here the caller says."""
     stock.save_pretrained(tmp_path, safe_serialization=True)
     tensors = write(tmp_path, stock)
-    with pytest.raises(
-        CheckpointError, match=r"holds a model and an adapter .*: pass adapter='.*' to merge .* or adapter=False"
-    ):
+    monkeypatch.setattr(adapters, "is_peft_available", lambda: True)
+    with pytest.raises(CheckpointError, match=r"has adapter_config\.json: .*; pass adapter='.*' .* or adapter=False"):
         Qwen2ForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(adapters, "is_peft_available", lambda: False)
+    check(Qwen2ForCausalLM.from_pretrained(tmp_path), summed(stock, {}))
     check(Qwen2ForCausalLM.from_pretrained(tmp_path, adapter=False), summed(stock, {}))
     merged = Qwen2ForCausalLM.from_pretrained(tmp_path, adapter=tmp_path)
     check(merged, summed(stock, tensors))
