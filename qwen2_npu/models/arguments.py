@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from qwen2_npu.checkpoint.sources import check_dtype
 from qwen2_npu.compat import CACHE_NAME, cached_rows
+from qwen2_npu.errors import UnsupportedError
 
 IGNORED = ("cache_position", "is_first_iteration", "tokenizer")
 """What some version of ``generate`` hands on to every model, and this one does not need."""
@@ -27,8 +29,11 @@ IGNORED_LABEL = -100
 """What no loss is computed of."""
 
 
-def check_names(arguments: dict[str, Any]) -> None:
+def check_names(arguments: dict[str, Any], model: str = "Qwen2ForCausalLM") -> None:
     """Refuse keyword arguments that would have an effect which they do not have here.
+
+    Args:
+        model: the name of its class.
 
     Raises:
         TypeError: with their names.
@@ -36,7 +41,7 @@ def check_names(arguments: dict[str, Any]) -> None:
     wrong = [name for name, value in arguments.items() if name not in IGNORED and value is not None]
     if wrong:
         reasons = "".join(f"; {name}: {REFUSED[name]}" for name in wrong if name in REFUSED)
-        raise TypeError(f"Qwen2ForCausalLM.forward() takes no argument {', '.join(wrong)}{reasons}")
+        raise TypeError(f"{model}.forward() takes no argument {', '.join(wrong)}{reasons}")
 
 
 INTEGERS = (torch.int64, torch.int32)
@@ -78,7 +83,9 @@ def check_tensors(
 
     Raises:
         ValueError: what does not fit, with what does.
+        UnsupportedError: a dtype that the model does not compute in.
     """
+    check_precision(table)
     given = tokens_of(input_ids, inputs_embeds)
     batch, tokens = given.shape[:2]
     check_cache(cache, batch)
@@ -89,6 +96,21 @@ def check_tensors(
     if labels is not None:
         check_labels(labels, vocabulary)
     return given
+
+
+def check_precision(weight: torch.Tensor) -> None:
+    """Refuse a dtype of the weights that no NPU computes in, and an autocast to another one than theirs.
+
+    Raises:
+        UnsupportedError: with the way to another dtype.
+    """
+    check_dtype(weight.dtype, "call model.float()")
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and (wanted := torch.get_autocast_dtype(kind)) != weight.dtype:
+        raise UnsupportedError(
+            f"torch.autocast({kind!r}, dtype={wanted}) around a model of {weight.dtype}: it computes in the dtype of "
+            f"its weights; load it with dtype={str(wanted).removeprefix('torch.')!r}, or call it outside of autocast"
+        )
 
 
 def check_prompt(call: dict[str, Any], device: torch.device, *, continues: bool) -> None:
@@ -295,6 +317,23 @@ def live_tokens(mask: torch.Tensor | None, total: int, limit: int) -> int:
     if mask is None or total <= limit:
         return total
     return total - int((mask == 0).sum(dim=1).min())
+
+
+def check_gradient(training: bool, values: torch.Tensor) -> None:
+    """Refuse the loss of a training step that nothing can be learned from.
+
+    Args:
+        training: whether the model is in training mode.
+        values: what the loss is computed of.
+
+    Raises:
+        UnsupportedError: with the model to train.
+    """
+    if training and torch.is_grad_enabled() and not values.requires_grad:
+        raise UnsupportedError(
+            "this model is for inference, and none of its parameters requires a gradient: train the stock model and "
+            "load the result here, or call eval() before a loss that is only looked at"
+        )
 
 
 def kept_positions(logits_to_keep: Any, tokens: int) -> slice | torch.Tensor | None:

@@ -1,8 +1,8 @@
 """Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: transformers' causal-LM contract around it.
 
-Reading order: ``decoder.Qwen2Model.forward`` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and
-``decode_step`` are the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes
-into their arguments.
+Reading order: ``decoder.Network.forward`` is the network; :meth:`Backbone.prefill_step` and ``decode_step`` are the two
+functions that are compiled; :meth:`Backbone.forward` turns what transformers passes into their arguments. Other heads
+than that of the causal language model are in :mod:`qwen2_npu.models.heads`.
 
 Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 """
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Qwen2Config
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
@@ -39,7 +40,7 @@ from qwen2_npu.compat import (
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import AttentionInputs
-from qwen2_npu.models.decoder import LayerCache, Qwen2Model, Record
+from qwen2_npu.models.decoder import LayerCache, Network, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
 from qwen2_npu.models.layers import TABLE_ROWS, Linear
@@ -52,11 +53,8 @@ DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
 
 
-class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A transformers causal language model whose every optimisation is a switch.
-
-    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
-    return what the stock class does. For inference: parameters require no gradient.
+class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[misc]
+    """The network, its caches and one forward pass over them: what the models with different heads share.
 
     Args:
         config: a transformers ``Qwen2Config`` (model_type qwen2: Qwen2 dense sizes and Qwen1.5).
@@ -72,8 +70,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - as transformers declares it
-    _tied_weights_keys = TIED_WEIGHTS
     _supports_cache_class = True
+    accepts_loss_kwargs = False  # of Trainer: the loss is the mean over the labels of one call
+    _decoder: tuple[Any, ...] = ()  # in a tuple: not a submodule
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
@@ -88,9 +87,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         super().__init__(config)
         self.optimizations = optimizations
         self.ranks = ranks
-        self.model = Qwen2Model(config, self.optimizations, ranks)
+        self.model = Network(config, self.optimizations, ranks)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, ranks.shard.count("vocabulary", config), bias=False)
+        self._make_head(config)
         windows = {window for window in sliding_windows(config) if window is not None}
         self._window: int | None = min(windows, default=None)
         self._masks = MaskFactory(self.optimizations, self._window)
@@ -108,13 +107,41 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head, for transformers."""
-        return self.lm_head
+    def _make_head(self, config: Qwen2Config) -> None:
+        """The modules that ``head`` names the parameters of."""
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """For transformers' ``resize_token_embeddings``."""
-        self.lm_head = new_embeddings
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head computes of the hidden states (B, S, H) after the final norm."""
+        return hidden_states
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of this rank."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``.
+
+        Raises:
+            UnsupportedError: every rank holds a part of the table.
+        """
+        if self.ranks.size > 1:
+            raise UnsupportedError(
+                f"embeddings of a model that {self.ranks.size} ranks share cannot be replaced or resized: do it with "
+                "tp_size=1, save it, and load that"
+            )
+        self.model.embed_tokens = value
+
+    def get_decoder(self) -> Any:
+        """The model without its head, over the same weights: its first output is the last hidden state."""
+        if not self._decoder:
+            from qwen2_npu.models.heads import Qwen2Model
+
+            config: Any = self.config
+            with torch.device("meta"):
+                decoder = Qwen2Model(config, self.optimizations, self.ranks)
+            decoder.model = self.model
+            self._decoder = (decoder.eval(),)
+        return self._decoder[0]
 
     # ---- caches --------------------------------------------------------------------------------------------------
     def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
@@ -183,14 +210,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if logit_index is not None:
             index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
-        logits = self._of_all_ranks(self.lm_head(hidden_states))
-        return logits.float() if LOGITS_IN_FLOAT32 else logits
-
-    def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, kept, tokens of this rank) -> (B, kept, V): the same bits on every rank, so that all choose one token."""
-        if logits.shape[-1] < self.vocab_size:
-            return self.ranks.all_gather(logits)
-        return self.ranks.from_first(logits)
+        return self._head(hidden_states)
 
     def _of_all_heads(self, attentions: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         """(B, N, S, T) of every layer that has attention weights, from (B, heads of this rank, S, T)."""
@@ -212,7 +232,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         **others: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> Any:
         """One forward pass.
 
         Args:
@@ -237,7 +257,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             TypeError: an argument that this model would have to ignore.
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
-        arguments.check_names(others)
+        arguments.check_names(others, type(self).__name__)
         cache = self._check_cache(one_cache(past_key_values, cache))
         table = self.model.embed_tokens.weight
         given = arguments.check_tensors(table, self.vocab_size, cache, input_ids, inputs_embeds, attention_mask, labels)
@@ -276,15 +296,27 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if live is not None and wanted is not None:
             live = live[:, wanted]
         hidden_states, attentions = asked.record or ([], [])
-        output = CausalLMOutputWithPast(
-            loss=None if labels is None else shifted_loss(logits, labels, live),
-            logits=logits,
+        output = self._output(
+            logits,
+            labels,
+            live,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=self._of_all_heads(attentions) if output_attentions else None,
             **{CACHE_NAME: cache if use_cache else None},
         )
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _output(self, values: Any, labels: Any, live: torch.Tensor | None, **others: Any) -> ModelOutput:
+        """What ``forward`` returns.
+
+        Args:
+            values: (B, S or kept, …) what the head computed.
+            labels: for the loss, or None.
+            live: (B, S or kept) 1 where a position is not padding; None where none is.
+            others: its remaining fields.
+        """
+        raise NotImplementedError
 
     @property
     def _hides_wrong_ids(self) -> bool:
@@ -414,3 +446,45 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
         )
         return self._logits(hidden_states if wanted is None else hidden_states[:, wanted], None)
+
+
+class Qwen2ForCausalLM(Backbone, GenerationMixin):  # type: ignore[misc]
+    """A transformers causal language model whose every optimisation is a switch.
+
+    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
+    return what the stock class does. For inference: parameters require no gradient.
+
+    Args:
+        config: see :class:`Backbone`, with the other arguments.
+    """
+
+    head = ("lm_head.weight",)
+    _tied_weights_keys = TIED_WEIGHTS
+
+    def _make_head(self, config: Qwen2Config) -> None:
+        self.lm_head = Linear(config.hidden_size, self.ranks.shard.count("vocabulary", config), bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The product that gives the logits."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``."""
+        self.lm_head = new_embeddings
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self._of_all_ranks(self.lm_head(hidden_states))
+        return logits.float() if LOGITS_IN_FLOAT32 else logits
+
+    def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, kept, tokens of this rank) -> (B, kept, V): the same bits on every rank, so that all choose one token."""
+        if logits.shape[-1] < self.vocab_size:
+            return self.ranks.all_gather(logits)
+        return self.ranks.from_first(logits)
+
+    def _output(self, values: Any, labels: Any, live: torch.Tensor | None, **others: Any) -> ModelOutput:
+        loss = None
+        if labels is not None:
+            arguments.check_gradient(self.training, values)
+            loss = shifted_loss(values, labels, live)
+        return CausalLMOutputWithPast(loss=loss, logits=values, **others)
