@@ -156,8 +156,8 @@ def check_ends(input_ids: torch.Tensor, mask: torch.Tensor | None, given: bool) 
         )
     raise ValueError(
         f"row {row} of the prompt ends in the pad token {input_ids[row, -1].item()}, which generate() takes for "
-        "padding where no attention_mask is given: tokenize with padding_side='left' and pass the attention_mask; or pass "
-        "torch.ones_like(input_ids) if it is a token as others are"
+        "padding where no attention_mask is given: tokenize with padding_side='left' and pass the attention_mask; or "
+        "pass torch.ones_like(input_ids) if it is a token as others are"
     )
 
 
