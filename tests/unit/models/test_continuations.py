@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
@@ -76,8 +77,6 @@ def passes(model, ids: torch.Tensor, masks: list[torch.Tensor], cache=None, **ot
 
 def assert_alike(model, stock, ids: torch.Tensor, masks: list[torch.Tensor]) -> None:
     """The logits of every pass, where its mask has tokens."""
-    from transformers.cache_utils import DynamicCache
-
     theirs = passes(stock, ids, masks, DynamicCache())
     seen = 0
     for mask, mine, other in zip(masks, passes(model, ids, masks), theirs, strict=True):
@@ -113,8 +112,6 @@ def test_a_mask_leaves_out_tokens_that_the_cache_holds(model, stock, hidden, new
 @torch.no_grad()
 def test_a_beam_keeps_the_padding_of_its_row(model, stock):
     """After a reorder, too, the mask is compared with what the rows then hold."""
-    from transformers.cache_utils import DynamicCache
-
     ids, mask = tokens(2, 6), torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]])
     order = torch.tensor([1, 0])
     logits = []
@@ -179,8 +176,6 @@ def test_holes_within_a_sliding_window_are_as_stock_or_refused():
 @pytest.mark.parametrize("written", ["as padding", "as tokens"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_generate_after_a_prefix_with_padding(model, stock, written, options):
-    from transformers.cache_utils import DynamicCache
-
     mask = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
     ids, beams, answers = tokens(2, 8), options.get("num_beams", 1), []
     for candidate, cache in ((model, model.allocate_cache(2 * beams, 32)), (stock, DynamicCache())):
@@ -275,6 +270,26 @@ def test_a_full_cache_names_the_calls_that_work(full):
             full(tokens(1, 9), **{CACHE_NAME: cache})
         cache.grow(129)
         full(tokens(1, 9), **{CACHE_NAME: cache})
+
+
+def test_guidance_has_a_cache_of_its_own_for_as_many_tokens(model, stock):
+    """The processor calls forward within generate, and forward allocates."""
+    ids, new = tokens(1, 5), 300
+    call = {"max_new_tokens": new, "do_sample": False, "guidance_scale": 1.2, "negative_prompt_ids": ids.flip(1)}
+    assert torch.equal(model.generate(ids, **call), stock.generate(ids, **call))
+
+
+def test_positions_that_a_caller_gives_to_generate_go_on(model):
+    """On every version; 4.37.0's own model does not take them. Those beyond the last are not begun."""
+    ids, places = tokens(2, 6), torch.tensor([[0, 1, 1, 2, 3, 5], [0, 2, 4, 6, 8, 9]])
+    answer = model.generate(ids, position_ids=places, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        after = places[:, -1:] + torch.arange(1, 4)
+        logits = model(answer[:, :-1], position_ids=torch.cat((places, after), dim=1)).logits
+    assert torch.equal(logits[:, 5:].argmax(-1), answer[:, 6:])
+    with pytest.warns(UserWarning, match=r"^40 new tokens .* 8 are generated at most"):
+        answer = model.generate(ids, position_ids=places + 495, max_new_tokens=40, do_sample=False)
+    assert answer.shape == (2, 14)
 
 
 @pytest.mark.parametrize("new", [[[200]], [[-1]], [[3, 200]], [[3, -1]]], ids=str)

@@ -366,3 +366,27 @@ def test_token_ids_outside_the_vocabulary(model):
 def test_another_cache_implementation_is_refused(full, prompt):
     with pytest.raises(UnsupportedError, match="cache_implementation='static'"):
         full.generate(**prompt, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_prompt_that_ends_in_the_pad_token(model):
+    """The mask is transformers' own then: nobody has passed one that could end in 0."""
+    ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
+    with pytest.raises(
+        ValueError, match=r"^row 1 of the prompt ends in the pad token 0, .* where no attention_mask is"
+    ):
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, pad_token_id=0)
+    assert answer.shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused_at_once(model, name):
+    with pytest.raises(UnsupportedError, match=r"^continuous batching .* one left-padded batch to generate\("):
+        getattr(model, name)([[1, 2, 3]], max_new_tokens=2)
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_cache_implementations_are_refused_with_the_call_that_works(model, prompt, kind):
+    with pytest.raises(UnsupportedError, match=rf"^cache_implementation='{kind}': .*=model.allocate_cache\(batch_size"):
+        model.generate(**prompt, max_new_tokens=2, cache_implementation=kind)
