@@ -242,7 +242,7 @@ class FixedKVCache(Cache):
     def padding_of(self, tokens: int) -> torch.Tensor:
         """(batch, tokens) bool: which of the first ``tokens`` seen were padding."""
         known = self.drop_mask[:, :0] if self.padding is None else self.padding[:, :tokens]
-        return torch.nn.functional.pad(known, (0, tokens - known.shape[1]))
+        return torch.cat((known, known.new_zeros(known.shape[0], tokens - known.shape[1])), dim=1)
 
     def _count(self, new_lengths: list[int]) -> None:
         """Several new tokens per row: the masks are built anew."""

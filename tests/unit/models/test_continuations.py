@@ -14,6 +14,7 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
+from qwen2_npu.models.inputs import Rows
 from tests.unit.models.test_inputs import state_of
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
@@ -135,6 +136,19 @@ def test_a_crop_of_padding_removes_no_token(full):
     assert cache.lengths == [7, 7]
     with pytest.raises(CacheOverflowError, match=r"crop\(-8\)"):
         cache.crop(-8)
+
+
+def test_the_steps_of_generate_do_not_look_into_masks(full, stock, monkeypatch):
+    """They would wait for the device. Theirs are made of one that was looked into, and of ones."""
+    monkeypatch.setattr(Rows, "after", lambda *given: pytest.fail("it was looked into"))
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}):
+        call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, **options}
+        answers = []
+        for candidate in (full, stock):
+            torch.manual_seed(1)
+            answers.append(candidate.generate(ids, **call))
+        assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("new", [1, 3])
