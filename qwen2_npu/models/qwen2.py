@@ -143,7 +143,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         self._open_communicator(asked.given.device)
         rotary = self.model.rotary
         needed = max(asked.total, cache.shape.capacity) if isinstance(cache, FixedKVCache) else asked.total
-        if asked.position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
+        # Where the table has all positions from the start, there is nothing to look at.
+        if asked.position_ids is not None and asked.looked_into and rotary.positions > TABLE_ROWS:
             needed = max(needed, int(asked.position_ids.max()) + 1)
         rotary.prepare(self.dtype, asked.given.device, needed, asked.total if asked.position_ids is None else 0)
 
