@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ from qwen2_npu.compat import (
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import AttentionInputs
-from qwen2_npu.models.decoder import LayerCache, Qwen2Model
+from qwen2_npu.models.decoder import LayerCache, Qwen2Model, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache_step, pad_tokens, positions_after
 from qwen2_npu.models.layers import TABLE_ROWS, Linear
@@ -94,6 +95,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         windows = {window for window in sliding_windows(config) if window is not None}
         self._window: int | None = min(windows, default=None)
         self._masks = MaskFactory(self.optimizations, self._window)
+        self._known_shape: Any = None
         self._start_generation()
         self.compiled_steps: dict[str, Callable[..., torch.Tensor]] = {}
         self.post_init()
@@ -137,16 +139,22 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         arguments.check_capacity(self.config.max_position_embeddings, capacity)
         return FixedKVCache(self.cache_shape(batch_size, capacity))
 
-    def _prepare_rotary(self, asked: Pass, cache: Cache | None) -> None:
-        """Have the rotary table hold the positions of this pass, and those that the cache has room for: a generation
-        then has one table from its first step to its last, and one graph."""
-        self._open_communicator(asked.given.device)
+    def _prepare_rotary(
+        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None, padded: int = 0
+    ) -> None:
+        """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
+        then has one table from its first step to its last, and one graph.
+
+        Args:
+            position_ids: to look into, which synchronises; None not to.
+            padded: tokens of rows whose padding takes positions, too.
+        """
+        self._open_communicator(device)
         rotary = self.model.rotary
-        needed = max(asked.total, cache.shape.capacity) if isinstance(cache, FixedKVCache) else asked.total
-        # Where the table has all positions from the start, there is nothing to look at.
-        if asked.position_ids is not None and asked.looked_into and rotary.positions > TABLE_ROWS:
-            needed = max(needed, int(asked.position_ids.max()) + 1)
-        rotary.prepare(self.dtype, asked.given.device, needed, asked.total if asked.position_ids is None else 0)
+        needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
+        if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
+            needed = max(needed, int(position_ids.max()) + 1)
+        rotary.prepare(self.dtype, device, needed, padded)
 
     def _open_communicator(self, device: torch.device) -> None:
         """With mm_all_reduce: name the communicator of the ranks to the products, before the first graph."""
@@ -289,11 +297,18 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
                 f"{CACHE_NAME} is {described(cache)}: with fixed_kv_cache {'on' if fixed else 'off'} pass "
                 "model.allocate_cache(batch_size=…, capacity=…), the cache of an earlier output, or none"
             )
-        if fixed and cache.shape != (own := self.cache_shape(cache.shape.batch_size, cache.shape.capacity)):
-            raise UnsupportedError(
-                f"{CACHE_NAME} is the {cache.shape.describe()} on {cache.shape.device}, and this model writes a "
-                f"{own.describe()} on {own.device}: pass one of this model's allocate_cache(batch_size=…, capacity=…)"
-            )
+        weight = self.model.embed_tokens.weight
+        known = (cache.shape, weight.dtype, weight.device) if fixed else self._known_shape
+        if known != self._known_shape:  # once per cache, not once per step
+            rows, capacity = cache.shape.batch_size, cache.shape.capacity
+            own = replace(self.cache_shape(rows, capacity), capacity=capacity)
+            if cache.shape != own:
+                raise UnsupportedError(
+                    f"{CACHE_NAME} is the {cache.shape.describe()} on {cache.shape.device}, and this model writes a "
+                    f"{own.describe()} on {own.device}: pass one of this model's allocate_cache(batch_size=…, "
+                    "capacity=…)"
+                )
+            self._known_shape = known
         return cache
 
     def _check_outputs(self, output_attentions: bool) -> None:
@@ -312,11 +327,13 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         before = [0] * batch if cache is None else cache.lengths
         rows = self._rows(asked, cache)
         longest = max(map(operator.add, before, rows.lengths))
-        arguments.check_positions(positions, longest, asked.position_ids if asked.looked_into else None)
+        seen = asked.position_ids if asked.looked_into else None
+        arguments.check_positions(positions, longest, seen)
         if cache is None and use_cache:
             capacity = max(tokens, min(tokens + self._headroom(DEFAULT_HEADROOM), positions))
             cache = FixedKVCache(self.cache_shape(batch, capacity))
-        self._prepare_rotary(asked, cache)
+        padded = asked.total if asked.position_ids is None else 0
+        self._prepare_rotary(asked.given.device, asked.total, cache, seen, padded)
         return Prepared(partial(self._forward_fixed, asked, rows, cache), cache)
 
     def _rows(self, asked: Pass, cache: FixedKVCache | None) -> Rows:
@@ -344,11 +361,15 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if asked.mask is not None and asked.looked_into:
             arguments.check_mask_values(asked.mask)
         longest = arguments.live_tokens(asked.mask, asked.total, positions)
-        looked_into = asked.looked_into or asked.total > positions
-        arguments.check_positions(positions, longest, asked.position_ids if looked_into else None)
+        seen = asked.position_ids if asked.looked_into or asked.total > positions else None
+        arguments.check_positions(positions, longest, seen)
         cache = growing_cache() if cache is None and use_cache else cache
-        self._prepare_rotary(asked, cache)
-        return Prepared(partial(self._forward_growing, asked, cache), cache)
+        padded = asked.total if asked.position_ids is None else 0
+        self._prepare_rotary(asked.given.device, asked.total, cache, seen, padded)
+        run = partial(
+            self._forward_growing, asked.given, asked.mask, asked.position_ids, cache, asked.wanted, asked.record
+        )
+        return Prepared(run, cache)
 
     def _forward_fixed(self, asked: Pass, rows: Rows, cache: FixedKVCache | None) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
@@ -378,19 +399,23 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
         return logits if index is not None else rows.restore(logits[:, :tokens])
 
-    def _forward_growing(self, asked: Pass, cache: Cache | None) -> torch.Tensor:
+    def _forward_growing(
+        self,
+        given: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        wanted: slice | torch.Tensor | None,
+        record: Record | None,
+    ) -> torch.Tensor:
         """Padded rows and the stock growing cache, masked as the stock model does."""
-        tokens, device, past = asked.given.shape[1], asked.given.device, asked.past
-        position_ids = asked.position_ids
+        tokens = given.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = positions_after(past, tokens, 1, device)
-        mask, sliding = self._masks.growing(asked.mask, tokens, past, device)
+            position_ids = positions_after(past, tokens, 1, given.device)
+        mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
         inputs = AttentionInputs(position_ids, None, mask, sliding)
         hidden_states = self.model(
-            asked.given,
-            "prefill" if past == 0 else "extend",
-            inputs,
-            [cache] * len(self.model.layers),
-            asked.record,
+            given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
         )
-        return self._logits(hidden_states if asked.wanted is None else hidden_states[:, asked.wanted], None)
+        return self._logits(hidden_states if wanted is None else hidden_states[:, wanted], None)
