@@ -89,6 +89,17 @@ class Word(NamedTuple):
         return self.text
 
 
+class Names(NamedTuple):
+    """What a field takes: an object, such as the labels of a classifier; or null."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` is one."""
+        return value is None or isinstance(value, dict)
+
+    def __str__(self) -> str:
+        return "an object, or null"
+
+
 def _count(low: int, high: int = LARGEST) -> Number:
     return Number(low, high, null=True)
 
@@ -156,6 +167,7 @@ CONFIG: dict[str, Field] = {
     **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), ABSENT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "layer_types": LAYER_TYPES,
+    **dict.fromkeys(("id2label", "label2id"), Names()),
 }
 """Fields of config.json."""
 
