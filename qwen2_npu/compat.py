@@ -318,6 +318,20 @@ def growing_cache() -> DynamicCache:
     return DynamicCache()
 
 
+def grows_whole(cache: Any) -> bool:
+    """Whether ``cache`` is a stock growing one that keeps every token of every layer, as :func:`growing_cache` does."""
+    plain = {"DynamicLayer"}
+    return type(cache) is DynamicCache and plain.issuperset(
+        type(layer).__name__ for layer in getattr(cache, "layers", ())
+    )
+
+
+def described(cache: Any) -> str:
+    """A cache's kind for an error: its class, and that of its layers where they are not plain."""
+    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", None) or ()} - {"DynamicLayer"})
+    return f"a {type(cache).__name__}{f' of {kinds[0]}' if kinds else ''}"
+
+
 def cached_rows(cache: Any) -> int | None:
     """Rows in a growing cache; None of an empty one, and of any other kind."""
     if not isinstance(cache, DynamicCache):

@@ -89,6 +89,17 @@ class Word(NamedTuple):
         return self.text
 
 
+class Names(NamedTuple):
+    """What a field takes: an object, such as the labels of a classifier; or null."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` is one."""
+        return value is None or isinstance(value, dict)
+
+    def __str__(self) -> str:
+        return "an object, or null"
+
+
 def _count(low: int, high: int = LARGEST) -> Number:
     return Number(low, high, null=True)
 
@@ -156,6 +167,7 @@ CONFIG: dict[str, Field] = {
     **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), ABSENT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "layer_types": LAYER_TYPES,
+    **dict.fromkeys(("id2label", "label2id"), Names()),
     # Of a mixture of experts. What npu_moe_init_routing_v2 and npu_moe_gating_top_k_softmax take.
     "num_experts": Number(1, 10_240),
     "num_experts_per_tok": Number(1, 1024),

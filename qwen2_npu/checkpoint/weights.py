@@ -11,7 +11,7 @@ import copy
 import errno
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +28,7 @@ from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
-from qwen2_npu.checkpoint.sources import Source
+from qwen2_npu.checkpoint.sources import Source, check_dtype
 from qwen2_npu.compat import (
     WEIGHTS_FIELD,
     check_rope,
@@ -49,6 +49,12 @@ FUSED: dict[str, tuple[str, ...]] = {
 
 EXPERTS = "experts"
 """The module whose parameters hold one matrix per expert."""
+
+NETWORK = "model."
+"""What the names of the network's tensors begin with."""
+
+CAUSAL_LM = ("lm_head.weight",)
+"""The parameters of a model's head: see :func:`head_shapes` for those that there are."""
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -75,8 +81,15 @@ class StackedRows(NamedTuple):
 
 
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
-def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every stock tensor of a model with its shape; a tied lm_head is not a tensor of its own."""
+def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a head with their shapes; a tied lm_head is not a tensor of its own."""
+    hidden, labels = config.hidden_size, config.num_labels
+    known = {"lm_head.weight": (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
+    return {name: known[name] for name in head if not (config.tie_word_embeddings and name in CAUSAL_LM)}
+
+
+def stock_shapes(config: Any, head: Sequence[str] = CAUSAL_LM) -> dict[str, tuple[int, ...]]:
+    """Every stock tensor of a model with its shape."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, kv_head_count(config)))
     layer: dict[str, tuple[int, ...]] = {
@@ -97,9 +110,7 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         mlp = sparse if is_sparse(config, index) else dense
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (layer | mlp).items()}
     shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
+    return shapes | head_shapes(config, head)
 
 
 def _mlp_shapes(scope: str, hidden: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -184,30 +195,41 @@ def check_room(config: Any, shard: Shard) -> None:
         )
 
 
-def skeleton(factory: Callable[[], ModelT], source: Source) -> ModelT:
+def skeleton(factory: Callable[[], ModelT], source: Source, head: Sequence[str] = CAUSAL_LM) -> ModelT:
     """The model without weights, on the meta device, where those of ``source`` fit it.
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is built.
     """
-    check_source(source)
+    check_source(source, head)
     with torch.device("meta"):
         return factory()
 
 
-def build(factory: Callable[[], ModelT], source: Source, *, dtype: torch.dtype | None, device: torch.device) -> ModelT:
+def build(
+    factory: Callable[[], ModelT],
+    source: Source,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    head: Sequence[str] = CAUSAL_LM,
+) -> ModelT:
     """Make the model and read its weights, one tensor at a time.
 
     Args:
         factory: makes the model; called on the meta device, so that nothing is allocated twice.
         dtype: of the weights in memory; None for what they are stored in.
+        head: the parameters of the model beyond the network.
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is read.
+        UnsupportedError: a dtype that the model does not compute in.
     """
-    model = skeleton(factory, source)
+    dtype = dtype or source.stored_dtype()
+    check_dtype(dtype, "pass dtype='float32'")
+    model = skeleton(factory, source, head)
     layout = stock_layout(model)
-    _materialise(model, dtype or source.stored_dtype(), device)
+    _materialise(model, dtype, device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in source.tensors(cut_for(model)):
         if name in layout:
@@ -227,12 +249,12 @@ def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def check_source(source: Source) -> None:
-    """Compare the names and shapes of the tensors in ``source`` with what its configuration implies.
+def check_source(source: Source, head: Sequence[str] = CAUSAL_LM) -> None:
+    """Compare the names and shapes of the tensors in ``source`` with what its configuration and ``head`` imply.
 
     Raises:
         CheckpointError: they do not fit.
@@ -248,9 +270,9 @@ def check_source(source: Source) -> None:
             f"{where} does not fit its configuration: num_hidden_layers={config.num_hidden_layers}, and there are "
             f"tensors of {len(layers)} layers; {way_out}"
         )
-    expected = stock_shapes(config)
+    expected = stock_shapes(config, head)
     missing = sorted(set(expected) - set(found))
-    extra = sorted(name for name in set(found) - set(expected) if not _ignorable(name, config.tie_word_embeddings))
+    extra = sorted(name for name in set(found) - set(expected) if not _ignorable(name, expected, head))
     wrong = [
         f"{name} has shape {found[name]}, expected {shape}"
         for name, shape in expected.items()
@@ -273,15 +295,22 @@ def check_source(source: Source) -> None:
     check_rope(config)
 
 
-def _ignorable(name: str, tied: bool) -> bool:
-    # Old checkpoints carry the rotary frequencies, and some a copy of a tied head.
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == HEAD)
+def _ignorable(name: str, expected: Collection[str], head: Sequence[str]) -> bool:
+    # Old checkpoints carry the rotary frequencies, and some a copy of a tied head; a model without a head is read from
+    # the checkpoint of one with any.
+    other_head = CAUSAL_LM if head else (*CAUSAL_LM, "score.weight", "score.bias")
+    return name.endswith("rotary_emb.inv_freq") or (name in other_head and name not in expected)
 
 
 def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights under stock names, as views."""
+    stock: Any = model
+    prefix = "" if stock.head else NETWORK  # the stock Qwen2Model is the network itself
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: rows.of(parameters[rows.parameter].data) for name, rows in stock_layout(model).items()}
+    return {
+        name.removeprefix(prefix): rows.of(parameters[rows.parameter].data)
+        for name, rows in stock_layout(model).items()
+    }
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

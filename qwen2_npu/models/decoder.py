@@ -5,8 +5,6 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import Qwen2Config
@@ -69,7 +67,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states, phase), residual
 
 
-class Qwen2Model(nn.Module):
+class Network(nn.Module):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
@@ -82,14 +80,6 @@ class Qwen2Model(nn.Module):
             for layer, window in enumerate(sliding_windows(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """For transformers, as its own models have it."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: Any) -> None:
-        """For transformers' ``resize_token_embeddings``."""
-        self.embed_tokens = value
 
     def forward(
         self,

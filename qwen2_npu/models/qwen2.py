@@ -1,8 +1,8 @@
 """Qwen2 (and Qwen1.5) written once against the ``npu::`` operators: transformers' causal-LM contract around it.
 
-Reading order: ``decoder.Qwen2Model.forward`` is the network; :meth:`Qwen2ForCausalLM.prefill_step` and
-``decode_step`` are the two functions that are compiled; :meth:`Qwen2ForCausalLM.forward` turns what transformers passes
-into their arguments.
+Reading order: ``decoder.Network.forward`` is the network; :meth:`Backbone.prefill_step` and ``decode_step`` are the two
+functions that are compiled; :meth:`Backbone.forward` turns what transformers passes into their arguments. Other heads
+than that of the causal language model are in :mod:`qwen2_npu.models.heads`.
 
 Shapes: B batch, S new tokens, H hidden, V vocabulary, D head_dim.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Qwen2Config
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
@@ -30,7 +32,9 @@ from qwen2_npu.compat import (
     LOGITS_IN_FLOAT32,
     TIED_WEIGHTS,
     check_config,
+    described,
     growing_cache,
+    grows_whole,
     one_cache,
     settled,
     sliding_windows,
@@ -39,9 +43,9 @@ from qwen2_npu.compat import (
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import AttentionInputs
-from qwen2_npu.models.decoder import LayerCache, Qwen2Model, Record
+from qwen2_npu.models.decoder import LayerCache, Network, Record
 from qwen2_npu.models.generation import GenerationHooks
-from qwen2_npu.models.inputs import MaskFactory, Rows, fixed_cache_step, pad_tokens, padded_positions
+from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache_step, pad_tokens, positions_after
 from qwen2_npu.models.layers import TABLE_ROWS, Linear, RowParallelLinear
 from qwen2_npu.models.passes import Pass, Prepared, shifted_loss
 from qwen2_npu.models.pretrained import CheckpointIO
@@ -52,11 +56,8 @@ DEFAULT_HEADROOM = 256
 """Slots beyond the prompt in a cache that forward() has to allocate itself, outside of generate()."""
 
 
-class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A transformers causal language model whose every optimisation is a switch.
-
-    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
-    return what the stock class does. For inference: parameters require no gradient.
+class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[misc]
+    """The network, its caches and one forward pass over them: what the models with different heads share.
 
     Args:
         config: a transformers ``Qwen2Config`` (model_type qwen2: Qwen2 dense sizes and Qwen1.5).
@@ -72,8 +73,9 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - as transformers declares it
-    _tied_weights_keys = TIED_WEIGHTS
     _supports_cache_class = True
+    accepts_loss_kwargs = False  # of Trainer: the loss is the mean over the labels of one call
+    _decoder: tuple[Any, ...] = ()  # in a tuple: not a submodule
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations | None = None, ranks: Ranks = ALONE) -> None:
         check_fields(config)
@@ -88,12 +90,13 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         super().__init__(config)
         self.optimizations = optimizations
         self.ranks = ranks
-        self.model = Qwen2Model(config, self.optimizations, ranks)
+        self.model = Network(config, self.optimizations, ranks)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, ranks.shard.count("vocabulary", config), bias=False)
+        self._make_head(config)
         windows = {window for window in sliding_windows(config) if window is not None}
         self._window: int | None = min(windows, default=None)
         self._masks = MaskFactory(self.optimizations, self._window)
+        self._known_shape: Any = None
         self._start_generation()
         self.compiled_steps: dict[str, Callable[..., torch.Tensor]] = {}
         self.post_init()
@@ -108,13 +111,41 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head, for transformers."""
-        return self.lm_head
+    def _make_head(self, config: Qwen2Config) -> None:
+        """The modules that ``head`` names the parameters of."""
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """For transformers' ``resize_token_embeddings``."""
-        self.lm_head = new_embeddings
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head computes of the hidden states (B, S, H) after the final norm."""
+        return hidden_states
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of this rank."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``.
+
+        Raises:
+            UnsupportedError: every rank holds a part of the table.
+        """
+        if self.ranks.size > 1:
+            raise UnsupportedError(
+                f"embeddings of a model that {self.ranks.size} ranks share cannot be replaced or resized: do it with "
+                "tp_size=1, save it, and load that"
+            )
+        self.model.embed_tokens = value
+
+    def get_decoder(self) -> Any:
+        """The model without its head, over the same weights: its first output is the last hidden state."""
+        if not self._decoder:
+            from qwen2_npu.models.heads import Qwen2Model
+
+            config: Any = self.config
+            with torch.device("meta"):
+                decoder = Qwen2Model(config, self.optimizations, self.ranks)
+            decoder.model = self.model
+            self._decoder = (decoder.eval(),)
+        return self._decoder[0]
 
     # ---- caches --------------------------------------------------------------------------------------------------
     def cache_shape(self, batch_size: int, capacity: int) -> CacheShape:
@@ -146,16 +177,21 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         return FixedKVCache(self.cache_shape(batch_size, capacity))
 
     def _prepare_rotary(
-        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None
+        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None, padded: int = 0
     ) -> None:
         """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
-        then has one table from its first step to its last, and one graph."""
+        then has one table from its first step to its last, and one graph.
+
+        Args:
+            position_ids: to look into, which synchronises; None not to.
+            padded: tokens of rows whose padding takes positions, too.
+        """
         self._open_communicator(device)
         rotary = self.model.rotary
         needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
         if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
             needed = max(needed, int(position_ids.max()) + 1)
-        rotary.prepare(self.dtype, device, needed)
+        rotary.prepare(self.dtype, device, needed, padded)
 
     def _open_communicator(self, device: torch.device) -> None:
         """With mm_all_reduce: name the communicator of the ranks to the products, before the first graph."""
@@ -184,14 +220,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if logit_index is not None:
             index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
-        logits = self._of_all_ranks(self.lm_head(hidden_states))
-        return logits.float() if LOGITS_IN_FLOAT32 else logits
-
-    def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, kept, tokens of this rank) -> (B, kept, V): the same bits on every rank, so that all choose one token."""
-        if logits.shape[-1] < self.vocab_size:
-            return self.ranks.all_gather(logits)
-        return self.ranks.from_first(logits)
+        return self._head(hidden_states)
 
     def _of_all_heads(self, attentions: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         """(B, N, S, T) of every layer that has attention weights, from (B, heads of this rank, S, T)."""
@@ -213,14 +242,15 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         **others: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> Any:
         """One forward pass.
 
         Args:
             input_ids: (B, S) token ids; or ``inputs_embeds`` (B, S, H).
-            attention_mask: (B, past + S) of 0 and 1 (2-D); padding may stand anywhere. In a step of one token after a
-                prompt the new token always counts.
-            position_ids: (B or 1, S); default: the number of live tokens before each.
+            attention_mask: (B, past + S) of 0 and 1 (2-D); padding may stand anywhere, and a token in the cache that is
+                0 is left out of this call. Reading it waits for the device once, but not in the steps of generate().
+            position_ids: (B or 1, S); default: the number of tokens before each, padding included, as for the stock
+                model.
             past_key_values: a cache of :meth:`allocate_cache`, or the one of the previous output. ``cache`` is the name
                 it has from transformers 5.24 on; both are taken on every version.
             labels: -100 = ignored, for the mean loss over those that a live position predicts: (B, S), which brings the
@@ -238,7 +268,7 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             TypeError: an argument that this model would have to ignore.
             CacheOverflowError: more tokens than the cache holds; nothing has been written then.
         """
-        arguments.check_names(others)
+        arguments.check_names(others, type(self).__name__)
         cache = self._check_cache(one_cache(past_key_values, cache))
         table = self.model.embed_tokens.weight
         given = arguments.check_tensors(table, self.vocab_size, cache, input_ids, inputs_embeds, attention_mask, labels)
@@ -262,24 +292,22 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
             wanted,
             ([], []) if output_attentions or output_hidden_states else None,
         )
-        if input_ids is not None and (asked.looked_into or self._hides_wrong_ids):
+        if input_ids is not None and asked.looked_into:
             arguments.check_vocabulary(input_ids, self.vocab_size)
         prepare = self._prepare_fixed if self.optimizations.fixed_kv_cache else self._prepare_growing
-        run, cache, longest = prepare(asked, cache, use_cache)
-        try:
-            with unchanged_on_error(cache):
-                logits = run()
-        except IndexError:
-            logits = self._run_again(run, asked, input_ids, cache, longest)
+        run, cache = prepare(asked, cache, use_cache)
+        with unchanged_on_error(cache):
+            logits = run()
         if one:
             logits = logits[:, 0]
         live = None if attention_mask is None else attention_mask[:, -tokens:]
         if live is not None and wanted is not None:
             live = live[:, wanted]
         hidden_states, attentions = asked.record or ([], [])
-        output = CausalLMOutputWithPast(
-            loss=None if labels is None else shifted_loss(logits, labels, live),
-            logits=logits,
+        output = self._output(
+            logits,
+            labels,
+            live,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=self._of_all_heads(attentions) if output_attentions else None,
             **{CACHE_NAME: cache if use_cache else None},
@@ -287,18 +315,43 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    @property
-    def _hides_wrong_ids(self) -> bool:
-        """Whether a lookup of an id beyond the vocabulary raises no IndexError, though it is made on a CPU."""
-        return getattr(self.model.embed_tokens, "cut", False) and self.device.type == "cpu"
+    def _output(self, values: Any, labels: Any, live: torch.Tensor | None, **others: Any) -> ModelOutput:
+        """What ``forward`` returns.
 
-    def _check_cache(self, cache: Cache | None) -> Cache | None:
+        Args:
+            values: (B, S or kept, …) what the head computed.
+            labels: for the loss, or None.
+            live: (B, S or kept) 1 where a position is not padding; None where none is.
+            others: its remaining fields.
+        """
+        raise NotImplementedError
+
+    def _check_cache(self, cache: Any) -> Any:
+        """``cache`` as it is, if this model can write it.
+
+        Raises:
+            UnsupportedError: with the call that makes one.
+        """
+        if arguments.check_cache(cache) is None:
+            return None
         fixed = self.optimizations.fixed_kv_cache
-        if isinstance(arguments.check_cache(cache), FixedKVCache) != fixed and cache is not None:
+        if not (isinstance(cache, FixedKVCache) if fixed else grows_whole(cache)):
             raise UnsupportedError(
-                f"{CACHE_NAME} is a {type(cache).__name__}; with fixed_kv_cache {'on' if fixed else 'off'} pass one of "
-                "allocate_cache()"
+                f"{CACHE_NAME} is {described(cache)}: with fixed_kv_cache {'on' if fixed else 'off'} pass "
+                "model.allocate_cache(batch_size=…, capacity=…), the cache of an earlier output, or none"
             )
+        weight = self.model.embed_tokens.weight
+        known = (cache.shape, weight.dtype, weight.device) if fixed else self._known_shape
+        if known != self._known_shape:  # once per cache, not once per step
+            rows, capacity = cache.shape.batch_size, cache.shape.capacity
+            own = replace(self.cache_shape(rows, capacity), capacity=capacity)
+            if cache.shape != own:
+                raise UnsupportedError(
+                    f"{CACHE_NAME} is the {cache.shape.describe()} on {cache.shape.device}, and this model writes a "
+                    f"{own.describe()} on {own.device}: pass one of this model's allocate_cache(batch_size=…, "
+                    "capacity=…)"
+                )
+            self._known_shape = known
         return cache
 
     def _check_outputs(self, output_attentions: bool) -> None:
@@ -315,76 +368,70 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         if cache is not None:
             cache.check_room(batch, tokens)
         before = [0] * batch if cache is None else cache.lengths
-        decoding = tokens == 1 and max(before) > 0
-        rows = Rows.of(None if decoding else asked.mask, batch, tokens)
+        rows = self._rows(asked, cache)
         longest = max(map(operator.add, before, rows.lengths))
         seen = asked.position_ids if asked.looked_into else None
         arguments.check_positions(positions, longest, seen)
         if cache is None and use_cache:
-            capacity = max(tokens, min(tokens + DEFAULT_HEADROOM, positions))
+            capacity = max(tokens, min(tokens + self._headroom(DEFAULT_HEADROOM), positions))
             cache = FixedKVCache(self.cache_shape(batch, capacity))
-        self._prepare_rotary(asked.given.device, asked.past + tokens, cache, seen)
-        return Prepared(partial(self._forward_fixed, asked, rows, cache), cache, longest)
+        padded = asked.total if asked.position_ids is None else 0
+        self._prepare_rotary(asked.given.device, asked.total, cache, seen, padded)
+        return Prepared(partial(self._forward_fixed, asked, rows, cache), cache)
+
+    def _rows(self, asked: Pass, cache: FixedKVCache | None) -> Rows:
+        """What the mask says of the new tokens and of those in the cache."""
+        batch, tokens = asked.given.shape[:2]
+        if cache is None or cache.seen_tokens == 0:
+            rows = Rows.of(asked.mask, batch, tokens)
+        elif self._is_continued(asked.mask):
+            return Rows(None, [tokens] * batch)
+        else:
+            rows = Rows.after(cache, asked.mask, batch, tokens)
+        if rows.hidden is None:
+            self._agrees(asked.mask)
+        known = None if cache is None or cache.padding is None else cache.padding_of(asked.past)
+        if self._window is not None and (rows.padding is not None or known is not None):
+            past = asked.given.new_zeros(batch, asked.past, dtype=torch.bool) if known is None else known
+            new = asked.given.new_zeros(batch, tokens, dtype=torch.bool) if rows.padding is None else rows.padding
+            live = ~torch.cat((past, new), dim=1)
+            check_window(live, self._window, live.shape[1] if cache is None else cache.shape.capacity)
+        return rows
 
     def _prepare_growing(self, asked: Pass, cache: Cache | None, use_cache: bool) -> Prepared:
         """Over the stock growing cache."""
-        tokens, positions = asked.given.shape[1], self.model.rotary.positions
-        total = asked.past + tokens
+        positions = self.model.rotary.positions
         if asked.mask is not None and asked.looked_into:
             arguments.check_mask_values(asked.mask)
-        longest = arguments.live_tokens(asked.mask, total, positions)
-        seen = asked.position_ids if asked.looked_into or total > positions else None
+        longest = arguments.live_tokens(asked.mask, asked.total, positions)
+        seen = asked.position_ids if asked.looked_into or asked.total > positions else None
         arguments.check_positions(positions, longest, seen)
         cache = growing_cache() if cache is None and use_cache else cache
-        self._prepare_rotary(asked.given.device, total, cache, seen)
+        padded = asked.total if asked.position_ids is None else 0
+        self._prepare_rotary(asked.given.device, asked.total, cache, seen, padded)
         run = partial(
             self._forward_growing, asked.given, asked.mask, asked.position_ids, cache, asked.wanted, asked.record
         )
-        return Prepared(run, cache, longest)
-
-    def _run_again(
-        self,
-        run: Callable[[], torch.Tensor],
-        asked: Pass,
-        input_ids: torch.Tensor | None,
-        cache: Cache | None,
-        longest: int,
-    ) -> torch.Tensor:
-        """After an index that a table did not have, on the CPU: say what is wrong, or make the rotary table longer.
-
-        Raises:
-            ValueError: ids or positions that the model does not have.
-        """
-        if input_ids is not None:
-            arguments.check_vocabulary(input_ids, self.vocab_size)
-        arguments.check_positions(self.model.rotary.positions, longest, asked.position_ids)
-        self._prepare_rotary(asked.given.device, asked.past + asked.given.shape[1], cache, asked.position_ids)
-        for recorded in asked.record or ():
-            recorded.clear()
-        with unchanged_on_error(cache):
-            return run()
+        return Prepared(run, cache)
 
     def _forward_fixed(self, asked: Pass, rows: Rows, cache: FixedKVCache | None) -> torch.Tensor:
         """Compact the rows, run the step, undo the order. See qwen2_npu.models.inputs."""
         given, position_ids, wanted, record = asked.given, asked.position_ids, asked.wanted, asked.record
-        tokens = given.shape[1]
-        if position_ids is not None:
-            position_ids = rows.compact(position_ids)
+        batch, tokens = given.shape[:2]
+        if position_ids is None:
+            position_ids = positions_after(asked.past, tokens, batch, given.device)
+        position_ids = rows.compact(position_ids)
         compact, length = rows.compact(given), tokens
         compiled = self.compiled_steps if cache is not None and record is None else {}
         if "prefill" in compiled and cache is not None and max(cache.lengths) == 0:
             # Prompts of one bucket share one graph; what is added comes after every live token and is overwritten.
             length = round_prompt(tokens, cache.shape.capacity)
-            compact = pad_tokens(compact, length)
-            position_ids = None if position_ids is None else pad_tokens(position_ids, length)
-        last_position = (0 if cache is None else max(cache.lengths)) + length - 1
+            compact, position_ids = pad_tokens(compact, length), pad_tokens(position_ids, length)
         caches: list[Any] = [None] * len(self.model.layers)
         if cache is not None:
             caches = list(zip(cache.key_cache, cache.value_cache, strict=True))
         step = fixed_cache_step(cache, rows, tokens, length, position_ids, self._masks, given.device)
         with step as (phase, inputs):
-            if position_ids is None and last_position >= self.model.rotary.positions:  # of padding, which nobody reads
-                inputs = inputs._replace(position_ids=inputs.position_ids.clamp(max=self.model.rotary.positions - 1))
             index = None if wanted is None or phase == "decode" else rows.find(wanted, tokens, given.device)
             if phase in compiled:
                 arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
@@ -408,10 +455,52 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = padded_positions(attention_mask, past, tokens, self.model.rotary.positions, given.device)
+            position_ids = positions_after(past, tokens, 1, given.device)
         mask, sliding = self._masks.growing(attention_mask, tokens, past, given.device)
         inputs = AttentionInputs(position_ids, None, mask, sliding)
         hidden_states = self.model(
             given, "prefill" if past == 0 else "extend", inputs, [cache] * len(self.model.layers), record
         )
         return self._logits(hidden_states if wanted is None else hidden_states[:, wanted], None)
+
+
+class Qwen2ForCausalLM(Backbone, GenerationMixin):  # type: ignore[misc]
+    """A transformers causal language model whose every optimisation is a switch.
+
+    Swap the import and keep the script: ``from_pretrained``, ``forward``, ``generate`` and ``save_pretrained`` take and
+    return what the stock class does. For inference: parameters require no gradient.
+
+    Args:
+        config: see :class:`Backbone`, with the other arguments.
+    """
+
+    head = ("lm_head.weight",)
+    _tied_weights_keys = TIED_WEIGHTS
+
+    def _make_head(self, config: Qwen2Config) -> None:
+        self.lm_head = Linear(config.hidden_size, self.ranks.shard.count("vocabulary", config), bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The product that gives the logits."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """For transformers' ``resize_token_embeddings``."""
+        self.lm_head = new_embeddings
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self._of_all_ranks(self.lm_head(hidden_states))
+        return logits.float() if LOGITS_IN_FLOAT32 else logits
+
+    def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, kept, tokens of this rank) -> (B, kept, V): the same bits on every rank, so that all choose one token."""
+        if logits.shape[-1] < self.vocab_size:
+            return self.ranks.all_gather(logits)
+        return self.ranks.from_first(logits)
+
+    def _output(self, values: Any, labels: Any, live: torch.Tensor | None, **others: Any) -> ModelOutput:
+        loss = None
+        if labels is not None:
+            arguments.check_gradient(self.training, values)
+            loss = shifted_loss(values, labels, live)
+        return CausalLMOutputWithPast(loss=loss, logits=values, **others)

@@ -152,7 +152,7 @@ def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message,
     def built(*args: object) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(qwen2, "Qwen2Model", built)
+    monkeypatch.setattr(qwen2, "Network", built)
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
     values.pop("layer_types", None)

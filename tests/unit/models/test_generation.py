@@ -198,8 +198,9 @@ def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prom
         kept = model.generate(**arguments)
         pooled = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(**arguments).sequences, pooled)
+    mask = torch.cat((prompt["attention_mask"], torch.ones(3, 4, dtype=torch.int64)), dim=1)
     with torch.no_grad():
-        model(pooled[:, -1:], **{CACHE_NAME: cache_of(kept)})
+        model(pooled[:, -1:], attention_mask=mask, **{CACHE_NAME: cache_of(kept)})
 
 
 @pytest.mark.skipif(V4, reason="an option of 5.x")
@@ -266,13 +267,24 @@ def test_the_last_new_token_takes_no_position(short, short_stock, width, new, wa
     """The stock model, which stops nowhere, is followed up to the last position; what goes beyond is refused first."""
     ids = torch.randint(1, 199, (1 if way == "lookup" else 2, width), generator=torch.Generator().manual_seed(width))
     call = {"input_ids": ids, "max_new_tokens": new, "do_sample": False, **WAYS[way]}
-    if width + new - 1 <= FEW:
+    followed_up_to_the_last_position(short, short_stock, call, width, monkeypatch)
+
+
+def followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch):
+    """The stock tokens, as many as there are positions for."""
+    new = call["max_new_tokens"]
+    room = FEW - live + 1
+    if new <= room:
         assert torch.equal(short.generate(**call), short_stock.generate(**call))
         return
+    if room > 0:
+        with pytest.warns(UserWarning, match=rf"^{new} new tokens after this prompt need {live + new - 1} positions"):
+            cut = short.generate(**call)
+        assert torch.equal(cut, short_stock.generate(**{**call, "max_new_tokens": room}))
     no_forward(short, monkeypatch)
-    with pytest.raises(
-        ValueError, match=rf"^prompt and new tokens need {width + new - 1} positions, the model has max_"
-    ):
+    least = max(new, room + 1)
+    call = {**call, "max_new_tokens": least, "min_new_tokens": least}
+    with pytest.raises(ValueError, match=rf"^prompt and new tokens need {live + least - 1} positions, the model has"):
         short.generate(**call)
 
 
@@ -283,12 +295,7 @@ def test_padding_takes_no_position(short, short_stock, width, live, new, monkeyp
     mask = torch.ones_like(ids)
     mask[0, : width - live] = mask[1, : width - 5] = 0
     call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False}
-    if live + new - 1 <= FEW:
-        assert torch.equal(short.generate(**call), short_stock.generate(**call))
-        return
-    no_forward(short, monkeypatch)
-    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions, the model has max_"):
-        short.generate(**call)
+    followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch)
 
 
 @pytest.mark.skipif(V4, reason="4.37.0's generate takes no embeddings without a bos token")
@@ -296,12 +303,19 @@ def test_padding_takes_no_position(short, short_stock, width, live, new, monkeyp
 def test_embeddings_take_positions_as_ids_do(short, short_stock, width, new, monkeypatch):
     embeds = short_stock.get_input_embeddings()(torch.arange(1, width + 1)[None])
     call = {"inputs_embeds": embeds, "max_new_tokens": new, "do_sample": False}
-    if width + new - 1 <= FEW:
-        assert torch.equal(short.generate(**call), short_stock.generate(**call))
-        return
-    no_forward(short, monkeypatch)
-    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions"):
-        short.generate(**call)
+    followed_up_to_the_last_position(short, short_stock, call, width, monkeypatch)
+
+
+@pytest.mark.parametrize("way", ["greedy", "no cache", *([] if V4 else ["lookup"])])
+def test_a_limit_beyond_all_positions_is_no_obstacle_where_generation_ends_early(short, short_stock, way):
+    """As evaluation programs pass it; whichever name the limit goes by."""
+    ids = torch.randint(1, 199, (1 if way == "lookup" else 2, 5), generator=torch.Generator().manual_seed(7))
+    ends = {"eos_token_id": short_stock.generate(ids, max_new_tokens=6, do_sample=False)[:, -3].tolist()}
+    call = {"input_ids": ids, "do_sample": False, "pad_token_id": 0, **ends, **WAYS[way]}
+    theirs = short_stock.generate(**call, max_new_tokens=15)
+    for limit in ({"max_new_tokens": 32768}, {"max_length": 32768}):
+        with pytest.warns(UserWarning, match=r"20 are generated at most"):
+            assert torch.equal(short.generate(**call, **limit), theirs)
 
 
 # ---- bad input
@@ -352,3 +366,27 @@ def test_token_ids_outside_the_vocabulary(model):
 def test_another_cache_implementation_is_refused(full, prompt):
     with pytest.raises(UnsupportedError, match="cache_implementation='static'"):
         full.generate(**prompt, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_prompt_that_ends_in_the_pad_token(model):
+    """The mask is transformers' own then: nobody has passed one that could end in 0."""
+    ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
+    with pytest.raises(
+        ValueError, match=r"^row 1 of the prompt ends in the pad token 0, .* where no attention_mask is"
+    ):
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, pad_token_id=0)
+    assert answer.shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused_at_once(model, name):
+    with pytest.raises(UnsupportedError, match=r"^continuous batching .* one left-padded batch to generate\("):
+        getattr(model, name)([[1, 2, 3]], max_new_tokens=2)
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_cache_implementations_are_refused_with_the_call_that_works(model, prompt, kind):
+    with pytest.raises(UnsupportedError, match=rf"^cache_implementation='{kind}': .*=model.allocate_cache\(batch_size"):
+        model.generate(**prompt, max_new_tokens=2, cache_implementation=kind)

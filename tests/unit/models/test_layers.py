@@ -83,6 +83,9 @@ def test_a_table_that_grew_has_the_numbers_of_one_that_was_whole(rope, dtype, mo
         assert table.cos.shape == table.sin.shape == (rows, 64)
         assert torch.equal(table.cos, whole.cos[:rows])
         assert torch.equal(table.sin, whole.sin[:rows])
+    table.prepare(dtype, CPU, 4000, padded=3001)  # the last is of a token after padding
+    assert table.cos.shape == (4096, 64)
+    assert torch.equal(table.cos[:3000], whole.cos)
 
 
 def test_a_table_is_kept_while_it_serves(monkeypatch):
