@@ -1,6 +1,6 @@
 """What `qwen2-npu verify` of a checkpoint costs on a CPU, by share: forward passes, and CPU-seconds.
 
-python benchmarks/bench_verify_cost.py [--layers 4] [--steps swiglu] [--random-tokens] [--stream]
+python benchmarks/bench_verify_cost.py [--size 1.5B] [--layers 4] [--steps swiglu] [--random-tokens] [--stream]
 
 Random weights of a member's real dimensions (its vocabulary as well, which has a large share in the small members),
 bfloat16. Counts and CPU-seconds of one thread say the same on a loaded machine; seconds on the clock would not.
