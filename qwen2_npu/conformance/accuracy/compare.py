@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, position_noise
+from qwen2_npu.conformance.accuracy.noise import (
+    RMS_FACTOR,
+    Array,
+    ErrorRatio,
+    error_ratio,
+    position_noise,
+    root_mean,
+    rounded,
+)
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 
 
@@ -167,27 +175,67 @@ class Comparison:
         }
 
 
-def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: torch.dtype) -> Comparison:
+PIECE = 1 << 19
+"""Logits that are looked at together: what is computed of them stays in the processor's caches."""
+
+
+@dataclass(frozen=True)
+class KnownPath:
+    """What one path asks of the baseline and the reference alone: the same for every model that is compared with them.
+
+    Of N positions: ``best`` the baseline's tokens, ``noise``, and what ``log_softmax`` takes off the baseline's logits;
+    the RMS errors of the baseline and of float64 rounded once.
+    """
+
+    best: npt.NDArray[np.int64]
+    noise: Array
+    largest: Array
+    log_sum: Array
+    rms_baseline: float
+    rms_floor: float
+
+
+def compare_traces(
+    optimised: Trace,
+    baseline: Trace,
+    reference: Trace,
+    dtype: torch.dtype,
+    known: dict[str, KnownPath] | None = None,
+) -> Comparison:
     """Every position of every path. All three traces are of the same batch and the same forced tokens.
 
     Each path is judged on its own: an error in decode must not hide behind a long prefill.
+
+    Args:
+        known: filled at the first comparison with these two traces in this dtype, and used by later ones.
 
     Raises:
         ValueError: the traces are of different tokens, or the baseline itself is not finite.
     """
     if not np.array_equal(optimised.forced, baseline.forced) or not np.array_equal(reference.forced, baseline.forced):
         raise ValueError("the traces were forced to different tokens: nothing to compare")
+    known = {} if known is None else known
     valid = baseline.valid
     rows, columns = np.nonzero(valid)
-    positions = (valid.cumsum(axis=1) - 1)[rows, columns]
     lengths = valid.sum(axis=1)
     steps = baseline.forced.shape[1]
-    every_row = np.arange(len(lengths))
+    every_row, first = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+
+    def compared(
+        path: str,
+        logits: tuple[Array, Array, Array],
+        where: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        positions: Array,
+    ) -> PathComparison:
+        ours, stock, true = (_Rows(each, where) for each in logits)
+        if path not in known:
+            known[path] = _known_path(path, stock, true, dtype)
+        return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
 
     paths = [
-        _compare_logits(
-            "prefill", optimised.prefill_logits[valid], baseline.prefill_logits[valid], reference.prefill_logits[valid],
-            dtype, rows, positions,
+        compared(
+            "prefill", (optimised.prefill_logits, baseline.prefill_logits, reference.prefill_logits), (rows, columns),
+            (valid.cumsum(axis=1) - 1)[rows, columns],
         )
     ]  # fmt: skip
     if optimised.hidden is not None:
@@ -197,60 +245,102 @@ def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: t
             )
         paths.append(_compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype))
     if optimised.last_logits is not None:
-        paths.append(
-            _compare_logits(
-                "last_token", optimised.last_logits, baseline.prefill_logits[:, -1], reference.prefill_logits[:, -1],
-                dtype, every_row, lengths - 1,
-            )
-        )  # fmt: skip
+        last = optimised.last_logits[:, None], baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]
+        paths.append(compared("last_token", last, (every_row, first), lengths - 1))
     if steps:
-        decode_positions = (lengths[:, None] + np.arange(steps)).reshape(-1)
-        ours, stock, true = (
-            trace.decode_logits.reshape(len(lengths) * steps, -1) for trace in (optimised, baseline, reference)
-        )
-        paths.append(_compare_logits("decode", ours, stock, true, dtype, every_row.repeat(steps), decode_positions))
+        where = every_row.repeat(steps), np.tile(np.arange(steps), len(lengths))
+        decode = optimised.decode_logits, baseline.decode_logits, reference.decode_logits
+        paths.append(compared("decode", decode, where, lengths[where[0]] + where[1]))
     return Comparison(tuple(paths))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The logits (N, V) at N places of an array (B, S, V), a few at a time: together they are large."""
+
+    logits: Array
+    where: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.where[0])
+
+    def __getitem__(self, part: slice) -> Array:
+        found: Array = self.logits[self.where[0][part], self.where[1][part]]
+        return found
+
+    def pieces(self) -> Iterator[slice]:
+        size = max(1, PIECE // self.logits.shape[-1])
+        return (slice(start, start + size) for start in range(0, len(self), size))
+
+    def empty(self) -> Array:
+        return np.empty((len(self), self.logits.shape[-1]))
+
+
+def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> KnownPath:
+    count = len(stock)
+    best, noise = np.empty(count, np.int64), np.empty(count)
+    largest, log_sum = np.empty((count, 1)), np.empty((count, 1))
+    errors, floor = stock.empty(), stock.empty()
+    for part in stock.pieces():
+        baseline, reference = stock[part], true[part]
+        if not np.isfinite(baseline).all():
+            raise ValueError(
+                f"the baseline's {path} logits are not finite: nothing can be compared with them in {dtype}"
+            )
+        best[part] = baseline.argmax(-1)
+        np.subtract(baseline, reference, out=errors[part])
+        noise[part] = position_noise(baseline, reference)
+        np.subtract(rounded(reference, dtype), reference, out=floor[part])
+        largest[part], log_sum[part] = normalisers(baseline)
+    for squares in (errors, floor):
+        np.square(squares, out=squares)
+    return KnownPath(best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
 
 
 def _compare_logits(
     path: str,
-    optimised: Array,
-    baseline: Array,
-    reference: Array,
-    dtype: torch.dtype,
+    known: KnownPath,
+    ours: _Rows,
+    stock: _Rows,
+    true: _Rows,
     rows: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
 ) -> PathComparison:
-    """(N, V) logits of N positions, which are ``positions[i]`` of ``rows[i]``."""
-    if not np.isfinite(baseline).all():
-        raise ValueError(f"the baseline's {path} logits are not finite: nothing can be compared with them in {dtype}")
-    best, chosen = baseline.argmax(-1), optimised.argmax(-1)
-    every = np.arange(len(best))
-    margin = baseline[every, best].astype(np.float64) - baseline[every, chosen]
-    noise = position_noise(baseline, reference)
+    """Logits of N positions, which are ``positions[i]`` of ``rows[i]``."""
+    chosen, kl = np.empty(len(ours), np.int64), np.empty(len(ours))
+    margin, largest_error, squares = np.empty(len(ours)), [], ours.empty()
+    for part in ours.pieces():
+        optimised, baseline = ours[part], stock[part].astype(np.float64)
+        chosen[part] = optimised.argmax(-1)
+        every = np.arange(len(optimised))
+        margin[part] = baseline[every, known.best[part]] - baseline[every, chosen[part]]
+        largest_error.append(np.abs(optimised - baseline).max())
+        np.square(np.subtract(optimised, true[part], out=squares[part]), out=squares[part])
+        baseline -= known.largest[part]
+        baseline -= known.log_sum[part]
+        kl[part] = _kl(baseline, optimised)
     mismatches = tuple(
         Mismatch(
             path=path,
             row=int(rows[i]),
             position=int(positions[i]),
-            baseline_token=int(best[i]),
+            baseline_token=int(known.best[i]),
             optimised_token=int(chosen[i]),
             margin=float(margin[i]),
-            noise=float(noise[i]),
-            excused=bool(margin[i] <= 2 * noise[i]),
+            noise=float(known.noise[i]),
+            excused=bool(margin[i] <= 2 * known.noise[i]),
         )
-        for i in np.flatnonzero(best != chosen)
+        for i in np.flatnonzero(known.best != chosen)
     )
-    kl = kl_divergence(baseline, optimised)
     return PathComparison(
         path=path,
-        positions=len(best),
-        agreements=int((best == chosen).sum()),
+        positions=len(chosen),
+        agreements=int((known.best == chosen).sum()),
         mismatches=mismatches,
-        max_error=float(np.abs(optimised - baseline.astype(np.float64)).max()),
+        max_error=float(np.max(largest_error)),  # NaN stays NaN
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
-        error=error_ratio(optimised, baseline, reference, dtype),
+        error=ErrorRatio(root_mean(squares), known.rms_baseline, known.rms_floor),
     )
 
 
@@ -270,11 +360,29 @@ def _compare_hidden(optimised: Array, baseline: Array, reference: Array, dtype: 
 
 def kl_divergence(baseline: Array, optimised: Array) -> Array:
     """(N, V) logits -> (N,) KL(softmax(baseline) || softmax(optimised)) in nats, computed in float64."""
-    log_p, log_q = log_softmax(baseline), log_softmax(optimised)
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return _kl(log_softmax(baseline), optimised)
+
+
+def _kl(log_p: Array, optimised: Array) -> Array:
+    """``log_p``: of the baseline; overwritten."""
+    difference = log_p - log_softmax(optimised)
+    difference *= np.exp(log_p, out=log_p)
+    found: Array = difference.sum(axis=-1)
+    return found
 
 
 def log_softmax(logits: Array) -> Array:
     """Over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    largest, log_sum = normalisers(logits)
+    found: Array = logits.astype(np.float64)
+    found -= largest
+    found -= log_sum
+    return found
+
+
+def normalisers(logits: Array) -> tuple[Array, Array]:
+    """(N, V) logits -> (N, 1) each, float64: what ``log_softmax`` takes off them, one after the other."""
+    largest = logits.max(axis=-1, keepdims=True).astype(np.float64)
+    shifted = logits.astype(np.float64)
+    shifted -= largest
+    return largest, np.log(np.exp(shifted, out=shifted).sum(axis=-1, keepdims=True))

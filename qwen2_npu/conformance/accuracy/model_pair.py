@@ -102,5 +102,6 @@ class ModelPair(Pair):
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
     ) -> tuple[list[list[int]], list[Divergence]]:
-        expected = self.greedy(self.baseline, batch, max_new_tokens)
-        return expected, text.explain_divergences(got, expected, batch, self.baseline, self.reference)
+        with text.last_logits(self.baseline) as logits:
+            expected = self.greedy(self.baseline, batch, max_new_tokens)
+        return expected, text.explain_divergences(got, expected, batch, self.baseline, self.reference, logits)

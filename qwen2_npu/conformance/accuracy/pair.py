@@ -22,7 +22,7 @@ from qwen2_npu.checkpoint.weights import skeleton
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import locate_error, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
-from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
+from qwen2_npu.conformance.accuracy.compare import Comparison, KnownPath, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
@@ -70,6 +70,7 @@ class Pair(ABC):
     decode_steps: int = DECODE_STEPS
     orders: Orders | None = None
     _batches: dict[str, Batch] = field(default_factory=dict)
+    _known: dict[str, dict[str, KnownPath]] = field(default_factory=dict)
 
     @classmethod
     @abstractmethod
@@ -153,7 +154,8 @@ class Pair(ABC):
         """``model`` forced through the batch of that shape, and its trace."""
         baseline, reference = self.traces(shape)
         trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
-        return compare_traces(trace, baseline, reference, self.dtype), trace
+        known = self._known.setdefault(shape, {})
+        return compare_traces(trace, baseline, reference, self.dtype, known), trace
 
     def explain(
         self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None

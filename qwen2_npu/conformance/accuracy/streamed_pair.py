@@ -189,7 +189,7 @@ def _stock_trace(batch: Batch, forced: Array, answers: Sequence[LayerAnswer]) ->
 
 
 def _losses_of(window: Sequence[int], logits: Array) -> Array:
-    return text.losses_of(logits[0, :-1].astype(np.float64), window)
+    return text.losses_of(logits[0, :-1], window)
 
 
 def _joined(answers: Sequence[Sequence[LayerAnswer]]) -> Array:

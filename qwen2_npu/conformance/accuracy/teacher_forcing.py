@@ -30,8 +30,8 @@ class Trace:
 
     Shapes: B rows, P prompt columns, T decode steps, V vocabulary, H hidden size. ``valid`` (B, P) bool marks the
     tokens of the left-padded prompt; elsewhere logits and hidden states are meaningless. ``decode_logits[:, t]``
-    follow token ``forced[:, t]``. Where asked for, ``hidden`` (B, P, H) are the final hidden states of a pass without
-    a cache, and ``last_logits`` (B, V) what a prefill with ``logits_to_keep=1`` gave.
+    follow token ``forced[:, t]``. Where asked for, ``hidden`` (B, P, H) are the final hidden states of the prompt, and
+    ``last_logits`` (B, V) what a prefill with ``logits_to_keep=1`` gave.
     """
 
     prefill_logits: Array
@@ -67,8 +67,9 @@ def run(
         model: stock or optimised Qwen2ForCausalLM.
         forced: (B, decode_steps) tokens to feed; None feeds the model's own greedy choice, which is how the baseline
             makes the tokens that the others are forced to.
-        hidden: also take the final hidden states, in a pass of their own: one that keeps no cache, and that is not
-            compiled.
+        hidden: also take the final hidden states. Of the optimised model in a pass of their own, which keeps no cache
+            and is not compiled: another way through it than the one with a cache. The stock model has one way, so its
+            prefill gives them.
         last_token: also run a prefill with ``logits_to_keep=1``, as ``generate`` does (models that have the argument).
     """
     device = next(model.parameters()).device
@@ -77,14 +78,20 @@ def run(
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
 
     hidden_states = None
-    if hidden:
-        hidden_states = to_numpy(model(**prompt, use_cache=False, output_hidden_states=True).hidden_states[-1])
+    apart = hidden and getattr(model, "optimizations", None) is not None
+    if apart:  # no more logits than have to be: nobody looks at them
+        out = model(**prompt, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden_states = to_numpy(out.hidden_states[-1])
+        del out
     last_logits = to_numpy(model(**prompt, use_cache=True, logits_to_keep=1).logits[:, -1]) if last_token else None
     started = time.perf_counter()
-    out = model(**prompt, use_cache=True, **preallocated(model, rows, width + decode_steps))
+    recorded = {"output_hidden_states": True} if hidden and not apart else {}
+    out = model(**prompt, use_cache=True, **recorded, **preallocated(model, rows, width + decode_steps))
     _synchronize(device)
     prefill_seconds = time.perf_counter() - started
     prefill_logits = to_numpy(out.logits)
+    if recorded:
+        hidden_states = to_numpy(out.hidden_states[-1])
 
     next_token, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
     del out  # its logits take memory
@@ -183,7 +190,8 @@ def preallocated(model: Any, rows: int, capacity: int) -> dict[str, Any]:
 
 def to_numpy(tensor: torch.Tensor) -> Array:
     """Copied out: a compiled graph may reuse its output buffers."""
-    return tensor.detach().to("cpu", torch.float32 if tensor.dtype != torch.float64 else torch.float64).numpy().copy()
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format).numpy()
 
 
 def _synchronize(device: torch.device) -> None:

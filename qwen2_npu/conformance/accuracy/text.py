@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
-from qwen2_npu.conformance.accuracy.compare import log_softmax
+from qwen2_npu.conformance.accuracy.compare import PIECE, normalisers
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, divergences
 from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio
 from qwen2_npu.conformance.accuracy.stock import exact
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,19 @@ def token_losses(model: Any, windows: Sequence[Sequence[int]]) -> Array:
     for window in windows:
         ids = torch.tensor([list(window)], device=device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-        losses.append(losses_of(logits.detach().to("cpu", torch.float64).numpy(), window))
+        losses.append(losses_of(teacher_forcing.to_numpy(logits), window))
     return np.concatenate(losses)
 
 
 def losses_of(logits: Array, window: Sequence[int]) -> Array:
-    """(N - 1, V) float64 logits after all but the last of a window's N tokens -> -log p of all but the first."""
-    return -log_softmax(logits)[np.arange(len(window) - 1), np.asarray(window[1:])]
+    """(N - 1, V) logits after all but the last of a window's N tokens -> -log p of all but the first, in float64."""
+    losses, size = np.empty(len(logits)), max(1, PIECE // logits.shape[-1])
+    for start in range(0, len(logits), size):
+        piece, tokens = logits[start : start + size], np.asarray(window[1 + start : 1 + start + size])
+        largest, log_sum = normalisers(piece)
+        chosen = piece[np.arange(len(piece)), tokens].astype(np.float64)
+        losses[start : start + size] = -(chosen - largest[:, 0] - log_sum[:, 0])
+    return losses
 
 
 def text_windows(token_ids: Sequence[int], *, length: int, limit: int) -> list[list[int]]:
@@ -96,19 +104,51 @@ def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
     return row if first is None else row[: first + 1]
 
 
+@contextmanager
+def last_logits(model: Any) -> Iterator[list[Array]]:
+    """Within it, the logits (B, V) at the last position of every forward pass of ``model``."""
+    found: list[Array] = []
+
+    def keep(module: Any, given: Any, out: Any) -> None:
+        found.append(teacher_forcing.to_numpy(out.logits[:, -1]))
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def explain_divergences(
     optimised: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     batch: Batch,
     baseline: Any,
     reference: Any,
+    logits: Sequence[Array] = (),
 ) -> list[Divergence]:
-    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there."""
-    if [list(row) for row in optimised] == [list(row) for row in expected]:
-        return []
+    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there.
+
+    Args:
+        logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
+            are not given.
+    """
     steps = max(map(len, (*optimised, *expected)))
     # What follows a row's end is the same filler in both, so that it never counts as a divergence.
     ours, theirs = (np.array([[*row, *[0] * (steps - len(row))] for row in rows]) for rows in (optimised, expected))
-    baseline_trace = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
-    reference_trace = teacher_forcing.run_reference(reference, batch, theirs)
-    return divergences(ours, baseline_trace, reference_trace)
+    differ = ours != theirs
+    rows = np.flatnonzero(differ.any(axis=1))
+    if not rows.size:
+        return []
+    # Nothing after the last place where two texts part is asked for.
+    steps = int(differ[rows].argmax(axis=1).max()) + 1
+    ours, theirs = ours[rows, :steps], theirs[:, :steps]
+    if logits:
+        known = np.stack(logits[:steps], axis=1)
+    else:
+        run = teacher_forcing.run(baseline, batch, decode_steps=steps - 1, forced=theirs[:, :-1], hidden=False)
+        known = np.concatenate((run.prefill_logits[:, -1:], run.decode_logits), axis=1)
+    parted, theirs, known = Batch(batch.input_ids[rows], batch.attention_mask[rows]), theirs[rows], known[rows]
+    stock = Trace(known[:, :1], known[:, 1:], theirs, parted.attention_mask.bool().numpy())
+    true = teacher_forcing.run_reference(reference, parted, theirs[:, :-1])
+    return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true)]

@@ -203,12 +203,16 @@ def verify(
         pair.build = lambda optimizations: pair.ask(compile_model, eager(optimizations), mode=mode)
     baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES]) or None
     rows: list[StepResult] = []
+    model: Any = None
     for done, (part, optimizations) in enumerate(presets.items(), start=1):
         progress(part, done, total)
-        rows.append(_row(pair, part, optimizations, baseline_rate, eager))
+        model = None  # there is memory for one
+        row, model = _row(pair, part, optimizations, baseline_rate, eager)
+        rows.append(row)
     part, done = "perplexity and greedy text", total - 1
     progress(part, done, total)
-    model = pair.build(next(reversed(presets.values()), Optimizations.all()))
+    if model is None:
+        model = pair.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
     result = Verification(
         environment=Environment.of(device),
@@ -277,23 +281,28 @@ def _steps(
 
 def _row(
     pair: Pair, step: str, optimizations: Optimizations, baseline_rate: float | None, eager: BuildModel
-) -> StepResult:
-    """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
+) -> tuple[StepResult, Any]:
+    """What one step comes to, and its model; None in place of that where others were built to explain a failure.
+
+    Args:
+        eager: builds the model uncompiled, whose layers and operators can be followed.
+    """
     model = pair.build(optimizations)
     results = {shape: pair.compare(model, shape) for shape in BATCH_SHAPES}
-    del model
     failed = next((shape for shape, (comparison, _) in results.items() if not comparison.passed), None)
     explanation = ""
     if failed is not None:
+        model = None
         reason = pair.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
-    return StepResult(
+    row = StepResult(
         step=step,
         comparisons={shape: comparison for shape, (comparison, _) in results.items()},
         tokens_per_second=_rate([trace for _, trace in results.values()]),
         baseline_tokens_per_second=baseline_rate,
         explanation=explanation,
     )
+    return row, model
 
 
 def _rate(traces: Sequence[Trace]) -> float:

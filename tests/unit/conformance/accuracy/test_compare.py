@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qwen2_npu.conformance.accuracy.compare import compare_traces, kl_divergence
+from qwen2_npu.conformance.accuracy import compare
+from qwen2_npu.conformance.accuracy.compare import KnownPath, compare_traces, kl_divergence
 from qwen2_npu.conformance.accuracy.teacher_forcing import Array, Trace
 
 ROWS, WIDTH, STEPS, VOCABULARY = 2, 3, 2, 5
@@ -114,3 +115,28 @@ def test_kl_divergence_matches_its_definition() -> None:
     expected = (p * np.log(p / q)).sum()
     np.testing.assert_allclose(kl_divergence(np.log(p)[None] + 3, np.log(q)[None] - 50), [expected])
     assert kl_divergence(np.log(p)[None], np.log(p)[None])[0] == 0
+
+
+def test_what_is_known_of_the_baseline_changes_no_bit(reference: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that it was computed for another model, nor in how many pieces."""
+    baseline = off_by(reference, 1e-2, 2)
+    models = [
+        replace(off_by(reference, 1e-2, seed), hidden=None, last_logits=reference.prefill_logits[:, -1] + seed)
+        for seed in (3, 4)
+    ]
+    alone = [compare_traces(model, baseline, reference, torch.float32) for model in models]
+    known: dict[str, KnownPath] = {}
+    for piece in (1, compare.PIECE):
+        monkeypatch.setattr(compare, "PIECE", piece)
+        assert [compare_traces(model, baseline, reference, torch.float32, known) for model in models] == alone
+    assert set(known) == {"prefill", "last_token", "decode"}
+
+
+def test_the_baseline_is_looked_at_once(reference: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    right = compare._known_path
+    monkeypatch.setattr(compare, "_known_path", lambda path, *rest: calls.append(path) or right(path, *rest))
+    known: dict[str, KnownPath] = {}
+    for seed in (3, 4):
+        compare_traces(off_by(reference, 1e-2, seed), off_by(reference, 1e-2, 2), reference, torch.float32, known)
+    assert calls == ["prefill", "decode"]
