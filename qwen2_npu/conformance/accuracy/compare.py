@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qwen2_npu.conformance.accuracy.compare_routing import RoutingComparison, compare_routing, same_so_far
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, position_noise
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 
@@ -80,6 +81,8 @@ class Comparison:
     """An optimised model against the baseline, over all paths."""
 
     paths: tuple[PathComparison, ...]
+    routing: RoutingComparison | None = None
+    """Of a mixture of experts."""
 
     @property
     def _token_paths(self) -> list[PathComparison]:
@@ -128,13 +131,17 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.positions > 0 and all(path.passed for path in self.paths)
+        routed = self.routing is None or self.routing.passed
+        return self.positions > 0 and routed and all(path.passed for path in self.paths)
 
     def failures(self) -> list[str]:
         """What is wrong, one line each; empty when passed."""
         if not self.positions:
-            return ["no position was compared"]
-        return [line for path in self.paths for line in path.failures()]
+            left_out = self.routing is not None and self.routing.left_out
+            why = ": the compiled model may choose other experts at every one of them" if left_out else ""
+            return [f"no position was compared{why}"]
+        found = [line for path in self.paths for line in path.failures()]
+        return found if self.routing is None else found + self.routing.failures()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the totals and every path."""
@@ -164,6 +171,7 @@ class Comparison:
                 }
                 for path in self.paths
             },
+            **({} if self.routing is None else {"routing": self.routing.to_dict()}),
         }
 
 
@@ -177,39 +185,48 @@ def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: t
     """
     if not np.array_equal(optimised.forced, baseline.forced) or not np.array_equal(reference.forced, baseline.forced):
         raise ValueError("the traces were forced to different tokens: nothing to compare")
-    valid = baseline.valid
-    rows, columns = np.nonzero(valid)
-    positions = (valid.cumsum(axis=1) - 1)[rows, columns]
+    valid = compared = baseline.valid
     lengths = valid.sum(axis=1)
     steps = baseline.forced.shape[1]
-    every_row = np.arange(len(lengths))
-
-    paths = [
-        _compare_logits(
-            "prefill", optimised.prefill_logits[valid], baseline.prefill_logits[valid], reference.prefill_logits[valid],
-            dtype, rows, positions,
-        )
-    ]  # fmt: skip
+    decoded = np.ones((len(lengths), steps), bool)
+    last = np.ones(len(lengths), bool)
+    left_out: dict[str, int] = {}
+    if optimised.compiled and baseline.routing:
+        same = same_so_far(optimised.routing, baseline.routing, valid)
+        compared, decoded = np.split(same, [valid.shape[1]], axis=1)
+        last = compared[:, -1]
+        left_out = {"prefill": int((valid & ~compared).sum()), "decode": int((~decoded).sum())}
+    rows, columns = np.nonzero(compared)
+    positions = (valid.cumsum(axis=1) - 1)[rows, columns]
+    paths: list[PathComparison] = []
+    if len(rows):
+        paths.append(
+            _compare_logits(
+                "prefill", optimised.prefill_logits[compared], baseline.prefill_logits[compared],
+                reference.prefill_logits[compared], dtype, rows, positions,
+            )
+        )  # fmt: skip
     if optimised.hidden is not None:
         if baseline.hidden is None or reference.hidden is None:
             raise ValueError(
                 "the optimised trace has hidden states, the baseline's has none: run both with hidden=True"
             )
         paths.append(_compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype))
-    if optimised.last_logits is not None:
+    if optimised.last_logits is not None and last.any():
         paths.append(
             _compare_logits(
-                "last_token", optimised.last_logits, baseline.prefill_logits[:, -1], reference.prefill_logits[:, -1],
-                dtype, every_row, lengths - 1,
+                "last_token", optimised.last_logits[last], baseline.prefill_logits[last, -1],
+                reference.prefill_logits[last, -1], dtype, np.flatnonzero(last), (lengths - 1)[last],
             )
         )  # fmt: skip
-    if steps:
-        decode_positions = (lengths[:, None] + np.arange(steps)).reshape(-1)
-        ours, stock, true = (
-            trace.decode_logits.reshape(len(lengths) * steps, -1) for trace in (optimised, baseline, reference)
-        )
-        paths.append(_compare_logits("decode", ours, stock, true, dtype, every_row.repeat(steps), decode_positions))
-    return Comparison(tuple(paths))
+    if decoded.any():
+        rows, step = np.nonzero(decoded)
+        ours, stock, true = (trace.decode_logits[decoded] for trace in (optimised, baseline, reference))
+        paths.append(_compare_logits("decode", ours, stock, true, dtype, rows, lengths[rows] + step))
+    if not baseline.routing:
+        return Comparison(tuple(paths))
+    routing = compare_routing(optimised.routing, baseline.routing, reference.routing, valid, left_out)
+    return Comparison(tuple(paths), routing)
 
 
 def _compare_logits(

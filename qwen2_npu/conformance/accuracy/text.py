@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ import torch
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import log_softmax
+from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, divergences
 from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.routing import watching
 from qwen2_npu.conformance.accuracy.stock import exact
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, without_compiled_steps
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,32 @@ class Perplexity:
         return self.error.within
 
 
+def token_losses(model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
+    """-log p of every token but the first of each window, in nats, float64, window after window.
+
+    Args:
+        chosen: per window the experts to force on a mixture, as :func:`losses_and_experts` gives them.
+    """
+    return losses_and_experts(model, windows, chosen)[0]
+
+
 @torch.no_grad()
-def token_losses(model: Any, windows: Sequence[Sequence[int]]) -> Array:
-    """-log p of every token but the first of each window, in nats, float64, window after window."""
+def losses_and_experts(
+    model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
+) -> tuple[Array, list[Array]]:
+    """:func:`token_losses`, and per window the experts that served it, (layers, 1, tokens, k): none of a dense model."""
     device = next(model.parameters()).device
-    losses = []
-    for window in windows:
+    losses, experts = [], []
+    for number, window in enumerate(windows):
         ids = torch.tensor([list(window)], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+        live = np.ones((1, len(window)), bool)
+        with without_compiled_steps(model), watching(model, live, None if chosen is None else chosen[number]) as routers:
+            routers.start(0, len(window))
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
         losses.append(losses_of(logits.detach().to("cpu", torch.float64).numpy(), window))
-    return np.concatenate(losses)
+        if routers.chosen is not None:
+            experts.append(routers.chosen)
+    return np.concatenate(losses), experts
 
 
 def losses_of(logits: Array, window: Sequence[int]) -> Array:
@@ -65,10 +84,12 @@ def perplexity(optimised: Array, baseline: Array, reference: Array, dtype: torch
     )
 
 
-def reference_losses(reference: Any, windows: Sequence[Sequence[int]]) -> Array:
+def reference_losses(
+    reference: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
+) -> Array:
     """Token losses of the float64 reference."""
     with exact(reference):
-        return token_losses(reference, windows)
+        return token_losses(reference, windows, chosen)
 
 
 @torch.no_grad()
@@ -104,11 +125,51 @@ def explain_divergences(
     reference: Any,
 ) -> list[Divergence]:
     """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there."""
+    return compare_texts(optimised, expected, batch, baseline, reference)[0]
+
+
+def compare_texts(
+    optimised: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    batch: Batch,
+    baseline: Any,
+    reference: Any,
+) -> tuple[list[Divergence], tuple[Trace, Trace] | None]:
+    """:func:`explain_divergences`, and the traces of both models over ``expected``; none where nothing differs."""
     if [list(row) for row in optimised] == [list(row) for row in expected]:
-        return []
+        return [], None
     steps = max(map(len, (*optimised, *expected)))
     # What follows a row's end is the same filler in both, so that it never counts as a divergence.
     ours, theirs = (np.array([[*row, *[0] * (steps - len(row))] for row in rows]) for rows in (optimised, expected))
     baseline_trace = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
-    reference_trace = teacher_forcing.run_reference(reference, batch, theirs)
-    return divergences(ours, baseline_trace, reference_trace)
+    reference_trace = teacher_forcing.run_reference(reference, batch, theirs, baseline_trace.chosen)
+    return divergences(ours, baseline_trace, reference_trace), (baseline_trace, reference_trace)
+
+
+def excused_by_routing(
+    found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace
+) -> list[Divergence]:
+    """``found`` with the near-tie of a router that explains a divergence, where one does.
+
+    It does where the optimised model, with the experts and tokens of the baseline forced on it, prefers the baseline's
+    token or one that the baseline cannot tell from it, and where every other choice of experts that it would have made
+    before is a near-tie.
+
+    Args:
+        ours: of the optimised model, uncompiled, forced to the experts and tokens of ``baseline``.
+    """
+    choices = compare_routing(ours.routing, baseline.routing, reference.routing, baseline.valid).mismatches
+    lengths = baseline.valid.sum(axis=1)
+    explained: list[Divergence] = []
+    for each in found:
+        row, step = each.row, each.position
+        before = [other for other in choices if other.row == row and other.position < lengths[row] + step]
+        said, stock, true = (
+            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
+            for trace in (ours, baseline, reference)
+        )
+        margin, noise = stock[each.baseline_token] - stock[said.argmax()], np.abs(stock - true).max()
+        if not each.excused and before and all(other.excused for other in before) and margin <= 2 * noise:
+            each = replace(each, routing=str(before[0]))
+        explained.append(each)
+    return explained
