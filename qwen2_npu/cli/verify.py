@@ -169,6 +169,7 @@ COLUMNS: dict[str, Callable[[StepResult], str]] = {
 }
 """Heading -> a step's cell."""
 
+
 def _ladder(result: Verification) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

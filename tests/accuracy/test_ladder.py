@@ -17,9 +17,9 @@ from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.optimizations import EXPERTS
 from tests.accuracy.faults import Intercept
 from tests.accuracy.matrix import pairwise
-from qwen2_npu.optimizations import EXPERTS
 from tests.accuracy.pairs import CHECKPOINT, MIXTURE, dtypes_of, is_mixture, pair_of, weights_of
 
 PRESETS: dict[str, Optimizations] = {

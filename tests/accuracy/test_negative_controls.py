@@ -18,9 +18,7 @@ from tests.accuracy.faults import FAULTS, Fault, Intercept
 from tests.accuracy.pairs import MIXTURE, pair_of
 
 DEFAULT_WEIGHTS = "qwen2-0.5b"
-WEIGHTS = [
-    pytest.param(name, marks=() if name == DEFAULT_WEIGHTS else pytest.mark.slow) for name in SHAPES
-]
+WEIGHTS = [pytest.param(name, marks=() if name == DEFAULT_WEIGHTS else pytest.mark.slow) for name in SHAPES]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -1,9 +1,10 @@
 """Compares the experts that an optimised mixture would choose with the baseline's, by the rule of near-ties.
 
-The rule is that of tokens (``noise``), with router logits in place of those of the vocabulary. Where the optimised model
-would serve a token by other experts than the baseline, it leaves some of the baseline's out and takes others in. That
-is excused only if the baseline's largest margin between one that was left out and one that was taken in lies within
-twice the largest error of the baseline's own router logits at that place: then the baseline cannot tell which is larger.
+The rule is that of tokens (``noise``), with router logits in place of those of the vocabulary. Where the optimised
+model would serve a token by other experts than the baseline, it leaves some of the baseline's out and takes others in.
+That is excused only if the baseline's largest margin between one that was left out and one that was taken in lies
+within twice the largest error of the baseline's own router logits at that place: then the baseline cannot tell which is
+larger.
 
 All models have the baseline's experts in the layers and at the positions before (``routing``), so that each choice is
 judged on its own.

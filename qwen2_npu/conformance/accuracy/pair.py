@@ -200,7 +200,7 @@ class Pair(ABC):
         got = self.greedy(model, batch, max_new_tokens, self.ask)
         expected, found, traces = self.stock_texts(batch, got, max_new_tokens)
         if traces is not None and traces[0].routing and not all(divergence.excused for divergence in found):
-            found = text.excused_by_routing(found, self._forced(model, batch, traces[0]), *traces)
+            found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces)
         by_row = {divergence.row: divergence for divergence in found}
         return [
             GreedyText(
@@ -213,7 +213,7 @@ class Pair(ABC):
             for row, prompt in enumerate(prompts)
         ]
 
-    def _forced(self, model: Any, batch: Batch, baseline: Trace) -> Trace:
+    def _with_experts_of(self, baseline: Trace, model: Any, batch: Batch) -> Trace:
         """``model`` uncompiled, with the tokens and experts of ``baseline``."""
         return self.ask(
             teacher_forcing.run,

@@ -169,7 +169,10 @@ class StreamedPair(Pair):
             chosen = [choices.wanted for choices in served if choices is not None]
             self._losses = _joined(stock[len(todo) :]), _joined(true[len(todo) :]), chosen
         return [
-            (_stock_trace(batch, forced, ours), reference_trace(batch, forced, exact.logits, exact.hidden, exact.choices))
+            (
+                _stock_trace(batch, forced, ours),
+                reference_trace(batch, forced, exact.logits, exact.hidden, exact.choices),
+            )
             for (batch, forced), ours, (exact,) in zip(todo, stock, true, strict=False)
         ]
 

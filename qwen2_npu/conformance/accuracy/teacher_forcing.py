@@ -227,9 +227,7 @@ def prompt_and_forced(batch: Batch, forced: Array) -> tuple[torch.Tensor, torch.
     return ids, torch.cat((batch.attention_mask, torch.ones(forced.shape, dtype=torch.int64)), dim=1)
 
 
-def reference_trace(
-    batch: Batch, forced: Array, logits: Array, hidden: Array, choices: Choices | None = None
-) -> Trace:
+def reference_trace(batch: Batch, forced: Array, logits: Array, hidden: Array, choices: Choices | None = None) -> Trace:
     """The trace of one pass over prompt and forced tokens: logits (B, P + T, V), final hidden states (B, P + T, H), and
     what the routers said."""
     width = batch.input_ids.shape[1]

@@ -47,13 +47,17 @@ def token_losses(model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[
 def losses_and_experts(
     model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
 ) -> tuple[Array, list[Array]]:
-    """:func:`token_losses`, and per window the experts that served it, (layers, 1, tokens, k): none of a dense model."""
+    """:func:`token_losses`, and per window the experts that served it, (layers, 1, tokens, k): no window of a dense
+    model."""
     device = next(model.parameters()).device
     losses, experts = [], []
     for number, window in enumerate(windows):
         ids = torch.tensor([list(window)], device=device)
         live = np.ones((1, len(window)), bool)
-        with without_compiled_steps(model), watching(model, live, None if chosen is None else chosen[number]) as routers:
+        with (
+            without_compiled_steps(model),
+            watching(model, live, None if chosen is None else chosen[number]) as routers,
+        ):
             routers.start(0, len(window))
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
         losses.append(losses_of(logits.detach().to("cpu", torch.float64).numpy(), window))
@@ -84,9 +88,7 @@ def perplexity(optimised: Array, baseline: Array, reference: Array, dtype: torch
     )
 
 
-def reference_losses(
-    reference: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
-) -> Array:
+def reference_losses(reference: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
     """Token losses of the float64 reference."""
     with exact(reference):
         return token_losses(reference, windows, chosen)
@@ -146,9 +148,7 @@ def compare_texts(
     return divergences(ours, baseline_trace, reference_trace), (baseline_trace, reference_trace)
 
 
-def excused_by_routing(
-    found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace
-) -> list[Divergence]:
+def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace) -> list[Divergence]:
     """``found`` with the near-tie of a router that explains a divergence, where one does.
 
     It does where the optimised model, with the experts and tokens of the baseline forced on it, prefers the baseline's

@@ -128,13 +128,15 @@ def test_nothing_is_left_behind(pair: ModelPair) -> None:
 def test_compiled_steps_are_left_alone(pair: ModelPair) -> None:
     """Their model is watched uncompiled, and they choose by themselves."""
     model, calls = pair.build(Optimizations.all()), []
-    for phase in ("prefill", "decode"):
 
-        def step(*given: Any, right: Any = getattr(model, f"{phase}_step")) -> torch.Tensor:
+    def counting(right: Any) -> Any:
+        def step(*given: Any) -> torch.Tensor:
             calls.append("route" in vars(model.model.layers[0].mlp))
             return right(*given)
 
-        model.compiled_steps[phase] = step
+        return step
+
+    model.compiled_steps = {phase: counting(getattr(model, f"{phase}_step")) for phase in ("prefill", "decode")}
     trace = locate_error.trace_model(model, pair.batch("ragged"), pair.traces("ragged")[0])
     assert trace.compiled
     assert set(calls) == {False}
@@ -155,6 +157,10 @@ def test_layer_by_layer_says_the_same(pair: ModelPair) -> None:
     model = layered.build(Optimizations.all())
     assert layered.compare(model, "ragged")[0].passed
     assert layered.locate(model, "ragged") is None
+    baseline = layered.traces("ragged")[0]
+    for each in (pair, layered):
+        found = each._with_experts_of(baseline, model, each.batch("ragged"))
+        np.testing.assert_allclose(found.decode_logits, baseline.decode_logits, rtol=1e-3, atol=1e-3)
 
 
 def test_losses_with_forced_experts_are_those_of_the_model_that_chose_them(pair: ModelPair) -> None:
@@ -174,9 +180,7 @@ def test_a_text_may_part_after_a_near_tie_of_experts(pair: ModelPair, margin: fl
     baseline, reference = copy.deepcopy(pair.traces("ragged"))
     ours = forced(pair, pair.build(Optimizations.all()), baseline.chosen)
     token = int(baseline.decode_logits[1, 0].argmax())
-    parted, elsewhere = (
-        Divergence(row, 1, token, token + 1, baseline_logits=(3.0, 1.0), noise=1e-6) for row in (1, 0)
-    )
+    parted, elsewhere = (Divergence(row, 1, token, token + 1, baseline_logits=(3.0, 1.0), noise=1e-6) for row in (1, 0))
     assert text.excused_by_routing([parted], ours, baseline, reference) == [parted]  # all choices are the same
     choice = ours.routing["prefill"].wanted[0, 1, 9]
     taken = next(expert for expert in range(16) if expert not in choice)
