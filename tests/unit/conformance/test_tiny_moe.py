@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint.sources import open_checkpoint
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
+from qwen2_npu.cli import main
 from qwen2_npu.compat import IS_V4, is_sparse
 from qwen2_npu.conformance import tiny, tiny_moe
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import Batch
-from qwen2_npu.conformance.accuracy.verify import verify
+from qwen2_npu.conformance.accuracy.verify import _steps, verify
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import EXPERTS, LADDER
 
@@ -123,10 +126,12 @@ def test_greedy_text_is_sensible(model: Any) -> None:
 
 # ---- compared -------------------------------------------------------------------------------------------------------
 @needs_mixture
-def test_verify_passes_with_the_operators_of_experts() -> None:
-    result = verify(tiny_moe.path(), steps=EXPERTS)
-    assert result.passed, result.failures
-    (row,) = result.to_dict()["rows"]
+def test_verify_passes_with_the_operators_of_experts_and_shows_their_choices(tmp_path: Path) -> None:
+    report = tmp_path / "verify.json"
+    options = ["--model-path", str(tiny_moe.path()), "--device", "cpu", "--steps", "fused_moe", "--json", str(report)]
+    done = CliRunner().invoke(main, ["verify", *options])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(report.read_text())["rows"]
     experts = row["experts"]
     assert experts["agreements"] + experts["excused"] == experts["choices"]
     # Three layers have experts; hidden states and a prefill with the last logits alone route all prompts again.
@@ -135,6 +140,37 @@ def test_verify_passes_with_the_operators_of_experts() -> None:
     )
     assert experts["choices"] == 3 * (3 * prompts + decoded)
     assert experts["left_out"] == 0
+    _, table = done.output.split("Experts that the routers would choose")
+    assert ["fused_moe", *map(str, experts.values())] in [line.split() for line in table.splitlines()]
+
+
+@needs_mixture
+@pytest.mark.parametrize(
+    ("asked", "mode", "steps"),
+    [
+        (None, "eager", (*LADDER, *EXPERTS)),
+        (None, "torchair", EXPERTS),
+        (None, "inductor", EXPERTS),
+        (["swiglu"], "eager", ["swiglu"]),
+        (["fused_moe"], "torchair", ["fused_moe"]),
+    ],
+)
+def test_the_steps_of_a_mixture(asked: Any, mode: str, steps: Any) -> None:
+    assert _steps(asked, tiny_moe.path(), "cpu", "auto", mode=mode) == (steps, "")
+
+
+@needs_mixture
+@pytest.mark.parametrize(
+    ("path", "asked", "mode", "message"),
+    [
+        (tiny_moe.path(), ["swiglu", "fused_moe"], "torchair", "--steps swiglu,fused_moe --mode torchair: without"),
+        (None, ["fused_moe"], "eager", "fused_moe is a step of a mixture of experts, and the tiny checkpoint is none"),
+        (tiny.path(), ["swiglu", "fused_moe"], "eager", f"and {tiny.path()} is none; leave it out"),
+    ],
+)
+def test_steps_that_a_model_or_a_graph_cannot_have(path: Any, asked: Any, mode: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        _steps(asked, path, "cpu", "auto", mode=mode)
 
 
 @needs_mixture
