@@ -98,7 +98,7 @@ def presets_of(config: pytest.Config, presets: dict[str, Optimizations]) -> tupl
 
 def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
     """The full product, with what the default lane leaves out marked slow."""
-    default = set(pairwise(*axes))
+    default = set(pairwise(*axes)) if all(axes) else set()
     return [
         pytest.param(*case, id="-".join(case), marks=() if case in default else pytest.mark.slow)
         for case in product(*axes)
