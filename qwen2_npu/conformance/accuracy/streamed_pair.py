@@ -190,6 +190,7 @@ def _stock_trace(batch: Batch, forced: Array, answers: Sequence[LayerAnswer]) ->
     routing: dict[str, Choices] = {}
     if prompt.choices is not None:
         routing["prefill"] = prompt.choices
+    if prompt.choices is not None and steps:
         routing["decode"] = Choices.joined([step.choices for step in steps if step.choices is not None])
     return Trace(
         prefill_logits=prompt.logits,
