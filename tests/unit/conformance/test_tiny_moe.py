@@ -30,7 +30,7 @@ from qwen2_npu.optimizations import EXPERTS, LADDER
 
 LARGEST_BYTES = 6_000_000
 HIGHEST_HELDOUT_LOSS = 0.90  # as of the dense one
-LEAST_SHARE = 0.02
+LEAST_SHARE = 0.01
 """Of the choices of a layer, for every expert: an even share is 1/8."""
 TOKENS = 1024
 
@@ -108,20 +108,16 @@ def test_it_predicts_the_held_out_text_as_well_as_the_dense_one(heldout: tuple[A
 @needs_mixture
 def test_greedy_text_is_sensible(model: Any) -> None:
     tokenizer = load_tokenizer(tiny_moe.path())
-    prompts = [
-        "Let us count: two, three, four,",
-        "从前，有一个男孩叫小明。",
-        "Once upon a time, there was a girl named Lily.",
-    ]
+    prompts = [tiny.prompts()[number] for number in (0, 4, 5, 6)]
     batch = Batch.of([tokenizer(prompt)["input_ids"] for prompt in prompts], pad_token_id=tokenizer.pad_token_id)
-    rows = text.greedy(model, batch, max_new_tokens=24, eos_token_ids=[2045, 2047], pad_token_id=2045)
-    counted, chinese, story = (tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+    rows = text.greedy(model, batch, max_new_tokens=28, eos_token_ids=[2045, 2047], pad_token_id=2045)
+    story, counted, capital, chinese = (tokenizer.decode(row, skip_special_tokens=True) for row in rows)
     assert counted.startswith(" five, six, seven")
-    assert sum("\u4e00" <= character <= "\u9fff" for character in chinese) > 10
-    assert "小明" in chinese
-    assert len(set(story.split())) > 8
-    assert "Lily" in story
-    assert "She" in story or "she" in story
+    assert capital.strip() == "Paris."
+    assert story.count(".") + story.count("!") >= 3  # sentences
+    assert "ran away" in story
+    assert sum("\u4e00" <= character <= "\u9fff" for character in chinese) > 20
+    assert "喊道" in chinese
 
 
 # ---- compared -------------------------------------------------------------------------------------------------------
