@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.optimizations import EXPERTS
 from tests.accuracy.faults import Intercept
 from tests.accuracy.matrix import pairwise
-from tests.accuracy.pairs import dtypes_of, pair_of, weights_of
+from tests.accuracy.pairs import CHECKPOINT, MIXTURE, dtypes_of, is_mixture, pair_of, weights_of
 
 PRESETS: dict[str, Optimizations] = {
     "none": Optimizations.none(),
@@ -25,6 +28,14 @@ PRESETS: dict[str, Optimizations] = {
     **{f"only_{step}": Optimizations.only(step) for step in LADDER[1:]},
     "all_with_fused_infer_attention": Optimizations.all().replace(fused_infer_attention=True),
 }
+
+EXPERT_PRESETS: dict[str, Optimizations] = {
+    "none": Optimizations.none(),
+    f"up_to_{LADDER[-1]}": Optimizations.up_to(LADDER[-1]),
+    **{f"up_to_{step}": Optimizations.up_to(step) for step in EXPERTS},
+    **{f"only_{step}": Optimizations.only(step) for step in EXPERTS},
+}
+"""What a mixture of experts runs by default; its other presets, which it shares with dense models, are slow."""
 
 COMPILED_SHAPE, COMPILED_WEIGHTS, COMPILED_DTYPES = "ragged", "qwen2-0.5b", ("float32", "bfloat16")
 COMPILED_BY_DEFAULT = {(LADDER[-1], "bfloat16")}
@@ -47,10 +58,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     names = metafunc.fixturenames
     if "preset" in names:
-        axes = presets_of(config), dtypes_of(config), tuple(BATCH_SHAPES), weights_of(config)
-        metafunc.parametrize(("preset", "dtype", "shape", "weights"), cases(axes))
+        every = weights_of(config)
+        dense = tuple(weights for weights in every if not is_mixture(config, weights))
+        sparse = tuple(weights for weights in every if is_mixture(config, weights))
+        axes = dtypes_of(config), tuple(BATCH_SHAPES)
+        params = cases((presets_of(config, PRESETS), *axes, dense))
+        params += cases((presets_of(config, EXPERT_PRESETS), *axes, sparse))
+        params += [
+            pytest.param(*case, id="-".join(case), marks=pytest.mark.slow)
+            for case in product(presets_of(config, PRESETS), *axes, sparse)
+            if case[0] not in EXPERT_PRESETS
+        ]
+        if IS_V4 and not config.option.model_path:
+            reason = f"transformers {transformers.__version__} has no Qwen2Moe"
+            params.append(pytest.param("none", "", "", MIXTURE, id=MIXTURE, marks=pytest.mark.skip(reason=reason)))
+        metafunc.parametrize(("preset", "dtype", "shape", "weights"), params)
     elif "compiled_step" in names:
         steps = config.option.steps or LADDER
+        if config.option.model_path and is_mixture(config, CHECKPOINT):
+            steps = [step for step in steps if step in EXPERTS] if config.option.steps else EXPERTS
         dtypes = [dtype for dtype in COMPILED_DTYPES if dtype in dtypes_of(config)]
         default = set() if str(config.option.device).startswith("npu") else COMPILED_BY_DEFAULT
         params = [
@@ -62,17 +88,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", dtypes_of(config))
 
 
-def presets_of(config: pytest.Config) -> tuple[str, ...]:
-    """Those whose last step was asked for, by --steps."""
+def presets_of(config: pytest.Config, presets: dict[str, Optimizations]) -> tuple[str, ...]:
+    """Those of ``presets`` whose last step was asked for, by --steps."""
     if config.option.steps is None:
-        return tuple(PRESETS)
+        return tuple(presets)
     wanted = [f"{kind}_{step}" for step in config.option.steps for kind in ("up_to", "only")]
-    return tuple(name for name in wanted if name in PRESETS)
+    return tuple(name for name in wanted if name in presets)
 
 
 def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
     """The full product, with what the default lane leaves out marked slow."""
-    default = set(pairwise(*axes))
+    default = set(pairwise(*axes)) if all(axes) else set()
     return [
         pytest.param(*case, id="-".join(case), marks=() if case in default else pytest.mark.slow)
         for case in product(*axes)
@@ -82,7 +108,7 @@ def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
 def test_agrees_at_every_position(
     preset: str, dtype: str, shape: str, weights: str, pytestconfig: pytest.Config
 ) -> None:
-    failure = pair_of(pytestconfig, weights, dtype).failure(PRESETS[preset], shape)
+    failure = pair_of(pytestconfig, weights, dtype).failure((PRESETS | EXPERT_PRESETS)[preset], shape)
     assert not failure, failure
 
 

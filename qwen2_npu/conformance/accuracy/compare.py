@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qwen2_npu.conformance.accuracy.compare_routing import RoutingComparison, compare_routing, same_so_far
 from qwen2_npu.conformance.accuracy.noise import (
     RMS_FACTOR,
     Array,
@@ -88,6 +89,8 @@ class Comparison:
     """An optimised model against the baseline, over all paths."""
 
     paths: tuple[PathComparison, ...]
+    routing: RoutingComparison | None = None
+    """Of a mixture of experts."""
 
     @property
     def _token_paths(self) -> list[PathComparison]:
@@ -136,13 +139,17 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.positions > 0 and all(path.passed for path in self.paths)
+        routed = self.routing is None or self.routing.passed
+        return self.positions > 0 and routed and all(path.passed for path in self.paths)
 
     def failures(self) -> list[str]:
         """What is wrong, one line each; empty when passed."""
         if not self.positions:
-            return ["no position was compared"]
-        return [line for path in self.paths for line in path.failures()]
+            left_out = self.routing is not None and self.routing.left_out
+            why = ": the compiled model may choose other experts at every one of them" if left_out else ""
+            return [f"no position was compared{why}"]
+        found = [line for path in self.paths for line in path.failures()]
+        return found if self.routing is None else found + self.routing.failures()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the totals and every path."""
@@ -172,6 +179,7 @@ class Comparison:
                 }
                 for path in self.paths
             },
+            **({} if self.routing is None else {"routing": self.routing.to_dict()}),
         }
 
 
@@ -214,12 +222,18 @@ def compare_traces(
     """
     if not np.array_equal(optimised.forced, baseline.forced) or not np.array_equal(reference.forced, baseline.forced):
         raise ValueError("the traces were forced to different tokens: nothing to compare")
-    known = {} if known is None else known
-    valid = baseline.valid
-    rows, columns = np.nonzero(valid)
+    valid = compared_prompt = baseline.valid
     lengths = valid.sum(axis=1)
-    steps = baseline.forced.shape[1]
-    every_row, first = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    decoded = np.ones(baseline.forced.shape, bool)
+    last = np.ones(len(lengths), bool)
+    left_out: dict[str, int] = {}
+    if optimised.compiled and baseline.routing:
+        same = same_so_far(optimised.routing, baseline.routing, valid)
+        compared_prompt, decoded = np.split(same, [valid.shape[1]], axis=1)
+        last = compared_prompt[:, -1]
+        left_out = {"prefill": int((valid & ~compared_prompt).sum()), "decode": int((~decoded).sum())}
+        known = {}  # these positions are compared for this model alone
+    known = {} if known is None else known
 
     def compared(
         path: str,
@@ -232,26 +246,29 @@ def compare_traces(
             known[path] = _known_path(path, stock, true, dtype)
         return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
 
-    paths = [
-        compared(
-            "prefill", (optimised.prefill_logits, baseline.prefill_logits, reference.prefill_logits), (rows, columns),
-            (valid.cumsum(axis=1) - 1)[rows, columns],
-        )
-    ]  # fmt: skip
+    paths: list[PathComparison] = []
+    rows, columns = np.nonzero(compared_prompt)
+    if len(rows):
+        prefill = optimised.prefill_logits, baseline.prefill_logits, reference.prefill_logits
+        paths.append(compared("prefill", prefill, (rows, columns), (valid.cumsum(axis=1) - 1)[rows, columns]))
     if optimised.hidden is not None:
         if baseline.hidden is None or reference.hidden is None:
             raise ValueError(
                 "the optimised trace has hidden states, the baseline's has none: run both with hidden=True"
             )
         paths.append(_compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype))
-    if optimised.last_logits is not None:
-        last = optimised.last_logits[:, None], baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]
-        paths.append(compared("last_token", last, (every_row, first), lengths - 1))
-    if steps:
-        where = every_row.repeat(steps), np.tile(np.arange(steps), len(lengths))
+    if optimised.last_logits is not None and last.any():
+        rows = np.flatnonzero(last)
+        final = optimised.last_logits[:, None], baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]
+        paths.append(compared("last_token", final, (rows, np.zeros_like(rows)), (lengths - 1)[rows]))
+    if decoded.any():
+        rows, steps = np.nonzero(decoded)
         decode = optimised.decode_logits, baseline.decode_logits, reference.decode_logits
-        paths.append(compared("decode", decode, where, lengths[where[0]] + where[1]))
-    return Comparison(tuple(paths))
+        paths.append(compared("decode", decode, (rows, steps), lengths[rows] + steps))
+    if not baseline.routing:
+        return Comparison(tuple(paths))
+    routing = compare_routing(optimised.routing, baseline.routing, reference.routing, valid, left_out)
+    return Comparison(tuple(paths), routing)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import PIECE, normalisers
+from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, divergences
 from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.routing import watching
 from qwen2_npu.conformance.accuracy.stock import exact
-from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, without_compiled_steps
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,36 @@ class Perplexity:
         return self.error.within
 
 
+def token_losses(model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
+    """-log p of every token but the first of each window, in nats, float64, window after window.
+
+    Args:
+        chosen: per window the experts to force on a mixture, as :func:`losses_and_experts` gives them.
+    """
+    return losses_and_experts(model, windows, chosen)[0]
+
+
 @torch.no_grad()
-def token_losses(model: Any, windows: Sequence[Sequence[int]]) -> Array:
-    """-log p of every token but the first of each window, in nats, float64, window after window."""
+def losses_and_experts(
+    model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
+) -> tuple[Array, list[Array]]:
+    """:func:`token_losses`, and per window the experts that served it, (layers, 1, tokens, k): no window of a dense
+    model."""
     device = next(model.parameters()).device
-    losses = []
-    for window in windows:
+    losses, experts = [], []
+    for number, window in enumerate(windows):
         ids = torch.tensor([list(window)], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+        live = np.ones((1, len(window)), bool)
+        with (
+            without_compiled_steps(model),
+            watching(model, live, None if chosen is None else chosen[number]) as routers,
+        ):
+            routers.start(0, len(window))
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
         losses.append(losses_of(teacher_forcing.to_numpy(logits), window))
-    return np.concatenate(losses)
+        if routers.chosen is not None:
+            experts.append(routers.chosen)
+    return np.concatenate(losses), experts
 
 
 def losses_of(logits: Array, window: Sequence[int]) -> Array:
@@ -73,10 +96,10 @@ def perplexity(optimised: Array, baseline: Array, reference: Array, dtype: torch
     )
 
 
-def reference_losses(reference: Any, windows: Sequence[Sequence[int]]) -> Array:
+def reference_losses(reference: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
     """Token losses of the float64 reference."""
     with exact(reference):
-        return token_losses(reference, windows)
+        return token_losses(reference, windows, chosen)
 
 
 @torch.no_grad()
@@ -133,13 +156,37 @@ def explain_divergences(
         logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
             are not given.
     """
+    return compare_texts(optimised, expected, batch, baseline, reference, logits)[0]
+
+
+def compare_texts(
+    optimised: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    batch: Batch,
+    baseline: Any,
+    reference: Any,
+    logits: Sequence[Array] = (),
+) -> tuple[list[Divergence], tuple[Trace, Trace] | None]:
+    """:func:`explain_divergences`; and of a mixture the traces of both models over ``expected``, with their experts,
+    None where nothing differs."""
     steps = max(map(len, (*optimised, *expected)))
     # What follows a row's end is the same filler in both, so that it never counts as a divergence.
     ours, theirs = (np.array([[*row, *[0] * (steps - len(row))] for row in rows]) for rows in (optimised, expected))
+    if np.array_equal(ours, theirs):
+        return [], None
+    if not expert_count(baseline.config):
+        return _divergences_of_dense(ours, theirs, batch, baseline, reference, logits), None
+    stock = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
+    true = teacher_forcing.run_reference(reference, batch, theirs, stock.chosen)
+    return divergences(ours, stock, true), (stock, true)
+
+
+def _divergences_of_dense(
+    ours: Array, theirs: Array, batch: Batch, baseline: Any, reference: Any, logits: Sequence[Array]
+) -> list[Divergence]:
+    """No more passes than it takes: of the rows that part, up to there."""
     differ = ours != theirs
     rows = np.flatnonzero(differ.any(axis=1))
-    if not rows.size:
-        return []
     # Nothing after the last place where two texts part is asked for.
     steps = int(differ[rows].argmax(axis=1).max()) + 1
     ours, theirs = ours[rows, :steps], theirs[:, :steps]
@@ -152,3 +199,30 @@ def explain_divergences(
     stock = Trace(known[:, :1], known[:, 1:], theirs, parted.attention_mask.bool().numpy())
     true = teacher_forcing.run_reference(reference, parted, theirs[:, :-1])
     return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true)]
+
+
+def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace) -> list[Divergence]:
+    """``found`` with the near-tie of a router that explains a divergence, where one does.
+
+    It does where the optimised model, with the experts and tokens of the baseline forced on it, prefers the baseline's
+    token or one that the baseline cannot tell from it, and where every other choice of experts that it would have made
+    before is a near-tie.
+
+    Args:
+        ours: of the optimised model, uncompiled, forced to the experts and tokens of ``baseline``.
+    """
+    choices = compare_routing(ours.routing, baseline.routing, reference.routing, baseline.valid).mismatches
+    lengths = baseline.valid.sum(axis=1)
+    explained: list[Divergence] = []
+    for each in found:
+        row, step = each.row, each.position
+        before = [other for other in choices if other.row == row and other.position < lengths[row] + step]
+        said, stock, true = (
+            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
+            for trace in (ours, baseline, reference)
+        )
+        margin, noise = stock[each.baseline_token] - stock[said.argmax()], np.abs(stock - true).max()
+        if not each.excused and before and all(other.excused for other in before) and margin <= 2 * noise:
+            each = replace(each, routing=str(before[0]))
+        explained.append(each)
+    return explained
