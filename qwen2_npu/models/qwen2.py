@@ -30,6 +30,7 @@ from qwen2_npu.compat import (
     LOGITS_IN_FLOAT32,
     TIED_WEIGHTS,
     check_config,
+    expert_count,
     growing_cache,
     one_cache,
     settled,
@@ -85,6 +86,8 @@ class Qwen2ForCausalLM(CheckpointIO, GenerationHooks, PreTrainedModel, Generatio
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )
+        if expert_count(config):
+            config._experts_implementation = "eager"
         super().__init__(config)
         self.optimizations = optimizations
         self.ranks = ranks
