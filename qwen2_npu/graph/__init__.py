@@ -67,9 +67,7 @@ def parse_mode(mode: str | None) -> str:
     return chosen
 
 
-def check_mode(
-    mode: str, device: torch.device, optimizations: Optimizations | None = None, config: Any = None
-) -> None:
+def check_mode(mode: str, device: torch.device, optimizations: Optimizations | None = None, config: Any = None) -> None:
     """Refuse a mode before a model is built or compiled for it.
 
     Args:
