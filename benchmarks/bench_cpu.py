@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
+from timing import CLOCKS, Clock, seconds
 from transformers import Qwen2Config, StaticCache
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
@@ -145,7 +146,7 @@ def weight_bytes_per_step(stock: Any, batch: int) -> float:
     return sum(p.nbytes * (share if ".experts." in name else 1.0) for name, p in stock.named_parameters())
 
 
-def measure(cells: list[Cell], runners: dict[str, Runner], rounds: int, steps: int) -> None:
+def measure(cells: list[Cell], runners: dict[str, Runner], rounds: int, steps: int, clock: Clock) -> None:
     """Fill ``cells``, which differ in the candidate only, round by round."""
     batch, prompt = cells[0].batch, cells[0].prompt
     ids = torch.randint(0, 1000, (batch, prompt), generator=torch.Generator().manual_seed(1))
@@ -158,9 +159,10 @@ def measure(cells: list[Cell], runners: dict[str, Runner], rounds: int, steps: i
     for _ in range(rounds):
         for cell in cells:
             runner = runners[cell.candidate]
-            cell.prefill_ms.append(seconds(lambda runner=runner: runner.prefill(ids, total)) * 1e3)
+            cell.prefill_ms.append(seconds(lambda runner=runner: runner.prefill(ids, total), clock=clock) * 1e3)
             runner.decode(token)
-            cell.decode_ms.extend(seconds(lambda runner=runner: runner.decode(token)) * 1e3 for _ in range(steps))
+            decode = partial(runner.decode, token)
+            cell.decode_ms.extend(seconds(decode, clock=clock) * 1e3 for _ in range(steps))
 
 
 def peak_memory(candidate: str, shape: str, dtype: str, batch: int, prompt: int) -> int:
@@ -204,6 +206,7 @@ def _run_for_memory(candidate: str, shape: str, dtype: str, batch: int, prompt: 
 @click.option("--rounds", default=3, help="Rounds over all candidates.")
 @click.option("--steps", default=8, help="Decode steps per round.")
 @click.option("--threads", default=2)
+@click.option("--clock", default="wall", type=click.Choice(list(CLOCKS)), help="cpu: of one thread on a busy machine.")
 @click.option("--memory/--no-memory", default=True, help="Also measure peak memory, in one process per candidate.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all samples here.")
 @click.option("--memory-of", hidden=True)
@@ -217,6 +220,7 @@ def main(
     rounds: int,
     steps: int,
     threads: int,
+    clock: str,
     memory: bool,
     json_path: Path | None,
     memory_of: str | None,
@@ -236,7 +240,7 @@ def main(
                 runners = {candidate: Runner(candidate, stock) for candidate in candidates}
                 cells = [Cell(candidate, dtype, batch, prompt) for candidate in candidates]
                 bandwidth = probe_bandwidth()
-                measure(cells, runners, rounds, steps)
+                measure(cells, runners, rounds, steps, CLOCKS[clock])
                 bandwidth = max(bandwidth, probe_bandwidth())
                 floor_ms = weight_bytes_per_step(stock, batch) / bandwidth * 1e3
                 del runners
