@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from qwen2_npu.conformance.perf.ratio import take_turns
 
-
 Clock = Callable[[], float]
 
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}

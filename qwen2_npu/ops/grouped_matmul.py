@@ -83,7 +83,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a weight (groups, K, N), as ``device`` multiplies it fastest; docs/performance.md has the measurement.
 
-    On a CPU oneDNN reads bfloat16 a quarter faster where K lies densely, and one row takes :func:`.linear.linear`'s way.
+    On a CPU oneDNN reads bfloat16 a quarter faster where K lies densely, and one row takes the way of ``linear``.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
         return torch.empty(shape[0], shape[2], shape[1], dtype=dtype, device=device).mT
