@@ -118,7 +118,7 @@ class Size:
             "pad_token_id": None,
         }
         if not self.experts:
-            return CONFIGURATIONS["qwen2"](**values)  # type: ignore[no-any-return]
+            return CONFIGURATIONS["qwen2"](**values)
         if MIXTURE not in CONFIGURATIONS:
             raise UnsupportedError(f"{self.name} is a mixture of experts, which transformers has from 5 on: install it")
         values |= {
@@ -130,7 +130,7 @@ class Size:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-        return CONFIGURATIONS[MIXTURE](**values)  # type: ignore[no-any-return]
+        return CONFIGURATIONS[MIXTURE](**values)
 
 
 MIXTURE = "qwen2_moe"

@@ -149,3 +149,12 @@ def test_memory_of_weights_is_the_layout_that_the_device_multiplies_fastest(dtyp
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     found, expected = (grouped(x, memory, [1, 0, 5]) for memory in (weight, weight.contiguous()))
     torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_gradients_products_go_straight_to_their_places(dtype: torch.dtype) -> None:
+    """The same bits with and without."""
+    x, weight = torch.randn(9, 16).to(dtype), torch.randn(4, 16, 8).to(dtype)
+    expected = grouped(x, weight, [3, 0, 1, 5])
+    with torch.no_grad():
+        assert torch.equal(grouped(x, weight, [3, 0, 1, 5]), expected)
