@@ -39,6 +39,7 @@ from qwen2_npu.compat import (
     readable_by_both,
 )
 from qwen2_npu.errors import CheckpointError
+from qwen2_npu.ops.grouped_matmul import empty_weight
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
@@ -247,7 +248,8 @@ def cut_for(model: PreTrainedModel) -> Cutting:
 def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            make = empty_weight if parameter.dim() == 3 else torch.empty  # as in stock_layout: all experts
+            empty = make(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
     if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight

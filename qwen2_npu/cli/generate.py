@@ -163,9 +163,9 @@ def _loaded(
     from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
 
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
-    graph.check_mode(mode, torch.device(device), optimizations)
     # First: transformers reads config.json for the tokenizer, too.
-    read_config(folder)
+    config = read_config(folder)
+    graph.check_mode(mode, torch.device(device), optimizations, config)
     tokenizer = load_tokenizer(folder)
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
     model = Qwen2ForCausalLM.from_pretrained(

@@ -16,7 +16,7 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts
-from qwen2_npu.optimizations import LADDER, MODES
+from qwen2_npu.optimizations import EXPERTS, LADDER, MODES
 from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -
     Raises:
         click.BadParameter: an unknown step.
     """
-    return None if value is None else names_of(value, LADDER)
+    return None if value is None else names_of(value, (*LADDER, *EXPERTS))
 
 
 class FiniteFloat(click.FloatRange):

@@ -33,6 +33,7 @@ from qwen2_npu.compat import (
     TIED_WEIGHTS,
     check_config,
     described,
+    expert_count,
     growing_cache,
     grows_whole,
     one_cache,
@@ -87,6 +88,8 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         config._attn_implementation = (
             "eager"  # transformers checks its own kernels against the class; ours are the npu:: ones
         )
+        if expert_count(config):
+            config._experts_implementation = "eager"
         super().__init__(config)
         self.optimizations = optimizations
         self.ranks = ranks

@@ -81,13 +81,41 @@ def head_on_last_token(graph: Graph) -> Problems:
         yield f"{len(graph.heads)} products with lm_head, expected 1"
 
 
+EXPERT_PRODUCTS = 4
+"""Of a mixture of experts beside the shared one: two grouped products, the router, and the gate of the shared one."""
+
+ROUTED = {"MoeGatingTopKSoftmax": 1, "MoeInitRoutingV3": 1, "GroupedMatmul": 2, "MoeFinalizeRoutingV2": 1}
+"""GE operator -> how many a layer of experts has."""
+
+
+def grouped_experts(graph: Graph) -> Problems:
+    """All experts of a layer are two products, which read the weights as they lie; nothing else reads those."""
+    for name, count in ROUTED.items():
+        if (found := len(graph.of_type(name))) != count * graph.lowered.sparse:
+            yield f"{found} {name}, expected {count} in each of {graph.lowered.sparse} layers with experts"
+    data = {node.name for node in graph.lowered.nodes if node.type in DATA}
+    for op in graph.ops:
+        for edge, value in zip(op.node.inputs, op.inputs, strict=True):
+            if value is None or edge is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
+                continue
+            if op.node.type != "GroupedMatmul":
+                yield f"{op.node.name} ({op.node.type}) reads the weights of the experts {value.shape}"
+            elif edge.node not in data:
+                yield f"{op.node.name} reads {edge.node}, not the experts' weights themselves"
+
+
+EXPERT_DIMENSIONS = 3
+"""Of the weights of all experts together; no other weight has so many."""
+
+
 def fused_products(graph: Graph) -> Problems:
     """One product for q, k and v, and one for gate and up, where those steps are on."""
     per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
-    found = len(graph.products) - len(graph.heads)
-    if found != per_layer * graph.lowered.layers:
+    found, sparse = len(graph.products) - len(graph.heads), graph.lowered.sparse
+    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse:
         yield (
-            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer: "
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer and "
+            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts: "
             "q, k and v, or gate and up, are not fused as switched on"
         )
 
@@ -141,12 +169,15 @@ class Invariant:
 
 
 def collectives(graph: Graph) -> Problems:
-    """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none."""
-    several, layers = graph.lowered.ranks > 1, graph.lowered.layers
+    """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none.
+
+    The sum after the experts is one of its own: no product stands before it.
+    """
+    several, layers, sparse = graph.lowered.ranks > 1, graph.lowered.layers, graph.lowered.sparse
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
     expected = {
-        "MatmulAllReduce": 2 * layers if fused else 0,
-        "HcomAllReduce": several * (1 if fused else 2 * layers + 1),
+        "MatmulAllReduce": 2 * layers - sparse if fused else 0,
+        "HcomAllReduce": several * (1 + sparse if fused else 2 * layers + 1),
         "HcomAllGather": int(several),
     }
     for name, count in expected.items():
@@ -162,6 +193,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(no_wide_copies),
     Invariant(head_on_last_token, since="last_token_logits"),
     Invariant(fused_products),
+    Invariant(grouped_experts),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
 )

@@ -1,14 +1,20 @@
-"""The block of experts of Qwen2-57B-A14B as calls of the npu:: operators, and the same as dense products in float64."""
+"""The block of experts of Qwen2-57B-A14B as calls of the npu:: operators, and the same as dense products in float64;
+and a small model with such blocks.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.compat import CONFIGURATIONS
+from tests.unit.small import small_stock, stock_weights
 
 npu = torch.ops.npu
 
@@ -97,3 +103,33 @@ def dense(x: Tensor, w: Experts, top: int) -> Tensor:
 def _swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
+
+
+# ---- a model --------------------------------------------------------------------------------------------------------
+needs_mixtures = pytest.mark.skipif(
+    "qwen2_moe" not in CONFIGURATIONS, reason="transformers 4.37.0 has no mixture of experts"
+)
+
+
+def mixture_config(**changes: Any) -> Any:
+    """One layer of eight experts, of which each token goes to three."""
+    values: dict[str, Any] = {
+        "vocab_size": 199, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    }  # fmt: skip
+    return CONFIGURATIONS["qwen2_moe"](**(values | changes))
+
+
+def mixture(
+    optimizations: Optimizations | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen2ForCausalLM:
+    """The small model with random weights, eager."""
+    config = mixture_config()
+    stock = small_stock(config)
+    model = Qwen2ForCausalLM.from_state_dict(
+        config, stock_weights(stock), device=device, dtype=dtype, optimizations=optimizations
+    )
+    return model.eval()

@@ -4,7 +4,8 @@ Counts, not times: from the shapes and dtypes of the real lowered graph, so they
 multiply-add counts as two FLOPs. Every operator reads its inputs and writes its outputs once; what differs is in
 :data:`RULES`: products, attention (charged the live length it is given, or the whole cache where it is given none),
 writes in place and gathers (charged what they touch), and collectives, which also send. A grouped product is charged
-the weights of as many groups as it has rows, or of all: at most so many have one.
+the weights of as many groups as it has rows, or of all: at most so many have one. How many it can be, and how many are
+to be expected, :func:`experts_read` says.
 
 Bytes that each of n cards sends, by the ring algorithms (Thakur, Rabenseifner, Gropp: Optimization of Collective
 Communication Operations in MPICH, 2005; the "bus bandwidth" factors of NCCL's tests): 2·(n - 1)/n of the tensor for an
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -67,6 +69,24 @@ def moved(values: Iterable[GraphValue]) -> Cost:
         cache_bytes=total["cache"],
         activation_bytes=total["activation"] + total["constant"],
     )
+
+
+class ExpertsRead(NamedTuple):
+    """How many experts of one layer have a token, and so their weights read."""
+
+    least: int
+    expected: float
+    most: int
+
+
+def experts_read(experts: int, per_token: int, tokens: int) -> ExpertsRead:
+    """Of ``experts``, when each of ``tokens`` goes to ``per_token`` of them.
+
+    ``expected`` is E·(1 - (1 - k/E)^T): every set of k experts is as likely as any other, and tokens choose on their
+    own. A trained router may prefer some, and tokens of one text choose alike: then it is fewer.
+    """
+    expected = experts * (1 - (1 - per_token / experts) ** tokens)
+    return ExpertsRead(per_token, expected, min(experts, per_token * tokens))
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------

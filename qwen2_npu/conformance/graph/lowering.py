@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen2_npu.compat import growing_cache, head_dim
+from qwen2_npu.compat import growing_cache, head_dim, is_sparse
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
@@ -46,6 +46,7 @@ class Lowered:
         weights: index of every Data node that is a parameter.
         on_host: index of every Data node whose tensor is on the host (the live lengths).
         ranks: cards that share the model: the size of the groups of its collectives, which few GE operators state.
+        sparse: how many of the layers are mixtures of experts.
     """
 
     phase: Phase
@@ -56,6 +57,7 @@ class Lowered:
     weights: frozenset[int]
     on_host: frozenset[int]
     ranks: int = 1
+    sparse: int = 0
 
 
 class RawGraph(NamedTuple):
@@ -130,6 +132,7 @@ def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, promp
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
         on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
         ranks=ranks,
+        sparse=sum(is_sparse(config, layer) for layer in range(config.num_hidden_layers)),
     )
 
 
@@ -167,7 +170,7 @@ def fake_model(
         try:
             # Around the construction alone: dynamo would trace the Python of the default device at every operator.
             with torch.device(DEVICE):
-                model = Qwen2ForCausalLM(config, optimizations, ranks).eval()
+                model = Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks).eval()
         finally:
             torch.set_default_dtype(before)
         model._prepare_rotary(torch.device(DEVICE), 1, None, None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import inductor, npu
 from qwen2_npu.optimizations import MODES, MODES_OF
+from tests.unit.mixture import mixture, needs_mixtures
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -120,6 +122,61 @@ def test_what_records_layers_runs_uncompiled(weights, counter):
 def test_a_growing_cache_is_refused(weights):
     with pytest.raises(UnsupportedError, match="needs the fixed_kv_cache step"):
         compile_model(build(weights, Optimizations.none()), "inductor")
+
+
+# ---- a mixture of experts -------------------------------------------------------------------------------------------
+@needs_mixtures
+def test_a_mixture_of_experts_needs_its_step(counter, monkeypatch):
+    """Refused by name in every graph mode, before anything is compiled; eager takes either."""
+    monkeypatch.setattr(npu, "check_installed", lambda mode, others: None)
+    model = mixture(Optimizations.up_to(LADDER[-1]))
+    for mode in MODES:
+        monkeypatch.setattr(type(model), "device", Device("cpu" if mode in MODES_OF["cpu"] else "npu"))
+        if mode == "eager":
+            assert compile_model(model, mode) is model
+            continue
+        with pytest.raises(UnsupportedError, match=f"^mode='{mode}' needs the fused_moe step for a mixture of expe"):
+            compile_model(model, mode)
+        assert model.compiled_steps == {}
+    graph.check_mode("inductor", torch.device("cpu"), Optimizations.up_to(LADDER[-1]), small_config())
+
+
+@needs_mixtures
+def test_one_decode_graph_serves_every_routing(counter):
+    """64 steps, in which the tokens go to many different sets of experts."""
+    model, routings = mixture(), set()
+    chosen = model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, given: routings.add(tuple(given[2].flatten().tolist()))
+    )
+    call = prompt(3, 9, ragged=True)
+    expected = model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False)
+    chosen.remove()
+    assert len(routings) > 16
+    compile_model(model, "inductor")
+    assert torch.equal(model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False), expected)
+    assert counter.graphs == 2
+
+
+@needs_mixtures
+def test_experts_that_the_host_looks_up_are_no_graph(counter, monkeypatch):
+    """Negative control: what the refusal spares a user is an error of the compiler."""
+    model = mixture(Optimizations.up_to(LADDER[-1]))
+    monkeypatch.setattr(graph, "check_mode", lambda *given: None)
+    compile_model(model, "inductor")
+    with pytest.raises(GuardOnDataDependentSymNode):
+        model.generate(**prompt(2, 9), max_new_tokens=2, do_sample=False)
+    assert counter.graphs == 0
+
+
+@needs_mixtures
+@pytest.mark.slow
+def test_inductor_generates_the_eager_tokens_of_a_mixture():
+    torch._dynamo.reset()
+    model = mixture()
+    call = prompt(2, 9, ragged=True)
+    expected = model.generate(**call, max_new_tokens=16, do_sample=False)
+    compile_model(model, "inductor")
+    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "npu", "xpu", "meta"])

@@ -138,7 +138,7 @@ def test_the_loss_of_tokens():
         ("single_label_classification", torch.tensor([1, 1, 3])),
         ("multi_label_classification", torch.eye(5)[:3]),
     ],
-    ids=str,
+    ids=["classes", "numbers", "regression", "single label", "multi label"],
 )
 def test_the_loss_of_sequences(problem, labels):
     stock = stock_of("Qwen2ForSequenceClassification", problem_type=problem)

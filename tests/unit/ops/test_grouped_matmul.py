@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen2_npu.ops.grouped_matmul import npu_grouped_matmul, products
+from qwen2_npu.ops.grouped_matmul import empty_weight, npu_grouped_matmul, products
 from tests.unit.ops.support import Recorder, compiled
 
 npu = torch.ops.npu
@@ -137,3 +137,24 @@ def test_errors() -> None:
         grouped(x, weight, [2, 0, 5], act_type=5)
     with pytest.raises(ValueError, match="group_list is None; supported: one tensor for each of the 3 weights"):
         npu.npu_grouped_matmul([x], [weight], group_type=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_of_weights_is_the_layout_that_the_device_multiplies_fastest(dtype: torch.dtype) -> None:
+    """A layout, not another shape, and no other result than a contiguous weight gives."""
+    weight = empty_weight((3, 64, 48), dtype, torch.device("cpu"))
+    assert (weight.shape, weight.dtype) == ((3, 64, 48), dtype)
+    assert (weight.mT if dtype == torch.bfloat16 else weight).is_contiguous()
+    weight.copy_(torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, expected = (grouped(x, memory, [1, 0, 5]) for memory in (weight, weight.contiguous()))
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_gradients_products_go_straight_to_their_places(dtype: torch.dtype) -> None:
+    """The same bits with and without."""
+    x, weight = torch.randn(9, 16).to(dtype), torch.randn(4, 16, 8).to(dtype)
+    expected = grouped(x, weight, [3, 0, 1, 5])
+    with torch.no_grad():
+        assert torch.equal(grouped(x, weight, [3, 0, 1, 5]), expected)

@@ -12,7 +12,12 @@ from qwen2_npu.conformance.graph.baselines import DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census, LayeredCensus
 from qwen2_npu.conformance.graph.cost import Cost
 
+MIXTURE = DocumentedGraph("57B-A14B", "decode", 4, "fused_moe")
+
 GRAPH = DocumentedGraph("7B", "decode", 4, "swiglu")
+
+
+MIXTURE_PHASES = (MIXTURE, replace(MIXTURE, phase="prefill"))
 
 
 def layered(launches: int = 14) -> LayeredCensus:
@@ -37,6 +42,18 @@ def test_a_change_in_either_direction_fails_with_a_diff(tmp_path, launches):
     changed = [line.split() for line in problem.splitlines() if line[:1] in "+-" and "launches" in line]
     assert ["-", '"launches":', "14"] in changed
     assert ["+", '"launches":', str(launches)] in changed
+
+
+def test_at_full_size_a_mixture_reads_the_experts_to_be_expected(tmp_path):
+    grouped, router = Cost(weight_bytes=3200, activation_bytes=5, launches=2), Cost(weight_bytes=7, launches=1)
+    layer = Census(9, {"GroupedMatmul": grouped, "MatMul": router}, {})
+    for graph in MIXTURE_PHASES:
+        baselines.update(graph, LayeredCensus(Census(1, {}, {}), layer, 0), "first record", tmp_path)
+    decode, prefill = (baselines.at_full_size(graph, tmp_path).costs for graph in MIXTURE_PHASES)
+    assert prefill == {"GroupedMatmul": grouped.combined(grouped, lambda one, _: 28 * one), "MatMul": decode["MatMul"]}
+    expected = round(28 * 3200 * 64 * (1 - (7 / 8) ** 4) / 32)
+    assert decode["GroupedMatmul"] == replace(prefill["GroupedMatmul"], weight_bytes=expected)
+    assert baselines.at_full_size(replace(MIXTURE, batch=5), tmp_path) is None
 
 
 def test_a_missing_baseline_fails_and_names_the_way_out(tmp_path):
@@ -73,4 +90,4 @@ def test_a_graph_that_is_as_it_was_has_the_first_reason_again(tmp_path):
 
 def test_every_graph_is_documented_once():
     names = [str(graph) for graph in baselines.documented()]
-    assert len(names) == len(set(names)) == 6 * 2 * 8 + 2 * 2 * (5 + 1) + 3
+    assert len(names) == len(set(names)) == 6 * 2 * 8 + 2 * 2 * (5 + 1) + 3 + 2 * (2 + 2 + 5) + 2

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from qwen2_npu.conformance.graph.census import Census, take
-from qwen2_npu.conformance.graph.cost import Cost, graph_cost
+from qwen2_npu.conformance.graph.cost import Cost, experts_read, graph_cost
 from tests.unit.conformance.graph.build import Graph
 
 BF16 = 2
@@ -138,6 +139,21 @@ def test_a_grouped_product_reads_no_more_weights_than_it_has_rows(rows, touched)
         activation_bytes=rows * (8 + 16) * BF16 + 32 * 8,
         launches=1,
     )
+
+
+@pytest.mark.parametrize(("experts", "per_token", "tokens"), [(5, 2, 1), (5, 2, 3), (4, 3, 2), (6, 6, 2)])
+def test_experts_read_of_every_choice_there_is(experts, per_token, tokens):
+    sets = list(combinations(range(experts), per_token))
+    read = [len(set().union(*choice)) for choice in product(sets, repeat=tokens)]
+    found = experts_read(experts, per_token, tokens)
+    assert (found.least, found.most) == (min(read), max(read))
+    assert found.expected == pytest.approx(sum(read) / len(read))
+
+
+def test_experts_read_of_the_published_mixture():
+    found = {tokens: experts_read(64, 8, tokens) for tokens in (1, 4, 32, 4096)}
+    assert [(read.least, read.most) for read in found.values()] == [(8, 8), (8, 32), (8, 64), (8, 64)]
+    assert [round(read.expected, 2) for read in found.values()] == [8.0, 26.48, 63.11, 64.0]
 
 
 def product_and_all_reduce(ranks: int) -> Census:

@@ -47,3 +47,11 @@ def test_no_documented_number_is_below_it(number: Documented) -> None:
     tokens = 1024 if phase == "prefill" else 1024 + 1022 / 2
     floor = work(SIZES[what.model], phase, what.batch, tokens, what.cards).floor_ms(CARD)
     assert 0.1 * number.ms < floor < 0.8 * number.ms
+
+
+def test_a_mixture_reads_and_multiplies_at_least_what_one_token_needs() -> None:
+    size = SIZES["57B-A14B"]
+    found = work(size, "decode", batch=1, tokens=0)
+    kv = 2 * 28 * 4 * 128
+    assert found.bytes == 2 * (size.activated - size.vocab * size.hidden + kv)
+    assert work(size, "decode", batch=2, tokens=0).bytes == found.bytes + 2 * kv
