@@ -59,6 +59,9 @@ MOE_CONFIG: dict[str, Any] = CONFIG | {
 BALANCE = 0.01
 """Weight of the loss by which the experts come to serve as many tokens each, in training."""
 
+LOGITS = 0.95
+"""What the logits are multiplied by in the end, in the final norm: see README.md."""
+
 
 def from_dense(dense: dict[str, torch.Tensor], model: Qwen2MoeForCausalLM, generator: torch.Generator) -> None:
     """Fill ``model`` in place."""
@@ -136,6 +139,7 @@ def main() -> None:
         from_dense(load_file(DENSE / "model.safetensors"), model, generator)
     begun = time.monotonic()
     loss = train(model, tokens, heldout_tokens, arguments.steps, arguments.rate, generator)
+    model.model.norm.weight.data.mul_(LOGITS)
     state = one_by_one(round_to_bfloat16(model))
     model.config.output_router_logits = False  # the loss of the text alone
     heldout_loss = mean_loss(model, heldout_tokens)
