@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qwen2_npu.checkpoint.sources import open_checkpoint
+from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import Pair, weights_of_checkpoint
@@ -31,7 +32,7 @@ def is_mixture(config: pytest.Config, weights: str) -> bool:
         found = open_checkpoint(config.option.model_path, assume_tp=config.option.assume_tp).config
     except (ValueError, OSError):  # the tests say so
         return False
-    return bool(getattr(found, "num_experts", 0))
+    return expert_count(found) > 0
 
 
 def dtypes_of(config: pytest.Config) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
+from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
@@ -290,7 +291,7 @@ def _steps(
     """
     missing, way_out, ranks = "", "", rank_count()
     source = open_checkpoint(model_path or tiny.path(), assume_tp=assume_tp)
-    mixture = bool(getattr(source.config, "num_experts", 0))
+    mixture = expert_count(source.config) > 0
     if asked is not None and not mixture and set(asked) & set(EXPERTS):
         where = "the tiny checkpoint" if model_path is None else model_path
         raise UnsupportedError(

@@ -24,6 +24,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
 def block_of(path: str, *, normalised: bool = False, dtype: torch.dtype = torch.float32) -> SparseMLP:
     """The same random weights for every path."""
     config = SimpleNamespace(
+        model_type="qwen2_moe",
         hidden_size=HIDDEN,
         num_experts=COUNT,
         num_experts_per_tok=TOP,
