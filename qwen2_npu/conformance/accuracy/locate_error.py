@@ -62,10 +62,14 @@ class ErrorLocation:
     name: str
     operators: tuple[str, ...]
     error: ErrorRatio
+    heads_moved: bool = False
+    """Every head is that of some head of the reference, at another place: computed rightly, and mixed up."""
 
     def __str__(self) -> str:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
+        if self.heads_moved:
+            what = "heads in the wrong places: the mapping of query heads to kv heads, or a split into heads"
         return (
             f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
             f"{self.error.noise:.3g}, in {self.path}"
@@ -188,8 +192,20 @@ def first_beyond(
             error = _error(point, stock_points[place], true_points[place], dtype)
             if not error.within:
                 path = "prefill" if step == 0 else f"decode step {step - 1}"
-                return ErrorLocation(path, point.layer, point.name, point.operators, error)
+                moved = _heads_moved(point, stock_points[place], true_points[place], dtype)
+                return ErrorLocation(path, point.layer, point.name, point.operators, error, moved)
     return None
+
+
+def _heads_moved(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> bool:
+    """Whether each head of ours is within its bound of some head of the reference. Of a tensor that is wrong."""
+    if ours.values.shape != true.values.shape or not ours.heads == true.heads > 1:
+        return False
+    mine, baseline, exact_heads = (np.split(point.values, ours.heads, axis=1) for point in (ours, stock, true))
+    return all(
+        any(error_ratio(head, own, wanted, dtype).within for own, wanted in zip(baseline, exact_heads, strict=True))
+        for head in mine
+    )
 
 
 def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorRatio:
