@@ -214,6 +214,70 @@ def test_each_fault_is_the_one_problem_of_its_invariant(fault: str) -> None:
     assert message in problem
 
 
+SEVERAL = {
+    # Checks that look at every node of a type: a sound one, or another offender, before this one hides nothing.
+    "kv_in_place-assign": 2,
+    "kv_in_place-TensorMove": 2,
+    "no_wide_copies-weight": 2,
+    "nothing_repeated_in_layers-Cos": 2,
+    "collectives-HcomBroadcast": 2,
+}
+
+
+@pytest.mark.parametrize("fault", SEVERAL)
+def test_each_of_several_offenders_is_named(fault: str) -> None:
+    graph = sound()
+    for _ in range(SEVERAL[fault]):
+        FAULTS[fault][0](graph)
+    problems = graph.problems()
+    assert len(set(problems)) == SEVERAL[fault]
+    assert all(FAULTS[fault][1] in problem for problem in problems)
+
+
+def test_a_cast_behind_one_that_is_allowed_is_seen() -> None:
+    graph = sound()
+    for given in (HIDDEN, value(8, origin="weight"), WEIGHT):
+        graph.op("Cast", [given], HIDDEN)
+    assert len(graph.problems()) == 1
+
+
+def test_every_head_is_looked_at() -> None:
+    graph = sound()
+    graph.op("MatMul", [HIDDEN, WEIGHT], value(BATCH + 1, 1, VOCABULARY))
+    first, second = graph.problems()
+    assert "computes logits of 3 tokens, expected 2: one per row" in first
+    assert "2 products with lm_head, expected 1" in second
+
+
+def test_a_cache_is_as_large_as_the_smallest_that_is_written() -> None:
+    """Layers may have caches of several sizes; what is smaller than all of them is a part of one."""
+    graph = sound()
+    small = value(BATCH, 32, 2, 4, origin="cache")
+    index = graph.of_type("Scatter")[1]
+    graph.ops[index] = replace(graph.ops[index], inputs=(small, *graph.ops[index].inputs[1:]))
+    assert graph.problems() == []
+    for given, problems in ((value(BATCH, 31, 2, 4, origin="cache"), 0), (small, 1)):
+        graph.op("Identity", [given], HIDDEN)
+        assert len(graph.problems()) == problems
+    graph = sound()
+    index = graph.of_type("Scatter")[0]
+    graph.ops[index] = replace(graph.ops[index], inputs=(value(1), CACHE, HIDDEN))
+    graph.op("Identity", [value(BATCH, 63, 2, 4, origin="cache")], HIDDEN)
+    assert graph.problems() == []
+
+
+def test_an_input_of_another_shape_is_said_for_each_and_a_lowered_graph_is_looked_into() -> None:
+    graph = Written()
+    names = [graph.node("Data", attributes={"index": at}, shapes=((-1,),)).name for at in range(2)]
+    lowered = Lowered("decode", BATCH, 10, LAYERS, graph.nodes, frozenset(), frozenset())
+    found = invariants.problems(lowered, Optimizations.all(), VOCABULARY)
+    assert [name in problem for name, problem in zip(names, found, strict=True)] == [True, True]
+    nothing = Lowered("decode", BATCH, 10, LAYERS, [], frozenset(), frozenset())
+    assert any(
+        "0 Scatter nodes" in problem for problem in invariants.problems(nothing, Optimizations.all(), VOCABULARY)
+    )
+
+
 COUNTS = {
     # type of collective -> how many of 3 layers; of two ranks, not fused and fused
     "HcomAllReduce": (7, 1),
@@ -307,6 +371,7 @@ def test_a_graph_that_writes_no_cache_says_so_once() -> None:
         ("Data", (-1,), True, False),  # the live lengths are on the host
         ("Data", (2, 0), False, False),
         ("Data", (), False, False),
+        ("Data", (1,), False, False),
         ("Cast", (-1,), False, False),
     ],
 )

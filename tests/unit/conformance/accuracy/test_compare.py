@@ -12,11 +12,12 @@ from qwen2_npu.conformance.accuracy.compare import (
     PathComparison,
     compare_traces,
     kl_divergence,
+    log_softmax,
 )
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, ErrorRatio
 from qwen2_npu.conformance.accuracy.teacher_forcing import Array, Trace
 
-ROWS, WIDTH, STEPS, VOCABULARY = 2, 3, 2, 5
+ROWS, WIDTH, STEPS, VOCABULARY = 2, 3, 3, 5
 VALID = np.array([[False, True, True], [True, True, True]])
 
 
@@ -50,10 +51,12 @@ def test_same_noise_passes_and_every_valid_position_is_counted(reference: Trace)
     assert 0 < result.kl_mean < 1e-8
 
 
-def test_padding_is_never_compared(reference: Trace) -> None:
-    optimised = off_by(reference, 1e-5, 1)
-    optimised.prefill_logits[~VALID] = np.nan
-    assert compare_traces(optimised, off_by(reference, 1e-5, 2), reference, torch.float32).passed
+def test_padding_is_never_compared() -> None:
+    for path in ("prefill", "hidden"):
+        for who in range(3):
+            traces = exact_traces()
+            part(traces[who], path)[~VALID] = np.nan
+            assert compared(*traces).passed, (path, who)
 
 
 def test_too_much_error_on_one_path_fails_and_is_named(reference: Trace) -> None:
@@ -222,7 +225,9 @@ def test_the_error_of_each_position_counts_up_to_its_limit(path: str, place: tup
         if passed:
             assert result.passed, result.failures()
         else:
-            expect_one_failure(result, path, f"allowed {RMS_FACTOR} ×")
+            what = "hidden states" if path == "hidden" else "logits"
+            expect_one_failure(result, path, f"RMS error of the {what} ")
+            assert result.failures()[0].endswith(f", allowed {RMS_FACTOR} ×")
 
 
 @pytest.mark.parametrize(("path", "place"), TOKEN_PLACES)
@@ -328,6 +333,33 @@ def test_totals_are_of_all_paths_with_tokens() -> None:
         "rms_baseline": 2.0, "rms_floor": 4.0, "rms_ratio": 1.25, "passed": True,
     }  # fmt: skip
     assert list(written["paths"]) == ["prefill", "hidden", "decode"]
+
+
+def test_the_worst_of_a_total_may_be_on_any_path_and_every_mismatch_is_kept() -> None:
+    first, second = (Mismatch("decode", row, 1, 2, 3, 0.5, 0.1, False) for row in (0, 1))
+    result = Comparison((
+        path_of("prefill", 1, max_error=1.0, kl_max=1.0, error=ErrorRatio(0.5, 1.0, 0.0)),
+        path_of("decode", 2, max_error=2.0, kl_max=3.0, error=ErrorRatio(0.75, 1.0, 0.0), mismatches=(first, second)),
+    ))  # fmt: skip
+    assert (result.max_logit_error, result.kl_max, result.rms_ratio) == (2.0, 3.0, 0.75)
+    assert result.unexcused == (first, second)
+    assert result.to_dict()["unexcused"] == [asdict(first), asdict(second)]
+    assert result.failures() == [str(first), str(second)]
+    excused = [replace(each, excused=True) for each in (first, second)]
+    result = Comparison((path_of("decode", 2, mismatches=tuple(excused)),))
+    assert (result.passed, result.excused, result.to_dict()["excused"]) == (
+        True,
+        tuple(excused),
+        [*map(asdict, excused)],
+    )
+
+
+def test_one_position_is_enough_to_compare() -> None:
+    assert Comparison((path_of("prefill", 1),)).passed
+
+
+def test_large_logits_have_a_softmax() -> None:
+    np.testing.assert_allclose(log_softmax(np.array([[1e4, 0.0], [-1e4, 0.0]])), [[0.0, -1e4], [-1e4, 0.0]])
 
 
 def test_figures_of_a_path_are_of_its_worst_and_its_mean_position() -> None:

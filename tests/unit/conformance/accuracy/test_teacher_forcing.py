@@ -137,6 +137,21 @@ def test_answers_are_copied_out_without_rounding(dtype: torch.dtype, kept: Any) 
     assert (array.dtype, array.tolist()) == (kept, [1.0, 1.0])
 
 
+def test_every_timed_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once before the clock is read: work that is still running is no time."""
+    events: list[str] = []
+    monkeypatch.setattr(teacher_forcing, "_synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(teacher_forcing.time, "perf_counter", lambda: float(len(events.append("look") or events)))
+    run(CountingModel(), BATCH, decode_steps=3, hidden=False)
+    assert events == ["look", "wait", "look", "look", "wait", "look", "wait", "look", "look", "wait", "look"]
+
+
+def test_a_trace_that_timed_nothing_says_so() -> None:
+    empty = np.empty((1, 0, 4))
+    trace = Trace(empty, empty, np.empty((1, 0), np.int64), np.empty((1, 0), bool))
+    assert (trace.prefill_seconds, trace.timed_tokens, trace.decode_seconds) == (0.0, 0, 0.0)
+
+
 def test_a_device_is_waited_for_and_the_host_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = []
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(synchronize=waited.append))

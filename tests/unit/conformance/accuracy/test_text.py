@@ -99,3 +99,13 @@ def test_a_text_that_ends_earlier_parts_where_it_ends() -> None:
     # Of a shorter row what follows its end is filler, and no divergence.
     (found,) = text.explain_divergences([rows[0][:1], [*rows[1][:2], 63]], [rows[0][:1], rows[1]], BATCH, *models)
     assert found.row == 1
+
+
+def test_the_longer_of_two_texts_is_followed_to_its_end() -> None:
+    rows = [continued(prompt, 3) for prompt in PROMPTS]
+    models = CountingModel(), CountingModel(torch.float64)
+    shorter = [[rows[0][0]], [rows[1][0]]]
+    for ours, theirs in ((shorter, rows), (rows, shorter)):
+        found = text.explain_divergences(ours, theirs, BATCH, *models)
+        assert [(each.row, each.position) for each in found] == [(0, 1), (1, 1)]
+    assert not any(call.get("output_hidden_states") for call in models[0].calls), "not needed, and as long as a prefill"

@@ -187,6 +187,12 @@ def test_a_run_is_of_its_kind_up_to_the_margin_of_each_figure(statistic: str, si
         assert len(kept.runs) == 5
 
 
+def test_the_margin_itself_is_within(tmp_path: Path) -> None:
+    interval = prediction_interval(RUNS)
+    for ms in (interval.low, interval.high):
+        assert len(recorded(tmp_path / str(ms)).record(ROW, measured(ms), "first", COMMIT).runs) == 6
+
+
 @pytest.mark.parametrize("factor", [0.8, 1.2])
 def test_a_run_a_fifth_away_in_either_direction_is_never_added(factor: float, tmp_path: Path) -> None:
     store = recorded(tmp_path)
@@ -216,6 +222,7 @@ def test_another_protocol_starts_a_new_baseline_under_the_same_reason(key: str, 
     (old,) = json.loads(store.path.read_text())["rows"][ROW.id]["history"]
     assert (len(old["runs"]), old["replaced_for"], old["protocol"][key]) == (5, "first", protocol(measured(50.0))[key])
     assert "history" not in old
+    assert old["replaced"] == json.loads(store.path.read_text())["rows"][ROW.id]["runs"][0]["date"]
 
 
 def test_all_of_the_history_is_kept(tmp_path: Path) -> None:
@@ -269,10 +276,33 @@ def test_no_value_of_the_file_can_be_edited(tmp_path: Path) -> None:
     assert store.baseline(ROW) is not None
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "7", '{"fingerprint": [], "rows": {}}', '{"fingerprint": 7, "rows": 7}'])
+def test_a_file_of_another_form_is_damaged(text: str, tmp_path: Path) -> None:
+    store = recorded(tmp_path, runs=RUNS[:1])
+    store.path.write_text(text)
+    with pytest.raises(BaselineError, match="is damaged"):
+        store.baseline(ROW)
+    store.path.unlink()
+    store.path.mkdir()
+    with pytest.raises(BaselineError, match="is damaged"):
+        store.baseline(ROW)
+
+
+def test_rows_in_another_order_and_words_in_any_script_are_the_same_content(tmp_path: Path) -> None:
+    """A merge may sort keys; the digest is of the content."""
+    store = recorded(tmp_path, runs=RUNS[:1])
+    store.record(PREFILL, measured(50.0), "更快", COMMIT)
+    content = json.loads(store.path.read_text(encoding="utf-8"))
+    content["rows"] = dict(reversed(content["rows"].items()))
+    store.path.write_text(json.dumps(content))
+    assert store.baseline(PREFILL) is not None
+
+
 def test_a_file_of_another_machine_is_refused_by_each_of_its_marks(tmp_path: Path) -> None:
     """With a digest that fits: one run of several is from elsewhere, or the fingerprint is not the folder's."""
     store = recorded(tmp_path)
     content = json.loads(store.path.read_text())
+    content["rows"] = {PREFILL.id: json.loads(store.path.read_text())["rows"][ROW.id], **content["rows"]}
     content["rows"][ROW.id]["runs"][3]["fingerprint"] = THERE.digest
     body = {key: content[key] for key in ("fingerprint", "rows")}
     store.path.write_text(json.dumps({**body, "digest": _digest(body)}))
