@@ -15,7 +15,7 @@ from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.teacher_forcing import Array, Trace, position_ids_of, run, run_reference
 from tests.unit.conformance.accuracy.counting_model import HIDDEN, VOCABULARY, CountingModel, answer
 
-PROMPTS = [[5], [1, 2, 3], [4, 9]]
+PROMPTS = [[5], [1, 2, 3, 8], [4, 9]]
 BATCH = Batch.of(PROMPTS, pad_token_id=60)
 FORCED = np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32]])
 STEPS = FORCED.shape[1]
@@ -29,7 +29,7 @@ def preferred(prompt: list[int], forced: list[int]) -> list[int]:
 
 def check_trace(trace: Trace, forced: Array) -> None:
     """Every answer is where the trace says it is."""
-    assert trace.valid.tolist() == [[False, False, True], [True, True, True], [False, True, True]]
+    assert trace.valid.tolist() == [[False] * 3 + [True], [True] * 4, [False, False, True, True]]
     assert np.array_equal(trace.forced, forced)
     assert trace.forced.dtype == np.int64
     for row, prompt in enumerate(PROMPTS):
@@ -60,7 +60,7 @@ def test_what_the_model_is_asked() -> None:
     for call in (hidden, last, prefill):
         assert torch.equal(call["input_ids"], BATCH.input_ids)
         assert torch.equal(call["attention_mask"], BATCH.attention_mask)
-        assert call["position_ids"].tolist() == [[1, 1, 0], [0, 1, 2], [1, 0, 1]]
+        assert call["position_ids"].tolist() == [[1, 1, 1, 0], [0, 1, 2, 3], [1, 1, 0, 1]]
     assert len(decode) == STEPS
     for step, call in enumerate(decode):
         assert call["input_ids"].tolist() == FORCED[:, step : step + 1].tolist()
@@ -92,7 +92,7 @@ def test_what_was_not_asked_for_is_not_run() -> None:
 
 
 def test_a_fixed_cache_is_made_for_all_tokens_and_a_growing_one_is_not() -> None:
-    for fixed, allocated in ((True, (3, 3 + STEPS)), (False, None)):
+    for fixed, allocated in ((True, (3, 4 + STEPS)), (False, None)):
         model = CountingModel()
         model.optimizations = SimpleNamespace(fixed_kv_cache=fixed)  # type: ignore[assignment]
         check_trace(run(model, BATCH, decode_steps=STEPS, forced=FORCED), FORCED)
