@@ -268,3 +268,12 @@ def test_the_message_repeats_the_check() -> None:
     assert "\n".join(script[1:]) == snippet("npu_swiglu", sample(), "float16", "cpu", 3, strided=True)
     assert script[-1].endswith("dtype='float16', device='cpu', seed=3, strided=True)")
     assert snippet("npu_swiglu", sample(), "float16", "cpu", 3).endswith("seed=3)")
+
+
+@pytest.mark.parametrize("what", ["value", "bound"])
+def test_a_golden_that_is_no_number_is_met_by_nothing(what: str) -> None:
+    arrays = {"value": VALUE.copy(), "bound": BOUND.copy()}
+    arrays[what][1, 1] = NAN
+    found = compare(Expected("out", **arrays), VALUE + 0.0625)
+    assert found is not None
+    assert found.problem.startswith("1 of 6 elements out of bounds")
