@@ -24,6 +24,185 @@ from tests.unit.conformance.accuracy.counting_model import CountingModel
 DECODE_STEPS = 2
 
 
+# ---- each rule alone, on passes written by hand ---------------------------------------------------------------------
+NOISE = 2.0**-10
+PLACES: tuple[tuple[int | None, str], ...] = ((0, "q_proj"), (0, "key"), (1, "key"), (None, "lm_head"))
+
+
+def recorded(error: float = 0.0, heads: int = 2, **changes: Any) -> PassRecorder:
+    """A pass of one row of three tokens, each value off by ``error``."""
+    found = PassRecorder(new=[3], total=[3], left=True)
+    for number, (layer, name) in enumerate(PLACES):
+        values = np.arange(12.0).reshape(3, 4) + 100 * number + error
+        found.points.append(Point(layer, name, values, ("npu_x",) if name == "key" else (), heads))
+    return found
+
+
+def first(ours: PassRecorder, step: int = 0) -> ErrorLocation | None:
+    return locate_error.first_beyond(ours.points, recorded(NOISE), recorded(), torch.float32, step)
+
+
+@pytest.mark.parametrize("at", range(len(PLACES)))
+def test_each_point_is_judged_up_to_its_limit(at: int) -> None:
+    """Twelve values: the one that is off may carry what the others leave of 1.5 times the noise."""
+    for beyond, found in ((1 - 1e-9, False), (1 + 1e-9, True)):
+        ours = recorded(NOISE)
+        ours.points[at].values[2, 3] += beyond * NOISE * (np.sqrt(RMS_FACTOR**2 * 12 - 11)) - NOISE
+        location = first(ours)
+        assert (location is not None) is found
+        if location is not None:
+            assert (location.layer, location.name, location.path) == (*PLACES[at], "prefill")
+            assert location.operators == ours.points[at].operators
+
+
+def test_the_first_point_in_order_of_execution_is_named() -> None:
+    ours = recorded(NOISE)
+    for at in (3, 1, 2):
+        ours.points[at].values[...] += 1
+    location = first(ours, step=3)
+    assert location is not None
+    assert (location.layer, location.name, location.path) == (0, "key", "decode step 2")
+    assert str(location).startswith("layer 0, key (npu_x): RMS error 1 exceeds 1.5 × noise 0.000977, in decode step 2")
+
+
+@pytest.mark.parametrize("missing", ["stock", "true"])
+def test_points_that_another_model_lacks_are_passed_over(missing: str) -> None:
+    ours, stock, true = recorded(NOISE), recorded(NOISE), recorded()
+    for at in (1, 2):
+        ours.points[at].values[...] += 1
+    del {"stock": stock, "true": true}[missing].points[1]
+    location = locate_error.first_beyond(ours.points, stock, true, torch.float32, 0)
+    assert location is not None
+    assert location.layer == 1
+
+
+def test_another_shape_is_beyond_every_bound() -> None:
+    ours = recorded(NOISE)
+    ours.points[1] = replace(ours.points[1], values=ours.points[1].values[:, :2])
+    location = first(ours)
+    assert location is not None
+    assert (location.error.optimised, location.error.baseline, location.error.floor) == (float("inf"), 0.0, 0.0)
+    assert not location.heads_moved
+
+
+@pytest.mark.parametrize(
+    ("order", "heads", "moved"), [([1, 0], 2, True), ([0, 0], 2, True), ([1, 0], 1, False), ([0, 2], 2, False)]
+)
+def test_heads_that_are_right_and_in_the_wrong_place_are_called_that(order: list[int], heads: int, moved: bool) -> None:
+    """kv heads mapped modulo the number of query heads, say: the rotary embedding has nothing to do with it."""
+    ours, stock, true = recorded(NOISE, heads), recorded(NOISE, heads), recorded(heads=heads)
+    parts = [*np.split(ours.points[1].values, 2, axis=1), np.full((3, 2), 7.0)]
+    ours.points[1] = replace(ours.points[1], values=np.concatenate([parts[at] for at in order], axis=1))
+    location = locate_error.first_beyond(ours.points, stock, true, torch.float32, 0)
+    assert location is not None
+    assert location.heads_moved is moved
+    assert ("(heads in the wrong places: the mapping of query heads to kv heads" in str(location)) is moved
+    assert ("(npu_x)" in str(location)) is not moved
+
+
+class Broken:
+    """A ladder in which everything from one step on fails."""
+
+    def __init__(self, since: str) -> None:
+        self.since = since
+        self.built: list[tuple[str, ...]] = []
+
+    def build(self, optimizations: Optimizations) -> tuple[str, ...]:
+        self.built.append(optimizations.names())
+        return optimizations.names()
+
+    def compare(self, names: tuple[str, ...]) -> Any:
+        fails = not self.since or self.since in names
+        return SimpleNamespace(passed=not fails, failures=lambda: [f"decode: {len(names)} steps", "more"])
+
+    def explain(self) -> locate_error.Explanation | None:
+        return locate_error.explain(self.build, Optimizations.all(), compare=self.compare, find=lambda model: None)
+
+
+@pytest.mark.parametrize("since", Optimizations.all().names())
+def test_the_first_failing_step_is_found_and_none_after_it_is_built(since: str) -> None:
+    ladder = Broken(since)
+    found = ladder.explain()
+    names = Optimizations.all().names()
+    assert found is not None
+    assert found.step == since
+    assert found.optimizations == names[: names.index(since) + 1] == ladder.built[-1]
+    assert found.failures == (f"decode: {names.index(since) + 1} steps", "more")
+    assert ladder.built[0] == ()
+    assert ladder.built == sorted(ladder.built, key=len)
+    assert str(found) == (
+        f"step {since}, no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph; "
+        f"decode: {names.index(since) + 1} steps"
+    )
+
+
+def test_a_ladder_that_fails_at_once_or_not_at_all() -> None:
+    found = Broken("").explain()
+    assert found is not None
+    assert (found.step, found.optimizations) == (None, ())
+    ladder = Broken("no such step")
+    assert ladder.explain() is None
+    assert ladder.built[-1] == Optimizations.all().names()
+
+
+@pytest.mark.parametrize(
+    ("failures", "text"),
+    [
+        (("last_token: a", "last_token: b"), "but those kept with logits_to_keep=1 are not the last token's"),
+        (("last_token: a", "decode: b"), "suspect the compiled graph"),
+        (("decode: a", "last_token: b"), "suspect the compiled graph"),
+    ],
+)
+def test_what_is_wrong_where_no_tensor_is(failures: tuple[str, ...], text: str) -> None:
+    found = locate_error.Explanation("swiglu", ("swiglu",), None, failures)
+    assert text in str(found)
+    assert str(found).endswith(f"; {failures[0]}")
+    written = found.to_dict()
+    assert written == {
+        "message": str(found), "step": "swiglu", "optimizations": ("swiglu",), "finding": None, "failures": failures,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("step", range(3))
+def test_each_row_parts_at_its_first_other_token_and_is_excused_up_to_twice_the_noise(row: int, step: int) -> None:
+    rows, steps, width, vocabulary = 3, 3, 2, 6
+    for beyond, excused in ((0.0, True), (2.0**-40, False)):
+        logits = [np.zeros((rows, count, vocabulary)) for count in (width, steps)]
+        forced = np.zeros((rows, steps), np.int64)
+        margin = 2 * NOISE + beyond
+        for values in logits:
+            values[..., 0], values[..., 3] = 1.0, 1.0 - margin
+        reference = Trace(logits[0], logits[1], forced, np.ones((rows, width), bool))
+        baseline = replace(reference, prefill_logits=logits[0].copy(), decode_logits=logits[1].copy())
+        known = baseline.prefill_logits[row, -1] if step == 0 else baseline.decode_logits[row, step - 1]
+        known[5] += NOISE
+        chosen = forced.copy()
+        chosen[row, step] = 3
+        chosen[row, step + 1 :] = 4  # what follows has another context
+        (found,) = locate_error.divergences(chosen, baseline, reference)
+        assert (found.row, found.position, found.baseline_token, found.optimised_token) == (row, step, 0, 3)
+        assert (found.margin, found.noise, found.excused) == (margin, NOISE, excused)
+        assert (" is a near-tie, within 2 × noise" in found.describe()) is excused
+    everywhere = np.full_like(forced, 3)
+    assert [each.row for each in locate_error.divergences(everywhere, baseline, reference)] == [0, 1, 2]
+
+
+def test_the_optimised_model_is_traced_on_the_baseline_s_paths() -> None:
+    """Forced to its tokens, with hidden states where it has them, and the last token's logits where a switch asks."""
+    batch = Batch.of([[5], [1, 2, 3]])
+    baseline = teacher_forcing.run(CountingModel(), batch, decode_steps=2)
+    for hidden, last in ((True, True), (False, False)):
+        model = CountingModel()
+        model.optimizations = SimpleNamespace(last_token_logits=last, fixed_kv_cache=False)  # type: ignore[assignment]
+        given = baseline if hidden else replace(baseline, hidden=None)
+        trace = locate_error.trace_model(model, batch, given)
+        assert np.array_equal(trace.forced, baseline.forced)
+        assert np.array_equal(trace.decode_logits, baseline.decode_logits)
+        assert ((trace.hidden is not None), (trace.last_logits is not None)) == (hidden, last)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pair() -> ModelPair:
     return ModelPair.of_shape("qwen2-0.5b", decode_steps=DECODE_STEPS)
@@ -128,82 +307,6 @@ def test_divergence_reads_as_a_sentence() -> None:
     )
 
 
-# ---- each rule alone, on passes written by hand ---------------------------------------------------------------------
-NOISE = 2.0**-10
-PLACES: tuple[tuple[int | None, str], ...] = ((0, "q_proj"), (0, "key"), (1, "key"), (None, "lm_head"))
-
-
-def recorded(error: float = 0.0, heads: int = 2, **changes: Any) -> PassRecorder:
-    """A pass of one row of three tokens, each value off by ``error``."""
-    found = PassRecorder(new=[3], total=[3], left=True)
-    for number, (layer, name) in enumerate(PLACES):
-        values = np.arange(12.0).reshape(3, 4) + 100 * number + error
-        found.points.append(Point(layer, name, values, ("npu_x",) if name == "key" else (), heads))
-    return found
-
-
-def first(ours: PassRecorder, step: int = 0) -> ErrorLocation | None:
-    return locate_error.first_beyond(ours.points, recorded(NOISE), recorded(), torch.float32, step)
-
-
-@pytest.mark.parametrize("at", range(len(PLACES)))
-def test_each_point_is_judged_up_to_its_limit(at: int) -> None:
-    """Twelve values: the one that is off may carry what the others leave of 1.5 times the noise."""
-    for beyond, found in ((1 - 1e-9, False), (1 + 1e-9, True)):
-        ours = recorded(NOISE)
-        ours.points[at].values[2, 3] += beyond * NOISE * (np.sqrt(RMS_FACTOR**2 * 12 - 11)) - NOISE
-        location = first(ours)
-        assert (location is not None) is found
-        if location is not None:
-            assert (location.layer, location.name, location.path) == (*PLACES[at], "prefill")
-            assert location.operators == ours.points[at].operators
-
-
-def test_the_first_point_in_order_of_execution_is_named() -> None:
-    ours = recorded(NOISE)
-    for at in (3, 1, 2):
-        ours.points[at].values[...] += 1
-    location = first(ours, step=3)
-    assert location is not None
-    assert (location.layer, location.name, location.path) == (0, "key", "decode step 2")
-    assert str(location).startswith("layer 0, key (npu_x): RMS error 1 exceeds 1.5 × noise 0.000977, in decode step 2")
-
-
-@pytest.mark.parametrize("missing", ["stock", "true"])
-def test_points_that_another_model_lacks_are_passed_over(missing: str) -> None:
-    ours, stock, true = recorded(NOISE), recorded(NOISE), recorded()
-    for at in (1, 2):
-        ours.points[at].values[...] += 1
-    del {"stock": stock, "true": true}[missing].points[1]
-    location = locate_error.first_beyond(ours.points, stock, true, torch.float32, 0)
-    assert location is not None
-    assert location.layer == 1
-
-
-def test_another_shape_is_beyond_every_bound() -> None:
-    ours = recorded(NOISE)
-    ours.points[1] = replace(ours.points[1], values=ours.points[1].values[:, :2])
-    location = first(ours)
-    assert location is not None
-    assert (location.error.optimised, location.error.baseline, location.error.floor) == (float("inf"), 0.0, 0.0)
-    assert not location.heads_moved
-
-
-@pytest.mark.parametrize(
-    ("order", "heads", "moved"), [([1, 0], 2, True), ([0, 0], 2, True), ([1, 0], 1, False), ([0, 2], 2, False)]
-)
-def test_heads_that_are_right_and_in_the_wrong_place_are_called_that(order: list[int], heads: int, moved: bool) -> None:
-    """kv heads mapped modulo the number of query heads, say: the rotary embedding has nothing to do with it."""
-    ours, stock, true = recorded(NOISE, heads), recorded(NOISE, heads), recorded(heads=heads)
-    parts = [*np.split(ours.points[1].values, 2, axis=1), np.full((3, 2), 7.0)]
-    ours.points[1] = replace(ours.points[1], values=np.concatenate([parts[at] for at in order], axis=1))
-    location = locate_error.first_beyond(ours.points, stock, true, torch.float32, 0)
-    assert location is not None
-    assert location.heads_moved is moved
-    assert ("(heads in the wrong places: the mapping of query heads to kv heads" in str(location)) is moved
-    assert ("(npu_x)" in str(location)) is not moved
-
-
 @pytest.mark.parametrize(
     "optimizations", [Optimizations.none(), Optimizations.up_to("fixed_kv_cache")], ids=["none", "fixed_kv_cache"]
 )
@@ -216,105 +319,3 @@ def test_kv_heads_mapped_modulo_are_named_by_the_mapping(
     message = two_groups.failure(optimizations, "one")
     assert "layer 0, key (heads in the wrong places: the mapping of query heads to kv heads" in message
     assert "rotary" not in message
-
-
-class Broken:
-    """A ladder in which everything from one step on fails."""
-
-    def __init__(self, since: str) -> None:
-        self.since = since
-        self.built: list[tuple[str, ...]] = []
-
-    def build(self, optimizations: Optimizations) -> tuple[str, ...]:
-        self.built.append(optimizations.names())
-        return optimizations.names()
-
-    def compare(self, names: tuple[str, ...]) -> Any:
-        fails = not self.since or self.since in names
-        return SimpleNamespace(passed=not fails, failures=lambda: [f"decode: {len(names)} steps", "more"])
-
-    def explain(self) -> locate_error.Explanation | None:
-        return locate_error.explain(self.build, Optimizations.all(), compare=self.compare, find=lambda model: None)
-
-
-@pytest.mark.parametrize("since", Optimizations.all().names())
-def test_the_first_failing_step_is_found_and_none_after_it_is_built(since: str) -> None:
-    ladder = Broken(since)
-    found = ladder.explain()
-    names = Optimizations.all().names()
-    assert found is not None
-    assert found.step == since
-    assert found.optimizations == names[: names.index(since) + 1] == ladder.built[-1]
-    assert found.failures == (f"decode: {names.index(since) + 1} steps", "more")
-    assert ladder.built[0] == ()
-    assert ladder.built == sorted(ladder.built, key=len)
-    assert str(found) == (
-        f"step {since}, no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph; "
-        f"decode: {names.index(since) + 1} steps"
-    )
-
-
-def test_a_ladder_that_fails_at_once_or_not_at_all() -> None:
-    found = Broken("").explain()
-    assert found is not None
-    assert (found.step, found.optimizations) == (None, ())
-    ladder = Broken("no such step")
-    assert ladder.explain() is None
-    assert ladder.built[-1] == Optimizations.all().names()
-
-
-@pytest.mark.parametrize(
-    ("failures", "text"),
-    [
-        (("last_token: a", "last_token: b"), "but those kept with logits_to_keep=1 are not the last token's"),
-        (("last_token: a", "decode: b"), "suspect the compiled graph"),
-        (("decode: a", "last_token: b"), "suspect the compiled graph"),
-    ],
-)
-def test_what_is_wrong_where_no_tensor_is(failures: tuple[str, ...], text: str) -> None:
-    found = locate_error.Explanation("swiglu", ("swiglu",), None, failures)
-    assert text in str(found)
-    assert str(found).endswith(f"; {failures[0]}")
-    written = found.to_dict()
-    assert written == {
-        "message": str(found), "step": "swiglu", "optimizations": ("swiglu",), "finding": None, "failures": failures,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("row", range(3))
-@pytest.mark.parametrize("step", range(3))
-def test_each_row_parts_at_its_first_other_token_and_is_excused_up_to_twice_the_noise(row: int, step: int) -> None:
-    rows, steps, width, vocabulary = 3, 3, 2, 6
-    for beyond, excused in ((0.0, True), (2.0**-40, False)):
-        logits = [np.zeros((rows, count, vocabulary)) for count in (width, steps)]
-        forced = np.zeros((rows, steps), np.int64)
-        margin = 2 * NOISE + beyond
-        for values in logits:
-            values[..., 0], values[..., 3] = 1.0, 1.0 - margin
-        reference = Trace(logits[0], logits[1], forced, np.ones((rows, width), bool))
-        baseline = replace(reference, prefill_logits=logits[0].copy(), decode_logits=logits[1].copy())
-        known = baseline.prefill_logits[row, -1] if step == 0 else baseline.decode_logits[row, step - 1]
-        known[5] += NOISE
-        chosen = forced.copy()
-        chosen[row, step] = 3
-        chosen[row, step + 1 :] = 4  # what follows has another context
-        (found,) = locate_error.divergences(chosen, baseline, reference)
-        assert (found.row, found.position, found.baseline_token, found.optimised_token) == (row, step, 0, 3)
-        assert (found.margin, found.noise, found.excused) == (margin, NOISE, excused)
-        assert (" is a near-tie, within 2 × noise" in found.describe()) is excused
-    everywhere = np.full_like(forced, 3)
-    assert [each.row for each in locate_error.divergences(everywhere, baseline, reference)] == [0, 1, 2]
-
-
-def test_the_optimised_model_is_traced_on_the_baseline_s_paths() -> None:
-    """Forced to its tokens, with hidden states where it has them, and the last token's logits where a switch asks."""
-    batch = Batch.of([[5], [1, 2, 3]])
-    baseline = teacher_forcing.run(CountingModel(), batch, decode_steps=2)
-    for hidden, last in ((True, True), (False, False)):
-        model = CountingModel()
-        model.optimizations = SimpleNamespace(last_token_logits=last, fixed_kv_cache=False)  # type: ignore[assignment]
-        given = baseline if hidden else replace(baseline, hidden=None)
-        trace = locate_error.trace_model(model, batch, given)
-        assert np.array_equal(trace.forced, baseline.forced)
-        assert np.array_equal(trace.decode_logits, baseline.decode_logits)
-        assert ((trace.hidden is not None), (trace.last_logits is not None)) == (hidden, last)
