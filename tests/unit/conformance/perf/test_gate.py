@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
-from qwen2_npu.conformance.perf import documented
+from qwen2_npu.conformance.perf import documented, gate
 from qwen2_npu.conformance.perf.gate import Against, LatencyComparison, Verdict, judge, limit_ms
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import MemoryFormula
@@ -241,6 +241,15 @@ def test_a_recorded_baseline_on_the_floor_is_one() -> None:
         scaled = baseline(*(run * floor / centre * factor for run in RECORDED))
         failures = verdict(replace(measured(), decode_ms=(floor * 1.005,) * 1023), recorded=scaled).failures
         assert any("is below the physical floor" in failure for failure in failures) is not passed
+
+
+def test_a_recorded_baseline_of_exactly_the_floor_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = baseline(*RECORDED)
+    for away, passed in ((0, True), (100, False)):
+        floor = math.nextafter(recorded.interval("median").centre, away) if away else recorded.interval("median").centre
+        monkeypatch.setattr(gate, "_floor_ms", lambda *_, floor=floor: floor)
+        steady = replace(measured(), decode_ms=(24.0,) * 512 + (24.48,) * 511)
+        assert verdict(steady, recorded=recorded).passed is passed
 
 
 FORMULA = MemoryFormula(weights=14_000_000_000, cache=500_000_000, tables=0, activations=0)
