@@ -122,6 +122,40 @@ def test_graphs_from_before_are_compiled_again_and_counted(backend: list[dict[st
         assert (counter.compiled, counter.runs) == (1, 1)
 
 
+def test_the_first_reason_is_kept_too() -> None:
+    guards = FailedGuards()
+    for text in ("first", "second"):
+        guards.emit(logging.LogRecord("name", logging.DEBUG, "", 0, text, (), None))
+    guards.compiled_for([])
+    guards.compiled_for([])
+    assert guards.graphs == ["graph 1 of : first; second", f"graph 2 of : {NO_GUARD}"]
+
+
+def test_reasons_go_to_the_counter_alone_and_to_nobody_afterwards(backend: list[dict[str, Any]]) -> None:
+    logger, other = logging.getLogger(RECOMPILES), FailedGuards()
+    with GraphCounter() as counter:
+        assert (logger.handlers, logger.propagate) == ([counter], False)
+        run = compiled()
+        for size in (2, 3):
+            run(ones(size), 3, [ones(1)])
+    assert len(counter.reasons) == 1
+    logger.addHandler(other)
+    try:
+        run = compiled()
+        for size in (2, 3):
+            run(ones(size), 3, [ones(1)])
+    finally:
+        logger.removeHandler(other)
+    assert other.reasons == []
+
+
+def test_what_was_compiled_before_is_no_reason(backend: list[dict[str, Any]]) -> None:
+    compiled()(ones(2), 3, [ones(1)])
+    with GraphCounter() as counter:
+        compiled()(ones(3), 3, [ones(1)])
+    assert (counter.compiled, counter.reasons) == (1, [])
+
+
 def test_inputs_that_are_no_tensors_are_named_by_type() -> None:
     guards = FailedGuards()
     guards.compiled_for([ones(2), 7, 8, ones(2), ones(2).long()])

@@ -118,9 +118,7 @@ def explain(
     """
     names = optimizations.names()
     for count in range(len(names) + 1):
-        if count < len(names) and not _possible(names[:count]):
-            continue
-        tried = Optimizations.of(names[:count])
+        tried = Optimizations.of(names[:count])  # what a switch needs stands before it
         model = build(tried)
         comparison = compare(model)
         if not comparison.passed:
@@ -242,14 +240,6 @@ def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
         for capture in found:
             capture.points = [of_all_ranks(point, model) for point in capture.points]
     return found
-
-
-def _possible(names: tuple[str, ...]) -> bool:
-    try:
-        Optimizations.of(names)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +13,16 @@ import pytest
 import torch
 
 from qwen2_npu import Optimizations
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, ErrorLocation
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, ErrorRatio
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.models import attention
+from qwen2_npu.optimizations import REQUIRES
 from tests.unit.conformance.accuracy.counting_model import CountingModel
 
 DECODE_STEPS = 2
@@ -100,6 +104,75 @@ def test_heads_that_are_right_and_in_the_wrong_place_are_called_that(order: list
     assert ("(npu_x)" in str(location)) is not moved
 
 
+OPERATORS = {
+    "q_proj": "linear", "k_proj": "linear", "v_proj": "linear", "query": "rotary embedding",
+    "key": "rotary embedding, cache", "value": "cache", "attention": "matmul, softmax, matmul", "o_proj": "linear",
+    "gate_proj": "linear", "up_proj": "linear", "mlp activation": "silu, mul", "down_proj": "linear",
+    "lm_head": "linear", "residual into norm": "add, norm", "input_layernorm": "add, norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_small_operators_are_named_by_their_point(name: str) -> None:
+    error = ErrorRatio(2.0, 1.0, 0.0)
+    said = str(ErrorLocation("prefill", 1, name, (), error))
+    assert said == f"layer 1, {name} ({OPERATORS[name]}): RMS error 2 exceeds 1.5 × noise 1, in prefill"
+    assert str(ErrorLocation("prefill", None, name, ("npu_a", "npu_b"), error)).startswith(f"{name} (npu_a, npu_b): ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "ours", "true", "moved"),
+    [
+        ((3, 4), 2, 2, True),
+        ((3, 4), 1, 1, False),  # one head has no other place
+        ((3, 4), 2, 4, False),
+        ((3, 4), 4, 2, False),
+        ((3, 2), 2, 2, False),
+        ((3, 6), 2, 2, False),
+    ],
+)
+def test_heads_can_only_be_moved_between_places_of_their_size(
+    shape: tuple[int, int], ours: int, true: int, moved: bool
+) -> None:
+    mine = Point(0, "key", np.ones(shape), (), ours)
+    stock, exact = (Point(0, "key", np.ones((3, 4)), (), true) for _ in range(2))
+    assert locate_error._heads_moved(mine, stock, exact, torch.float32) is moved
+
+
+@pytest.mark.parametrize("width", [2, 6])
+def test_more_and_fewer_features_are_another_shape(width: int) -> None:
+    mine, true = Point(0, "key", np.ones((3, width))), Point(0, "key", np.ones((3, 4)))
+    assert locate_error._error(mine, true, true, torch.float32).optimised == float("inf")
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_every_pass_is_looked_at(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = {
+        name: [recorded(error) for _ in range(3)] for name, error in (("ours", NOISE), ("stock", NOISE), ("true", 0))
+    }
+    passes["ours"][at].points[3].values[...] += 1
+    monkeypatch.setattr(locate_error, "captures", lambda model, batch, forced: passes[model.name])
+    ours, stock, true = (SimpleNamespace(name=name, dtype=torch.float32) for name in passes)
+    asked = []
+
+    def ask(function: Any, model: Any, **given: Any) -> Any:
+        asked.append((model, sorted(given)))
+        return function(model, **given)
+
+    batch = Batch.of([[1]])
+    found = locate_error.locate(ours, stock, true, batch, np.zeros((1, 2), np.int64), torch.float32, ask)
+    assert found is not None
+    assert (found.name, found.path) == ("lm_head", ("prefill", "decode step 0", "decode step 1")[at])
+    assert asked == [(ours, ["batch", "forced"])], "the ranks that share it are asked, and they alone"
+
+
+def test_what_a_switch_needs_stands_before_it() -> None:
+    """The steps are tried by switching on one more each time: none is refused on the way."""
+    order = [field.name for field in fields(Optimizations)]
+    for name, needed in REQUIRES.items():
+        assert all(order.index(each) < order.index(name) for each in needed), name
+
+
 class Broken:
     """A ladder in which everything from one step on fails."""
 
@@ -142,7 +215,9 @@ def test_a_ladder_that_fails_at_once_or_not_at_all() -> None:
     assert (found.step, found.optimizations) == (None, ())
     ladder = Broken("no such step")
     assert ladder.explain() is None
-    assert ladder.built[-1] == Optimizations.all().names()
+    assert ladder.built == [
+        Optimizations.all().names()[:count] for count in range(len(Optimizations.all().names()) + 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,3 +394,44 @@ def test_kv_heads_mapped_modulo_are_named_by_the_mapping(
     message = two_groups.failure(optimizations, "one")
     assert "layer 0, key (heads in the wrong places: the mapping of query heads to kv heads" in message
     assert "rotary" not in message
+
+
+def test_a_compiled_model_is_looked_into_without_its_graphs(pair: ModelPair) -> None:
+    """Hooks see eager execution only: what a graph computes would pass unseen."""
+
+    def unseen(*_: Any) -> Any:
+        raise AssertionError("a compiled step was called")
+
+    baseline, _ = pair.traces("one")
+    model = pair.build(Optimizations.all())
+    model.compiled_steps = {"prefill": unseen, "decode": unseen}
+    found = locate_error.captures(model, pair.batch("one"), baseline.forced)
+    assert len(found) == 1 + baseline.forced.shape[1]
+    assert all(len(capture.points) == len(found[0].points) > 10 for capture in found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_a_shared_model_every_point_of_every_pass_is_put_together(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def two_points(model: Any, *, new: list[int], total: list[int]) -> Iterator[PassRecorder]:
+        yield PassRecorder(new, total, True, [Point(0, "key", np.zeros((1, 1))), Point(1, "key", np.zeros((1, 1)))])
+
+    monkeypatch.setattr(locate_error, "capturing", two_points)
+    monkeypatch.setattr(locate_error, "of_all_ranks", lambda point, model: replace(point, heads=7))
+    model = CountingModel()
+    model.ranks = SimpleNamespace(size=ranks)  # type: ignore[assignment]
+    batch = Batch.of([[5], [1, 2, 3]])
+    found = locate_error.captures(model, batch, np.array([[10, 11], [20, 21]]))
+    assert [[point.heads for point in capture.points] for capture in found] == [[7 if ranks > 1 else 1] * 2] * 3
+    assert [(capture.new, capture.total) for capture in found] == [
+        ([1, 3], [1, 3]), ([1, 1], [2, 4]), ([1, 1], [3, 5]),
+    ]  # fmt: skip
+    assert [call["position_ids"].tolist() for call in model.calls] == [
+        [[1, 1, 0], [0, 1, 2]], [[1], [3]], [[2], [4]],
+    ]  # fmt: skip
+    assert [call["input_ids"].tolist() for call in model.calls[1:]] == [[[10], [20]], [[11], [21]]]
+    assert [call["attention_mask"].shape[1] for call in model.calls] == [3, 4, 5]
+    assert all(call["use_cache"] for call in model.calls)
+    assert [len(row) for row in model.calls[2][CACHE_NAME]] == [2, 4]
