@@ -205,3 +205,17 @@ def test_one_card_takes_part_unless_said_otherwise():
     first = graph.op("HcomAllReduce", "x", graph.data((4,)), group="nobody", reduction="sum")
     second = graph.op("HcomAllGather", "x", first, group="nobody", rank_size=2)
     assert [op.ranks for op in operations(graph.lowered(second))] == [4, 2]
+
+
+def test_inputs_that_are_not_fed_do_not_keep_an_operator_from_being_folded():
+    graph = Graph()
+    first, second = (graph._add("Const", attributes={"value": torch.ones(2, 2)}) for _ in range(2))
+    product = graph.op("MatMulV2", "x1 x2 bias offset_w", first, second, None, None)
+    out = graph.op("Add", "x1 x2", graph.data((2, 2), torch.float32), product)
+    (found,) = operations(graph.lowered(out))
+    assert (found.node.type, found.given[1].origin) == ("Add", "constant")
+
+
+def test_a_weight_that_is_written_is_no_weight_afterwards():
+    graph = Graph()
+    assert origins(graph, written_cache(graph, graph.data((1, 8, 2, 4), weight=True))) == ["activation"]

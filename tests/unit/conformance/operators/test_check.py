@@ -277,3 +277,68 @@ def test_a_golden_that_is_no_number_is_met_by_nothing(what: str) -> None:
     found = compare(Expected("out", **arrays), VALUE + 0.0625)
     assert found is not None
     assert found.problem.startswith("1 of 6 elements out of bounds")
+
+
+def test_one_element_is_compared_as_many_are() -> None:
+    assert compare(out(np.array([2.0])), np.array([2.0])) is None
+    found = compare(out(np.array([2.0])), np.array([3.0]))
+    assert found is not None
+    assert found.problem.startswith("1 of 1 elements out of bounds, worst at (0,): got 3.0, want 2.0")
+
+
+def test_scalars_have_no_strides_and_nothing_is_strided_unless_asked_for() -> None:
+    assert to_tensors({"x": np.array(2.0)}, "float32", strided=True)["x"].item() == 2.0
+    assert to_tensors({"x": np.array([1.0, 2.0])}, "float32")["x"].is_contiguous()
+    seen: list[torch.Tensor] = []
+
+    def spy(**tensors: Any) -> torch.Tensor:
+        seen.append(tensors["input"].clone())
+        assert tensors["input"].is_contiguous()
+        return right(**tensors)
+
+    operator = CATALOGUE["npu_swiglu"]
+    assert find_problems(operator, sample(), "float32", implementation=spy) == []
+    assert find_problems(operator, sample(), "float32", seed=0, implementation=spy) == []
+    arguments = operator.arguments(sample(), "float32")
+    assert (
+        run_and_compare(operator, arguments, operator.golden(arguments, "float32"), "float32", implementation=spy) == []
+    )
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_every_output_and_every_argument_of_an_operator_is_looked_at() -> None:
+    """npu_add_rms_norm: three tensors and a number in, three tensors out."""
+    name = "npu_add_rms_norm"
+    parameters = CATALOGUE[name].samples[0].parameters
+    operator = operator_of(name)
+    check(name, parameters)
+
+    def all_wrong(**tensors: Any) -> Any:
+        outputs = [output + 1 for output in operator(**tensors)]
+        for value in tensors.values():
+            if isinstance(value, torch.Tensor):
+                value.add_(1)
+        return outputs
+
+    problems = find_problems(CATALOGUE[name], parameters, "float32", implementation=all_wrong)
+    tensors = [
+        key for key, value in CATALOGUE[name].arguments(parameters, "float32").items() if not isinstance(value, float)
+    ]
+    outputs = [
+        each.name for each in CATALOGUE[name].golden(CATALOGUE[name].arguments(parameters, "float32"), "float32")
+    ]
+    assert len(outputs) == len(tensors) == 3
+    assert [problem.split(":")[0] for problem in problems] == [
+        *(f"output {name!r}" for name in outputs), *(f"argument {name!r} was overwritten" for name in tensors),
+    ]  # fmt: skip
+    with pytest.raises(AssertionError) as raised:
+        check(name, parameters, implementation=all_wrong)
+    assert all(f"\n  {problem}" in str(raised.value) for problem in problems)
+
+
+def test_an_empty_argument_shares_no_memory() -> None:
+    whole = torch.zeros(2)
+    tensors = {"a": whole, "empty": whole[:0]}
+    before = {name: value.clone() for name, value in tensors.items()}
+    assert tensors["empty"].data_ptr() in (0, whole.data_ptr())
+    assert side_effects(record("a"), before, tensors, (whole,)) == []

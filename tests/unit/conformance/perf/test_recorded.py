@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -324,3 +325,9 @@ def test_other_machines_are_listed_with_their_medians_and_what_is_wrong_with_the
     assert "is damaged" in unreadable
     assert there == f"{THERE.name} has 50, 50.2 ms and differs in cann: 8.6.0 → 8.5.0"
     assert [text for text in store.elsewhere(PREFILL) if THERE.name in text] == []
+
+
+def test_the_digest_is_of_the_content_with_its_keys_sorted() -> None:
+    """Files of earlier versions are read: the digest of a content stays what it was."""
+    text = '{"a": 1.5, "b": {"c": "更快"}}'
+    assert _digest({"b": {"c": "更快"}, "a": 1.5}) == hashlib.sha256(text.encode()).hexdigest()
