@@ -259,6 +259,9 @@ def test_each_row_parts_at_its_first_other_token_and_is_excused_up_to_twice_the_
         assert (found.row, found.position, found.baseline_token, found.optimised_token) == (row, step, 0, 3)
         assert (found.margin, found.noise, found.excused) == (margin, NOISE, excused)
         assert (" is a near-tie, within 2 × noise" in found.describe()) is excused
+    lower = replace(baseline, forced=forced + 3), replace(reference, forced=forced + 3)
+    (found,) = locate_error.divergences(np.where(chosen == 0, 3, 0), *lower)
+    assert (found.row, found.position, found.baseline_token, found.optimised_token) == (row, step, 3, 0)
     everywhere = np.full_like(forced, 3)
     assert [each.row for each in locate_error.divergences(everywhere, baseline, reference)] == [0, 1, 2]
 
@@ -422,6 +425,7 @@ def test_of_a_shared_model_every_point_of_every_pass_is_put_together(
     monkeypatch.setattr(locate_error, "of_all_ranks", lambda point, model: replace(point, heads=7))
     model = CountingModel()
     model.ranks = SimpleNamespace(size=ranks)  # type: ignore[assignment]
+    model.optimizations = SimpleNamespace(fixed_kv_cache=True)  # type: ignore[assignment]
     batch = Batch.of([[5], [1, 2, 3]])
     found = locate_error.captures(model, batch, np.array([[10, 11], [20, 21]]))
     assert [[point.heads for point in capture.points] for capture in found] == [[7 if ranks > 1 else 1] * 2] * 3
@@ -434,4 +438,5 @@ def test_of_a_shared_model_every_point_of_every_pass_is_put_together(
     assert [call["input_ids"].tolist() for call in model.calls[1:]] == [[[10], [20]], [[11], [21]]]
     assert [call["attention_mask"].shape[1] for call in model.calls] == [3, 4, 5]
     assert all(call["use_cache"] for call in model.calls)
+    assert model.allocated == (2, 3 + 2)
     assert [len(row) for row in model.calls[2][CACHE_NAME]] == [2, 4]

@@ -250,3 +250,11 @@ def test_the_suite_s_own_row_is_measured_in_the_documented_dtype() -> None:
     assert documented.why_not_row(number, 512, 1023, "5.24.0") == "documented for 1024 tokens, measured with 512"
     assert documented.why_not_row(prefill, 1024, 1, "4.37.0") == ""
     assert "5.24.0 is installed" in documented.why_not_row(prefill, 1024, 1023, "5.24.0")
+
+
+@pytest.mark.parametrize("step", ["swiglu", "a step"])
+def test_a_step_of_ours_is_the_same_model_whatever_its_name(step: str) -> None:
+    number = by_id()[PREFILL]
+    row = replace(number.row, configuration=replace(number.row.configuration, step=step))
+    assert documented.other_stock(replace(number, row=row), "5.24.0") == ""
+    assert documented.other_stock(number, "5.24.0") != ""

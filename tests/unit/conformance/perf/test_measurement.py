@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_npu.conformance.files import write_json
-from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement, Summary
+from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS, Measurement, Summary, _first_difference
 
 GOOD = Measurement(
     prefill_ms=100.0,
@@ -163,3 +163,13 @@ def test_the_guide_s_protocol_and_the_plain_measurement() -> None:
     assert (INPUT_TOKENS, OUTPUT_TOKENS) == (1024, 1024)
     plain = Measurement(1.0, (1.0,), (), (0, 8), 8, 1)
     assert (plain.weights, plain.self_test, plain.warnings, plain.of_ranks) == ("random", False, (), ())
+
+
+def test_what_ranks_do_not_time_is_the_first_one_s() -> None:
+    found = Measurement.slowest([replace(GOOD, weights="a checkpoint"), replace(GOOD, weights="random")])
+    assert (found.weights, found.input_tokens, found.asked_steps) == ("a checkpoint", 8, 3)
+
+
+def test_equal_sequences_have_no_first_difference() -> None:
+    with pytest.raises(AssertionError, match="called on equal sequences"):
+        _first_difference((0, 8), (0, 8))
