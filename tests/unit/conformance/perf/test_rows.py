@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def test_rows_of_a_users_model() -> None:
     assert rows[0] == Row("mine-1b-user", Configuration("Mine-1B", 1, 1, "eager", "swiglu"), "prefill")
     assert str(rows[0].configuration) == "Mine-1B, batch 1, eager, swiglu"
     assert Path(TEST.partition("::")[0]).name == "test_latency.py"
+
+
+def test_every_step_mode_and_batch_of_a_users_model_has_both_rows() -> None:
+    rows = user_rows("M", (1, 4), ("eager", "graph"), ("fused_qkv", "swiglu"))
+    assert len({row.id for row in rows}) == len(rows) == 2 * 2 * 2 * 2
+    assert {(r.configuration.step, r.configuration.mode, r.configuration.batch, r.phase) for r in rows} == {
+        *product(("fused_qkv", "swiglu"), ("eager", "graph"), (1, 4), ("prefill", "decode"))
+    }
 
 
 @pytest.mark.parametrize(
