@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torchair
 
 from tests.graph.counting import NO_GUARD, RECOMPILES, FailedGuards, GraphCounter
+
+torchair = pytest.importorskip("torchair")
 
 
 @pytest.fixture
