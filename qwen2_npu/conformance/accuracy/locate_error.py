@@ -196,14 +196,15 @@ def first_beyond(
 
 
 def _heads_moved(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> bool:
-    """Whether each head of ours is within its bound of some head of the reference. Of a tensor that is wrong."""
+    """Whether each head of ours is within its bound of some head of the reference, and one of them not of its own."""
     if ours.values.shape != true.values.shape or not ours.heads == true.heads > 1:
         return False
     mine, baseline, exact_heads = (np.split(point.values, ours.heads, axis=1) for point in (ours, stock, true))
-    return all(
-        any(error_ratio(head, own, wanted, dtype).within for own, wanted in zip(baseline, exact_heads, strict=True))
+    fits = [
+        [error_ratio(head, own, wanted, dtype).within for own, wanted in zip(baseline, exact_heads, strict=True)]
         for head in mine
-    )
+    ]
+    return all(any(places) for places in fits) and not all(places[own] for own, places in enumerate(fits))
 
 
 def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorRatio:

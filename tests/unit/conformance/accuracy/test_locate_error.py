@@ -134,9 +134,29 @@ def test_small_operators_are_named_by_their_point(name: str) -> None:
 def test_heads_can_only_be_moved_between_places_of_their_size(
     shape: tuple[int, int], ours: int, true: int, moved: bool
 ) -> None:
-    mine = Point(0, "key", np.ones(shape), (), ours)
-    stock, exact = (Point(0, "key", np.ones((3, 4)), (), true) for _ in range(2))
+    values = np.arange(3 * shape[1]).reshape(shape) % shape[1] // 2.0
+    mine = Point(0, "key", 1 - values, (), ours)
+    stock, exact = (Point(0, "key", np.arange(12).reshape(3, 4) % 4 // 2.0, (), true) for _ in range(2))
     assert locate_error._heads_moved(mine, stock, exact, torch.float32) is moved
+
+
+@pytest.mark.parametrize(
+    ("order", "moved"),
+    [
+        ((0, 1, 2), False),
+        ((1, 0, 2), True),
+        ((0, 0, 2), True),
+        ((0, 1, 1), True),
+        ((0, 1, 3), False),
+        ((1, 0, 3), False),
+    ],
+)
+def test_heads_have_moved_if_all_are_known_and_one_is_not_at_home(order: tuple[int, ...], moved: bool) -> None:
+    """Head 3 is none of the reference's."""
+    heads = [np.full((2, 2), float(10 * number)) for number in range(4)]
+    true = Point(0, "key", np.concatenate(heads[:3], axis=1), (), 3)
+    mine = Point(0, "key", np.concatenate([heads[at] for at in order], axis=1), (), 3)
+    assert locate_error._heads_moved(mine, true, true, torch.float32) is moved
 
 
 @pytest.mark.parametrize("width", [2, 6])
