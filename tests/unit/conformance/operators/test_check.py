@@ -342,3 +342,12 @@ def test_an_empty_argument_shares_no_memory() -> None:
     before = {name: value.clone() for name, value in tensors.items()}
     assert tensors["empty"].data_ptr() in (0, whole.data_ptr())
     assert side_effects(record("a"), before, tensors, (whole,)) == []
+
+
+@pytest.mark.parametrize("name", ["npu_add_rms_norm", "npu_prompt_flash_attention"])
+def test_numbers_and_texts_are_passed_as_they_are(name: str) -> None:
+    samples = CATALOGUE[name].samples
+    plain = [each for each in samples if any(type(v) in (int, float, str) for v in CATALOGUE[name].build(
+        np.random.default_rng(0), **each.parameters).values())]  # fmt: skip
+    assert plain
+    check(name, plain[0].parameters)
