@@ -52,7 +52,7 @@ def kv_in_place(graph: Graph) -> Problems:
         yield f"{op.node.name} copies a result back into an input: the write was not in place"
     if len(inputs) == 0:
         return
-    smallest = min(value.nbytes for op in scatters for value in op.given if value.origin == "cache") if inputs else 0
+    smallest = min(value.nbytes for op in scatters for value in op.given if value.origin == "cache")
     for op in graph.ops:
         if op.node.type in COPIES and any(v.origin == "cache" and v.nbytes >= smallest for v in op.given):
             yield f"{op.node.name} ({op.node.type}) copies a whole KV cache"
@@ -214,9 +214,11 @@ def input_problems(lowered: Lowered) -> list[str]:
 def problems(lowered: Lowered, optimizations: Optimizations, vocab: int) -> list[str]:
     """Everything that is wrong with the graph of a step; each line names the invariant and the node."""
     dynamic = input_problems(lowered)
-    if dynamic:
-        return dynamic
-    graph = Graph(lowered, operations(lowered), optimizations, vocab)
+    return dynamic or graph_problems(Graph(lowered, operations(lowered), optimizations, vocab))
+
+
+def graph_problems(graph: Graph) -> list[str]:
+    """What the invariants that apply to the graph say of it."""
     return [
         f"{invariant.check.__name__}: {problem}"
         for invariant in INVARIANTS

@@ -33,6 +33,8 @@ CUT_POINTS: dict[str, Unit] = {
 }
 """Points of which every rank of a shared model computes a part; the others are whole on each."""
 
+ATTENTION_READS = ("query", "key", "value")
+
 SUMMED_POINTS = ("o_proj", "down_proj", "combination")
 """Points that are sums over the ranks."""
 
@@ -51,12 +53,14 @@ def npu_operator(func: Any) -> str | None:
 @dataclass(frozen=True)
 class Point:
     """One tensor. ``values`` (tokens, features): valid tokens only, row after row. ``operators``: the npu operators
-    that ran between the previous point and this one; empty where small operators did the work."""
+    that ran between the previous point and this one; empty where small operators did the work. ``heads``: of what
+    attention reads, the equal parts of the features."""
 
     layer: int | None
     name: str
     values: Array
     operators: tuple[str, ...] = ()
+    heads: int = 1
 
     @property
     def where(self) -> str:
@@ -87,9 +91,10 @@ class PassRecorder:
         width = tensor.shape[1]
         spans = [slice(0, n) if self.left else slice(width - n, width) for n in lengths]
         rows = [tensor[row, span].reshape(n, -1) for row, (span, n) in enumerate(zip(spans, lengths, strict=True))]
+        heads = tensor.shape[2] if tensor.dim() == 4 else 1
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         values = torch.cat(rows).detach().to("cpu", dtype).numpy().copy()
-        self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending))))
+        self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending)), heads))
         self.pending.clear()
 
     def by_place(self) -> dict[tuple[int | None, str], Point]:
@@ -114,7 +119,8 @@ def of_all_ranks(point: Point, model: Any) -> Point:
         return point
     gathered = model.ranks.all_gather(torch.from_numpy(point.values).to(model.device)).cpu().numpy()
     tokens = len(gathered)
-    return replace(point, values=gathered.reshape(tokens, size, -1)[:, kept].reshape(tokens, -1))
+    values = gathered.reshape(tokens, size, -1)[:, kept].reshape(tokens, -1)
+    return replace(point, values=values, heads=point.heads * len(kept) if point.name in ATTENTION_READS else 1)
 
 
 @contextmanager

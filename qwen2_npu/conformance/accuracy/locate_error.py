@@ -82,10 +82,14 @@ class ErrorLocation:
     name: str
     operators: tuple[str, ...]
     error: ErrorRatio
+    heads_moved: bool = False
+    """Every head is that of some head of the reference, at another place: computed rightly, and mixed up."""
 
     def __str__(self) -> str:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
+        if self.heads_moved:
+            what = "heads in the wrong places: the mapping of query heads to kv heads, or a split into heads"
         return (
             f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
             f"{self.error.noise:.3g}, in {self.path}"
@@ -136,9 +140,7 @@ def explain(
     """
     names = optimizations.names()
     for count in range(len(names) + 1):
-        if count < len(names) and not _possible(names[:count]):
-            continue
-        tried = Optimizations.of(names[:count])
+        tried = Optimizations.of(names[:count])  # what a switch needs stands before it
         model = build(tried)
         comparison = compare(model)
         if not comparison.passed:
@@ -221,7 +223,8 @@ def first_beyond(
             error = _error(point, stock_points[place], true_points[place], dtype)
             if not error.within and not _by_chance(error, true_points[place]):
                 path = "prefill" if step == 0 else f"decode step {step - 1}"
-                return ErrorLocation(path, point.layer, point.name, point.operators, error)
+                moved = _heads_moved(point, stock_points[place], true_points[place], dtype)
+                return ErrorLocation(path, point.layer, point.name, point.operators, error, moved)
     return None
 
 
@@ -236,6 +239,18 @@ def _by_chance(error: ErrorRatio, point: Point) -> bool:
     each = FEW_ERRORS[point.name]
     count = np.count_nonzero(point.values) if each is None else each * len(point.values)
     return error.ratio <= RMS_FACTOR * 10 ** min(6 / max(1, count), 300)
+
+
+def _heads_moved(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> bool:
+    """Whether each head of ours is within its bound of some head of the reference, and one of them not of its own."""
+    if ours.values.shape != true.values.shape or not ours.heads == true.heads > 1:
+        return False
+    mine, baseline, exact_heads = (np.split(point.values, ours.heads, axis=1) for point in (ours, stock, true))
+    fits = [
+        [error_ratio(head, own, wanted, dtype).within for own, wanted in zip(baseline, exact_heads, strict=True)]
+        for head in mine
+    ]
+    return all(any(places) for places in fits) and not all(places[own] for own, places in enumerate(fits))
 
 
 def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorRatio:
@@ -282,14 +297,6 @@ def _captures(model: Any, batch: Batch, forced: Array, routers: Routers) -> list
         for capture in found:
             capture.points = [of_all_ranks(point, model) for point in capture.points]
     return found
-
-
-def _possible(names: tuple[str, ...]) -> bool:
-    try:
-        Optimizations.of(names)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

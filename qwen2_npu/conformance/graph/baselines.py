@@ -178,7 +178,7 @@ def provenance(graph: DocumentedGraph, folder: Path = FOLDER) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {"reason": "", "versions": {}, "graphs": {}}
+        return {"graphs": {}}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -10,27 +10,36 @@ from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, gr
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import inductor, npu
 from qwen2_npu.optimizations import MODES, MODES_OF
+from tests.graph.counting import FailedGuards
 from tests.unit.mixture import mixture, needs_mixtures
 from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 
 class Counter:
     """A torch.compile backend that counts the graphs it is given, and runs them as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, guards: FailedGuards) -> None:
+        self.guards = guards
         self.graphs = 0
 
     def __call__(self, module, example_inputs):
         self.graphs += 1
+        self.guards.compiled_for(example_inputs)
         return module.forward
+
+    def describe(self) -> str:
+        """For each graph why it was compiled."""
+        return "\n".join(self.guards.graphs)
 
 
 @pytest.fixture
 def counter(monkeypatch):
     torch._dynamo.reset()
-    backend = Counter()
-    monkeypatch.setattr(inductor, "BACKEND", backend)
-    yield backend
+    with FailedGuards() as guards:
+        backend = Counter(guards)
+        monkeypatch.setattr(inductor, "BACKEND", backend)
+        yield backend
     torch._dynamo.reset()
 
 
@@ -64,12 +73,12 @@ def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weig
     expected = [model.generate(**call, max_new_tokens=20, do_sample=False) for call in calls]
     compile_model(model, "inductor")
     for call, tokens in zip(calls, expected, strict=True):
-        assert torch.equal(model.generate(**call, max_new_tokens=20, do_sample=False), tokens)
-    assert counter.graphs == 2
+        assert_same_tokens(model.generate(**call, max_new_tokens=20, do_sample=False), tokens, model, call)
+    assert counter.graphs == 2, counter.describe()
     # A prompt of the same bucket is no new graph, another bucket one more prefill, another batch one of each.
     for batch, tokens, graphs in ((3, 14, 2), (3, 30, 3), (2, 30, 5)):
         model.generate(**prompt(batch, tokens), max_new_tokens=5, do_sample=False)
-        assert counter.graphs == graphs
+        assert counter.graphs == graphs, counter.describe()
 
 
 FEW = 2
@@ -83,8 +92,8 @@ def test_more_prompt_buckets_than_dynamo_would_allow(weights, counter):
     compile_model(model, "inductor")
     with torch._dynamo.config.patch(recompile_limit=FEW):
         for call, tokens in zip(calls, expected, strict=True):
-            assert torch.equal(model.generate(**call, max_new_tokens=2, do_sample=False), tokens)
-    assert counter.graphs == len(calls) + 1  # and one for decode
+            assert_same_tokens(model.generate(**call, max_new_tokens=2, do_sample=False), tokens, model, call)
+    assert counter.graphs == len(calls) + 1, counter.describe()  # and one for decode
 
 
 def test_the_count_can_fail(weights, counter):
@@ -99,7 +108,7 @@ def test_the_count_can_fail(weights, counter):
 
     model.compiled_steps["decode"] = growing
     model.generate(**prompt(2, 9), max_new_tokens=4, do_sample=False)
-    assert counter.graphs == 1 + 3
+    assert counter.graphs == 1 + 3, counter.describe()
 
 
 @pytest.mark.slow
@@ -109,14 +118,14 @@ def test_inductor_generates_the_eager_tokens(weights):
     call = prompt(2, 9, ragged=True)
     expected = model.generate(**call, max_new_tokens=16, do_sample=False)
     compile_model(model, "inductor")
-    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
+    assert_same_tokens(model.generate(**call, max_new_tokens=16, do_sample=False), expected, model, call)
 
 
 def test_what_records_layers_runs_uncompiled(weights, counter):
     model = compile_model(build(weights, Optimizations.all()), "inductor")
     ids = prompt(1, 5)["input_ids"]
     assert len(model(ids, output_hidden_states=True).hidden_states) == 2
-    assert counter.graphs == 0
+    assert counter.graphs == 0, counter.describe()
 
 
 def test_a_growing_cache_is_refused(weights):

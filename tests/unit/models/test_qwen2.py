@@ -11,6 +11,7 @@ from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedErr
 from qwen2_npu.models import arguments
 from qwen2_npu.optimizations import VARIANTS
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 TOLERANCE = 2e-4
 """float32: logits here reach a few tens and three layers sum some hundred terms, so errors stay near 1e-5."""
@@ -165,7 +166,7 @@ def test_sliding_windows_and_rope_scaling(changes, optimizations, ids, left_padd
     model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
     assert_close(model(ids).logits, stock(ids).logits)
     arguments = {"attention_mask": left_padding, "max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
+    assert_same_tokens(model.generate(ids, **arguments), stock.generate(ids, **arguments), stock, arguments)
     first = model(ids[:, :7], use_cache=True)
     assert_close(model(ids[:, 7:], past_key_values=cache_of(first)).logits, stock(ids).logits[:, 7:])
 
