@@ -95,13 +95,14 @@ def grouped_experts(graph: Graph) -> Problems:
             yield f"{found} {name}, expected {count} in each of {graph.lowered.sparse} layers with experts"
     data = {node.name for node in graph.lowered.nodes if node.type in DATA}
     for op in graph.ops:
-        for edge, value in zip(op.node.inputs, op.inputs, strict=True):
-            if value is None or edge is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
+        for place, value in enumerate(op.inputs):
+            if value is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
                 continue
+            edge = op.node.inputs[place]
             if op.node.type != "GroupedMatmul":
                 yield f"{op.node.name} ({op.node.type}) reads the weights of the experts {value.shape}"
-            elif edge.node not in data:
-                yield f"{op.node.name} reads {edge.node}, not the experts' weights themselves"
+            elif edge is None or edge.node not in data:
+                yield f"{op.node.name} reads {edge and edge.node}, not the experts' weights themselves"
 
 
 EXPERT_DIMENSIONS = 3

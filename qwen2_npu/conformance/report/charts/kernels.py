@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from qwen2_npu.conformance.report.charts.canvas import color
 from qwen2_npu.conformance.report.charts.rows import canvas, heading, number
 
+_VERSIONS = ("", "V2", "V3")
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": ("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
+    "matrix products": ("GroupedMatmul", *(f"{batch}MatMul{version}" for batch in ("", "Batch") for version in _VERSIONS)),
     "attention": ("PromptFlashAttention", "IncreFlashAttention", "FusedInferAttentionScore", "SoftmaxV2", "MaskedFill"),
     "norms": ("RmsNorm", "AddRmsNorm", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
@@ -18,7 +19,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
         "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "Pack",
-        "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
+        "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile", "MoeInitRoutingV3",
     ),
 }  # fmt: skip
 """Kind -> GE operators; everything else is arithmetic of small operators."""

@@ -29,6 +29,7 @@ class CountingModel(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
         self.calls: list[dict[str, Any]] = []
+        self.config = SimpleNamespace(model_type="qwen2")
         self.dtype = dtype
 
     def allocate_cache(self, rows: int, capacity: int) -> list[list[int]]:

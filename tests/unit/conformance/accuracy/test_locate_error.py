@@ -171,7 +171,7 @@ def test_every_pass_is_looked_at(at: int, monkeypatch: pytest.MonkeyPatch) -> No
         name: [recorded(error) for _ in range(3)] for name, error in (("ours", NOISE), ("stock", NOISE), ("true", 0))
     }
     passes["ours"][at].points[3].values[...] += 1
-    monkeypatch.setattr(locate_error, "captures", lambda model, batch, forced: passes[model.name])
+    monkeypatch.setattr(locate_error, "captures", lambda model, batch, forced, chosen=None: passes[model.name])
     ours, stock, true = (SimpleNamespace(name=name, dtype=torch.float32) for name in passes)
     asked = []
 

@@ -49,15 +49,23 @@ def test_forced_tokens_are_fed_and_every_answer_is_kept() -> None:
     assert np.array_equal(trace.last_logits, trace.prefill_logits[:, -1])
 
 
-def test_what_the_model_is_asked() -> None:
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_what_the_model_is_asked(ours: bool) -> None:
+    """Hidden states: the stock model's prefill gives them; ours has a pass without a cache for them."""
     model = CountingModel()
+    if ours:
+        model.optimizations = SimpleNamespace(fixed_kv_cache=False)  # type: ignore[assignment]
     run(model, BATCH, decode_steps=STEPS, forced=FORCED, last_token=True)
-    hidden, last, prefill, *decode = model.calls
-    assert (hidden["use_cache"], hidden["output_hidden_states"], "logits_to_keep" in hidden) == (False, True, False)
+    prompts, decode = model.calls[: 2 + ours], model.calls[2 + ours :]
+    *hidden, last, prefill = prompts
+    assert [(call["use_cache"], call["output_hidden_states"], call["logits_to_keep"]) for call in hidden] == (
+        [(False, True, 1)] if ours else []
+    )
     assert (last["use_cache"], last["logits_to_keep"]) == (True, 1)
     assert prefill["use_cache"] is True
-    assert set(prefill) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
-    for call in (hidden, last, prefill):
+    recorded = set() if ours else {"output_hidden_states"}
+    assert set(prefill) == {"input_ids", "attention_mask", "position_ids", "use_cache"} | recorded
+    for call in prompts:
         assert torch.equal(call["input_ids"], BATCH.input_ids)
         assert torch.equal(call["attention_mask"], BATCH.attention_mask)
         assert call["position_ids"].tolist() == [[1, 1, 1, 0], [0, 1, 2, 3], [1, 1, 0, 1]]

@@ -118,7 +118,12 @@ def test_the_sweeps_are_those_of_the_tables():
 
 def test_graphs_of_every_size_phase_step_and_batch():
     found = set(baselines.documented())
-    assert {graph.size for graph in found} == set(baselines.GRAPH_SIZES)
+    assert {graph.size for graph in found} == {*baselines.GRAPH_SIZES, *baselines.MIXTURES}
+    for size, batches in baselines.MIXTURES.items():
+        for phase in ("prefill", "decode"):
+            reduced = {(4, "mm_all_reduce")} if "tp" in size and phase == "prefill" else set()
+            theirs = {(graph.batch, graph.step) for graph in found if (graph.size, graph.phase) == (size, phase)}
+            assert theirs == {(batch, "fused_moe") for batch in (4, *batches)} | reduced
     for size in baselines.GRAPH_SIZES:
         for phase in ("prefill", "decode"):
             steps = {graph.step for graph in found if (graph.size, graph.phase, graph.batch) == (size, phase, 4)}

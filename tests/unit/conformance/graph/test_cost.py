@@ -209,12 +209,14 @@ X, Y, W, C, K = (
 MOVES = (
     "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "Pack", "BroadcastTo",
     "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile", "Pad", "PadV3",
+    "MoeInitRoutingV3",
 )  # fmt: skip
 
 
 def test_the_table_holds_what_it_held() -> None:
     """One that is gone from a list is charged as element-wise, and reads as a fused operator where it was none."""
     products = {"MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatmulAllReduce"}
+    products |= {"GroupedMatmul"}
     collectives = {"MatmulAllReduce", "HcomAllReduce", "HcomAllGather", "HcomReduceScatter", "HcomBroadcast"}
     assert set(MOVES) == rules.MOVEMENT
     assert products == rules.PRODUCTS
