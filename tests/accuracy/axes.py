@@ -202,8 +202,7 @@ def compare_long(ours: Any, model: str, dtype: str) -> tuple[Comparison, Compari
     halves = []
     for part in (slice(LONG // 2), slice(LONG // 2, None)):
         cut = [
-            replace(trace, prefill_logits=trace.prefill_logits[:, part], valid=trace.valid[:, part])
-            for trace in traces
+            replace(trace, prefill_logits=trace.prefill_logits[:, part], valid=trace.valid[:, part]) for trace in traces
         ]
         halves.append(compare_traces(*cut, getattr(torch, dtype)))
     return halves[0], halves[1]
