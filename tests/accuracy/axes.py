@@ -53,7 +53,7 @@ if not IS_V4:
 BATCHES: dict[str, tuple[tuple[int, ...], int]] = {
     "one": ((17,), 0),
     "ragged": ((12, 1, 17, 9), 0),
-    "equally_padded": ((13, 13), 3),
+    "equally_padded": ((13,) * 4, 3),
     "alike_and_unsorted": ((9, 5, 9), 1),
 }
 """Name -> tokens per row, and columns of padding beside that of the shorter rows."""

@@ -14,7 +14,7 @@ from qwen2_npu.compat import IS_V4
 
 @dataclass(frozen=True)
 class AxisFault:
-    """``patch`` puts the fault into a new model with all optimisations. ``batch`` and ``way`` are those that show it."""
+    """``patch`` puts the fault into a new model with all optimisations. ``batch`` and ``way`` show it."""
 
     name: str
     description: str
@@ -105,6 +105,15 @@ def _of_caches(method: str, change: Callable[..., Any]) -> Callable[[Any], None]
     return patch
 
 
+def _crop_less(right: Any, tokens: int) -> None:
+    """The last token that is cropped stays in its slot, and what follows is written behind it."""
+    cache = right.__self__
+    right(tokens)
+    cache.lengths = [length + 1 for length in cache.lengths]
+    cache.write_index.add_(1)
+    cache._rebuild_masks()
+
+
 def _epsilon(value: float) -> Callable[[Any], None]:
     def patch(model: Any) -> None:
         for module in model.modules():
@@ -152,6 +161,7 @@ AXIS_FAULTS: tuple[AxisFault, ...] = (
         "beams_stay",
         "rows keep their own cache when beams are reordered",
         _of_caches("reorder_cache", lambda right, order: None),
+        batch="equally_padded",
         way="reorder",
         hidden_from=("eps_1e-5", "ragged", "steps"),
     ),
@@ -159,6 +169,7 @@ AXIS_FAULTS: tuple[AxisFault, ...] = (
         "beams_inverted",
         "row order[i] becomes row i in place of row i row order[i]",
         _of_caches("reorder_cache", lambda right, order: right(torch.argsort(order, stable=True))),
+        batch="equally_padded",
         way="reorder",
         hidden_from=("eps_1e-5", "ragged", "steps"),
     ),
@@ -201,7 +212,8 @@ if not IS_V4:
         AxisFault(
             "crop_keeps_one",
             "a crop leaves one token too many",
-            _of_caches("crop", lambda right, tokens: right(tokens + 1)),
+            _of_caches("crop", _crop_less),
+            batch="one",
             way="crop",
             hidden_from=("eps_1e-5", "ragged", "steps"),
         ),
