@@ -90,13 +90,16 @@ def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
 def test_reset_keeps_addresses_and_clears_contents():
     cache = FixedKVCache(shape())
     addresses = [tensor.data_ptr() for tensor in cache.key_cache]
-    cache.key_cache[0].fill_(float("nan"))
-    with cache.step([4, 4, 4], 4):
+    tensors = cache.key_cache + cache.value_cache
+    for tensor in tensors:
+        tensor.fill_(float("nan"))
+    with cache.step([2, 4, 3], 4, padding=torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()):
         pass
     cache.reset()
     assert [tensor.data_ptr() for tensor in cache.key_cache] == addresses
-    assert not cache.key_cache[0].isnan().any()
+    assert not any(tensor.any() for tensor in tensors)  # NaN is not zero
     assert (cache.lengths, cache.seen_tokens, bool(cache.drop_mask.all())) == ([0, 0, 0], 0, True)
+    assert (cache.write_index.tolist(), cache.padding) == ([0, 0, 0], None)
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 4, 3]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import inductor, npu
 from qwen2_npu.optimizations import MODES, MODES_OF
@@ -68,6 +71,44 @@ def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weig
     for batch, tokens, graphs in ((3, 14, 2), (3, 30, 3), (2, 30, 5)):
         model.generate(**prompt(batch, tokens), max_new_tokens=5, do_sample=False)
         assert counter.graphs == graphs
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@torch.no_grad()
+def test_a_loop_of_ones_own_compiles_as_few(weights, counter, ragged):
+    """Slices of growing tensors have other strides every step."""
+    model, steps = build(weights, Optimizations.all()), 6
+    compile_model(model, "inductor")
+    given = prompt(3, 9, ragged)
+    cache = model.allocate_cache(3, 9 + steps)
+    row = torch.cat((given["input_ids"], prompt(3, steps)["input_ids"]), dim=1)
+    every_mask = torch.cat((given["attention_mask"], torch.ones(3, steps, dtype=torch.int64)), dim=1)
+    positions = (every_mask.cumsum(1) - 1).clamp(min=0)
+    seen, logits = 0, []
+    for width in range(9, 9 + steps):
+        part = slice(seen, width)
+        call = {"attention_mask": every_mask[:, :width], "position_ids": positions[:, part], CACHE_NAME: cache}
+        logits.append(model(row[:, :width][:, part], **call).logits[:, -1])
+        seen = width
+    assert counter.graphs == 2
+    model.compiled_steps = {}
+    expected = model(row[:, :seen], attention_mask=every_mask[:, :seen], position_ids=positions[:, :seen]).logits
+    assert (torch.stack(logits, dim=1) - expected[:, 8:]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("step", LADDER)
+def test_options_follow_from_the_steps_and_the_caller(weights, monkeypatch, step):
+    """Tiling is sunk, and live lengths may change, from ifa_tiling on; weights are constants; a caller decides."""
+    seen = []
+    monkeypatch.setattr(graph, "_compiler", lambda mode, model, options: seen.append(options) or (lambda call: call))
+    model = build(weights, Optimizations.up_to(step))
+    sunk = model.optimizations.ifa_tiling
+    compile_model(model, "inductor")
+    assert seen.pop() == graph.GraphOptions(sunk, True, sunk, None)
+    compile_model(
+        model, "inductor", dynamic=True, frozen_parameter=False, tiling_schedule_optimize=not sunk, cache_dir="graphs"
+    )
+    assert seen.pop() == graph.GraphOptions(True, False, not sunk, Path("graphs"))
 
 
 FEW = 2

@@ -260,3 +260,17 @@ def test_a_continuation_up_to_the_last_position(short, short_stock, past, new):
     with pytest.raises(ValueError, match=rf"^{past + new} tokens need as many positions"):
         short(ids[:, past:], past_key_values=cache_of(first))
     assert cache_of(first).get_seq_length() == past
+
+
+@pytest.mark.parametrize("mask", [[[0, 0, 1, 1]] * 3, [[1, 1, 0, 0]] * 2, [[0, 1, 0, 1]] * 2], ids=str)
+def test_rows_that_are_all_padded_alike_are_compacted(mask):
+    """As many tokens in each row are no sign that there is no padding."""
+    given = torch.tensor(mask)
+    rows = Rows.of(given, len(mask), 4)
+    assert rows.lengths == [2] * len(mask)
+    assert torch.equal(rows.padding, given == 0)
+    places = torch.arange(4).repeat(len(mask), 1)
+    compact = rows.compact(places)
+    assert torch.equal(compact[:, :2], places[given == 1].reshape(len(mask), 2))
+    assert torch.equal(rows.restore(compact), places)
+    assert torch.equal(rows.find(slice(-1, None), 4, given.device), (compact == 3).nonzero()[:, 1:])
