@@ -81,19 +81,16 @@ def test_a_loop_of_ones_own_compiles_as_few(weights, counter, ragged):
     compile_model(model, "inductor")
     given = prompt(3, 9, ragged)
     cache = model.allocate_cache(3, 9 + steps)
-    row = torch.cat((given["input_ids"], prompt(3, steps)["input_ids"]), dim=1)
-    every_mask = torch.cat((given["attention_mask"], torch.ones(3, steps, dtype=torch.int64)), dim=1)
-    positions = (every_mask.cumsum(1) - 1).clamp(min=0)
-    seen, logits = 0, []
-    for width in range(9, 9 + steps):
-        part = slice(seen, width)
-        call = {"attention_mask": every_mask[:, :width], "position_ids": positions[:, part], CACHE_NAME: cache}
-        logits.append(model(row[:, :width][:, part], **call).logits[:, -1])
-        seen = width
+    ids, mask, width, logits = given["input_ids"], given["attention_mask"], 9, []
+    for token in prompt(3, steps)["input_ids"].split(1, dim=1):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        call = {"attention_mask": mask, "position_ids": positions[:, -width:], CACHE_NAME: cache}
+        logits.append(model(ids[:, -width:], **call).logits[:, -1])
+        ids, mask, width = torch.cat((ids, token), dim=1), torch.cat((mask, torch.ones_like(token)), dim=1), 1
     assert counter.graphs == 2
     model.compiled_steps = {}
-    expected = model(row[:, :seen], attention_mask=every_mask[:, :seen], position_ids=positions[:, :seen]).logits
-    assert (torch.stack(logits, dim=1) - expected[:, 8:]).abs().max() < 2e-4
+    expected = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).logits[:, 8:]
+    assert (torch.stack(logits, dim=1) - expected).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("step", LADDER)
