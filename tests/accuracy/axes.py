@@ -82,7 +82,7 @@ WAYS: dict[str, tuple[int | Crop | Reorder, ...]] = {
     "reorder": (1, Reorder(1), 1, 2, Reorder(1), 1),
 }
 if not IS_V4:  # its DynamicCache cannot
-    WAYS["crop"] = (4, Crop(3), 2, 1, Crop(1), 1)
+    WAYS["crop"] = (4, Crop(3), 1, 2, 1, Crop(1), 1)
 """Name -> what follows the prompt: passes of so many new tokens, and what is done to the cache between them."""
 
 PRESETS: dict[str, Optimizations] = {
@@ -145,7 +145,9 @@ def walk(model: Any, batch: Batch, way: tuple[int | Crop | Reorder, ...], *, pos
     def step(ids: torch.Tensor, mask: torch.Tensor) -> None:
         nonlocal kept
         given = {"position_ids": position_ids_of(mask)[:, -ids.shape[1] :]} if positions else {}
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE_NAME: kept}, **given)
+        if not mask.all():  # the ladder passes one always
+            given["attention_mask"] = mask
+        output = model(input_ids=ids, use_cache=True, **{CACHE_NAME: kept}, **given)
         kept = cache_of(output)
         found.append(to_numpy(output.logits))
 

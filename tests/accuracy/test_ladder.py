@@ -138,13 +138,14 @@ def test_incremental_attention_is_told_how_much_is_live(step: str, fused: bool, 
 
     def watch(name: str) -> Any:
         def alter(arguments: dict[str, Any]) -> None:
-            if arguments["query"].shape[1] == 1:
+            if arguments["query"].shape[1] < 4:  # no prompt
                 seen.append((arguments[name], arguments["atten_mask"] is None))
 
         return alter
 
     watched = {
         "npu_incre_flash_attention": watch("actual_seq_lengths"),
+        "npu_prompt_flash_attention": watch("actual_seq_lengths_kv"),
         "npu_fused_infer_attention_score": watch("actual_seq_lengths_kv"),
     }
     model = pair.build(Optimizations.up_to(step).replace(fused_infer_attention=fused))
@@ -152,8 +153,10 @@ def test_incremental_attention_is_told_how_much_is_live(step: str, fused: bool, 
     with Intercept(watched), torch.no_grad():
         cache = cache_of(model(ids, use_cache=True))
         model(ids[:, :1], **{CACHE_NAME: cache})
-    lengths = [ids.shape[1] + 1] * 4
-    assert seen == [(lengths, True) if step == "ifa_tiling" else (None, False)] * len(model.model.layers)
+        model(ids[:, :3], **{CACHE_NAME: cache})
+    layers, width = len(model.model.layers), ids.shape[1]
+    assert seen[:layers] == [([width + 1] * 4, True) if step == "ifa_tiling" else (None, False)] * layers
+    assert seen[layers:] == [([width + 4] * 4, False)] * layers
 
 
 def operators_called(pair: Any, optimizations: Optimizations) -> set[str]:

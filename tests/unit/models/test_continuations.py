@@ -155,6 +155,10 @@ def test_a_crop_of_padding_removes_no_token(full):
     assert (cache.lengths, cache.seen_tokens) == ([6, 6], 6)
     full(tokens(2, 1), attention_mask=torch.ones(2, 7), **{CACHE_NAME: cache})
     assert cache.lengths == [7, 7]
+    for width in (9, 10):  # what stood there before the crop is forgotten, padding included
+        full(tokens(2, width - cache.seen_tokens), attention_mask=torch.ones(2, width), **{CACHE_NAME: cache})
+    assert cache.lengths == [10, 10]
+    cache.crop(-3)
     with pytest.raises(CacheOverflowError, match=r"crop\(-8\)"):
         cache.crop(-8)
 

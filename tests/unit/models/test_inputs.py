@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import cache_of
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.models.inputs import Rows
+from qwen2_npu.models.inputs import Rows, check_window
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 masks = st.integers(1, 4).flatmap(
@@ -274,3 +275,23 @@ def test_rows_that_are_all_padded_alike_are_compacted(mask):
     assert torch.equal(compact[:, :2], places[given == 1].reshape(len(mask), 2))
     assert torch.equal(rows.restore(compact), places)
     assert torch.equal(rows.find(slice(-1, None), 4, given.device), (compact == 3).nonzero()[:, 1:])
+
+
+def test_holes_are_refused_as_soon_as_a_window_can_reach_across():
+    live = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]).bool()
+    check_window(live, window=5, slots=5)
+    check_window(live[:1], window=4, slots=5)
+    with pytest.raises(UnsupportedError, match=r"^row 1 has padding between its tokens, .* window of 4"):
+        check_window(live, window=4, slots=5)
+
+
+@pytest.mark.parametrize("step", ["swiglu", "ifa_tiling"])
+@torch.no_grad()
+def test_the_model_keeps_up_the_masks_that_it_reads(step, monkeypatch):
+    seen, step_of = [], FixedKVCache.step
+    monkeypatch.setattr(FixedKVCache, "step", lambda *given, **named: seen.append(named) or step_of(*given, **named))
+    optimizations = Optimizations.all().replace(ifa_tiling=step == "ifa_tiling")
+    config = small_config(num_hidden_layers=1)
+    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)), optimizations=optimizations)
+    model(torch.ones(1, 3, dtype=torch.int64))
+    assert [named["masks"] for named in seen] == [step != "ifa_tiling"]
