@@ -345,3 +345,18 @@ def test_ids_outside_the_vocabulary_in_a_continuation(model, new):
     with pytest.raises(ValueError, match="token id 300 is outside"):  # one that the cache holds under another id
         model.generate(earlier, max_new_tokens=2, do_sample=False, repetition_penalty=1.2, past_key_values=cache)
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_either_cache_as_it_was(model, new, monkeypatch):
+    """In the last layer, when the others have written."""
+    ids = tokens(2, 6 + new)
+    cache = cache_of(model(ids[:, :6], use_cache=True))
+    expected = model(ids).logits[:, 6:]
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model.layers[-1].mlp, "forward", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 6:], **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 6
+    assert (model(ids[:, 6:], **{CACHE_NAME: cache}).logits - expected).abs().max() < TOLERANCE
