@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from qwen2_npu import LADDER, Optimizations, compile_model
-from qwen2_npu.compat import IS_V4
+from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.optimizations import EXPERTS
@@ -152,6 +152,36 @@ def test_step_calls_its_operators_and_no_step_before_it_does(step: str, pytestco
     before = Optimizations.up_to(LADDER[index - 1]) if index else Optimizations.none()
     called = [operators_called(pair, optimizations) for optimizations in (before, Optimizations.up_to(step))]
     assert called[1] - called[0] == OPERATORS[step]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("step", [LADDER[LADDER.index("ifa_tiling") - 1], "ifa_tiling"])
+def test_incremental_attention_is_told_how_much_is_live(step: str, fused: bool, pytestconfig: pytest.Config) -> None:
+    """Else tiling is of the whole cache: slower, and equal in every token."""
+    pair = pair_of(pytestconfig, COMPILED_WEIGHTS, dtypes_of(pytestconfig)[0])
+    seen: list[Any] = []
+
+    def watch(name: str) -> Any:
+        def alter(arguments: dict[str, Any]) -> None:
+            if arguments["query"].shape[1] < 4:  # no prompt
+                seen.append((arguments[name], arguments["atten_mask"] is None))
+
+        return alter
+
+    watched = {
+        "npu_incre_flash_attention": watch("actual_seq_lengths"),
+        "npu_prompt_flash_attention": watch("actual_seq_lengths_kv"),
+        "npu_fused_infer_attention_score": watch("actual_seq_lengths_kv"),
+    }
+    model = pair.build(Optimizations.up_to(step).replace(fused_infer_attention=fused))
+    ids = pair.batch("four").input_ids.to(model.device)
+    with Intercept(watched), torch.no_grad():
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **{CACHE_NAME: cache})
+        model(ids[:, :3], **{CACHE_NAME: cache})
+    layers, width = len(model.model.layers), ids.shape[1]
+    assert seen[:layers] == [([width + 1] * 4, True) if step == "ifa_tiling" else (None, False)] * layers
+    assert seen[layers:] == [([width + 4] * 4, False)] * layers
 
 
 def operators_called(pair: Any, optimizations: Optimizations) -> set[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import inductor, npu
 from qwen2_npu.optimizations import MODES, MODES_OF
@@ -79,6 +82,41 @@ def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weig
     for batch, tokens, graphs in ((3, 14, 2), (3, 30, 3), (2, 30, 5)):
         model.generate(**prompt(batch, tokens), max_new_tokens=5, do_sample=False)
         assert counter.graphs == graphs, counter.describe()
+
+
+@pytest.mark.parametrize(("rows", "ragged"), [(3, True), (1, False)])
+@torch.no_grad()
+def test_a_loop_of_ones_own_compiles_as_few(weights, counter, rows, ragged):
+    """Slices of growing tensors have other strides every step."""
+    model, steps = build(weights, Optimizations.all()), 6
+    compile_model(model, "inductor")
+    given = prompt(rows, 9, ragged)
+    cache = model.allocate_cache(rows, 9 + steps)
+    ids, mask, width, logits = given["input_ids"], given["attention_mask"], 9, []
+    for token in prompt(rows, steps)["input_ids"].split(1, dim=1):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        call = {"attention_mask": mask, "position_ids": positions[:, -width:], CACHE_NAME: cache}
+        logits.append(model(ids[:, -width:], **call).logits[:, -1])
+        ids, mask, width = torch.cat((ids, token), dim=1), torch.cat((mask, torch.ones_like(token)), dim=1), 1
+    assert counter.graphs == 2
+    model.compiled_steps = {}
+    expected = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).logits[:, 8:]
+    assert (torch.stack(logits, dim=1) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("step", LADDER)
+def test_options_follow_from_the_steps_and_the_caller(weights, monkeypatch, step):
+    """Tiling is sunk, and live lengths may change, from ifa_tiling on; weights are constants; a caller decides."""
+    seen = []
+    monkeypatch.setattr(graph, "_compiler", lambda mode, model, options: seen.append(options) or (lambda call: call))
+    model = build(weights, Optimizations.up_to(step))
+    sunk = model.optimizations.ifa_tiling
+    compile_model(model, "inductor")
+    assert seen.pop() == graph.GraphOptions(sunk, True, sunk, None)
+    compile_model(
+        model, "inductor", dynamic=True, frozen_parameter=False, tiling_schedule_optimize=not sunk, cache_dir="graphs"
+    )
+    assert seen.pop() == graph.GraphOptions(True, False, not sunk, Path("graphs"))
 
 
 FEW = 2

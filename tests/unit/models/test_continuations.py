@@ -14,6 +14,7 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
+from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models import qwen2
 from qwen2_npu.models.inputs import Rows
 from tests.unit.models.test_inputs import state_of
@@ -40,7 +41,8 @@ def model(request, stock):
     optimizations = SWITCHES.get(request.param, Optimizations.all())
     model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
     if request.param == "compiled":
-        model.compiled_steps = {"prefill": model.prefill_step, "decode": model.decode_step}
+        steps = {"prefill": model.prefill_step, "decode": model.decode_step}
+        model.compiled_steps = {name: CompiledStep(step, lambda call: call) for name, step in steps.items()}
     return model
 
 
@@ -99,6 +101,24 @@ def test_positions_are_counted_as_the_stock_model_counts_them(model, stock, rows
     assert_alike(model, stock, tokens(2, 10), [mask[:, :width] for width in SPLITS[split]])
 
 
+@pytest.mark.skipif(V4, reason="4.37.0 masks by itself, and has no positions beside the mask")
+@pytest.mark.parametrize("split", SPLITS)
+@torch.no_grad()
+def test_positions_of_the_caller_count_in_every_pass(model, stock, split):
+    """In a prompt whose bucket is longer, too."""
+    ids, places = tokens(2, 10), torch.tensor([[0, 1, 2, 4, 8, 9, 11, 12, 20, 21], [7, 6, 5, 4, 3, 2, 1, 0, 30, 31]])
+    caches, seen = [None, DynamicCache()], 0
+    for width in SPLITS[split]:
+        logits = []
+        for index, candidate in enumerate((model, stock)):
+            given = {"position_ids": places[:, seen:width], "attention_mask": torch.ones(2, width, dtype=torch.int64)}
+            output = candidate(ids[:, seen:width], use_cache=True, **given, **{CACHE_NAME: caches[index]})
+            caches[index] = cache_of(output)
+            logits.append(output.logits)
+        assert (logits[0] - logits[1]).abs().max() < TOLERANCE
+        seen = width
+
+
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("hidden", [[(0, 4)], [(0, 0), (1, 5)], [(0, 3), (0, 4), (0, 5)]], ids=str)
 @torch.no_grad()
@@ -135,6 +155,10 @@ def test_a_crop_of_padding_removes_no_token(full):
     assert (cache.lengths, cache.seen_tokens) == ([6, 6], 6)
     full(tokens(2, 1), attention_mask=torch.ones(2, 7), **{CACHE_NAME: cache})
     assert cache.lengths == [7, 7]
+    for width in (9, 10):  # what stood there before the crop is forgotten, padding included
+        full(tokens(2, width - cache.seen_tokens), attention_mask=torch.ones(2, width), **{CACHE_NAME: cache})
+    assert cache.lengths == [10, 10]
+    cache.crop(-3)
     with pytest.raises(CacheOverflowError, match=r"crop\(-8\)"):
         cache.crop(-8)
 
@@ -321,3 +345,18 @@ def test_ids_outside_the_vocabulary_in_a_continuation(model, new):
     with pytest.raises(ValueError, match="token id 300 is outside"):  # one that the cache holds under another id
         model.generate(earlier, max_new_tokens=2, do_sample=False, repetition_penalty=1.2, past_key_values=cache)
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_either_cache_as_it_was(model, new, monkeypatch):
+    """In the last layer, when the others have written."""
+    ids = tokens(2, 6 + new)
+    cache = cache_of(model(ids[:, :6], use_cache=True))
+    expected = model(ids).logits[:, 6:]
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model.layers[-1].mlp, "forward", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 6:], **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 6
+    assert (model(ids[:, 6:], **{CACHE_NAME: cache}).logits - expected).abs().max() < TOLERANCE
