@@ -72,6 +72,10 @@ FAST = {
     "scatter_update_": ("BNSD_decode", "BSH"),
     "npu_swiglu": ("regular", "middle"),
     "npu_mm_all_reduce_base": ("regular", "bias_and_x3", "explicit_sum"),
+    "npu_moe_gating_top_k_softmax": ("regular", "some_finished"),
+    "npu_moe_init_routing_v2": ("regular", "active_ends", "active_scatter", "scatter", "gather"),
+    "npu_grouped_matmul": ("regular", "bias", "ends", "lists", "lists_to_one"),
+    "npu_moe_finalize_routing": ("regular", "everything", "everything_by_column", "two_skips", "bias", "told_k"),
 }  # fmt: skip
 """Operator -> the samples of the fast lane: so many that they see every wrong use of an argument.
 
@@ -81,6 +85,9 @@ Of an operator that is not here it is the first one.
 HARMLESS = {
     "npu_fused_infer_attention_score": {"inner_precise ignored"},  # how hardware computes in fp16
     "npu_add_rms_norm": {"x1 and x2 exchanged"},
+    "npu_moe_init_routing_v2": {"active_num ignored"},  # what is taken means all copies
+    "npu_grouped_matmul": {"tuning_config ignored"},
+    "npu_moe_finalize_routing": {"k ignored", "skip1 and skip2 exchanged"},  # k is read where there are no scales
 }
 """Wrong uses of arguments that change no result."""
 
