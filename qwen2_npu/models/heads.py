@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 
 from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.models import arguments
+from qwen2_npu.models.backbone import Backbone
 from qwen2_npu.models.layers import Linear
-from qwen2_npu.models.qwen2 import Backbone
 
 
 class _WithoutGeneration(Backbone):

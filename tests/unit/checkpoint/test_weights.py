@@ -16,7 +16,7 @@ from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.models import qwen2
+from qwen2_npu.models import backbone
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -152,7 +152,7 @@ def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message,
     def built(*args: object) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(qwen2, "Network", built)
+    monkeypatch.setattr(backbone, "Network", built)
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
     values.pop("layer_types", None)

@@ -15,7 +15,7 @@ from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.models import qwen2
+from qwen2_npu.models import backbone
 from qwen2_npu.models.inputs import Rows
 from tests.unit.models.test_inputs import state_of
 from tests.unit.small import V4, small_config, small_stock, stock_weights
@@ -313,7 +313,7 @@ def test_a_full_cache_names_the_calls_that_work(full):
 
 def test_guidance_has_a_cache_of_its_own_for_as_many_tokens(full, stock, monkeypatch):
     """The processor calls forward within generate, and forward allocates: for how many, it cannot know otherwise."""
-    monkeypatch.setattr(qwen2, "DEFAULT_HEADROOM", 1)
+    monkeypatch.setattr(backbone, "DEFAULT_HEADROOM", 1)
     ids, other = tokens(1, 5), tokens(1, 125)
     call = {"max_new_tokens": 10, "do_sample": False, "guidance_scale": 1.2, "negative_prompt_ids": other}
     assert torch.equal(full.generate(ids, **call), stock.generate(ids, **call))
