@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.models import layers, qwen2
+from qwen2_npu.models import backbone, layers
 from qwen2_npu.models.layers import RotaryTable, RowParallelLinear
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
@@ -180,7 +180,7 @@ def test_every_way_to_beyond_the_first_table(optimizations, far, monkeypatch):
         return results
 
     expected = run(whole)
-    for module in (layers, qwen2):
+    for module in (layers, backbone):
         monkeypatch.setattr(module, "TABLE_ROWS", 16)
     assert all(torch.equal(one, other) for one, other in zip(run(growing), expected, strict=True))
     assert 16 < len(growing.model.rotary.cos) <= len(whole.model.rotary.cos)
