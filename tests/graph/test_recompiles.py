@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, compile_model
-from qwen2_npu.models import layers, qwen2
+from qwen2_npu.models import backbone, layers
 from tests.graph.counting import GraphCounter
 from tests.graph.support import build, generate, prompt
 from tests.unit.tokens import assert_same_tokens
@@ -60,7 +60,7 @@ def test_more_buckets_than_dynamo_would_allow(device: str) -> None:
 @pytest.mark.parametrize("step", ["flash_attention", LADDER[-1]])
 def test_a_longer_rotary_table_needs_new_graphs(step: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with more positions than its table has at first: graphs are for the table there is, none for another."""
-    for module in (layers, qwen2):
+    for module in (layers, backbone):
         monkeypatch.setattr(module, "TABLE_ROWS", 64)
     short, long = (prompt(device, 2, 9), 4), (prompt(device, 2, 127), 5)
     calls = ((short, 2), (long, 4), (short, 6), (long, 6), (short, 6))
