@@ -84,7 +84,7 @@ class StackedRows(NamedTuple):
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
 def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The tensors of a head with their shapes; a tied lm_head is not a tensor of its own."""
-    hidden, labels = config.hidden_size, config.num_labels
+    hidden, labels = config.hidden_size, 0 if head == CAUSAL_LM else config.num_labels
     known = {"lm_head.weight": (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
     return {name: known[name] for name in head if not (config.tie_word_embeddings and name in CAUSAL_LM)}
 
