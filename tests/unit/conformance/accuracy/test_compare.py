@@ -400,3 +400,16 @@ def test_figures_of_a_path_are_of_its_worst_and_its_mean_position() -> None:
     assert by_name["decode"].max_error == 3.0
     assert by_name["hidden"].max_error == 0.25
     assert (by_name["hidden"].agreements, by_name["hidden"].kl_mean, by_name["hidden"].kl_max) == (0, 0.0, 0.0)
+
+
+def test_the_floor_of_a_path_is_the_rounding_of_its_reference() -> None:
+    """A baseline without any error allows 1.5 times what one rounding of the reference to the dtype costs."""
+    generator = np.random.default_rng(7)
+    parts = [generator.normal(size=(ROWS, count, VOCABULARY)) for count in (WIDTH, STEPS)]
+    exact_trace = trace(*parts)
+    wanted = torch.from_numpy(exact_trace.prefill_logits[VALID])
+    floor = ((wanted.to(torch.bfloat16).double() - wanted) ** 2).mean().sqrt().item()
+    for factor, passed in ((1 / BEYOND, True), (BEYOND, False)):
+        shifted = replace(exact_trace, prefill_logits=exact_trace.prefill_logits + factor * RMS_FACTOR * floor)
+        result = compare_traces(shifted, exact_trace, exact_trace, torch.bfloat16)
+        assert result.passed == passed, result.failures()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen2_npu.conformance.accuracy.compare import compare_traces
+from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.compare_routing import compare_routing, same_so_far
 from qwen2_npu.conformance.accuracy.routing import Choices
 from qwen2_npu.conformance.accuracy.teacher_forcing import Array, Trace
@@ -170,3 +170,43 @@ def test_of_compiled_steps_that_leave_nothing_to_compare_the_comparison_fails() 
     assert result.failures() == [
         "no position was compared: the compiled model may choose other experts at every one of them"
     ]
+
+
+def test_of_compiled_steps_a_choice_in_decode_leaves_out_what_follows_it_alone() -> None:
+    logits = [4.0, 0.5, 0.25, -1.0, -2.0]
+    baseline, exact = trace(2e-5, routing=routing(NOISE, logits)), trace(routing=routing(0.0, logits))
+    ours = trace(1e-5, routing=choosing([0, 2], path="decode", row=1, column=1), compiled=True)
+    result = compare_traces(ours, baseline, exact, torch.float32)
+    assert result.to_dict()["routing"]["left_out"] == {"prefill": 0, "decode": 1}
+    assert [(path.path, path.positions) for path in result.paths] == [("prefill", 5), ("decode", 3)]
+
+
+def test_without_graphs_every_position_is_compared_whatever_is_chosen() -> None:
+    logits = [4.0, 0.5, 0.25, -1.0, -2.0]
+    baseline, exact = trace(2e-5, routing=routing(NOISE, logits)), trace(routing=routing(0.0, logits))
+    ours = trace(1e-5, routing=choosing([0, 2], row=1, column=1))
+    result = compare_traces(ours, baseline, exact, torch.float32)
+    assert [(path.path, path.positions) for path in result.paths] == [("prefill", 5), ("decode", 4)]
+    assert result.to_dict()["routing"]["left_out"] == {}
+
+
+def test_a_compiled_dense_model_has_every_position_compared() -> None:
+    result = compare_traces(trace(1e-5, compiled=True), trace(2e-5), trace(), torch.float32)
+    assert result.passed, result.failures()
+    assert [(path.path, path.positions) for path in result.paths] == [("prefill", 5), ("decode", 4)]
+
+
+def test_a_last_token_that_no_row_has_left_is_no_path() -> None:
+    logits = [4.0, 0.5, 0.25, -1.0, -2.0]
+    ours = trace(1e-5, routing=routing(NOISE), compiled=True)
+    ours = replace(ours, last_logits=ours.prefill_logits[:, -1])
+    for row in (0, 1):
+        ours.routing["prefill"].wanted[0, row, 2] = [0, 2]
+    baseline, exact = trace(2e-5, routing=routing(NOISE, logits)), trace(routing=routing(0.0, logits))
+    result = compare_traces(ours, baseline, exact, torch.float32)
+    assert "last_token" not in [path.path for path in result.paths]
+
+
+def test_no_position_and_nothing_left_out_says_so_alone() -> None:
+    routed = compare_routing(routing(), routing(), routing(), VALID)
+    assert Comparison((), routed).failures() == ["no position was compared"]
