@@ -36,6 +36,8 @@ from train_tiny import (
 from train_tiny import OUTPUT as DENSE
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from qwen2_npu.checkpoint.experts import one_by_one
+
 OUTPUT = DENSE.with_name("tiny_moe")
 KEPT = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 """Files that are those of the dense checkpoint."""
@@ -92,21 +94,6 @@ def from_dense(dense: dict[str, torch.Tensor], model: Qwen2MoeForCausalLM, gener
             mlp.experts.down_proj.data[expert] = 4 * down[:, chosen]  # the router's weight is about 1/4 at first
 
 
-def one_by_one(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One tensor per matrix and expert, as the published files hold them."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        scope, _, kind = name.rpartition(".")
-        if not scope.endswith(".experts"):
-            found[name] = tensor
-            continue
-        for expert, matrix in enumerate(tensor):
-            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
-                found[f"{scope}.{expert}.{part}.weight"] = rows.clone()
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the checkpoint")
@@ -140,7 +127,8 @@ def main() -> None:
     begun = time.monotonic()
     loss = train(model, tokens, heldout_tokens, arguments.steps, arguments.rate, generator)
     model.model.norm.weight.data.mul_(LOGITS)
-    state = one_by_one(round_to_bfloat16(model))
+    # Copies: a file holds no two views of one tensor.
+    state = {name: part.clone() for name, part in one_by_one(round_to_bfloat16(model)).items()}
     model.config.output_router_logits = False  # the loss of the text alone
     heldout_loss = mean_loss(model, heldout_tokens)
 

@@ -54,7 +54,7 @@ EXPERTS = "experts"
 NETWORK = "model."
 """What the names of the network's tensors begin with."""
 
-CAUSAL_LM = ("lm_head.weight",)
+CAUSAL_LM = (HEAD,)
 """The parameters of a model's head: see :func:`head_shapes` for those that there are."""
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -85,7 +85,7 @@ class StackedRows(NamedTuple):
 def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The tensors of a head with their shapes; a tied lm_head is not a tensor of its own."""
     hidden, labels = config.hidden_size, 0 if head == CAUSAL_LM else config.num_labels
-    known = {"lm_head.weight": (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
+    known = {HEAD: (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
     return {name: known[name] for name in head if not (config.tie_word_embeddings and name in CAUSAL_LM)}
 
 

@@ -11,6 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from qwen2_npu.checkpoint.weights import CAUSAL_LM
 from qwen2_npu.compat import LOGITS_IN_FLOAT32, TIED_WEIGHTS
 from qwen2_npu.models import arguments
 from qwen2_npu.models.backbone import Backbone
@@ -28,7 +29,7 @@ class Qwen2ForCausalLM(Backbone, GenerationMixin):  # type: ignore[misc]
         config: see :class:`Backbone`, with the other arguments.
     """
 
-    head = ("lm_head.weight",)
+    head = CAUSAL_LM
     _tied_weights_keys = TIED_WEIGHTS
 
     def _make_head(self, config: Qwen2Config) -> None:

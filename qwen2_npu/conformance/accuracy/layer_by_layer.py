@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
+from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.sources import NamedSource
 from qwen2_npu.checkpoint.weights import stock_shapes
 from qwen2_npu.compat import CACHE_NAME, cache_of, is_sparse
@@ -35,7 +36,7 @@ from qwen2_npu.conformance.accuracy.routing import Choices, Routers, stacked, wa
 from qwen2_npu.conformance.accuracy.stock import check_finite, exact, exact_reference, stock_from_state_dict
 from qwen2_npu.conformance.accuracy.teacher_forcing import position_ids_of, prompt_and_forced, to_numpy
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True)
