@@ -142,23 +142,6 @@ def last_logits(model: Any) -> Iterator[list[Array]]:
         handle.remove()
 
 
-def explain_divergences(
-    optimised: Sequence[Sequence[int]],
-    expected: Sequence[Sequence[int]],
-    batch: Batch,
-    baseline: Any,
-    reference: Any,
-    logits: Sequence[Array] = (),
-) -> list[Divergence]:
-    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there.
-
-    Args:
-        logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
-            are not given.
-    """
-    return compare_texts(optimised, expected, batch, baseline, reference, logits)[0]
-
-
 def compare_texts(
     optimised: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
@@ -167,8 +150,16 @@ def compare_texts(
     reference: Any,
     logits: Sequence[Array] = (),
 ) -> tuple[list[Divergence], tuple[Trace, Trace] | None]:
-    """:func:`explain_divergences`; and of a mixture the traces of both models over ``expected``, with their experts,
-    None where nothing differs."""
+    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there.
+
+    Args:
+        logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
+            are not given.
+
+    Returns:
+        The places; and of a mixture the traces of both models over ``expected``, with their experts, None where nothing
+        differs.
+    """
     steps = max(map(len, (*optimised, *expected)))
     # What follows a row's end is the same filler in both, so that it never counts as a divergence.
     ours, theirs = (np.array([[*row, *[0] * (steps - len(row))] for row in rows]) for rows in (optimised, expected))

@@ -82,10 +82,10 @@ def test_greedy_text_ends_with_the_first_end_of_its_row() -> None:
 def test_texts_that_part_are_explained_row_by_row() -> None:
     rows = [continued(prompt, 3) for prompt in PROMPTS]
     models = CountingModel(), CountingModel(torch.float64)
-    assert text.explain_divergences(rows, rows, BATCH, *models) == []
+    assert text.compare_texts(rows, rows, BATCH, *models)[0] == []
     assert not models[0].calls
     other = (rows[1][2] + 1) % VOCABULARY
-    (found,) = text.explain_divergences([rows[0], [*rows[1][:2], other]], rows, BATCH, *models)
+    (found,) = text.compare_texts([rows[0], [*rows[1][:2], other]], rows, BATCH, *models)[0]
     assert (found.row, found.position, found.baseline_token, found.optimised_token) == (1, 2, rows[1][2], other)
     assert (found.baseline_logits, found.noise, found.excused) == ((1.0, 0.0), 0.0, False)
 
@@ -93,11 +93,11 @@ def test_texts_that_part_are_explained_row_by_row() -> None:
 def test_a_text_that_ends_earlier_parts_where_it_ends() -> None:
     rows = [continued(prompt, 3) for prompt in PROMPTS]
     models = CountingModel(), CountingModel(torch.float64)
-    (found,) = text.explain_divergences([rows[0][:2], rows[1]], rows, BATCH, *models)
+    (found,) = text.compare_texts([rows[0][:2], rows[1]], rows, BATCH, *models)[0]
     assert (found.row, found.position) == (0, 2)
-    assert text.explain_divergences([rows[0][:2], rows[1]], [rows[0][:2], rows[1]], BATCH, *models) == []
+    assert text.compare_texts([rows[0][:2], rows[1]], [rows[0][:2], rows[1]], BATCH, *models)[0] == []
     # Of a shorter row what follows its end is filler, and no divergence.
-    (found,) = text.explain_divergences([rows[0][:1], [*rows[1][:2], 63]], [rows[0][:1], rows[1]], BATCH, *models)
+    (found,) = text.compare_texts([rows[0][:1], [*rows[1][:2], 63]], [rows[0][:1], rows[1]], BATCH, *models)[0]
     assert found.row == 1
 
 
@@ -106,6 +106,6 @@ def test_the_longer_of_two_texts_is_followed_to_its_end() -> None:
     models = CountingModel(), CountingModel(torch.float64)
     shorter = [[rows[0][0]], [rows[1][0]]]
     for ours, theirs in ((shorter, rows), (rows, shorter)):
-        found = text.explain_divergences(ours, theirs, BATCH, *models)
+        found = text.compare_texts(ours, theirs, BATCH, *models)[0]
         assert [(each.row, each.position) for each in found] == [(0, 1), (1, 1)]
     assert not any(call.get("output_hidden_states") for call in models[0].calls), "not needed, and as long as a prefill"
