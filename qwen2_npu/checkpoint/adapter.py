@@ -18,11 +18,11 @@ from transformers.utils import is_peft_available
 
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, one_line, read_object
 from qwen2_npu.checkpoint.folders import is_file, is_folder
+from qwen2_npu.checkpoint.shards import ADAPTER_FILE
 from qwen2_npu.checkpoint.sources import SafetensorsSource, Source, indices, whole
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Cutting, Slice
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 SERVED: dict[str, tuple[Any, ...]] = {
@@ -119,14 +119,14 @@ def base_and_adapter(folder: Path, adapter: str | Path | bool | None) -> tuple[P
         return folder, Path(adapter).expanduser()
     if adapter is not None:
         raise UnsupportedError(f"adapter={reprlib.repr(adapter)}: pass the folder of a LoRA adapter, or False for none")
-    path = folder / ADAPTER_CONFIG
+    path = folder / ADAPTER_FILE
     if not is_file(path):
         return folder, None
     if is_file(folder / CONFIG_FILE):
         if not is_peft_available():
             return folder, None
         raise CheckpointError(
-            f"{folder} has {ADAPTER_CONFIG}: transformers applies that adapter to the weights; pass "
+            f"{folder} has {ADAPTER_FILE}: transformers applies that adapter to the weights; pass "
             f"adapter={str(folder)!r} to have it merged, or adapter=False to leave it out; or use peft's "
             "merge_and_unload(), or remove the file if the weights have it already"
         )
@@ -141,12 +141,12 @@ def base_and_adapter(folder: Path, adapter: str | Path | bool | None) -> tuple[P
 
 def _read(folder: Path, base: Source) -> dict[str, LowRank]:
     """Stock name of a weight -> what is added to it."""
-    if not is_folder(folder) or not is_file(folder / ADAPTER_CONFIG):
+    if not is_folder(folder) or not is_file(folder / ADAPTER_FILE):
         raise CheckpointError(
-            f"adapter={str(folder)!r} is no folder of an adapter: it has no {ADAPTER_CONFIG}; pass the folder that "
+            f"adapter={str(folder)!r} is no folder of an adapter: it has no {ADAPTER_FILE}; pass the folder that "
             "peft's save_pretrained wrote"
         )
-    config = read_object(folder / ADAPTER_CONFIG)
+    config = read_object(folder / ADAPTER_FILE)
     _check_served(config, folder)
     if not is_file(folder / ADAPTER_WEIGHTS):
         raise CheckpointError(
@@ -167,7 +167,7 @@ def _read(folder: Path, base: Source) -> dict[str, LowRank]:
             for module, parts in halves.items()
         }
     except (re.error, TypeError, AttributeError) as error:  # lists, patterns and objects of another kind
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {one_line(error)}; save the adapter again") from error
+        raise CheckpointError(f"{folder / ADAPTER_FILE}: {one_line(error)}; save the adapter again") from error
 
 
 def _check_served(config: Mapping[str, Any], folder: Path) -> None:
@@ -177,7 +177,7 @@ def _check_served(config: Mapping[str, Any], folder: Path) -> None:
             continue
         if value not in SERVED[name] if name in SERVED else value not in (None, False, "", [], {}):
             raise UnsupportedError(
-                f"{folder / ADAPTER_CONFIG}: {name}={reprlib.repr(value)} is not served, only plain LoRA is; {MERGE_IT}"
+                f"{folder / ADAPTER_FILE}: {name}={reprlib.repr(value)} is not served, only plain LoRA is; {MERGE_IT}"
             )
 
 
@@ -192,7 +192,7 @@ def _check_complete(
     if missing or extra or not halves:
         first = f", first of {(missing + extra)[0]}" if missing or extra else ""
         raise CheckpointError(
-            f"{folder} does not fit its {ADAPTER_CONFIG} and this model: lora_A or lora_B is missing of {len(missing)} "
+            f"{folder} does not fit its {ADAPTER_FILE} and this model: lora_A or lora_B is missing of {len(missing)} "
             f"of {len(targeted)} products, and {len(extra)} more are there{first}; fetch it again, or pass its own base"
         )
 
@@ -235,7 +235,7 @@ def _low_rank(
     alpha = _of_module(config, "lora_alpha", "alpha_pattern", module)
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} for {module}; r must be a positive "
+            f"{folder / ADAPTER_FILE}: r={rank!r} and lora_alpha={alpha!r} for {module}; r must be a positive "
             "integer and lora_alpha a number: save the adapter again"
         )
     a, b = parts["A"], parts["B"]

@@ -13,11 +13,12 @@ import torch
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint import sources, weights
-from qwen2_npu.checkpoint.adapter import ADAPTER_CONFIG, AdaptedSource, base_and_adapter
+from qwen2_npu.checkpoint.adapter import AdaptedSource, base_and_adapter
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.naming import as_stock
+from qwen2_npu.checkpoint.shards import ADAPTER_FILE
 from qwen2_npu.compat import CONFIGURATIONS, set_torch_dtype, torch_dtype_of
 from qwen2_npu.devices import usable
 from qwen2_npu.errors import CheckpointError, UnsupportedError
@@ -265,9 +266,9 @@ class CheckpointIO:
         if unknown:
             raise TypeError(f"save_pretrained() takes no argument {', '.join(unknown)}")
         self._check_whole("save_pretrained")
-        if Path(save_directory, ADAPTER_CONFIG).exists():
+        if Path(save_directory, ADAPTER_FILE).exists():
             raise CheckpointError(
-                f"{save_directory} holds an adapter ({ADAPTER_CONFIG}), which would be applied to the saved weights "
+                f"{save_directory} holds an adapter ({ADAPTER_FILE}), which would be applied to the saved weights "
                 "when they are loaded; choose another folder"
             )
         if not is_main_process:
