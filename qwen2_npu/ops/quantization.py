@@ -296,7 +296,5 @@ _library = torch.library.Library("qwen2_npu", "FRAGMENT")
 _library.define("dequantising_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
 for _key in ("CPU", "CUDA"):
     _library.impl("dequantising_product", dequantising_product, _key)
-_library.impl(
-    "dequantising_product", lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[1]), "Meta"
-)
+_library.impl("dequantising_product", lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[1]), "Meta")
 IN_GRAPHS = torch.ops.qwen2_npu.dequantising_product.default

@@ -1,4 +1,7 @@
-"""Int8 and int4 quantisation of activations and weights. Rounding is to nearest, ties to even."""
+"""Int8 and int4 quantisation of activations and weights. Rounding is to nearest, ties to even.
+
+What ``qwen2_npu.ops`` computes of an operator is computed there: here are the options that it leaves out.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from typing import Any
 
 import torch
 
+from qwen2_npu import ops
+
 Tensor = torch.Tensor
 
+INT8 = (None, 1, torch.int8)
 RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(1 << 31), (1 << 31) - 1)}
 
 SCALAR_TYPES = {
@@ -137,6 +143,9 @@ def dynamic_quant(
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(int8 or packed int4 rows, their scale max|row| / 127 or / 7)"""
+    if smooth_scales is None and group_index is None and dst_type in INT8 and not dst_type_max and x.dim() > 1:
+        if quant_mode == "pertoken":
+            return ops.kernels["npu_dynamic_quant"](x)
     wide = _prepared("npu_dynamic_quant", x, smooth_scales, group_index, quant_mode, dst_type_max)
     bits = _bits("npu_dynamic_quant", x, dst_type)
     scale = wide.abs().amax(-1) / ((1 << (bits - 1)) - 1)
@@ -175,6 +184,12 @@ def quant_matmul(
 ) -> Tensor:
     """(x1 @ x2 + bias) · scale · pertoken_scale of int8 matrices; + offset for an int8 result."""
     _refuse("npu_quant_matmul", **others)
+    halves = (torch.float16, torch.bfloat16)
+    if offset is None and x1.dtype is torch.int8 and scale.dtype is not torch.int64 and x2.dim() == 2:
+        if _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8) in halves:
+            return ops.kernels["npu_quant_matmul"](
+                x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype
+            )
     if x1.dtype is not torch.int8 or scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_quant_matmul: {x1.dtype} with scales in {scale.dtype} is not emulated")
     target = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)
@@ -216,6 +231,10 @@ def weight_quant_batchmatmul(
     )
     if weight.dtype is not torch.int8 or antiquant_scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_weight_quant_batchmatmul: {weight.dtype} weights are not emulated; int8 is")
+    if antiquant_offset is None and not antiquant_group_size and antiquant_scale.numel() == weight.shape[-1]:
+        return ops.kernels["npu_weight_quant_batchmatmul"](
+            x, weight, antiquant_scale, bias=bias, inner_precise=inner_precise
+        )
 
     def rows(value: Tensor) -> Tensor:
         if antiquant_group_size:

@@ -35,6 +35,11 @@ LOWERED = {
     "npu_moe_init_routing_v2": "MoeInitRoutingV3",
     "npu_grouped_matmul": "GroupedMatmul",
     "npu_moe_finalize_routing": "MoeFinalizeRoutingV2",
+    "npu_weight_quant_batchmatmul": "WeightQuantBatchMatmulV2",
+    "npu_quant_matmul": "QuantBatchMatmulV3",
+    "npu_dynamic_quant": "DynamicQuant",
+    "npu_add_rms_norm_dynamic_quant": "AddRmsNormDynamicQuant",
+    "npu_dequant_swiglu_quant": "DequantSwigluQuant",
 }
 """Operator of the catalogue -> the GE operator it is lowered to."""
 
@@ -72,6 +77,10 @@ FAST = {
     "scatter_update_": ("BNSD_decode", "BSH"),
     "npu_swiglu": ("regular", "middle"),
     "npu_mm_all_reduce_base": ("regular", "bias_and_x3", "explicit_sum"),
+    "npu_weight_quant_batchmatmul": ("wide_bias", "inner_precise"),
+    "npu_quant_matmul": ("regular", "half", "integer_bias"),
+    "npu_add_rms_norm_dynamic_quant": ("regular", "tiny_epsilon_1e-5"),
+    "npu_dequant_swiglu_quant": ("regular", "right"),
 }  # fmt: skip
 """Operator -> the samples of the fast lane: so many that they see every wrong use of an argument.
 
