@@ -1,8 +1,8 @@
 """The npu:: operators that Qwen2 needs, on CPU and CUDA: importing this makes torch.ops.npu.* usable.
 
 An operator is found by its name: its schema in `schemas`, its kernel in `norms`, `rotary`, `scatter`, `swiglu`,
-`mm_all_reduce`, `grouped_matmul`, `routing` (npu_moe_*), `quantization`, or in the file of `attention` named after it. `registry` shows
-how they reach the dispatcher.
+`mm_all_reduce`, `grouped_matmul`, `routing` (npu_moe_*), `quantization`, or in the file of `attention` named after it.
+`registry` shows how they reach the dispatcher.
 """
 
 from __future__ import annotations

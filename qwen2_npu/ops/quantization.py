@@ -1,6 +1,6 @@
 """Products of 8-bit weights, and the quantisation of activations to 8 bits, symmetric: no zero points.
 
-Rounding to int8 is to nearest, ties to even. All between an operator's inputs and outputs is float32, or exact integers.
+Rounding to int8 is to nearest, ties to even. Between inputs and outputs all is float32, or exact integers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from qwen2_npu.ops.checks import check_float, check_same_dtype, invalid, is_read
 MAX_SIZE = 65535
 """The largest K and N of a quantised product on Atlas A2: the head of a vocabulary of 152,064 is too wide."""
 LARGEST = 127.0
+BLOCK = 32
+"""K and N that PyTorch's int8 product is given are multiples of it."""
+MAX_ROWS = 16
+"""Rows up to which that product is used."""
 
 OUTPUT_DTYPES = {5: torch.float16, 15: torch.bfloat16}
 """Number of a dtype in a schema -> the dtype."""
@@ -68,10 +72,16 @@ def npu_weight_quant_batchmatmul(
 
 def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight`` times one scale per column; from a transposed weight on a CPU it reads one byte per element."""
-    if bias is None and is_readable(x) and weight.mT.is_contiguous() and x.numel() and weight.numel():
+    if bias is None and is_readable(x) and _takes_packed(x, weight):
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
     y = (x.float() @ weight.float()) * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _takes_packed(x: Tensor, weight: Tensor) -> bool:
+    """Few rows and whole blocks: PyTorch's int8 product reads past the end of a weight with one column."""
+    blocks = weight.numel() > 0 and weight.shape[0] % BLOCK == 0 and weight.shape[1] % BLOCK == 0
+    return blocks and 0 < x.shape[0] <= MAX_ROWS and weight.stride() == (1, weight.shape[0])
 
 
 def npu_quant_matmul(

@@ -14,6 +14,7 @@ from qwen2_npu import ops
 
 Tensor = torch.Tensor
 
+HALVES = (torch.float16, torch.bfloat16)
 INT8 = (None, 1, torch.int8)
 RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(1 << 31), (1 << 31) - 1)}
 
@@ -143,9 +144,9 @@ def dynamic_quant(
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(int8 or packed int4 rows, their scale max|row| / 127 or / 7)"""
-    if smooth_scales is None and group_index is None and dst_type in INT8 and not dst_type_max and x.dim() > 1:
-        if quant_mode == "pertoken":
-            return ops.kernels["npu_dynamic_quant"](x)
+    plain = smooth_scales is None and group_index is None and dst_type in INT8 and not dst_type_max
+    if plain and quant_mode == "pertoken" and x.dim() > 1:
+        return ops.kernels["npu_dynamic_quant"](x)
     wide = _prepared("npu_dynamic_quant", x, smooth_scales, group_index, quant_mode, dst_type_max)
     bits = _bits("npu_dynamic_quant", x, dst_type)
     scale = wide.abs().amax(-1) / ((1 << (bits - 1)) - 1)
@@ -184,12 +185,11 @@ def quant_matmul(
 ) -> Tensor:
     """(x1 @ x2 + bias) · scale · pertoken_scale of int8 matrices; + offset for an int8 result."""
     _refuse("npu_quant_matmul", **others)
-    halves = (torch.float16, torch.bfloat16)
-    if offset is None and x1.dtype is torch.int8 and scale.dtype is not torch.int64 and x2.dim() == 2:
-        if _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8) in halves:
-            return ops.kernels["npu_quant_matmul"](
-                x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype
-            )
+    plain = offset is None and x1.dtype is torch.int8 and scale.dtype is not torch.int64 and x2.dim() == 2
+    if plain and _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8) in HALVES:
+        return ops.kernels["npu_quant_matmul"](
+            x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype
+        )
     if x1.dtype is not torch.int8 or scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_quant_matmul: {x1.dtype} with scales in {scale.dtype} is not emulated")
     target = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)

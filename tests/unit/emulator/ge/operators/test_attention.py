@@ -78,9 +78,10 @@ FAST = {
     "npu_swiglu": ("regular", "middle"),
     "npu_mm_all_reduce_base": ("regular", "bias_and_x3", "explicit_sum"),
     "npu_weight_quant_batchmatmul": ("wide_bias", "inner_precise"),
+    "npu_dynamic_quant": ("regular", "explicit_type"),
     "npu_quant_matmul": ("regular", "half", "integer_bias"),
-    "npu_add_rms_norm_dynamic_quant": ("regular", "tiny_epsilon_1e-5"),
-    "npu_dequant_swiglu_quant": ("regular", "right"),
+    "npu_add_rms_norm_dynamic_quant": ("regular", "tiny_epsilon_1e-5", "explicit"),
+    "npu_dequant_swiglu_quant": ("regular", "right", "explicit"),
 }  # fmt: skip
 """Operator -> the samples of the fast lane: so many that they see every wrong use of an argument.
 
@@ -90,6 +91,11 @@ Of an operator that is not here it is the first one.
 HARMLESS = {
     "npu_fused_infer_attention_score": {"inner_precise ignored"},  # how hardware computes in fp16
     "npu_add_rms_norm": {"x1 and x2 exchanged"},
+    # The only value that is supported beside the default says what the default does.
+    "npu_weight_quant_batchmatmul": {"inner_precise ignored"},
+    "npu_dynamic_quant": {"dst_type ignored"},
+    "npu_add_rms_norm_dynamic_quant": {"x1 and x2 exchanged", "output_mask ignored", "y_dtype ignored"},
+    "npu_dequant_swiglu_quant": {"dst_type ignored", "round_mode ignored", "activate_dim ignored"},
 }
 """Wrong uses of arguments that change no result."""
 
