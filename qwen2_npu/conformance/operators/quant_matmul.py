@@ -83,6 +83,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "three_dimensional": {"rows": 4, "inner": 64, "columns": 48, "batch": 2},
     "one_scale": {"rows": 4, "inner": 64, "columns": 48, "one_scale": True},
 }
+PORTABLE = ("cpu", "cuda")
+"""What the device takes and the portable kernels leave out is refused there alone."""
 _BASE: dict[str, Any] = {"rows": 3, "inner": 8, "columns": 4, "bias": "float32"}
 _NUMBERS = ("x1_dtype", "x2_dtype", "pertoken_scale_dtype", "scale_dtype")
 
@@ -104,9 +106,9 @@ OPERATOR = OperatorRecord(
         Invalid("token_scale_per_column", {"pertoken_scale": np.ones(4, np.float32)}, "pertoken_scale", _BASE),
         Invalid("bias_too_short", {"bias": lambda b: b[1:]}, "bias", _BASE),
         Invalid("bias_of_int64", {"bias": np.ones(4, np.int64)}, "bias", _BASE),
-        Invalid("default_result", {"output_dtype": None}, "output_dtype", _BASE),
-        Invalid("float32_result", {"output_dtype": 6}, "output_dtype", _BASE),
-        Invalid("offset", {"offset": np.ones(4, np.float32)}, "offset", _BASE),
+        Invalid("default_result", {"output_dtype": None}, "output_dtype", _BASE, only_on=PORTABLE),
+        Invalid("float32_result", {"output_dtype": 6}, "output_dtype", _BASE, only_on=PORTABLE),
+        Invalid("offset", {"offset": np.ones(4, np.float32)}, "offset", _BASE, only_on=PORTABLE),
         Invalid("scale_of_the_result", {"y_scale": np.ones(4, np.float32)}, "y_scale", _BASE),
         Invalid("groups", {"group_sizes": [1, 1, 32]}, "group_sizes", _BASE),
         *(Invalid(name, {name: 1}, name, _BASE) for name in _NUMBERS),

@@ -144,9 +144,8 @@ def dynamic_quant(
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(int8 or packed int4 rows, their scale max|row| / 127 or / 7)"""
-    plain = smooth_scales is None and group_index is None and dst_type in INT8 and not dst_type_max
-    if plain and quant_mode == "pertoken" and x.dim() > 1:
-        return ops.kernels["npu_dynamic_quant"](x)
+    if group_index is None and dst_type in INT8 and not dst_type_max and quant_mode == "pertoken":
+        return ops.kernels["npu_dynamic_quant"](x, smooth_scales=smooth_scales)
     wide = _prepared("npu_dynamic_quant", x, smooth_scales, group_index, quant_mode, dst_type_max)
     bits = _bits("npu_dynamic_quant", x, dst_type)
     scale = wide.abs().amax(-1) / ((1 << (bits - 1)) - 1)
@@ -184,12 +183,12 @@ def quant_matmul(
     **others: Any,
 ) -> Tensor:
     """(x1 @ x2 + bias) · scale · pertoken_scale of int8 matrices; + offset for an int8 result."""
-    _refuse("npu_quant_matmul", **others)
-    plain = offset is None and x1.dtype is torch.int8 and scale.dtype is not torch.int64 and x2.dim() == 2
-    if plain and _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8) in HALVES:
+    wanted = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)
+    if offset is None and wanted in HALVES and x1.dtype is not torch.int32 and x2.dim() == 2:
         return ops.kernels["npu_quant_matmul"](
-            x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype
+            x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype, **others
         )
+    _refuse("npu_quant_matmul", **others)
     if x1.dtype is not torch.int8 or scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_quant_matmul: {x1.dtype} with scales in {scale.dtype} is not emulated")
     target = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)
@@ -226,15 +225,17 @@ def weight_quant_batchmatmul(
         x: (M, K). weight: int8 (K, N).
         antiquant_scale: one for all, (N,), or one row per group of ``antiquant_group_size`` along K.
     """
+    one_scale = antiquant_scale.numel() == 1 and weight.shape[-1] != 1
+    if antiquant_offset is None and not antiquant_group_size and not one_scale:
+        others = {"quant_scale": quant_scale, "quant_offset": quant_offset, "weight_dtype": weight_dtype}
+        return ops.kernels["npu_weight_quant_batchmatmul"](
+            x, weight, antiquant_scale, bias=bias, inner_precise=inner_precise, **others
+        )
     _refuse(
         "npu_weight_quant_batchmatmul", quant_scale=quant_scale, quant_offset=quant_offset, weight_dtype=weight_dtype
     )
     if weight.dtype is not torch.int8 or antiquant_scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_weight_quant_batchmatmul: {weight.dtype} weights are not emulated; int8 is")
-    if antiquant_offset is None and not antiquant_group_size and antiquant_scale.numel() == weight.shape[-1]:
-        return ops.kernels["npu_weight_quant_batchmatmul"](
-            x, weight, antiquant_scale, bias=bias, inner_precise=inner_precise
-        )
 
     def rows(value: Tensor) -> Tensor:
         if antiquant_group_size:
