@@ -5,6 +5,7 @@ Both are data: the registry defines the operators from `SCHEMAS`, the kernels re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -136,7 +137,7 @@ def _absent(*names: str) -> dict[str, object]:
 
 
 # Operator name -> {argument: its default}: an argument listed here raises unless it has that value.
-UNSUPPORTED: Final = MappingProxyType(
+UNSUPPORTED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
     {
         "npu_prompt_flash_attention": _absent("padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION),
         "npu_incre_flash_attention": {

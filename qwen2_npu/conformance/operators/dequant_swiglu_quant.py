@@ -1,6 +1,7 @@
 """npu_dequant_swiglu_quant(x int32, weight_scale, activation_scale, activate_left, quant_mode=1) -> (y int8, scale).
 
-    w = x · weight_scale · activation_scale, one per column and one per row, float32          y, scale = rows of SwiGLU(w)
+    w = x · weight_scale · activation_scale, one per column and one per row, float32
+    y, scale = rows of SwiGLU(w)
 
 silu is taken of the first half with activate_left, else of the second.
 

@@ -1,4 +1,4 @@
-"""npu_quant_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype): (x1 @ x2) · scale · pertoken_scale + bias of int8.
+"""npu_quant_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype): int8 x1 @ x2 · scale · pertoken_scale + bias.
 
 An int32 bias is added before the scales, others after. The sums are exact integers.
 
