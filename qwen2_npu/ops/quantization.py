@@ -72,8 +72,11 @@ def npu_weight_quant_batchmatmul(
 
 def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight`` times one scale per column; from a transposed weight on a CPU it reads one byte per element."""
-    if bias is None and is_readable(x) and _takes_packed(x, weight):
-        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
+    if is_readable(x) and _takes_packed(x, weight):
+        if bias is None:
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
+        wide = torch.ops.aten._weight_int8pack_mm(x.float().contiguous(), weight.mT, scale.float())
+        return wide.add_(bias).to(x.dtype)
     y = (x.float() @ weight.float()) * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 

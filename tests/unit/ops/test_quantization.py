@@ -39,3 +39,11 @@ def test_the_head_is_refused_by_name() -> None:
         npu.npu_weight_quant_batchmatmul(
             torch.zeros(1, 8), torch.zeros(8, 152064, dtype=torch.int8), torch.zeros(152064)
         )
+
+
+def test_a_bias_is_added_before_rounding() -> None:
+    x, weight = torch.randn(1, 896).bfloat16(), torch.randint(-127, 128, (64, 896), dtype=torch.int8)
+    scale, bias = (torch.rand(64) / 127).bfloat16(), torch.randn(64) * 50
+    y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale, bias=bias)
+    exact = (x.double() @ weight.double().T) * scale.double() + bias.double()
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-3)
