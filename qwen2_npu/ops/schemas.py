@@ -5,6 +5,7 @@ Both are data: the registry defines the operators from `SCHEMAS`, the kernels re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -96,6 +97,34 @@ SCHEMAS: Final = MappingProxyType(
             "Tensor? scales, Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, "
             "int? drop_pad_mode=0, int? k=1) -> Tensor"
         ),
+        "npu_weight_quant_batchmatmul": (
+            "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, Tensor? "
+            "antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? bias=None, "
+            "int antiquant_group_size=0, int inner_precise=0, int? weight_dtype=None) -> Tensor"
+        ),
+        "npu_quant_matmul": (
+            "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? "
+            "pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? "
+            "x2_dtype=None, int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, "
+            "Tensor? y_scale=None) -> Tensor"
+        ),
+        "npu_dynamic_quant": (
+            "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? "
+            'dst_type=None, str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)'
+        ),
+        "npu_add_rms_norm_dynamic_quant": (
+            "npu_add_rms_norm_dynamic_quant(Tensor x1, Tensor x2, Tensor gamma, *, Tensor? "
+            "smooth_scale1=None, Tensor? smooth_scale2=None, Tensor? beta=None, float "
+            "epsilon=9.9999999999999995e-07, bool[2]? output_mask=None, int? y_dtype=None) -> (Tensor, "
+            "Tensor, Tensor, Tensor, Tensor)"
+        ),
+        "npu_dequant_swiglu_quant": (
+            "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, "
+            "Tensor? bias=None, Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? "
+            "group_index=None, bool activate_left=False, int quant_mode=0, int? dst_type=None, int? "
+            "round_mode=None, int? activate_dim=None, int swiglu_mode=0, float clamp_limit=7., float "
+            "glu_alpha=1.702, float glu_bias=1.) -> (Tensor, Tensor)"
+        ),
     }
 )
 
@@ -108,7 +137,7 @@ def _absent(*names: str) -> dict[str, object]:
 
 
 # Operator name -> {argument: its default}: an argument listed here raises unless it has that value.
-UNSUPPORTED: Final = MappingProxyType(
+UNSUPPORTED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
     {
         "npu_prompt_flash_attention": _absent("padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION),
         "npu_incre_flash_attention": {
@@ -150,6 +179,19 @@ UNSUPPORTED: Final = MappingProxyType(
             **_absent("activation_input", "activation_quant_scale", "activation_quant_offset"),
             **_absent("output_dtype", "x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype"),
             "act_type": 0,
+        },
+        "npu_weight_quant_batchmatmul": {
+            **_absent("antiquant_offset", "quant_scale", "quant_offset", "weight_dtype"),
+            "antiquant_group_size": 0,
+        },
+        "npu_quant_matmul": _absent(
+            *("offset", "x1_dtype", "x2_dtype", "pertoken_scale_dtype", "scale_dtype", "group_sizes", "y_scale")
+        ),
+        "npu_dynamic_quant": {"group_index": None, "quant_mode": "pertoken", "dst_type_max": 0.0},
+        "npu_add_rms_norm_dynamic_quant": _absent("smooth_scale1", "smooth_scale2", "beta"),
+        "npu_dequant_swiglu_quant": {
+            **_absent("bias", "quant_scale", "quant_offset", "group_index"),
+            **{"swiglu_mode": 0, "clamp_limit": 7.0, "glu_alpha": 1.702, "glu_bias": 1.0},
         },
     }
 )

@@ -42,9 +42,9 @@ _NAMES: dict[str, str] = {
         npu::_npu_swiglu_backward_mx_quant_with_dual_axis npu::_quantize_per_channel_impl.out
         npu::_quantize_per_tensor_impl.out npu::npu_add_quant_gmm npu::npu_add_quant_gmm_ npu::npu_add_quant_matmul
         npu::npu_add_quant_matmul_ npu::npu_add_rms_norm_cast npu::npu_add_rms_norm_dynamic_mx_quant
-        npu::npu_add_rms_norm_dynamic_quant npu::npu_add_rms_norm_quant npu::npu_anti_mx_quant
+        npu::npu_add_rms_norm_quant npu::npu_anti_mx_quant
         npu::npu_convert_weight_to_int4pack npu::npu_dequant_bias npu::npu_dequant_rope_quant_kvcache
-        npu::npu_dequant_swiglu_quant npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
+        npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
         npu::npu_dynamic_block_quant npu::npu_dynamic_dual_level_mx_quant npu::npu_dynamic_mx_quant
         npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_gelu_quant
         npu::npu_group_quant npu::npu_grouped_dynamic_block_quant npu::npu_grouped_dynamic_mx_quant

@@ -16,6 +16,7 @@ from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its op
     indexing,
     normalization,
     products,
+    quantization,
     reductions,
     shapes,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.unit.conformance.operators import plain_experts
+from tests.unit.conformance.operators import plain_experts, plain_quantized
 
 Tensors = dict[str, Any]
 
@@ -266,4 +266,5 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "npu_swiglu": swiglu,
     "npu_mm_all_reduce_base": mm_all_reduce,
     **plain_experts.PLAIN,
+    **plain_quantized.PLAIN,
 }

@@ -35,6 +35,11 @@ LOWERED = {
     "npu_moe_init_routing_v2": "MoeInitRoutingV3",
     "npu_grouped_matmul": "GroupedMatmul",
     "npu_moe_finalize_routing": "MoeFinalizeRoutingV2",
+    "npu_weight_quant_batchmatmul": "WeightQuantBatchMatmulV2",
+    "npu_quant_matmul": "QuantBatchMatmulV3",
+    "npu_dynamic_quant": "DynamicQuant",
+    "npu_add_rms_norm_dynamic_quant": "AddRmsNormDynamicQuant",
+    "npu_dequant_swiglu_quant": "DequantSwigluQuant",
 }
 """Operator of the catalogue -> the GE operator it is lowered to."""
 
@@ -76,6 +81,11 @@ FAST = {
     "npu_moe_init_routing_v2": ("regular", "active_ends", "active_scatter", "scatter", "gather"),
     "npu_grouped_matmul": ("regular", "bias", "ends", "lists", "lists_to_one"),
     "npu_moe_finalize_routing": ("regular", "everything", "everything_by_column", "two_skips", "bias", "told_k"),
+    "npu_weight_quant_batchmatmul": ("wide_bias", "inner_precise"),
+    "npu_dynamic_quant": ("regular", "explicit_type"),
+    "npu_quant_matmul": ("regular", "half", "integer_bias"),
+    "npu_add_rms_norm_dynamic_quant": ("regular", "tiny_epsilon_1e-5", "explicit"),
+    "npu_dequant_swiglu_quant": ("regular", "right", "explicit"),
 }  # fmt: skip
 """Operator -> the samples of the fast lane: so many that they see every wrong use of an argument.
 
@@ -88,6 +98,11 @@ HARMLESS = {
     "npu_moe_init_routing_v2": {"active_num ignored"},  # what is taken means all copies
     "npu_grouped_matmul": {"tuning_config ignored"},
     "npu_moe_finalize_routing": {"k ignored", "skip1 and skip2 exchanged"},  # k is read where there are no scales
+    # The only value that is supported beside the default says what the default does.
+    "npu_weight_quant_batchmatmul": {"inner_precise ignored"},
+    "npu_dynamic_quant": {"dst_type ignored"},
+    "npu_add_rms_norm_dynamic_quant": {"x1 and x2 exchanged", "output_mask ignored", "y_dtype ignored"},
+    "npu_dequant_swiglu_quant": {"dst_type ignored", "round_mode ignored", "activate_dim ignored"},
 }
 """Wrong uses of arguments that change no result."""
 

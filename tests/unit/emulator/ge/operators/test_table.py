@@ -56,7 +56,12 @@ TESTED = {case.type for case in CASES} | test_attention.TESTED | test_random.TES
 OF_SEVERAL_RANKS = {name for name, entry in TABLE.items() if entry.function.__module__.endswith(".collectives")}
 """Tested in tests/unit/emulator/collectives, in several processes."""
 
-BEYOND_PROTOTYPE = {"TopKV2": {"sort_policy"}, "MoeFinalizeRoutingV2": {"k"}}
+BEYOND_PROTOTYPE = {
+    "TopKV2": {"sort_policy"},
+    "MoeFinalizeRoutingV2": {"k"},
+    "WeightQuantBatchMatmulV2": {"antiquant_group_size", "dtype"},
+    "QuantBatchMatmulV3": {"group_size"},
+}
 """Attributes that torchair sets and the prototype does not name."""
 
 
