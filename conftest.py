@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_npu import emulator
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import EXPERTS, LADDER
 
 # Collecting garbage while torch and the tests are imported finds none, and takes seconds; pytest_runtestloop goes on.
 gc.disable()
@@ -76,9 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _steps(value: str) -> tuple[str, ...]:
     steps = tuple(step.strip() for step in value.split(",") if step.strip())
-    unknown = [step for step in steps if step not in LADDER]
+    unknown = [step for step in steps if step not in LADDER + EXPERTS]
     if unknown or not steps:
-        raise pytest.UsageError(f"--steps {value}: the steps of the ladder are {', '.join(LADDER)}")
+        raise pytest.UsageError(f"--steps {value}: the steps of the ladder are {', '.join(LADDER + EXPERTS)}")
     return steps
 
 

@@ -14,6 +14,7 @@ from qwen2_npu.emulator import automatic
 if TYPE_CHECKING:
     from qwen2_npu.cache import FixedKVCache
     from qwen2_npu.graph import compile_model
+    from qwen2_npu.models.heads import Qwen2ForSequenceClassification, Qwen2ForTokenClassification, Qwen2Model
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
     from qwen2_npu.optimizations import LADDER, Optimizations
 
@@ -24,10 +25,23 @@ _HOME_OF = {
     "LADDER": "qwen2_npu.optimizations",
     "Optimizations": "qwen2_npu.optimizations",
     "Qwen2ForCausalLM": "qwen2_npu.models.qwen2",
+    "Qwen2ForSequenceClassification": "qwen2_npu.models.heads",
+    "Qwen2ForTokenClassification": "qwen2_npu.models.heads",
+    "Qwen2Model": "qwen2_npu.models.heads",
     "compile_model": "qwen2_npu.graph",
 }
 
-__all__ = ["LADDER", "FixedKVCache", "Optimizations", "Qwen2ForCausalLM", "__version__", "compile_model"]
+__all__ = [
+    "LADDER",
+    "FixedKVCache",
+    "Optimizations",
+    "Qwen2ForCausalLM",
+    "Qwen2ForSequenceClassification",
+    "Qwen2ForTokenClassification",
+    "Qwen2Model",
+    "__version__",
+    "compile_model",
+]
 
 automatic.arm()
 

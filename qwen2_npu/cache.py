@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,8 @@ class FixedKVCache(Cache):
         key_cache, value_cache: per layer one tensor of ``shape.tensor_shape``.
         lengths: live tokens per row, on the host: reading them costs no synchronisation.
         seen_tokens: tokens per row including padding: the sequence length as transformers counts it.
+        padding: (batch, W) bool on the device, True where one of the first W tokens seen was padding, which no slot
+            holds; None while there was none. Tokens after the first W are all held.
         write_index: (batch,) int64 on the device: the slot of each row's next token, equal to ``lengths``.
         drop_mask: (batch, capacity) bool, True where a slot is not live. Updated one slot per step, never rebuilt.
         sliding_drop_mask: the same within the sliding window, or None.
@@ -146,6 +148,7 @@ class FixedKVCache(Cache):
             self._allocate(shape)
         self.lengths: list[int] = [0] * shape.batch_size
         self.seen_tokens = 0
+        self.padding: torch.Tensor | None = None
 
     def _allocate(self, shape: CacheShape) -> None:
         try:
@@ -178,12 +181,31 @@ class FixedKVCache(Cache):
         if used + new_tokens > self.shape.capacity:
             raise CacheOverflowError(
                 f"{new_tokens} new tokens after {used} do not fit the KV cache of {self.shape.capacity} slots; "
-                f"allocate more with allocate_cache(batch_size={batch_size}, capacity={used + new_tokens} or more), "
-                "or raise max_new_tokens in generate()"
+                f"call grow({used + new_tokens} or more) of this cache, or allocate_cache(batch_size={batch_size}, "
+                f"capacity={used + new_tokens} or more) before the prompt; generate() does so by itself"
             )
 
+    def grow(self, capacity: int) -> None:
+        """Room for ``capacity`` tokens per row, rounded up to its bucket; nothing where there is as much already. The
+        live tokens are copied once, and the tensors are other ones afterwards.
+
+        Raises:
+            MemoryError: the larger tensors do not fit the device beside the present ones; nothing has changed then.
+        """
+        if capacity <= self.shape.capacity:
+            return
+        larger = FixedKVCache(replace(self.shape, capacity=round_capacity(capacity)))
+        live = max(self.lengths)
+        for old, new in zip(self.key_cache + self.value_cache, larger.key_cache + larger.value_cache, strict=True):
+            new.narrow(self.shape.slot_axis, 0, live).copy_(old.narrow(self.shape.slot_axis, 0, live))
+        self.shape, self.key_cache, self.value_cache = larger.shape, larger.key_cache, larger.value_cache
+        self.drop_mask, self.sliding_drop_mask = larger.drop_mask, larger.sliding_drop_mask
+        self._rebuild_masks()
+
     @contextlib.contextmanager
-    def step(self, new_lengths: list[int], tokens: int, *, masks: bool = True) -> Iterator[list[int]]:
+    def step(
+        self, new_lengths: list[int], tokens: int, *, masks: bool = True, padding: torch.Tensor | None = None
+    ) -> Iterator[list[int]]:
         """One forward pass: its body writes the new k and v at ``write_index``. ``lengths`` and the masks count the new
         tokens already.
 
@@ -193,13 +215,14 @@ class FixedKVCache(Cache):
             new_lengths: live new tokens per row.
             tokens: new tokens per row, padding included.
             masks: whether a decode step of this model reads ``drop_mask``.
+            padding: (batch, tokens) bool, True where a new token is padding; None where none is.
 
         Yields:
             Live tokens per row before the step.
         """
-        past, seen_tokens = self.lengths, self.seen_tokens
+        past, seen_tokens, past_padding = self.lengths, self.seen_tokens, self.padding
         try:
-            if tokens == 1 and max(past) > 0:
+            if tokens == min(new_lengths) == 1 and max(past) > 0:
                 self._count_one(masks)
             else:
                 self._count(new_lengths)
@@ -208,10 +231,18 @@ class FixedKVCache(Cache):
                 self.write_index.add_(tokens)
             else:
                 self.write_index.add_(torch.tensor(new_lengths, dtype=torch.int64, device=self.shape.device))
+            if padding is not None:
+                self.padding = torch.cat((self.padding_of(seen_tokens), padding), dim=1)
             self.seen_tokens = seen_tokens + tokens
         except BaseException:  # an interrupt, too
+            self.padding = past_padding
             self._go_back(past, seen_tokens)
             raise
+
+    def padding_of(self, tokens: int) -> torch.Tensor:
+        """(batch, tokens) bool: which of the first ``tokens`` seen were padding."""
+        known = self.drop_mask[:, :0] if self.padding is None else self.padding[:, :tokens]
+        return torch.cat((known, known.new_zeros(known.shape[0], tokens - known.shape[1])), dim=1)
 
     def _count(self, new_lengths: list[int]) -> None:
         """Several new tokens per row: the masks are built anew."""
@@ -299,6 +330,29 @@ class FixedKVCache(Cache):
         """True: :meth:`crop` can always go back."""
         return True
 
+    @property
+    def layers(self) -> Any:  # type: ignore[override]
+        """No layers, and no tuples: rows are not where transformers would look for them.
+
+        Raises:
+            AttributeError: with where they are.
+        """
+        raise AttributeError(self._elsewhere("layers"))
+
+    def __getitem__(self, layer: int) -> Any:
+        raise TypeError(self._elsewhere(f"[{layer}]"))
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the model writes the cache itself, in one step for all layers."""
+        raise TypeError(self._elsewhere("update()"))
+
+    def _elsewhere(self, name: str) -> str:
+        return (
+            f"FixedKVCache has no {name}: keys and values of a layer are key_cache[layer] and value_cache[layer], "
+            f"{self.shape.layout} of {self.shape.tensor_shape}, where row b holds its tokens at slots 0 to "
+            "lengths[b] - 1; switch fixed_kv_cache off for the stock cache"
+        )
+
     def __len__(self) -> int:
         return self.shape.layers
 
@@ -312,6 +366,7 @@ class FixedKVCache(Cache):
         self.write_index.zero_()
         self.lengths = [0] * self.shape.batch_size
         self.seen_tokens = 0
+        self.padding = None
         self._rebuild_masks()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -330,6 +385,8 @@ class FixedKVCache(Cache):
         for tensor in self.key_cache + self.value_cache:
             slots = tensor.narrow(self.shape.slot_axis, 0, live)
             slots.copy_(slots.index_select(0, beam_idx))
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, beam_idx)
         if len(set(self.lengths)) > 1:  # beams of one prompt are equally long: only other orders need the host
             self.lengths = [self.lengths[row] for row in beam_idx.tolist()]
             self.write_index.copy_(self.write_index.index_select(0, beam_idx))
@@ -354,15 +411,20 @@ class FixedKVCache(Cache):
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
-        if -tokens_to_remove > min(self.lengths):
+        kept = self.seen_tokens + tokens_to_remove
+        removed = [-tokens_to_remove] * self.shape.batch_size
+        if self.padding is not None and 0 <= kept < self.padding.shape[1]:
+            removed = [-tokens_to_remove - padding for padding in self.padding[:, kept:].sum(dim=1).tolist()]
+        lengths = [length - live for length, live in zip(self.lengths, removed, strict=True)]
+        if min(lengths) < 0:
             raise CacheOverflowError(
                 f"crop({tokens_to_remove}) of rows of {self.lengths} tokens: a row has fewer tokens to remove"
             )
         if tokens_to_remove == 0:
             return
-        self.lengths = [length + tokens_to_remove for length in self.lengths]
-        self.seen_tokens += tokens_to_remove
-        self.write_index.add_(tokens_to_remove)
+        self.lengths, self.seen_tokens = lengths, kept
+        self.padding = None if self.padding is None else self.padding[:, :kept]
+        self.write_index.copy_(torch.tensor(lengths, dtype=torch.int64))
         self._rebuild_masks()
 
     def _rebuild_masks(self) -> None:

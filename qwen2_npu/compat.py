@@ -59,6 +59,11 @@ LOGITS_IN_FLOAT32: bool = IS_V4
 WEIGHTS_FIELD = "transformers_weights"
 """Field of config.json in which 5.x finds the name of a file of weights, read in place of the usual ones."""
 
+CONFIGURATIONS: dict[str, Any] = {"qwen2": Qwen2Config}
+"""model_type -> class of the configurations that are served."""
+if not IS_V4:
+    CONFIGURATIONS["qwen2_moe"] = transformers.Qwen2MoeConfig
+
 TIED_WEIGHTS: Any = ["lm_head.weight"] if IS_V4 else {"lm_head.weight": "model.embed_tokens.weight"}
 
 STATIC_ROPE_TYPES: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
@@ -195,6 +200,18 @@ def head_dim(config: Qwen2Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def expert_count(config: Any) -> int:
+    """Experts of each layer that has them; 0 in a dense model, whatever else its configuration holds."""
+    return config.num_experts if config.model_type == "qwen2_moe" else 0
+
+
+def is_sparse(config: Any, layer: int) -> bool:
+    """Whether the MLP of that layer is a mixture of experts."""
+    if not expert_count(config) or layer in config.mlp_only_layers:
+        return False
+    return bool((layer + 1) % config.decoder_sparse_step == 0)
+
+
 def kv_head_count(config: Qwen2Config) -> int:
     """Key/value heads; a config may leave them out where every query head has its own."""
     return config.num_key_value_heads or config.num_attention_heads
@@ -209,6 +226,26 @@ def sliding_windows(config: Qwen2Config) -> list[int | None]:
     return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
+def _check_experts(config: Any) -> None:
+    """Refuse a mixture of experts that is not Qwen2's.
+
+    Raises:
+        UnsupportedError: more experts per token than there are, or what the published models do not have.
+    """
+    chosen, experts = config.num_experts_per_tok, config.num_experts
+    if chosen > experts:
+        raise UnsupportedError(
+            f"num_experts_per_tok={chosen} of num_experts={experts}: a token goes to each expert at most once"
+        )
+    if not config.qkv_bias:
+        raise UnsupportedError("qkv_bias=False: this model has the biases that all published Qwen2 models have")
+    if config.output_router_logits:
+        raise UnsupportedError(
+            "output_router_logits=True: this model returns no router logits, and computes no auxiliary loss of them; "
+            "set it to false"
+        )
+
+
 def check_config(config: Qwen2Config) -> None:
     """Refuse what the installed transformers gives no baseline for.
 
@@ -221,6 +258,8 @@ def check_config(config: Qwen2Config) -> None:
             f"hidden_act={reprlib.repr(config.hidden_act)}: this model computes silu, which all Qwen2 and Qwen1.5 "
             "checkpoints use; use the stock model for others"
         )
+    if expert_count(config):
+        _check_experts(config)
     version = transformers.__version__
     if IS_V4:
         if getattr(config, "use_sliding_window", False):
@@ -238,9 +277,10 @@ def check_config(config: Qwen2Config) -> None:
         return
     if config.layer_types is None:
         raise UnsupportedError("layer_types=None: list 'full_attention' or 'sliding_attention' for each layer")
-    if SLIDING in config.layer_types and config.sliding_window is None:
+    if SLIDING in config.layer_types and not config.sliding_window:
         raise UnsupportedError(
-            f"layer_types has {SLIDING!r}, and sliding_window=None (use_sliding_window={config.use_sliding_window}): "
+            f"layer_types has {SLIDING!r}, and sliding_window={config.sliding_window} "
+            f"(use_sliding_window={config.use_sliding_window}): "
             "set both, or make all layers 'full_attention'"
         )
     rope: Any = config.rope_parameters
@@ -276,6 +316,20 @@ def cache_of(output: Any) -> Any:
 def growing_cache() -> DynamicCache:
     """The stock growing cache, keeping every token of every layer (our masks cut the sliding windows)."""
     return DynamicCache()
+
+
+def grows_whole(cache: Any) -> bool:
+    """Whether ``cache`` is a stock growing one that keeps every token of every layer, as :func:`growing_cache` does."""
+    plain = {"DynamicLayer"}
+    return type(cache) is DynamicCache and plain.issuperset(
+        type(layer).__name__ for layer in getattr(cache, "layers", ())
+    )
+
+
+def described(cache: Any) -> str:
+    """A cache's kind for an error: its class, and that of its layers where they are not plain."""
+    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", None) or ()} - {"DynamicLayer"})
+    return f"a {type(cache).__name__}{f' of {kinds[0]}' if kinds else ''}"
 
 
 def cached_rows(cache: Any) -> int | None:

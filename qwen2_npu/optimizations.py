@@ -29,6 +29,9 @@ LADDER: tuple[str, ...] = (
 PARALLEL: tuple[str, ...] = ("mm_all_reduce",)
 """Steps of a model on several cards alone, after those of the ladder: not in ``all()``."""
 
+EXPERTS: tuple[str, ...] = ("fused_moe",)
+"""Steps of a mixture of experts alone, after those of the ladder. In ``all()``; a dense model has nothing to switch."""
+
 VARIANTS: tuple[str, ...] = ("fused_infer_attention",)
 """Switches that replace an operator by another of the same meaning: no step of the ladder, so not in ``all()``."""
 
@@ -42,6 +45,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "swiglu": ("fused_gate_up",),
     # It computes the positions alone whose logits are kept, against keys and values of all of them.
     "last_layer": ("flash_attention", "last_token_logits"),
+    # Between the two products of the experts stands npu_swiglu.
+    "fused_moe": ("swiglu",),
     # Its product and all-reduce are one operator in the prefill of the fused operators.
     "mm_all_reduce": ("flash_attention",),
 }
@@ -57,6 +62,7 @@ DESCRIPTIONS: dict[str, str] = {
     "fused_gate_up": "one matmul for gate and up",
     "swiglu": "SiLU(gate)·up in one operator",
     "last_layer": "prefill computes the last layer, but for its k and v, on the kept positions only",
+    "fused_moe": "mixture of experts: routing, grouped products and the sum over experts as npu:: operators",
     "mm_all_reduce": "prefill on several cards: o_proj and down_proj with their all-reduce in one operator",
     "fused_infer_attention": "npu_fused_infer_attention_score in place of the two flash attention operators",
 }
@@ -94,6 +100,7 @@ class Optimizations:
     fused_gate_up: bool = False
     swiglu: bool = False
     last_layer: bool = False
+    fused_moe: bool = False
     mm_all_reduce: bool = False
     fused_infer_attention: bool = False
 
@@ -116,8 +123,8 @@ class Optimizations:
 
     @classmethod
     def all(cls) -> Optimizations:
-        """Every step of the ladder on that one card has."""
-        return cls.up_to(LADDER[-1])
+        """Every step of the ladder that one card has."""
+        return cls.up_to(EXPERTS[-1])
 
     @classmethod
     def up_to(cls, step: str) -> Optimizations:
@@ -126,7 +133,7 @@ class Optimizations:
         Raises:
             ValueError: ``step`` is not a step of the ladder.
         """
-        ladder = (*LADDER, *PARALLEL)
+        ladder = (*LADDER, *EXPERTS, *PARALLEL)
         if step not in ladder:
             raise ValueError(f"no step {step!r} in the ladder; the steps are {', '.join(ladder)}")
         return cls(**dict.fromkeys(ladder[: ladder.index(step) + 1], True))
@@ -147,7 +154,7 @@ class Optimizations:
         pending = list(steps)
         while pending:
             name = pending.pop()
-            known = LADDER + PARALLEL + VARIANTS
+            known = LADDER + EXPERTS + PARALLEL + VARIANTS
             if name not in known:
                 raise ValueError(f"no optimisation {name!r}; there are {', '.join(known)}")
             switched[name] = True
@@ -158,6 +165,10 @@ class Optimizations:
     def names(self) -> tuple[str, ...]:
         """The switches that are on, in ladder order."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+    def of_model(self, config: Any) -> Optimizations:
+        """Without the steps that a model of ``config`` has nothing to switch for."""
+        return self if config.model_type == "qwen2_moe" else self.replace(**dict.fromkeys(EXPERTS, False))
 
     def replace(self, **changes: Any) -> Optimizations:
         """A copy with some switches changed."""

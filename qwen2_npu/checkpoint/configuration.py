@@ -7,11 +7,12 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint.fields import GENERATION, check_numbers, check_values
 from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
-from qwen2_npu.compat import check_config, head_dim, in_own_words, kv_head_count, settled
+from qwen2_npu.compat import CONFIGURATIONS, check_config, head_dim, in_own_words, kv_head_count, settled
 from qwen2_npu.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -56,7 +57,7 @@ def check_fields(config: Qwen2Config) -> None:
 
 
 def read_config(folder: Path, **changes: Any) -> Qwen2Config:
-    """The folder's config.json as a ``Qwen2Config``.
+    """The folder's config.json as a ``Qwen2Config``, or ``Qwen2MoeConfig``.
 
     Args:
         changes: fields that take another value than the file gives, as transformers' ``from_pretrained`` takes them.
@@ -76,11 +77,11 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
         raise _no_config(folder)
     values = read_object(path)
     model_type = values.get("model_type")
-    if model_type != "qwen2":
-        raise CheckpointError(
-            f"{path} has model_type={reprlib.repr(model_type)}; this model serves 'qwen2' (Qwen2 dense sizes and "
-            "Qwen1.5)"
-        )
+    if model_type not in CONFIGURATIONS:
+        reason = "this model serves 'qwen2' (Qwen2 dense sizes and Qwen1.5) and 'qwen2_moe'"
+        if model_type == "qwen2_moe":
+            reason = f"transformers {transformers.__version__} has no such model: pip install transformers==5.24.0"
+        raise CheckpointError(f"{path} has model_type={reprlib.repr(model_type)}; {reason}")
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -91,7 +92,7 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     check_values(values, where=f"{path}: ", way_out="correct it")
     check_values(changes, where=f"{path}: ", way_out="correct it", spare=True)
     try:
-        config = Qwen2Config.from_dict(in_own_words(values), **changes)
+        config = CONFIGURATIONS[model_type].from_dict(in_own_words(values), **changes)
         GenerationConfig.from_model_config(config)  # 4.37.0 makes one where there is no file of it
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error

@@ -89,6 +89,17 @@ class Word(NamedTuple):
         return self.text
 
 
+class Names(NamedTuple):
+    """What a field takes: an object, such as the labels of a classifier; or null."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` is one."""
+        return value is None or isinstance(value, dict)
+
+    def __str__(self) -> str:
+        return "an object, or null"
+
+
 def _count(low: int, high: int = LARGEST) -> Number:
     return Number(low, high, null=True)
 
@@ -142,7 +153,7 @@ CONFIG: dict[str, Field] = {
     "num_key_value_heads": _count(1),
     "head_dim": _count(1),
     "max_position_embeddings": Number(1),
-    "sliding_window": _count(1),
+    "sliding_window": _count(0),  # 0 where a mixture of experts has none
     "max_window_layers": Number(0),
     "rms_norm_eps": Number(1e-30, LARGEST_REAL, real=True),
     "rope_theta": THETA,
@@ -156,6 +167,15 @@ CONFIG: dict[str, Field] = {
     **dict.fromkeys(("per_layer_config", "pruned_heads", "configuration_files"), ABSENT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "layer_types": LAYER_TYPES,
+    **dict.fromkeys(("id2label", "label2id"), Names()),
+    # Of a mixture of experts. What npu_moe_init_routing_v2 and npu_moe_gating_top_k_softmax take.
+    "num_experts": Number(1, 10_240),
+    "num_experts_per_tok": Number(1, 1024),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), Number(1)),
+    "decoder_sparse_step": Number(1, 100_000),
+    "mlp_only_layers": Number(0, 100_000, null=True, listed="must"),
+    **dict.fromkeys(("norm_topk_prob", "qkv_bias"), FLAG),
+    "router_aux_loss_coef": _real(0),
 }
 """Fields of config.json."""
 

@@ -29,18 +29,21 @@ _INDEX = re.compile(r".+?(?P<suffix>\.(safetensors|bin|pt|pth))?\.index(\.[\w-]+
 model.safetensors.index.fp16.json."""
 
 
-def weights_files(folder: Path, weights_file: str | None = None, config: Any = None) -> list[str]:
+def weights_files(
+    folder: Path, weights_file: str | None = None, config: Any = None, beside_adapter: bool = False
+) -> list[str]:
     """The files of weights in ``folder``, as paths in it.
 
     Args:
         weights_file: a file of weights in the folder, or an index of several; default: the one that ``config`` names,
             or else the usual safetensors ones.
+        beside_adapter: whether the folder may hold an adapter, which the caller deals with.
 
     Raises:
         CheckpointError: there are none, some are missing, or they are not in the folder.
     """
     named: Any = named_weights(config)
-    if weights_file is None:
+    if weights_file is None and not beside_adapter:
         _check_adapter(folder)
     if weights_file is not None:
         name, said = weights_file, f"weights_file={weights_file!r}"

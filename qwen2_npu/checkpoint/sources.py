@@ -30,6 +30,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
+COMPUTED = ("float32", "bfloat16", "float16")
+"""Those of them that an NPU, and so this model, computes in."""
+
 STORED: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -78,9 +81,22 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     parsed = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
-        raise UnsupportedError(f"dtype={dtype!r}; supported are {', '.join(DTYPES)} and 'auto'")
+    if parsed is None or parsed not in map(DTYPES.get, COMPUTED):
+        raise UnsupportedError(f"dtype={dtype!r}; supported are {', '.join(COMPUTED)} and 'auto'")
     return parsed
+
+
+def check_dtype(dtype: torch.dtype, way_out: str) -> None:
+    """Refuse a dtype that this model does not compute in.
+
+    Raises:
+        UnsupportedError: with ``way_out``.
+    """
+    if dtype not in map(DTYPES.get, COMPUTED):
+        raise UnsupportedError(
+            f"the weights are {dtype}, and an NPU computes in {', '.join(COMPUTED[:-1])} and {COMPUTED[-1]} alone: "
+            f"{way_out}"
+        )
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -245,6 +261,7 @@ def open_checkpoint(
     weights_file: str | None = None,
     assume_tp: int | None = None,
     tp_size: int = 1,
+    beside_adapter: bool = False,
 ) -> SafetensorsSource | StateDictSource | Renamed | merged.MergedSource:
     """Look at a checkpoint folder: configuration and tensor shapes, no weights yet. (Only a tied head that is stored
     beside the embedding is compared with it.)
@@ -257,6 +274,7 @@ def open_checkpoint(
             files are read by name only, with ``weights_only=True``: no code in them is run.
         assume_tp: for how many ranks q, k and v were merged, where they were and the folder does not record it.
         tp_size: how many ranks load it.
+        beside_adapter: whether the folder may hold an adapter, which the caller deals with.
 
     Raises:
         CheckpointError: what is wrong with it.
@@ -265,7 +283,7 @@ def open_checkpoint(
     folder = Path(path).expanduser()
     with locked(folder, shared=True):
         config = read_config(folder) if config is None else config
-        source = as_stock(open_stored(folder, config, weights_files(folder, weights_file, config)))
+        source = as_stock(open_stored(folder, config, weights_files(folder, weights_file, config, beside_adapter)))
         found: SafetensorsSource | StateDictSource | Renamed | merged.MergedSource = merged.present(
             source, folder, assume_tp=assume_tp, tp_size=tp_size
         )

@@ -11,7 +11,7 @@ import copy
 import errno
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,9 +28,18 @@ from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
-from qwen2_npu.checkpoint.sources import Source
-from qwen2_npu.compat import WEIGHTS_FIELD, check_rope, head_dim, kv_head_count, readable_by_both
+from qwen2_npu.checkpoint.sources import Source, check_dtype
+from qwen2_npu.compat import (
+    WEIGHTS_FIELD,
+    check_rope,
+    expert_count,
+    head_dim,
+    is_sparse,
+    kv_head_count,
+    readable_by_both,
+)
 from qwen2_npu.errors import CheckpointError
+from qwen2_npu.ops.grouped_matmul import empty_weight
 from qwen2_npu.parallel.sharding import Cutting, Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
@@ -39,20 +48,49 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused module -> the stock modules whose rows it stacks, in this order."""
 
+EXPERTS = "experts"
+"""The module whose parameters hold one matrix per expert."""
+
+NETWORK = "model."
+"""What the names of the network's tensors begin with."""
+
+CAUSAL_LM = (HEAD,)
+"""The parameters of a model's head: see :func:`head_shapes` for those that there are."""
+
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 class StackedRows(NamedTuple):
-    """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model."""
+    """Where a stock tensor lives: rows ``[start, start + shape[0])`` of a parameter of this model; of an expert, the
+    columns of its matrix, which stands transposed, as grouped products take it.
+
+    Attributes:
+        shape: of the stock tensor.
+        expert: the matrix of (experts, K, N) that it is in; None for a parameter of all tokens.
+    """
 
     parameter: str
     start: int
     shape: tuple[int, ...]
+    expert: int | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The stock tensor as a view of ``parameter``."""
+        if self.expert is None:
+            return parameter.narrow(0, self.start, self.shape[0])
+        return parameter[self.expert].narrow(1, self.start, self.shape[0]).t()
 
 
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
-def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every stock tensor of a model with its shape; a tied lm_head is not a tensor of its own."""
+def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a head with their shapes; a tied lm_head is not a tensor of its own."""
+    hidden, labels = config.hidden_size, 0 if head == CAUSAL_LM else config.num_labels
+    known = {HEAD: (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
+    return {name: known[name] for name in head if not (config.tie_word_embeddings and name in CAUSAL_LM)}
+
+
+def stock_shapes(config: Any, head: Sequence[str] = CAUSAL_LM) -> dict[str, tuple[int, ...]]:
+    """Every stock tensor of a model with its shape."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, kv_head_count(config)))
     layer: dict[str, tuple[int, ...]] = {
@@ -63,19 +101,37 @@ def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.v_proj.bias": (keys,),
         "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
+    dense = _mlp_shapes("mlp.", hidden, intermediate)
+    sparse = _sparse_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        mlp = sparse if is_sparse(config, index) else dense
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (layer | mlp).items()}
     shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
+    return shapes | head_shapes(config, head)
+
+
+def _mlp_shapes(scope: str, hidden: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{scope}gate_proj.weight": (columns, hidden),
+        f"{scope}up_proj.weight": (columns, hidden),
+        f"{scope}down_proj.weight": (hidden, columns),
+    }
+
+
+def _sparse_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Of the MLP of a layer with experts; none in a dense model."""
+    experts, hidden = expert_count(config), config.hidden_size
+    if not experts:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}
+    for expert in range(experts):
+        shapes |= _mlp_shapes(f"mlp.experts.{expert}.", hidden, config.moe_intermediate_size)
+    shapes |= _mlp_shapes("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size)
+    return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
 
 
 def held_shapes(config: Any, shard: Shard) -> dict[str, tuple[int, ...]]:
@@ -92,6 +148,9 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
         if model.config.tie_word_embeddings and name == HEAD:
             continue
         *scope, module, kind = name.split(".")
+        if module == EXPERTS:
+            layout |= _experts_layout(name, parameter)
+            continue
         start = 0
         for part in FUSED.get(module, (module,)):
             stock = ".".join([*scope, part, kind])
@@ -99,6 +158,19 @@ def stock_layout(model: PreTrainedModel) -> dict[str, StackedRows]:
             layout[stock] = StackedRows(name, start, (rows, *parameter.shape[1:]))
             start += rows
     return layout
+
+
+def _experts_layout(name: str, parameter: torch.Tensor) -> dict[str, StackedRows]:
+    """The stock tensors in a parameter (experts, K, N), which stack their rows along N."""
+    scope, module = name.rsplit(".", 1)
+    parts = FUSED.get(module, (module,))
+    experts, inner, columns = parameter.shape
+    rows = columns // len(parts)
+    return {
+        f"{scope}.{expert}.{part}.weight": StackedRows(name, place * rows, (rows, inner), expert)
+        for expert in range(experts)
+        for place, part in enumerate(parts)
+    }
 
 
 def check_room(config: Any, shard: Shard) -> None:
@@ -124,35 +196,46 @@ def check_room(config: Any, shard: Shard) -> None:
         )
 
 
-def skeleton(factory: Callable[[], ModelT], source: Source) -> ModelT:
+def skeleton(factory: Callable[[], ModelT], source: Source, head: Sequence[str] = CAUSAL_LM) -> ModelT:
     """The model without weights, on the meta device, where those of ``source`` fit it.
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is built.
     """
-    check_source(source)
+    check_source(source, head)
     with torch.device("meta"):
         return factory()
 
 
-def build(factory: Callable[[], ModelT], source: Source, *, dtype: torch.dtype | None, device: torch.device) -> ModelT:
+def build(
+    factory: Callable[[], ModelT],
+    source: Source,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    head: Sequence[str] = CAUSAL_LM,
+) -> ModelT:
     """Make the model and read its weights, one tensor at a time.
 
     Args:
         factory: makes the model; called on the meta device, so that nothing is allocated twice.
         dtype: of the weights in memory; None for what they are stored in.
+        head: the parameters of the model beyond the network.
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is read.
+        UnsupportedError: a dtype that the model does not compute in.
     """
-    model = skeleton(factory, source)
+    dtype = dtype or source.stored_dtype()
+    check_dtype(dtype, "pass dtype='float32'")
+    model = skeleton(factory, source, head)
     layout = stock_layout(model)
-    _materialise(model, dtype or source.stored_dtype(), device)
+    _materialise(model, dtype, device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in source.tensors(cut_for(model)):
         if name in layout:
-            parameter, start, shape = layout[name]
-            parameters[parameter].data.narrow(0, start, shape[0]).copy_(tensor)
+            place = layout[name]
+            place.of(parameters[place.parameter].data).copy_(tensor)
     return model.eval()
 
 
@@ -165,14 +248,15 @@ def cut_for(model: PreTrainedModel) -> Cutting:
 def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            make = empty_weight if parameter.dim() == 3 else torch.empty  # as in stock_layout: all experts
+            empty = make(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def check_source(source: Source) -> None:
-    """Compare the names and shapes of the tensors in ``source`` with what its configuration implies.
+def check_source(source: Source, head: Sequence[str] = CAUSAL_LM) -> None:
+    """Compare the names and shapes of the tensors in ``source`` with what its configuration and ``head`` imply.
 
     Raises:
         CheckpointError: they do not fit.
@@ -188,9 +272,9 @@ def check_source(source: Source) -> None:
             f"{where} does not fit its configuration: num_hidden_layers={config.num_hidden_layers}, and there are "
             f"tensors of {len(layers)} layers; {way_out}"
         )
-    expected = stock_shapes(config)
+    expected = stock_shapes(config, head)
     missing = sorted(set(expected) - set(found))
-    extra = sorted(name for name in set(found) - set(expected) if not _ignorable(name, config.tie_word_embeddings))
+    extra = sorted(name for name in set(found) - set(expected) if not _ignorable(name, expected, head))
     wrong = [
         f"{name} has shape {found[name]}, expected {shape}"
         for name, shape in expected.items()
@@ -213,16 +297,20 @@ def check_source(source: Source) -> None:
     check_rope(config)
 
 
-def _ignorable(name: str, tied: bool) -> bool:
-    # Old checkpoints carry the rotary frequencies, and some a copy of a tied head.
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == HEAD)
+def _ignorable(name: str, expected: Collection[str], head: Sequence[str]) -> bool:
+    # Old checkpoints carry the rotary frequencies, and some a copy of a tied head; a model without a head is read from
+    # the checkpoint of one with any.
+    other_head = CAUSAL_LM if head else (*CAUSAL_LM, "score.weight", "score.bias")
+    return name.endswith("rotary_emb.inv_freq") or (name in other_head and name not in expected)
 
 
 def stock_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights under stock names, as views."""
+    stock: Any = model
+    prefix = "" if stock.head else NETWORK  # the stock Qwen2Model is the network itself
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
-        name: parameters[rows.parameter].data.narrow(0, rows.start, rows.shape[0])
+        name.removeprefix(prefix): rows.of(parameters[rows.parameter].data)
         for name, rows in stock_layout(model).items()
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2_npu.cli import interrupts, options, ranks
-from qwen2_npu.optimizations import LADDER, ORIGINAL
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL
 from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
@@ -39,24 +39,26 @@ def _threads(ctx: click.Context, param: click.Parameter, value: int | None) -> i
     return value
 
 
-def _steps(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    return options.names_of(value, (ORIGINAL, *LADDER))
+def _steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else options.names_of(value, (ORIGINAL, *LADDER, *EXPERTS))
+
+
+SIZES_HERE = "0.5B, 1.5B, 7B, 72B or 57B-A14B"
 
 
 @click.command("bench")
 @options.model_path_option(help="Hugging Face checkpoint folder; or --random-weights.")
 @options.assume_tp_option()
-@click.option("--random-weights", metavar="SIZE", help="0.5B, 1.5B, 7B or 72B: the real shape, made on the device.")
+@click.option("--random-weights", metavar="SIZE", help=f"{SIZES_HERE}: the real shape, made on the device.")
 @click.option("--batch", "batches", callback=_numbers, default="1,4", show_default=True, metavar="N,…")
 @click.option("--input-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--output-len", type=click.IntRange(2), default=1024, show_default=True, help="New tokens per row.")
 @click.option(
     "--steps",
     callback=_steps,
-    default=f"{ORIGINAL},{LADDER[-1]}",
-    show_default=True,
     metavar="STEP,…",
-    help=f"{ORIGINAL} is the stock model; each other includes the steps before it: {', '.join(LADDER)}.",
+    help=f"{ORIGINAL} is the stock model; each other includes the steps before it: {', '.join(LADDER)}; {EXPERTS[0]} "
+    f"of a mixture of experts.  [default: {ORIGINAL} and the model's last]",
 )
 @options.mode_option()
 @options.device_option()
@@ -72,7 +74,7 @@ def command(
     batches: tuple[int, ...],
     input_len: int,
     output_len: int,
-    steps: tuple[str, ...],
+    steps: tuple[str, ...] | None,
     mode: str,
     device: str | None,
     dtype: str,
@@ -91,7 +93,7 @@ def command(
     if (model_path is None) == (random_weights is None):
         raise click.UsageError("give one of --model-path DIR and --random-weights SIZE")
     if random_weights is not None and random_weights not in [size.name for size in SIZES.values() if size.shards == 1]:
-        raise click.UsageError(f"--random-weights {random_weights}: there are 0.5B, 1.5B, 7B and 72B")
+        raise click.UsageError(f"--random-weights {random_weights}: there are {SIZES_HERE.replace(' or ', ' and ')}")
     json_path = json_path if ranks.first() else None
     options.import_first("qwen2_npu.conformance.perf.bench")
     target = options.check_device(device)
@@ -110,6 +112,10 @@ def command(
     weights = Weights.of(str(random_weights), model_path, assume_tp)
     if json_path is not None:
         check_writable(json_path)
+    ladder = (ORIGINAL, *weights.size.ladder)
+    steps = steps or (ORIGINAL, ladder[-1])
+    if missing := set(steps) - set(ladder):
+        raise click.UsageError(f"--steps {', '.join(missing)}: {weights.size.name} is no mixture of experts")
     todo = bench.cases(steps, batches)
     group = launch.current()
     cards = 1 if group is None else group.world_size

@@ -84,7 +84,8 @@ def command(
     top_k: int | None,
     seed: int,
 ) -> None:
-    """Generate text. One prompt is streamed; several run as one batch and are printed when done."""
+    """Generate text. One prompt is streamed; several run as one batch and are printed when done, as is one whose
+    checkpoint asks for beams or several answers in its generation_config.json."""
     chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in chosen.items() if value is not None}
     if given and not sample:
@@ -97,34 +98,49 @@ def command(
     options.import_first("qwen2_npu.models.qwen2", "qwen2_npu.conformance.accuracy.model_pair")
 
     import torch
+    from transformers import LogitsProcessorList
 
     from qwen2_npu import compile_model
     from qwen2_npu.conformance import tiny
+    from qwen2_npu.models.arguments import check_capacity
 
     options.quiet_transformers()
     folder = Path(model_path or tiny.path())
     target = options.check_device(device)
     model, tokenizer, texts = _loaded(folder, prompts, chat, steps, target, dtype, mode, assume_tp)
     if sample and temperature is None:
-        own = model.generation_config.temperature
-        check_temperature(1.0 if own is None else own, f"{folder}/generation_config.json: temperature")
+        warmth = model.generation_config.temperature
+        check_temperature(1.0 if warmth is None else warmth, f"{folder}/generation_config.json: temperature")
     inputs = _encoded(tokenizer, texts, folder).to(model.device)
+    # generate() would cut what is too many; who types a number can type another.
+    longest = int(inputs["attention_mask"].sum(dim=1).max())
+    check_capacity(model.config.max_position_embeddings, longest + max_new_tokens - 1)
     compile_model(model, mode)
     interrupts.check()
-    streamer = _streamer(tokenizer, skip_prompt=chat) if len(texts) == 1 else None
+    own = model.generation_config
+    beams, answers = own.num_beams or 1, own.num_return_sequences or 1
+    finite = FiniteLogits(model.dtype)
+    streamer = _streamer(tokenizer, finite, skip_prompt=chat) if len(texts) == beams == answers == 1 else None
     torch.manual_seed(seed)
-    out = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=sample,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-        **given,
-    )
+    try:
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList([finite]),
+            **given,
+        )
+    except RuntimeError:  # sampling from such logits
+        finite.check()
+        raise
     interrupts.check()
+    finite.check()
     if streamer is None:
-        for prompt, row in zip(prompts, out[:, inputs["input_ids"].shape[1] :], strict=True):
+        each = [prompt for prompt in prompts for _ in range(answers)]
+        for prompt, row in zip(each, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answer = tokenizer.decode(row, skip_special_tokens=True)
             click.echo(f"{prompt}\n→ {answer}\n" if chat else f"{prompt}{answer}\n")
 
@@ -147,9 +163,9 @@ def _loaded(
     from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
 
     optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
-    graph.check_mode(mode, torch.device(device), optimizations)
     # First: transformers reads config.json for the tokenizer, too.
-    read_config(folder)
+    config = read_config(folder)
+    graph.check_mode(mode, torch.device(device), optimizations, config)
     tokenizer = load_tokenizer(folder)
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)
     model = Qwen2ForCausalLM.from_pretrained(
@@ -168,7 +184,40 @@ def _encoded(tokenizer: Any, texts: list[str], folder: Path) -> Any:
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 
-def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
+class FiniteLogits:
+    """A processor of logits that notes, on the device, whether they were finite. Nothing waits for it: see
+    :meth:`check`."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = str(dtype).removeprefix("torch.")
+        self._wrong: Any = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """``scores`` as they are."""
+        wrong = ~scores.amax(dim=-1).isfinite().all()
+        self._wrong = wrong if self._wrong is None else self._wrong | wrong
+        return scores
+
+    def check(self) -> None:
+        """Waits for the device: call it where the tokens are waited for anyway.
+
+        Raises:
+            ValueError: logits were infinite or not numbers, so that no token follows from them.
+        """
+        if self._wrong is None or not bool(self._wrong):
+            return
+        if self.dtype == "float16":
+            raise ValueError(
+                "the logits are not finite: float16 holds no more than 65504, and this checkpoint goes beyond; "
+                "take --dtype bfloat16 or float32"
+            )
+        raise ValueError(
+            f"the logits are not finite in {self.dtype}: is the checkpoint whole? qwen2-npu verify says where the "
+            "numbers leave those of the stock model"
+        )
+
+
+def _streamer(tokenizer: Any, finite: FiniteLogits, *, skip_prompt: bool) -> Any:
     """Prints the prompt together with the first new token: an error that the prompt meets then has its own line."""
     from transformers import TextStreamer
 
@@ -181,6 +230,7 @@ def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
             if self.prompt is None:
                 self.prompt = value
                 return
+            finite.check()
             if not self.printing:
                 super().put(self.prompt)
                 self.printing = True

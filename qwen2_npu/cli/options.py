@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts
-from qwen2_npu.optimizations import LADDER, MODES
+from qwen2_npu.optimizations import EXPERTS, LADDER, MODES
+from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +44,7 @@ def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -
     Raises:
         click.BadParameter: an unknown step.
     """
-    return None if value is None else names_of(value, LADDER)
+    return None if value is None else names_of(value, (*LADDER, *EXPERTS))
 
 
 class FiniteFloat(click.FloatRange):
@@ -143,13 +145,25 @@ def import_first(*modules: str) -> None:
 
 @contextlib.contextmanager
 def progress(console: Console, label: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the terminal, and the callback that moves it: what comes next, parts done, parts in all.
+    """What comes next, parts done, parts in all: a callback that shows them while a command works.
 
+    On a terminal a bar. Elsewhere (CI, nohup, a pipe) a line on stderr for each part as it ends, of the first rank.
     The callback does not return where an interrupt came.
 
     Args:
         label: shown until the first call.
     """
+    if not console.is_terminal:
+        found = launch.launched()
+        lines = PlainLines(click.echo if found is None or found.rank == 0 else lambda line, err: None)
+
+        def say(label: str, done: int, total: int) -> None:
+            interrupts.check()
+            lines.move(label, done, total)
+
+        yield say
+        lines.end()
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -161,6 +175,45 @@ def progress(console: Console, label: str) -> Iterator[Callable[[str, int, int],
             bar.update(task, description=label, completed=done, total=total)
 
         yield move
+
+
+class PlainLines:
+    """Progress without a terminal: a line for each part as it ends, with its seconds.
+
+    A part begins where label and number of parts done change together. What is inside a part (a layer, a tensor) has a
+    line of its own only where none was written for :data:`QUIET` seconds.
+
+    Args:
+        echo: ``click.echo``.
+        clock: seconds that only grow.
+    """
+
+    QUIET = 60.0
+
+    def __init__(self, echo: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.echo, self.clock = echo, clock
+        self.part, self.inside, self.done, self.total = "", "", -1, 0
+        self.began = self.said = clock()
+
+    def move(self, label: str, done: int, total: int) -> None:
+        """The callback of :func:`progress`."""
+        if label != self.inside and done != self.done:
+            self._say(self.part, done, total, self.began)
+            self.part, self.began = "" if done == total else label, self.clock()
+        elif label != self.inside and self.clock() - self.said >= self.QUIET:
+            self._say(self.inside, done, total, self.began)
+        self.inside, self.done, self.total = label, done, total
+
+    def end(self) -> None:
+        """The last part ended."""
+        self._say(self.part, self.total, self.total, self.began)
+
+    def _say(self, what: str, done: int, total: int, since: float) -> None:
+        if not what:
+            return
+        self.said = self.clock()
+        with contextlib.suppress(OSError, ValueError):  # nobody listens: that changes no result
+            self.echo(f"{what} ({done}/{total}): {self.said - since:.1f} s", err=True)
 
 
 def drop_output() -> None:

@@ -11,7 +11,7 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts, options, ranks
-from qwen2_npu.optimizations import LADDER, PARALLEL
+from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else options.names_of(value, (*LADDER, *PARALLEL))
+    return None if value is None else options.names_of(value, (*LADDER, *EXPERTS, *PARALLEL))
 
 
 @click.command("verify")
@@ -34,8 +34,8 @@ def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--steps",
     callback=_parse_steps,
     metavar="STEP,…",
-    help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}; under a launcher with 2, 4 "
-    f"or 8 ranks {','.join(PARALLEL)} as well]",
+    help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}; of a mixture of "
+    f"experts {','.join(EXPERTS)}, and under a launcher with 2, 4 or 8 ranks {','.join(PARALLEL)} as well]",
 )
 @options.mode_option()
 @click.option(
@@ -108,6 +108,8 @@ def show(result: Verification, console: Console) -> None:
     if result.samples:
         console.print(_texts(result.samples), markup=False)
     console.print(_ladder(result))
+    if any(row.experts for row in result.rows):
+        console.print(_experts(result))
     if result.perplexity is not None:
         perplexity = result.perplexity
         console.print(
@@ -184,4 +186,18 @@ def _ladder(result: Verification) -> Table:
     for row in result.rows:
         verdict = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
         table.add_row(row.step, *(cell(row) for cell in COLUMNS.values()), verdict)
+    return table
+
+
+def _experts(result: Verification) -> Table:
+    """Which experts each step would choose by itself, over all layers and positions."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title="Experts that the routers would choose", box=SIMPLE_HEAD, padding=0)
+    table.add_column("step", no_wrap=True)
+    for heading in ("choices", "the stock model's", "near-ties", "positions left out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(row.step, *(str(row.experts[key]) for key in ("choices", "agreements", "excused", "left_out")))
     return table

@@ -1,9 +1,12 @@
-"""The real dimensions of the documented models, and of one tensor-parallel shard of the largest."""
+"""The real dimensions of the published models, and of the tensor-parallel shards that graphs are lowered for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.optimizations import EXPERTS, LADDER
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -16,6 +19,9 @@ class Size:
     Attributes:
         shards: cards one layer is split over.
         whole: the size that this is a shard of.
+        experts: of each layer of a mixture; 0 in a dense model. A mixture has no MLP of ``intermediate`` columns.
+        per_token: experts that each token goes to.
+        expert_columns, shared_columns: of each expert, and of the one for all tokens.
     """
 
     name: str
@@ -29,6 +35,10 @@ class Size:
     tied: bool
     shards: int = 1
     whole: Size | None = None
+    experts: int = 0
+    per_token: int = 0
+    expert_columns: int = 0
+    shared_columns: int = 0
 
     def shard(self, count: int) -> Size:
         """What one of ``count`` tensor-parallel cards computes: its heads, its part of the MLP, its rows of lm_head.
@@ -38,38 +48,56 @@ class Size:
         Raises:
             ValueError: a dimension that ``count`` does not divide.
         """
-        for name in ("heads", "intermediate"):
+        for name in ("heads", *COLUMNS):
             if getattr(self, name) % count:
                 raise ValueError(f"{self.name}: {name}={getattr(self, name)} cannot be split over {count} cards")
-        return Size(
+        return replace(
+            self,
             name=f"{self.name}-tp{count}",
-            hidden=self.hidden,
-            intermediate=self.intermediate // count,
-            layers=self.layers,
             heads=self.heads // count,
             kv_heads=max(1, self.kv_heads // count),
-            head_dim=self.head_dim,
             vocab=self.vocab if self.vocab % count else self.vocab // count,
-            tied=self.tied,
             shards=count,
             whole=self,
+            **{name: getattr(self, name) // count for name in COLUMNS},
         )
 
     @property
     def parameters(self) -> int:
         """Elements of all weights of this size (of this shard), the embedding table once per copy."""
+        return self.parameters_with(self.experts)
+
+    @property
+    def activated(self) -> int:
+        """Those that one token is computed with."""
+        return self.parameters_with(self.per_token)
+
+    def parameters_with(self, experts: int) -> int:
+        """Those with so many of the experts of each layer; of a dense model, all."""
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = self.hidden * qkv + qkv + self.heads * self.head_dim * self.hidden
-        layer += 3 * self.hidden * self.intermediate + 2 * self.hidden
+        layer = self.hidden * qkv + qkv + self.heads * self.head_dim * self.hidden + 2 * self.hidden
+        columns = self.intermediate
+        if self.experts:
+            columns = self.shared_columns + experts * self.expert_columns
+            layer += (self.experts + 1) * self.hidden  # the router, and the gate of the shared expert
+        layer += 3 * self.hidden * columns
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """The steps that this model has."""
+        return (*LADDER, *EXPERTS) if self.experts else LADDER
 
     def config(self, *, layers: int | None = None, max_position_embeddings: int = 32768) -> Qwen2Config:
         """As transformers writes it (5.x: head_dim apart from the hidden size); of a shard, that of the whole model.
 
         Args:
             layers: fewer layers than the real model has.
+
+        Raises:
+            UnsupportedError: a mixture of experts, which the installed transformers does not know.
         """
-        from transformers import Qwen2Config
+        from qwen2_npu.compat import CONFIGURATIONS
 
         if self.whole is not None:
             return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings)
@@ -89,8 +117,27 @@ class Size:
             "eos_token_id": None,
             "pad_token_id": None,
         }
-        return Qwen2Config(**values)
+        if not self.experts:
+            return CONFIGURATIONS["qwen2"](**values)
+        if MIXTURE not in CONFIGURATIONS:
+            raise UnsupportedError(f"{self.name} is a mixture of experts, which transformers has from 5 on: install it")
+        values |= {
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.per_token,
+            "moe_intermediate_size": self.expert_columns,
+            "shared_expert_intermediate_size": self.shared_columns,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+        return CONFIGURATIONS[MIXTURE](**values)
 
+
+MIXTURE = "qwen2_moe"
+"""transformers' name of a mixture of experts."""
+
+COLUMNS = ("intermediate", "expert_columns", "shared_columns")
+"""What the cards divide beside the heads; the router is on all of them."""
 
 SIZES: dict[str, Size] = {
     size.name: size
@@ -99,7 +146,12 @@ SIZES: dict[str, Size] = {
         Size("1.5B", 1536, 8960, 28, 12, 2, 128, 151936, tied=True),
         Size("7B", 3584, 18944, 28, 28, 4, 128, 152064, tied=False),
         Size("72B", 8192, 29568, 80, 64, 8, 128, 152064, tied=False),
+        Size(
+            "57B-A14B", 3584, 18944, 28, 28, 4, 128, 151936, tied=False,
+            experts=64, per_token=8, expert_columns=2560, shared_columns=20480,
+        ),
     )
-}
-SIZES |= {shard.name: shard for shard in (SIZES["7B"].shard(2), SIZES["7B"].shard(4), SIZES["72B"].shard(8))}
+}  # fmt: skip
+SHARDS = {"7B": (2, 4), "72B": (8,), "57B-A14B": (2, 4)}
+SIZES |= {shard.name: shard for name, counts in SHARDS.items() for shard in map(SIZES[name].shard, counts)}
 """Name -> size. ``72B-tp8`` is one card of the documented eight."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qwen2_npu.compat import expert_count
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.optimizations import MODES, MODES_OF, Optimizations
@@ -66,12 +67,13 @@ def parse_mode(mode: str | None) -> str:
     return chosen
 
 
-def check_mode(mode: str, device: torch.device, optimizations: Optimizations | None = None) -> None:
+def check_mode(mode: str, device: torch.device, optimizations: Optimizations | None = None, config: Any = None) -> None:
     """Refuse a mode before a model is built or compiled for it.
 
     Args:
         mode: one of :data:`MODES`.
         optimizations: of the model; None where it is the stock one.
+        config: of the model, where it is known.
 
     Raises:
         UnsupportedError: ``device``, this machine or the model lacks it.
@@ -93,6 +95,11 @@ def check_mode(mode: str, device: torch.device, optimizations: Optimizations | N
         raise UnsupportedError(
             f"mode={mode!r} needs the fixed_kv_cache step: with a growing cache every decode step has new "
             "shapes and would compile again; use optimizations with fixed_kv_cache on"
+        )
+    if optimizations is not None and config is not None and expert_count(config) and not optimizations.fused_moe:
+        raise UnsupportedError(
+            f"mode={mode!r} needs the fused_moe step for a mixture of experts: without it the host looks up which "
+            "experts the tokens go to, which no graph can; use optimizations with fused_moe on"
         )
 
 
@@ -140,14 +147,14 @@ def compile_model(
         ``model``.
 
     Raises:
-        UnsupportedError: an unknown mode, one that this machine or device lacks, or a model whose cache is not fixed:
-            its shapes change every step.
+        UnsupportedError: an unknown mode, one that this machine or device lacks, a model whose cache is not fixed: its
+            shapes change every step, or a mixture of experts without ``fused_moe``.
     """
     chosen = parse_mode(mode)
     model.compiled_steps = {}
     if chosen == "eager":
         return model
-    check_mode(chosen, model.device, model.optimizations)
+    check_mode(chosen, model.device, model.optimizations, model.config)
     sunk = model.optimizations.ifa_tiling
     options = GraphOptions(
         dynamic=parse_dynamic(dynamic, sunk),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,8 +50,18 @@ class CompiledStep:
         rest = [None if index is None else _copied(index) for index in logit_index]
         arguments = (tokens, inputs, caches, *rest)
         mark_static(arguments)
-        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO), torch._functorch.config.patch(_NO_CACHE):
+        settings = torch._dynamo.config.patch(DYNAMO), torch._functorch.config.patch(_NO_CACHE)
+        with torch.no_grad(), current_card(tokens.device), settings[0], settings[1]:
             return self.compiled(*arguments)
+
+
+def current_card(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one, where it is a card: graphs are captured and run on the stream of that one,
+    whichever card their tensors are on."""
+    if device.index is None:
+        return nullcontext()
+    card: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return card
 
 
 def mark_static(arguments: Any) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from qwen2_npu.checkpoint.sources import check_dtype
 from qwen2_npu.compat import CACHE_NAME, cached_rows
+from qwen2_npu.errors import UnsupportedError
 
 IGNORED = ("cache_position", "is_first_iteration", "tokenizer")
 """What some version of ``generate`` hands on to every model, and this one does not need."""
@@ -27,8 +29,11 @@ IGNORED_LABEL = -100
 """What no loss is computed of."""
 
 
-def check_names(arguments: dict[str, Any]) -> None:
+def check_names(arguments: dict[str, Any], model: str = "Qwen2ForCausalLM") -> None:
     """Refuse keyword arguments that would have an effect which they do not have here.
+
+    Args:
+        model: the name of its class.
 
     Raises:
         TypeError: with their names.
@@ -36,7 +41,7 @@ def check_names(arguments: dict[str, Any]) -> None:
     wrong = [name for name, value in arguments.items() if name not in IGNORED and value is not None]
     if wrong:
         reasons = "".join(f"; {name}: {REFUSED[name]}" for name in wrong if name in REFUSED)
-        raise TypeError(f"Qwen2ForCausalLM.forward() takes no argument {', '.join(wrong)}{reasons}")
+        raise TypeError(f"{model}.forward() takes no argument {', '.join(wrong)}{reasons}")
 
 
 INTEGERS = (torch.int64, torch.int32)
@@ -78,7 +83,9 @@ def check_tensors(
 
     Raises:
         ValueError: what does not fit, with what does.
+        UnsupportedError: a dtype that the model does not compute in.
     """
+    check_precision(table)
     given = tokens_of(input_ids, inputs_embeds)
     batch, tokens = given.shape[:2]
     check_cache(cache, batch)
@@ -91,13 +98,30 @@ def check_tensors(
     return given
 
 
-def check_prompt(call: dict[str, Any], device: torch.device, *, continues: bool) -> None:
-    """Check what ``generate`` is given before transformers meets it. Synchronises where there is a mask.
+def check_precision(weight: torch.Tensor) -> None:
+    """Refuse a dtype of the weights that no NPU computes in, and an autocast to another one than theirs.
+
+    Raises:
+        UnsupportedError: with the way to another dtype.
+    """
+    check_dtype(weight.dtype, "call model.float()")
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and (wanted := torch.get_autocast_dtype(kind)) != weight.dtype:
+        raise UnsupportedError(
+            f"torch.autocast({kind!r}, dtype={wanted}) around a model of {weight.dtype}: it computes in the dtype of "
+            f"its weights; load it with dtype={str(wanted).removeprefix('torch.')!r}, or call it outside of autocast"
+        )
+
+
+def check_prompt(call: dict[str, Any], device: torch.device, vocabulary: int, past: int | None) -> None:
+    """Check what ``generate`` is given before transformers meets it. Synchronises.
 
     Args:
         call: its arguments by name.
         device: the model's. transformers moves ``input_ids`` to it, and nothing else.
-        continues: whether there is a cache, whose tokens the mask may cover while ``input_ids`` leave them out.
+        vocabulary: V.
+        past: tokens per row in the cache, which the mask may cover while ``input_ids`` leave them out; None without a
+            cache.
 
     Raises:
         ValueError: what does not fit, with what does.
@@ -107,19 +131,79 @@ def check_prompt(call: dict[str, Any], device: torch.device, *, continues: bool)
     if embeds is not None:
         tokens_of(None, embeds)
     elif input_ids is not None:
-        tokens_of(input_ids, None)
+        check_vocabulary(tokens_of(input_ids, None), vocabulary)
+    if call.get("negative_prompt_ids") is not None:
+        check_vocabulary(call["negative_prompt_ids"], vocabulary, "negative_prompt_ids: token id")
     if call.get("position_ids") is not None:
         _check_tensor("position_ids", call["position_ids"], "(batch, tokens)")
+    given = input_ids if embeds is None else embeds
+    if mask is not None:
+        _check_tensor("attention_mask", mask, "(batch, tokens) of 0 and 1")
+    if given is not None and past and given.shape[1] <= past:
+        batch, tokens = given.shape[:2]
+        if mask is None or mask.dim() != 2 or mask.shape[1] == tokens:
+            raise ValueError(
+                f"the prompt has {tokens} tokens per row, and the cache holds {past} already: pass the whole sequence, "
+                "or the new tokens alone with an attention_mask (batch, past + new tokens) = "
+                f"({batch}, {past + tokens})"
+            )
     if mask is None:
         return
-    _check_tensor("attention_mask", mask, "(batch, tokens) of 0 and 1")
-    given = input_ids if embeds is None else embeds
     if given is not None:
         batch, tokens = given.shape[:2]
-        covered = mask.shape[1] if continues and mask.dim() == 2 else tokens
+        covered = mask.shape[1] if past is not None and mask.dim() == 2 else tokens
         check_mask(mask, batch, max(covered - tokens, 0), tokens)
     check_devices(device, attention_mask=mask)
     check_mask_values(mask)
+
+
+def check_ends(input_ids: torch.Tensor, mask: torch.Tensor | None, given: bool) -> None:
+    """Refuse a prompt whose last token is padding, since generation goes on after it. Synchronises where there is a
+    mask.
+
+    Args:
+        given: whether the caller passed ``mask``; else transformers made it out of the pad tokens.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if mask is None or bool((mask[:, -1] != 0).all()):
+        return
+    row = int((mask[:, -1] == 0).nonzero()[0])
+    if given:
+        raise ValueError(
+            f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends "
+            "after the last position: tokenize with padding_side='left'"
+        )
+    raise ValueError(
+        f"row {row} of the prompt ends in the pad token {input_ids[row, -1].item()}, which generate() takes for "
+        "padding where no attention_mask is given: tokenize with padding_side='left' and pass the attention_mask; or "
+        "pass torch.ones_like(input_ids) if it is a token as others are"
+    )
+
+
+MODES_OF_TUPLES = {
+    "assisted_generation": "assistant_model, prompt_lookup_num_tokens",
+    "contrastive_search": "penalty_alpha",
+}
+"""Modes of generation that 4.37.0 implements over tuples of tensors alone, and the arguments that choose them."""
+
+
+def check_generation(configuration: Any) -> None:
+    """Refuse options of ``generate`` that reach into the stock model.
+
+    Args:
+        configuration: the GenerationConfig.
+
+    Raises:
+        UnsupportedError: naming the option and what to take.
+    """
+    for name in ("assistant_early_exit", "use_mtp"):
+        if (value := getattr(configuration, name, None)) not in (None, False):
+            raise UnsupportedError(
+                f"{name}={value!r} drafts with layers of the stock model, and this one runs all of its layers: take "
+                "assistant_model=… or prompt_lookup_num_tokens=…"
+            )
 
 
 def check_embeds(embeds: torch.Tensor, table: torch.Tensor) -> None:
@@ -297,6 +381,23 @@ def live_tokens(mask: torch.Tensor | None, total: int, limit: int) -> int:
     return total - int((mask == 0).sum(dim=1).min())
 
 
+def check_gradient(training: bool, values: torch.Tensor) -> None:
+    """Refuse the loss of a training step that nothing can be learned from.
+
+    Args:
+        training: whether the model is in training mode.
+        values: what the loss is computed of.
+
+    Raises:
+        UnsupportedError: with the model to train.
+    """
+    if training and torch.is_grad_enabled() and not values.requires_grad:
+        raise UnsupportedError(
+            "this model is for inference, and none of its parameters requires a gradient: train the stock model and "
+            "load the result here, or call eval() before a loss that is only looked at"
+        )
+
+
 def kept_positions(logits_to_keep: Any, tokens: int) -> slice | torch.Tensor | None:
     """What indexes the positions whose logits are wanted; None for all as they stand.
 
@@ -327,6 +428,9 @@ def kept_positions(logits_to_keep: Any, tokens: int) -> slice | torch.Tensor | N
 
 
 def _extremes(values: torch.Tensor) -> tuple[int, int]:
+    if values.device.type == "cpu":  # numpy sees the same memory, and needs no launch for each
+        array = values.detach().numpy()
+        return int(array.min()), int(array.max())
     low, high = torch.stack(torch.aminmax(values)).tolist()
     return int(low), int(high)
 

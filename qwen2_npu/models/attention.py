@@ -24,7 +24,7 @@ AttentionPhase = Literal["prefill", "decode", "extend"]
 
 UNLIMITED = 2147483647  # the operators' own "no limit" for pre_tokens and next_tokens
 
-SPARSE_NONE = 0  # the mask as it is: a prompt of one token sees itself
+SPARSE_NONE = 0  # the mask as it is, for one token; of a prompt there is none: it sees itself
 SPARSE_FULL_MASK = 1  # every entry of the mask counts, pre_tokens and next_tokens are ignored
 SPARSE_CAUSAL = 2  # top-left causal, from the 2048×2048 compressed mask
 SPARSE_BAND = 4  # pre_tokens and next_tokens around the diagonal, from the compressed mask
@@ -207,8 +207,8 @@ class Attention(nn.Module):
             sparse_mode = SPARSE_CAUSAL
             if self.window is not None:
                 pre_tokens, sparse_mode = self.window - 1, SPARSE_BAND
-        if phase == "prefill" and query.shape[1] == 1:
-            mask, sparse_mode = None, SPARSE_NONE
+        if query.shape[1] == 1:
+            mask, sparse_mode = None if phase == "prefill" else mask, SPARSE_NONE
         if self.optimizations.fused_infer_attention:
             return torch.ops.npu.npu_fused_infer_attention_score(
                 query, key, value, num_heads=self.heads, num_key_value_heads=self.kv_heads, scale=self.scale,

@@ -5,15 +5,14 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
-from qwen2_npu.compat import sliding_windows
+from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
+from qwen2_npu.models.experts import SparseMLP
 from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable, take_positions
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -40,7 +39,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         fused_norm = optimizations.add_rms_norm
         self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks)
-        self.mlp = MLP(config, optimizations, ranks)
+        self.mlp = (SparseMLP if is_sparse(config, layer) else MLP)(config, optimizations, ranks)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
 
@@ -72,7 +71,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states, phase), residual
 
 
-class Qwen2Model(nn.Module):
+class Network(nn.Module):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
@@ -85,14 +84,6 @@ class Qwen2Model(nn.Module):
             for layer, window in enumerate(sliding_windows(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """For transformers, as its own models have it."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: Any) -> None:
-        """For transformers' ``resize_token_embeddings``."""
-        self.embed_tokens = value
 
     def forward(
         self,

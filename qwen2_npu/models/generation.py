@@ -6,12 +6,14 @@ pass from the length ``generate`` has settled on, and kept for the next call of 
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers.cache_utils import Cache
 
 from qwen2_npu.cache import CacheShape, FixedKVCache
@@ -58,11 +60,24 @@ class CachePool:
 
 @dataclass
 class GenerateCall:
-    """One running ``generate``. ``caches``: those it took from the pool."""
+    """One running ``generate``.
+
+    Attributes:
+        given: its arguments by name.
+        caches: those it took from the pool.
+        width: ids that ``max_length`` counts before the first new token.
+        new_tokens: per row, at most.
+        started: whether the first forward pass has been prepared.
+        agreeing: a mask that says of the cache's tokens what the cache does; transformers appends a 1 for each new one.
+    """
 
     model: Any
+    given: dict[str, Any]
     caches: list[FixedKVCache] = field(default_factory=list)
-    max_length: int | None = None
+    width: int = 0
+    new_tokens: int = 0
+    started: bool = False
+    agreeing: torch.Tensor | None = None
 
 
 _CALL: ContextVar[GenerateCall | None] = ContextVar("generate", default=None)
@@ -84,20 +99,24 @@ class GenerationHooks:
     def generate(self: Qwen2ForCausalLM, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
         """transformers' ``generate`` with all its options; see there.
 
+        A cache that is passed grows to what the call needs. More new tokens than the model has positions for are cut
+        with a warning; the last new token takes none.
+
         Raises:
             ValueError: a prompt of another form than (B, S) ids, an empty one, ids outside the vocabulary, padding on
-                the right, a mask that does not fit, or more tokens than the model has positions; the last new token
-                takes none.
-            UnsupportedError: ranks that share the model were given different arguments.
-            CacheOverflowError: a cache passed as ``past_key_values`` (``cache``) is too small.
+                the right, a mask that does not fit, or a prompt of more tokens than the model has positions.
+            UnsupportedError: an option that this model does not serve; ranks that share the model were given different
+                arguments.
         """
-        cache = arguments.check_cache(one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None)))
+        cache = self._check_cache(one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None)))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         prompt = {**kwargs, "inputs": args[0]} if args else kwargs
-        arguments.check_prompt(prompt, self.device, continues=cache is not None)
+        arguments.check_prompt(
+            prompt, self.device, self.vocab_size, past=None if cache is None else cache.get_seq_length()
+        )
         parallel.start(self.ranks, prompt, self.device)
-        call = GenerateCall(self)
+        call = GenerateCall(self, prompt)
         token = _CALL.set(call)
         try:
             result = super().generate(*args, **kwargs)
@@ -109,13 +128,86 @@ class GenerationHooks:
         finally:
             _CALL.reset(token)
 
-    def _check_length(self: Qwen2ForCausalLM, tokens: int, mask: torch.Tensor | None) -> None:  # type: ignore[misc]
-        """Refuse, before the first token, a call that will be given more ``tokens`` per row than there are positions.
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching pages the caches of its requests.
 
-        The last token that is generated is given to nobody: it takes none.
+        Raises:
+            UnsupportedError: with the call that works.
         """
-        positions = self.config.max_position_embeddings
-        arguments.check_capacity(positions, arguments.live_tokens(mask, tokens, positions))
+        raise UnsupportedError(
+            "continuous batching (generate_batch and what it is made of) runs on paged caches, which this model does "
+            "not have: pass the requests as one left-padded batch to generate(input_ids, attention_mask=…)"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _settle(self: Qwen2ForCausalLM, configuration: Any, model_kwargs: dict[str, Any]) -> int:  # type: ignore[misc]
+        """Fit a call into the positions of the model and into the cache that it was given.
+
+        Returns:
+            Tokens per row that are computed, past and padding included: all but the last new one.
+
+        Raises:
+            ValueError: the prompt, or as many new tokens as must be, take more positions than there are.
+        """
+        call = self._call()
+        assert call is not None
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        embeds, positions = model_kwargs.get("inputs_embeds"), self.config.max_position_embeddings
+        past = 0 if cache is None else cache.get_seq_length()
+        prompt = call.width if embeds is None else embeds.shape[1]
+        covered = getattr(configuration, "_mask_length", prompt) if mask is None else mask.shape[1]
+        prompt = max(prompt, past + prompt) if past and covered != prompt else prompt
+        new_tokens = configuration.max_length - call.width
+        total = prompt + new_tokens - 1
+        over = arguments.live_tokens(mask, total, positions) - positions
+        if (given := call.given.get("position_ids")) is not None:
+            over = max(over, int(given.max()) + new_tokens - positions)
+        if over > 0:
+            least = configuration.min_new_tokens or max((configuration.min_length or 0) - call.width, 1)
+            arguments.check_capacity(positions, positions + over - (new_tokens - min(least, new_tokens)))
+            warnings.warn(
+                f"{new_tokens} new tokens after this prompt need {positions + over} positions, the model has "
+                f"max_position_embeddings={positions}: {new_tokens - over} are generated at most",
+                stacklevel=4,
+            )
+            new_tokens, total = new_tokens - over, total - over
+            configuration.max_length -= over
+            if configuration.max_new_tokens is not None:
+                configuration.max_new_tokens = new_tokens
+        call.new_tokens = new_tokens
+        if isinstance(cache, FixedKVCache):
+            cache.grow(max(cache.lengths) + total - past)
+        return total
+
+    def _agrees(self, mask: torch.Tensor | None) -> None:
+        """Note that ``mask`` says of the cache's tokens what the cache does."""
+        if (call := self._call()) is not None:
+            call.agreeing = mask
+
+    def _is_continued(self, mask: torch.Tensor | None) -> bool:
+        """Whether ``mask`` is one that this ``generate`` has made out of one that agreed: nobody must look into it."""
+        call = self._call()
+        return call is not None and mask is not None and mask is call.agreeing
+
+    def _headroom(self, least: int) -> int:
+        """Slots beyond the prompt for a cache that ``forward`` allocates: within ``generate`` (classifier-free guidance
+        has a cache of its own) as many as there will be new tokens."""
+        call = self._call()
+        return least if call is None else max(least, call.new_tokens)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        call, before = self._call(), model_kwargs.get("attention_mask")
+        positions = model_kwargs.get("position_ids")
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if call is not None:
+            agreed = before is not None and before is call.agreeing
+            call.agreeing = updated.get("attention_mask") if agreed else None
+        if IS_V4 and positions is not None:  # 5.x does so itself
+            updated["position_ids"] = torch.cat((positions, positions[:, -1:] + 1), dim=1)
+        return updated
 
     def _cache_for_generation(self: Qwen2ForCausalLM, rows: int, tokens: int) -> Cache:  # type: ignore[misc]
         """A cache for ``tokens`` per row, padding included, and one more, which a continuation may want."""
@@ -138,17 +230,20 @@ class GenerationHooks:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        # Without the last new token, whose k and v are never read.
+        tokens = self._settle(generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
-        self._check_length(max_cache_length, mask)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        fixed = self.optimizations.fixed_kv_cache
+        if generation_config.cache_implementation not in ((None,) if fixed else (None, "dynamic")):
             raise UnsupportedError(
-                f"cache_implementation={generation_config.cache_implementation!r}: this model brings its own cache "
-                f"(fixed_kv_cache={self.optimizations.fixed_kv_cache}); leave cache_implementation unset"
+                f"cache_implementation={generation_config.cache_implementation!r}: this model brings its own cache; "
+                "leave cache_implementation unset, or pass past_key_values=model.allocate_cache(batch_size=…, "
+                f"capacity=…){'; with fixed_kv_cache off, dynamic is served' if fixed else ''}"
             )
         if generation_config.prefill_chunk_size is not None and mask is not None and not bool((mask != 0).all()):
             raise UnsupportedError(
@@ -156,8 +251,7 @@ class GenerationHooks:
                 "but a row's padding; leave prefill_chunk_size unset, or pass rows of one length"
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        # max_cache_length leaves out the last token, whose k and v are never read.
-        model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, max_cache_length)
+        model_kwargs[CACHE_NAME] = self._cache_for_generation(rows, tokens)
 
     def _supports_logits_to_keep(self: Qwen2ForCausalLM) -> bool:  # type: ignore[misc]
         # generate() then asks for the last position only: exactly what the step is about.
@@ -167,9 +261,26 @@ class GenerationHooks:
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
         # Both versions call it once the final length is known, and all else is settled.
         parallel.check(self.ranks, generation_config)  # type: ignore[attr-defined]
+        arguments.check_generation(generation_config)
         if (call := self._call()) is not None:
-            call.max_length = generation_config.max_length
+            call.width = args[0] if args else kwargs["input_ids_length"]
         super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_generation_mode(self, generation_config: Any, assistant_model: Any) -> Any:
+        mode = super()._get_generation_mode(generation_config, assistant_model)  # type: ignore[misc]
+        if mode.value in arguments.MODES_OF_TUPLES:
+            raise UnsupportedError(
+                f"{mode.value.replace('_', ' ')} ({arguments.MODES_OF_TUPLES[mode.value]}) takes the KV cache apart as "
+                f"transformers {transformers.__version__} does, in tuples, which this model does not have: leave it "
+                "out, or install 'transformers>=5,<6', which has assisted decoding and prompt lookup for it"
+            )
+        return mode
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # The first hook of 4.37.0 that sees the mask, and the last before max_length is made use of.
+        if IS_V4 and self._call() is not None:
+            self._settle(generation_config, kwargs["model_kwargs"])  # type: ignore[misc]
+        return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
@@ -188,12 +299,12 @@ class GenerationHooks:
         """Inputs of the next forward pass; see transformers."""
         past_key_values = one_cache(past_key_values, cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past == 0 and attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
-            row = int((attention_mask[:, -1] == 0).nonzero()[0])
-            raise ValueError(
-                f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends "
-                "after the last position: tokenize with padding_side='left'"
-            )
+        call = self._call()
+        if past == 0 if call is None else not call.started:
+            given = call is None or call.given.get("attention_mask") is not None
+            arguments.check_ends(input_ids, attention_mask, given)
+        if call is not None:
+            call.started = True
         if not IS_V4:
             return super().prepare_inputs_for_generation(
                 input_ids,
@@ -205,14 +316,10 @@ class GenerationHooks:
         use_cache = kwargs.get("use_cache")
         first_of_embeds = inputs_embeds is not None and past == 0
         if past == 0:
-            rows, given = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
-            # With inputs_embeds, max_length does not count the prompt.
-            extra = given if first_of_embeds else 0
-            call = self._call()
-            tokens = given if call is None or call.max_length is None else max(given, call.max_length - 1 + extra)
-            self._check_length(tokens, attention_mask)
+            rows, tokens = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
             if past_key_values is None and use_cache:
-                past_key_values = self._cache_for_generation(rows, tokens)
+                new_tokens = 1 if call is None else call.new_tokens
+                past_key_values = self._cache_for_generation(rows, tokens + new_tokens - 1)
         if past > 0:
             total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
             input_ids = input_ids[:, -(total - past) :]

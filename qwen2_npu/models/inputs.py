@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.arguments import check_mask_values
 from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
 from qwen2_npu.models.layers import take_positions
@@ -32,14 +33,62 @@ class Rows:
     Attributes:
         order: (B, S) compact position -> position given; None where rows are compact as given.
         lengths: live new tokens per row, on the host.
+        padding: (B, S) as given, True where a token is padding; None where none is.
+        hidden: (B, C) slots of the cache that hold a token which the mask of this call leaves out; None where none do.
     """
 
     order: torch.Tensor | None
     lengths: list[int]
+    padding: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, mask: torch.Tensor | None, batch: int, tokens: int) -> Rows:
+    def after(cls, cache: FixedKVCache, mask: torch.Tensor | None, batch: int, tokens: int) -> Rows:
+        """The rows of a pass over ``tokens`` per row after what ``cache`` holds. Synchronises where there is a mask.
+
+        Args:
+            mask: (B, T); None where all tokens count.
+
+        Raises:
+            ValueError: see :meth:`of`.
+            UnsupportedError: the mask takes for a token what was padding when it was written.
+        """
+        way_out = (
+            f"pass attention_mask (batch, past + new tokens) = ({batch}, {cache.seen_tokens + tokens}) with 0 at all "
+            "padding, or switch fixed_kv_cache off"
+        )
+        if mask is None:
+            if cache.padding is None:
+                return cls(None, [tokens] * batch)
+            raise UnsupportedError(
+                "some tokens were padding when they were written to the KV cache, which holds no padding, and without "
+                f"an attention_mask they would count: {way_out}"
+            )
+        if bool((mask == (~cache.padding_of(cache.seen_tokens + tokens)).to(mask.dtype)).all()):
+            return cls(None, [tokens] * batch)
+        rows = cls.of(mask, batch, tokens, cache.lengths)
+        old, padding = mask[:, :-tokens] != 0, cache.padding_of(cache.seen_tokens)
+        shown, left_out = old & padding, ~(old | padding)
+        any_shown, any_left_out = torch.stack((shown.any(), left_out.any())).tolist()
+        if any_shown:
+            row, column = shown.nonzero()[0].tolist()
+            raise UnsupportedError(
+                f"token {column} of row {row} was padding when it was written to the KV cache, which holds no "
+                f"padding, and the attention_mask of this call takes it for a token: {way_out}"
+            )
+        if any_left_out:
+            row_of, column_of = left_out.nonzero(as_tuple=True)
+            slot_of = ((~padding).cumsum(dim=1) - 1)[row_of, column_of]
+            rows.hidden = torch.zeros_like(cache.drop_mask)
+            rows.hidden[row_of, slot_of] = True
+        return rows
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None, batch: int, tokens: int, past: list[int] | None = None) -> Rows:
         """Read the last ``tokens`` columns of ``mask`` (B, T), 1 = live. Synchronises once where there is a mask.
+
+        Args:
+            past: live tokens per row before them; none by default.
 
         Raises:
             ValueError: a row without a live token, or a mask that holds more than 0 and 1.
@@ -51,14 +100,16 @@ class Rows:
         *lengths, wrong = torch.cat((live.sum(dim=1), others[None])).tolist()
         if wrong:
             check_mask_values(mask)
-        if min(lengths) == 0:
-            raise ValueError(
-                f"row {lengths.index(0)} of the attention_mask has no live token among the {tokens} new ones: "
-                "an empty prompt; give every row at least one token"
-            )
+        for row, (length, before) in enumerate(zip(lengths, past or [0] * batch, strict=True)):
+            if length + before == 0:
+                raise ValueError(
+                    f"row {row} of the attention_mask has no live token among the {tokens} new ones: "
+                    "an empty prompt; give every row at least one token"
+                )
         if min(lengths) == tokens:
             return cls(None, lengths)
-        return cls(torch.argsort((~live).to(torch.float32), dim=1, stable=True), lengths)
+        order = torch.argsort((~live).to(torch.float32), dim=1, stable=True)
+        return cls(order, lengths, ~live)
 
     def compact(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S, …) as given -> compact rows."""
@@ -75,19 +126,31 @@ class Rows:
         return torch.argsort(self.order, dim=1)[:, wanted]
 
 
-def padded_positions(
-    mask: torch.Tensor | None, past: int, tokens: int, positions: int, device: torch.device
-) -> torch.Tensor:
-    """(B or 1, S) of rows that stay padded: as the stock model counts by itself, padding included; live tokens alone
-    where the model has not as many positions.
+def check_window(live: torch.Tensor, window: int, slots: int) -> None:
+    """Refuse rows with padding between their tokens where a sliding window may reach across it: the stock model counts
+    that padding, and compact rows have none. Synchronises.
 
     Args:
-        mask: (B, T).
-        positions: the model's.
+        live: (B, T) bool, True at tokens.
+        slots: tokens per row that may come to be.
+
+    Raises:
+        UnsupportedError: naming the row.
     """
-    if mask is None or past + tokens <= positions:
-        return torch.arange(past, past + tokens, device=device)[None]
-    return ((mask != 0).cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]
+    width = live.shape[1]
+    order = torch.arange(1, width + 1, device=live.device)
+    last, before = (live * order).amax(dim=1), width - (live * order.flip(0)).amax(dim=1)
+    holes = (last - before != live.sum(dim=1)).tolist()
+    if slots > window and any(holes):
+        raise UnsupportedError(
+            f"row {holes.index(True)} has padding between its tokens, which counts in the sliding window of {window}: "
+            "pad on the left, or switch fixed_kv_cache off"
+        )
+
+
+def positions_after(past: int, tokens: int, batch: int, device: torch.device) -> torch.Tensor:
+    """(B, S) as the stock model counts by itself: all tokens given, padding included."""
+    return torch.arange(past, past + tokens, device=device).repeat(batch, 1)
 
 
 def pad_tokens(values: torch.Tensor, length: int) -> torch.Tensor:
@@ -120,13 +183,16 @@ class MaskFactory:
         distance = positions[:, None] - positions
         return self._both(distance < 0, distance)
 
-    def extend(self, cache: FixedKVCache, past: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 1, S, C): new token ``i`` of row ``b`` sees the slots up to ``past[b] + i``."""
+    def extend(
+        self, cache: FixedKVCache, past: list[int], tokens: int, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 1, S, C): new token ``i`` of row ``b`` sees the slots up to ``past[b] + i``, but for ``hidden`` ones."""
         device = cache.shape.device
         starts = torch.tensor(past, device=device)
         queries = starts[:, None] + torch.arange(tokens, device=device)
         distance = (queries[:, :, None] - torch.arange(cache.shape.capacity, device=device))[:, None]
-        return self._both(distance < 0, distance)
+        drop = distance < 0
+        return self._both(drop if hidden is None else drop | hidden[:, None, None], distance)
 
     def decode(self, cache: FixedKVCache) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The masks that the cache keeps, in the shape the attention of this model takes."""
@@ -167,23 +233,22 @@ def fixed_cache_step(
         cache: None for a pass that keeps nothing.
         tokens: new tokens per row, padding included.
         length: positions per row that are computed, ``tokens`` or more.
-        position_ids: (B, length) of the compact rows, or None for the count of live tokens before each.
+        position_ids: (B, length) of the compact rows, or None to count from the tokens seen on.
     """
+    if position_ids is None:
+        position_ids = positions_after(0 if cache is None else cache.seen_tokens, length, len(rows.lengths), device)
     if cache is None:
         mask, sliding = masks.prefill(length, device)
-        positions = torch.arange(length, device=device).expand(len(rows.lengths), -1)
-        yield "prefill", AttentionInputs(positions if position_ids is None else position_ids, None, mask, sliding)
+        yield "prefill", AttentionInputs(position_ids, None, mask, sliding)
         return
-    if position_ids is None:
-        position_ids = cache.write_index[:, None] + torch.arange(length, device=device)
     tiling = masks.optimizations.ifa_tiling
-    with cache.step(rows.lengths, tokens, masks=not tiling) as past:
+    with cache.step(rows.lengths, tokens, masks=not tiling, padding=rows.padding) as past:
         write_index = cache.write_index
         if max(past) == 0:
             mask, sliding = masks.prefill(length, device)
             yield "prefill", AttentionInputs(position_ids, write_index, mask, sliding)
-        elif length > 1:
-            mask, sliding = masks.extend(cache, past, length)
+        elif length > 1 or rows.hidden is not None:  # the masks that a decode step reads know of no hidden tokens
+            mask, sliding = masks.extend(cache, past, length, rows.hidden)
             lengths = [start + length for start in past]
             yield "extend", AttentionInputs(position_ids, write_index, mask, sliding, lengths)
         else:

@@ -111,13 +111,20 @@ class RowParallelLinear(Linear):
 
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up]."""
+    """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up].
 
-    def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
+    Args:
+        intermediate: columns that this rank holds; default: those that the configuration gives it.
+    """
+
+    def __init__(
+        self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks, intermediate: int | None = None
+    ) -> None:
         super().__init__()
         self.swiglu = optimizations.swiglu
         self.fused = optimizations.fused_gate_up
-        hidden, intermediate = config.hidden_size, ranks.shard.count("columns", config)
+        hidden = config.hidden_size
+        intermediate = ranks.shard.count("columns", config) if intermediate is None else intermediate
         if self.fused:
             self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
         else:
@@ -168,18 +175,22 @@ class RotaryTable(nn.Module):
         self.cos = self.sin = None
         return self
 
-    def prepare(self, dtype: torch.dtype, device: torch.device, positions: int = 0) -> None:
+    def prepare(self, dtype: torch.dtype, device: torch.device, positions: int = 0, padded: int = 0) -> None:
         """Build the table for ``dtype``, ``device`` and that many positions unless it is there. Outside of any graph.
 
         Args:
             positions: those needed, as far as the model has them; more may be there.
+            padded: those needed in rows whose padding takes positions, which may be more than the model has.
         """
+        positions = min(positions, self.positions) if padded <= self.positions else padded
         if self._serves(dtype, device, positions):
             return
         with _GROWING, torch.inference_mode(False):  # it outlives the call
             if self._serves(dtype, device, positions):  # another thread has built it
                 return
-            rows = min(self.positions, max(TABLE_ROWS, 1 << (positions - 1).bit_length()))
+            rows = 1 << (positions - 1).bit_length()
+            if positions <= self.positions:
+                rows = min(self.positions, max(TABLE_ROWS, rows))
             inv_freq, scaling = self.frequencies
             angles = torch.outer(torch.arange(rows, dtype=torch.float32, device="cpu"), inv_freq)
             self.sin, self.cos = (
@@ -191,11 +202,7 @@ class RotaryTable(nn.Module):
 
     def _serves(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
         table = self.cos
-        return (
-            table is not None
-            and (table.dtype, table.device) == (dtype, device)
-            and table.shape[0] >= min(positions, self.positions)
-        )
+        return table is not None and (table.dtype, table.device) == (dtype, device) and table.shape[0] >= positions
 
     def forward(self, position_ids: torch.Tensor, head_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at ``position_ids`` (B, S), with an axis for the heads at ``head_axis``."""

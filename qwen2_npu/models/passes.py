@@ -23,7 +23,7 @@ class Pass:
     Attributes:
         given: (B, S) ids or (B, S, H) embeddings.
         mask: (B, T) of 0 and 1.
-        position_ids: (B, S), or None for the number of live tokens before each.
+        position_ids: (B, S), or None for the number of tokens before each, padding included.
         past: tokens per row in the cache, padding included.
         wanted: positions whose logits are wanted; None for all.
         record: where hidden states and attention weights go; None where nobody asks for them.
@@ -39,15 +39,19 @@ class Pass:
     @property
     def looked_into(self) -> bool:
         """Whether values of ids and positions are checked before: a decode step must not wait for a device."""
-        return self.past == 0 or self.given.shape[1] > 1
+        return self.past == 0 or self.given.shape[1] > 1 or self.given.device.type == "cpu"
+
+    @property
+    def total(self) -> int:
+        """Tokens per row, past and padding included."""
+        return self.past + self.given.shape[1]
 
 
 class Prepared(NamedTuple):
-    """A pass that can be run, the cache that it writes, and the tokens of the longest row after it."""
+    """A pass that can be run, and the cache that it writes."""
 
     run: Callable[[], torch.Tensor]
     cache: Any
-    longest: int
 
 
 def shifted_loss(logits: torch.Tensor, labels: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

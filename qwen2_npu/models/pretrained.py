@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint import sources, weights
+from qwen2_npu.checkpoint.adapter import AdaptedSource, base_and_adapter
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
+from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.naming import as_stock
-from qwen2_npu.compat import set_torch_dtype
+from qwen2_npu.checkpoint.shards import ADAPTER_FILE
+from qwen2_npu.compat import CONFIGURATIONS, set_torch_dtype, torch_dtype_of
 from qwen2_npu.devices import usable
-from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.agreement import agree, fingerprint
 from qwen2_npu.parallel.collectives import current
-
-if TYPE_CHECKING:
-    from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
 ACCELERATOR_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """transformers' ways to spread a model over its accelerators. Here it goes to one: the current, or else the CPU."""
@@ -72,6 +74,7 @@ LOADING_REFUSED: dict[str, Refused] = {
     "gguf_file": _NO_OTHER_FORMAT,
     "use_safetensors": Refused("name the pickled file: weights_file='pytorch_model.bin'", harmless=(None, True)),
     "variant": Refused("name the file: weights_file='model.VARIANT.safetensors'"),
+    "_adapter_model_path": Refused("a LoRA adapter is merged with adapter=FOLDER_OF_THE_ADAPTER"),
     "key_mapping": Refused("rename the tensors and pass them to from_state_dict"),
     "state_dict": Refused("pass it to from_state_dict"),
     "ignore_mismatched_sizes": Refused("a tensor that does not fit is an error here; correct the checkpoint"),
@@ -89,12 +92,36 @@ SAVING_REFUSED: dict[str, Refused] = {
 
 
 class CheckpointIO:
-    """Mixed into Qwen2ForCausalLM."""
+    """Mixed into the models.
+
+    Attributes:
+        head: the names of the parameters that a model has beyond the network.
+    """
+
+    head: tuple[str, ...] = ()
+
+    @classmethod
+    def of_kind(cls: Any, config: Any) -> Any:
+        """This class, or the one for mixtures of experts where ``config`` describes one.
+
+        Raises:
+            UnsupportedError: there is none with this head.
+        """
+        if isinstance(config, cls.config_class):
+            return cls
+        from qwen2_npu.models.qwen2_moe import Qwen2MoeForCausalLM
+
+        if not issubclass(Qwen2MoeForCausalLM, cls):
+            raise UnsupportedError(
+                f"{cls.__name__} of a mixture of experts (model_type={config.model_type!r}) is not served: load it "
+                "with Qwen2ForCausalLM, whose get_decoder() gives the hidden states"
+            )
+        return Qwen2MoeForCausalLM
 
     @classmethod
     def from_pretrained(
         cls: Any,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -102,6 +129,7 @@ class CheckpointIO:
         device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         optimizations: Optimizations | None = None,
         weights_file: str | None = None,
+        adapter: str | Path | bool | None = None,
         config: Qwen2Config | str | Path | None = None,
         generation_config: GenerationConfig | None = None,
         subfolder: str = "",
@@ -109,17 +137,21 @@ class CheckpointIO:
         tp_rank: int | None = None,
         assume_tp: int | None = None,
         **others: Any,
-    ) -> Qwen2ForCausalLM:
+    ) -> Any:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
 
         A folder that ``qwen2-npu merge-qkv`` wrote is loaded as well, by one process or by as many as it is merged for.
 
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
-            dtype: of the weights in memory; "auto" or None: as stored. ``torch_dtype`` is its older name.
-            device: where to, one device. Default cpu. ``device_map`` names it, too; "auto" is the accelerator, if any.
+            dtype: of the weights in memory; "auto" or None: what config.json says, or else as stored. ``torch_dtype``
+                is its older name.
+            device: where to, one device. Default: torch's, which is the CPU unless ``torch.set_default_device`` or
+                ``with torch.device`` says another. ``device_map`` names it, too; "auto" is the accelerator, if any.
             weights_file: weights in another file than the usual safetensors ones, or the index of several; pickled
                 weights (pytorch_model.bin) are read by name only.
+            adapter: the folder of a LoRA adapter, as peft saves it, to merge into the weights. Where the model's own
+                folder holds one: that folder again, or False to leave it out.
             config: instead of the folder's config.json; or the folder of another one.
             generation_config: instead of the folder's generation_config.json.
             subfolder: of the folder, where the checkpoint lies.
@@ -137,32 +169,47 @@ class CheckpointIO:
             TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            raise UnsupportedError(
+                f"pretrained_model_name_or_path={pretrained_model_name_or_path!r}: pass a local folder; weights in "
+                "memory are taken by from_state_dict"
+            )
         folder = Path(pretrained_model_name_or_path, subfolder or "").expanduser()
+        folder, lora = base_and_adapter(folder, adapter)
         target = one_device(device, device_map)
         ranks = current(tp_size, tp_rank, target)
         with locked(folder, shared=True):  # all files of one checkpoint, whoever is saving another
             settings = _configuration(folder if config is None else config, changes)
             source: sources.Source = sources.open_checkpoint(
-                folder, config=settings, weights_file=weights_file, assume_tp=assume_tp, tp_size=ranks.size
+                folder,
+                config=settings,
+                weights_file=weights_file,
+                assume_tp=assume_tp,
+                tp_size=ranks.size,
+                beside_adapter=True,
             )
             # Fewer layers may be asked for. In a folder, layers that its config.json does not have are an error.
             if "num_hidden_layers" in changes or isinstance(config, Qwen2Config):
                 source = sources.FirstLayers(source, settings.num_hidden_layers)
             generation_config = generation_config or read_generation_config(folder, settings.vocab_size)
             files = {} if ranks.group is None else fingerprint(folder)
+        if lora is not None:
+            source = AdaptedSource(source, lora)
+            if ranks.group is not None:
+                files |= {f"the adapter's {name}": mark for name, mark in fingerprint(lora).items()}
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another
             agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
         model: Any = weights.build(
-            lambda: cls(source.config, optimizations, ranks),
+            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
-            dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype),
+            dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype) or torch_dtype_of(settings),
             device=target,
+            head=cls.head,
         )
-        if generation_config is not None:
+        if generation_config is not None and cls.can_generate():
             model.generation_config = generation_config
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
-        loaded: Qwen2ForCausalLM = model
-        return loaded
+        return model
 
     @classmethod
     def from_state_dict(
@@ -175,7 +222,7 @@ class CheckpointIO:
         optimizations: Optimizations | None = None,
         tp_size: int | None = None,
         tp_rank: int | None = None,
-    ) -> Qwen2ForCausalLM:
+    ) -> Any:
         """The model with the weights of a stock state dict (names of the stock class); see :meth:`from_pretrained`.
 
         Raises:
@@ -183,12 +230,13 @@ class CheckpointIO:
         """
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
-        source = as_stock(sources.StateDictSource(config, state_dict))
-        model: Qwen2ForCausalLM = weights.build(
-            lambda: cls(source.config, optimizations, ranks),
+        source = as_stock(sources.StateDictSource(config, one_by_one(state_dict)))
+        model: Any = weights.build(
+            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
             dtype=dtype,
             device=target,
+            head=cls.head,
         )
         return model
 
@@ -218,6 +266,11 @@ class CheckpointIO:
         if unknown:
             raise TypeError(f"save_pretrained() takes no argument {', '.join(unknown)}")
         self._check_whole("save_pretrained")
+        if Path(save_directory, ADAPTER_FILE).exists():
+            raise CheckpointError(
+                f"{save_directory} holds an adapter ({ADAPTER_FILE}), which would be applied to the saved weights "
+                "when they are loaded; choose another folder"
+            )
         if not is_main_process:
             return
         set_torch_dtype(self.config, self.dtype)
@@ -243,12 +296,49 @@ class CheckpointIO:
         """The weights under the stock class's names: fused ones as views of their parts, tied ones once.
 
         Raises:
-            UnsupportedError: the model is one part of several.
+            UnsupportedError: the model is one part of several, or holds an adapter of peft.
         """
         self._check_whole("stock_state_dict")
         return weights.stock_state_dict(self)
 
+    # ---- peft ----------------------------------------------------------------------------------------------------
+    def _no_adapter(self: Any) -> Any:
+        """What ``peft_config`` is until peft sets it. peft asks for it before it puts in the first adapter.
+
+        Raises:
+            UnsupportedError: the products that adapters are for do not stand in this model one by one.
+            AttributeError: they do.
+        """
+        self._check_adaptable("peft")
+        raise AttributeError("peft_config")
+
+    peft_config: Any = cached_property(_no_adapter)
+    """Not a property, which could not be set; nothing is cached, since :meth:`_no_adapter` never returns."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for a model without fused products on one rank."""
+        self._check_adaptable("load_adapter()")
+        return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def add_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for a model without fused products on one rank."""
+        self._check_adaptable("add_adapter()")
+        return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_adaptable(self: Any, what: str) -> None:
+        if self.optimizations.fused_qkv or self.optimizations.fused_gate_up or self.ranks.shard.size > 1:
+            raise UnsupportedError(
+                f"{what}: q, k, v, gate and up are fused or cut in this model, so that an adapter would reach only "
+                "some of its products; load it merged with from_pretrained(FOLDER, adapter=FOLDER_OF_THE_ADAPTER), or "
+                "use optimizations=Optimizations.none() on one rank"
+            )
+
     def _check_whole(self: Any, function: str) -> None:
+        if any(type(module).__module__.startswith("peft.") for module in self.modules()):
+            raise UnsupportedError(
+                f"{function}(): peft has put an adapter into this model; save the adapter with the PeftModel's "
+                "save_pretrained, or take merge_and_unload()'s result"
+            )
         shard = self.ranks.shard
         if shard.size > 1:
             raise UnsupportedError(
@@ -273,7 +363,7 @@ def effective(
 
 
 def one_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """The one device that ``device`` and ``device_map`` stand for; cpu where neither is given.
+    """The one device that ``device`` and ``device_map`` stand for; torch's default device where neither is given.
 
     Raises:
         UnsupportedError: there are several, or it is not usable here.
@@ -284,7 +374,10 @@ def one_device(device: torch.device | str | int | None, device_map: Any) -> torc
     named = {str(each): each for each in (device, *mapped) if each is not None}
     if len(named) > 1:
         raise UnsupportedError(f"device={device!r}, device_map={device_map!r}: {_ONE_DEVICE.way_out}")
-    return usable(next(iter(named.values()), "cpu"))
+    if not named:
+        default = torch.get_default_device()
+        return usable(default, given_as=f"torch's default device is {str(default)!r}")
+    return usable(next(iter(named.values())))
 
 
 def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) -> Qwen2Config:
@@ -299,7 +392,7 @@ def _configuration(given: Qwen2Config | str | Path, changes: Mapping[str, Any]) 
         config = read_config(Path(given).expanduser(), **changes)
         unknown = [name for name in changes if not hasattr(config, name)]
         reason = "it is neither a keyword of transformers nor a field of config.json"
-    elif isinstance(given, Qwen2Config):
+    elif isinstance(given, tuple(CONFIGURATIONS.values())):
         config, unknown = given, list(changes)
         reason = "with config= a Qwen2Config, set its fields in that"
     else:

@@ -14,9 +14,11 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def describe(value: object) -> str:
-    """A short text for an error message: tensors by dtype and shape, everything else by repr."""
+    """A short text for an error message: tensors by dtype and shape, also in lists, everything else by repr."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(describe, value))}]"
     return repr(value)
 
 

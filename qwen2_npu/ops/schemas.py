@@ -5,6 +5,7 @@ Both are data: the registry defines the operators from `SCHEMAS`, the kernels re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -72,6 +73,58 @@ SCHEMAS: Final = MappingProxyType(
             "int? dequant_scale_dtype=None, int? pertoken_scale_dtype=None, int comm_quant_mode=0, "
             "str? comm_mode=None) -> Tensor"
         ),
+        "npu_moe_gating_top_k_softmax": (
+            "npu_moe_gating_top_k_softmax(Tensor x, Tensor? finished=None, int k=1) -> (Tensor, Tensor, Tensor)"
+        ),
+        "npu_moe_init_routing_v2": (
+            "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
+            "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, "
+            "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, "
+            "int[2] active_expert_range=[], int row_idx_type=0, int? x_dtype=None) "
+            "-> (Tensor, Tensor, Tensor, Tensor)"
+        ),
+        "npu_grouped_matmul": (
+            "npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, "
+            "Tensor[]? offset=None, Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, "
+            "Tensor[]? per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, "
+            "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+            "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, "
+            "int[]? tuning_config=None, int? output_dtype=None, int? x_dtype=None, int? weight_dtype=None, "
+            "int? scale_dtype=None, int? per_token_scale_dtype=None) -> Tensor[]"
+        ),
+        "npu_moe_finalize_routing": (
+            "npu_moe_finalize_routing(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, "
+            "Tensor? scales, Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, "
+            "int? drop_pad_mode=0, int? k=1) -> Tensor"
+        ),
+        "npu_weight_quant_batchmatmul": (
+            "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, Tensor? "
+            "antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? bias=None, "
+            "int antiquant_group_size=0, int inner_precise=0, int? weight_dtype=None) -> Tensor"
+        ),
+        "npu_quant_matmul": (
+            "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? "
+            "pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? "
+            "x2_dtype=None, int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, "
+            "Tensor? y_scale=None) -> Tensor"
+        ),
+        "npu_dynamic_quant": (
+            "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? "
+            'dst_type=None, str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)'
+        ),
+        "npu_add_rms_norm_dynamic_quant": (
+            "npu_add_rms_norm_dynamic_quant(Tensor x1, Tensor x2, Tensor gamma, *, Tensor? "
+            "smooth_scale1=None, Tensor? smooth_scale2=None, Tensor? beta=None, float "
+            "epsilon=9.9999999999999995e-07, bool[2]? output_mask=None, int? y_dtype=None) -> (Tensor, "
+            "Tensor, Tensor, Tensor, Tensor)"
+        ),
+        "npu_dequant_swiglu_quant": (
+            "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, "
+            "Tensor? bias=None, Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? "
+            "group_index=None, bool activate_left=False, int quant_mode=0, int? dst_type=None, int? "
+            "round_mode=None, int? activate_dim=None, int swiglu_mode=0, float clamp_limit=7., float "
+            "glu_alpha=1.702, float glu_bias=1.) -> (Tensor, Tensor)"
+        ),
     }
 )
 
@@ -84,7 +137,7 @@ def _absent(*names: str) -> dict[str, object]:
 
 
 # Operator name -> {argument: its default}: an argument listed here raises unless it has that value.
-UNSUPPORTED: Final = MappingProxyType(
+UNSUPPORTED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
     {
         "npu_prompt_flash_attention": _absent("padding_mask", "pse_shift", "deq_scale1", "deq_scale2", *_QUANTISATION),
         "npu_incre_flash_attention": {
@@ -114,6 +167,31 @@ UNSUPPORTED: Final = MappingProxyType(
             "comm_turn": 0,
             "comm_quant_mode": 0,
             "comm_mode": None,
+        },
+        "npu_moe_init_routing_v2": {
+            **_absent("scale", "offset", "x_dtype"),
+            "expert_capacity": -1,
+            "drop_pad_mode": 0,
+            "quant_mode": -1,
+        },
+        "npu_grouped_matmul": {
+            **_absent("scale", "offset", *_ANTIQUANTISATION, "per_token_scale"),
+            **_absent("activation_input", "activation_quant_scale", "activation_quant_offset"),
+            **_absent("output_dtype", "x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype"),
+            "act_type": 0,
+        },
+        "npu_weight_quant_batchmatmul": {
+            **_absent("antiquant_offset", "quant_scale", "quant_offset", "weight_dtype"),
+            "antiquant_group_size": 0,
+        },
+        "npu_quant_matmul": _absent(
+            *("offset", "x1_dtype", "x2_dtype", "pertoken_scale_dtype", "scale_dtype", "group_sizes", "y_scale")
+        ),
+        "npu_dynamic_quant": {"group_index": None, "quant_mode": "pertoken", "dst_type_max": 0.0},
+        "npu_add_rms_norm_dynamic_quant": _absent("smooth_scale1", "smooth_scale2", "beta"),
+        "npu_dequant_swiglu_quant": {
+            **_absent("bias", "quant_scale", "quant_offset", "group_index"),
+            **{"swiglu_mode": 0, "clamp_limit": 7.0, "glu_alpha": 1.702, "glu_bias": 1.0},
         },
     }
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel.agreement import agree
 from qwen2_npu.parallel.collectives import Ranks
@@ -62,6 +63,9 @@ def _described(value: Any) -> str:
         return (
             f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)} {hashlib.sha256(content).hexdigest()[:8]}"
         )
+    if isinstance(value, FixedKVCache):  # it grows where it must, which all ranks must see alike
+        padding = None if value.padding is None else _described(value.padding)
+        return f"{value.shape.capacity} slots, {value.seen_tokens} seen, {value.lengths}, {padding}"
     if hasattr(value, "to_diff_dict"):  # a GenerationConfig
         return str(sorted(value.to_diff_dict().items(), key=str))
     return repr(value) if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else type(value).__name__

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import expert_count, head_dim, kv_head_count
 from qwen2_npu.errors import UnsupportedError
 
-Unit = Literal["query heads", "kv heads", "columns", "vocabulary"]
-"""What is never torn apart: a head, a column of the MLP, a token of the vocabulary."""
+Unit = Literal["query heads", "kv heads", "columns", "expert columns", "shared columns", "vocabulary"]
+"""What is never torn apart: a head, a column of an MLP (of every expert, of the shared expert), a token."""
 
 
 class Cut(NamedTuple):
@@ -38,10 +38,25 @@ CUTS: dict[str, Cut] = {
     "gate_proj.weight": Cut(0, "columns"),
     "up_proj.weight": Cut(0, "columns"),
     "down_proj.weight": Cut(1, "columns"),
+    "expert gate_proj.weight": Cut(0, "expert columns"),
+    "expert up_proj.weight": Cut(0, "expert columns"),
+    "expert down_proj.weight": Cut(1, "expert columns"),
+    "shared_expert gate_proj.weight": Cut(0, "shared columns"),
+    "shared_expert up_proj.weight": Cut(0, "shared columns"),
+    "shared_expert down_proj.weight": Cut(1, "shared columns"),
     "embed_tokens.weight": Cut(0, "vocabulary"),
     "lm_head.weight": Cut(0, "vocabulary"),
 }
-"""End of a stock tensor's name -> how it is cut. Every rank holds what is not here whole: the norms."""
+"""End of a stock tensor's name (:func:`ending`) -> how it is cut. Every rank holds what is not here whole: the norms,
+and the gates of a mixture of experts, whose choice all ranks make alike."""
+
+
+def ending(name: str) -> str:
+    """The end of a stock tensor's name that tells its kind: module and parameter, and whether an expert's."""
+    parts = name.split(".")
+    kind = "expert " if "experts" in parts else "shared_expert " if "shared_expert" in parts else ""
+    return kind + ".".join(parts[-2:])
+
 
 LARGEST = 8
 """Ranks of a model at most: the cards of one server, which are all connected to each other (HCCS)."""
@@ -107,7 +122,7 @@ class Shard:
 
     def slice_of(self, name: str, config: Any) -> Slice | None:
         """The part of the stock tensor ``name`` that this rank holds; None for all of it."""
-        cut = CUTS.get(".".join(name.split(".")[-2:]))
+        cut = CUTS.get(ending(name))
         if cut is None or self.size == 1:
             return None
         part = self.part(cut.unit, config)
@@ -135,7 +150,7 @@ def admissible_sizes(config: Any) -> tuple[int, ...]:
 
 def _fault(config: Any, size: int) -> str | None:
     """Why ``size`` ranks are not possible."""
-    heads, kv_heads, columns = (_count(unit, config) for unit in ("query heads", "kv heads", "columns"))
+    heads, kv_heads = (_count(unit, config) for unit in ("query heads", "kv heads"))
     said = f"{heads} query heads and {kv_heads} kv heads"
     if size > LARGEST:
         return f"a model goes to at most {LARGEST} cards ({said})"
@@ -143,16 +158,24 @@ def _fault(config: Any, size: int) -> str | None:
         return f"{said}: {size} ranks do not divide {heads}"
     if kv_heads % size and size % kv_heads:
         return f"{said}: neither do {size} ranks divide {kv_heads}, nor can each kv head go to the same number of ranks"
-    if columns % size:
-        return f"{said}, and intermediate_size={columns}, which {size} ranks do not divide"
+    for unit, field in COLUMNS.items():
+        if _count(unit, config) % size:
+            return f"{said}, and {field}={_count(unit, config)}, which {size} ranks do not divide"
     return None
 
 
+COLUMNS: dict[Unit, str] = {
+    "columns": "intermediate_size",
+    "expert columns": "moe_intermediate_size",
+    "shared columns": "shared_expert_intermediate_size",
+}
+"""Unit -> the field of the configuration that counts it."""
+
+
 def _count(unit: Unit, config: Any) -> int:
-    counts: dict[Unit, int] = {
-        "query heads": config.num_attention_heads,
-        "kv heads": kv_head_count(config),
-        "columns": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-    }
-    return counts[unit]
+    """How many there are; none of the experts in a dense model."""
+    if unit in COLUMNS:
+        return int(getattr(config, COLUMNS[unit])) if unit == "columns" or expert_count(config) else 0
+    if unit == "kv heads":
+        return kv_head_count(config)
+    return int(config.num_attention_heads if unit == "query heads" else config.vocab_size)

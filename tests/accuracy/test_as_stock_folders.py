@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM as StockQwen2
 
 from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint.sources import open_checkpoint
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained, stock_from_state_dict
 from qwen2_npu.errors import CheckpointError
@@ -312,8 +313,14 @@ def test_an_adapter_that_transformers_would_apply(tmp_path, monkeypatch):
     """Without peft it does not, and reads the weights as they are."""
     Folder().write(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr("qwen2_npu.checkpoint.shards.is_peft_available", lambda: True)
-    with pytest.raises(CheckpointError, match=r"has adapter_config\.json: .*merge_and_unload\(\), or remove the file"):
-        Qwen2ForCausalLM.from_pretrained(tmp_path)
-    monkeypatch.setattr("qwen2_npu.checkpoint.shards.is_peft_available", lambda: False)
+    for module in ("shards", "adapter"):
+        monkeypatch.setattr(f"qwen2_npu.checkpoint.{module}.is_peft_available", lambda: True)
+    for load in (Qwen2ForCausalLM.from_pretrained, open_checkpoint):
+        with pytest.raises(
+            CheckpointError, match=r"has adapter_config\.json: .*merge_and_unload\(\), or remove the file"
+        ):
+            load(tmp_path)
+    assert same(of_ours(Qwen2ForCausalLM.from_pretrained(tmp_path, adapter=False)), ORIGINAL)
+    for module in ("shards", "adapter"):
+        monkeypatch.setattr(f"qwen2_npu.checkpoint.{module}.is_peft_available", lambda: False)
     assert same(of_ours(Qwen2ForCausalLM.from_pretrained(tmp_path)), ORIGINAL)

@@ -3,14 +3,16 @@ import torch
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu
 from qwen2_npu.conformance.accuracy.intermediates import npu_operator
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import EXPERTS, LADDER
+from tests.accuracy.expert_faults import EXPERT_FAULTS
 from tests.accuracy.faults import FAULTS, Intercept
 
 
 def test_faults_are_well_formed() -> None:
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
-    for fault in FAULTS:
-        assert fault.step in LADDER
+    every = (*FAULTS, *EXPERT_FAULTS)
+    assert len({fault.name for fault in every}) == len(every)
+    for fault in every:
+        assert fault.step in (EXPERTS if fault in EXPERT_FAULTS else LADDER)
         assert bool(fault.alter) != bool(fault.patch)
         assert all(hasattr(torch.ops.npu, name) for name in fault.alter)
 

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from qwen2_npu import LADDER, Optimizations, compile_model
+from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.optimizations import EXPERTS
 from tests.accuracy.faults import Intercept
 from tests.accuracy.matrix import pairwise
-from tests.accuracy.pairs import dtypes_of, pair_of, weights_of
+from tests.accuracy.pairs import CHECKPOINT, MIXTURE, dtypes_of, is_mixture, pair_of, weights_of
 
 PRESETS: dict[str, Optimizations] = {
     "none": Optimizations.none(),
@@ -25,6 +28,14 @@ PRESETS: dict[str, Optimizations] = {
     **{f"only_{step}": Optimizations.only(step) for step in LADDER[1:]},
     "all_with_fused_infer_attention": Optimizations.all().replace(fused_infer_attention=True),
 }
+
+EXPERT_PRESETS: dict[str, Optimizations] = {
+    "none": Optimizations.none(),
+    f"up_to_{LADDER[-1]}": Optimizations.up_to(LADDER[-1]),
+    **{f"up_to_{step}": Optimizations.up_to(step) for step in EXPERTS},
+    **{f"only_{step}": Optimizations.only(step) for step in EXPERTS},
+}
+"""What a mixture of experts runs by default; its other presets, which it shares with dense models, are slow."""
 
 COMPILED_SHAPE, COMPILED_WEIGHTS, COMPILED_DTYPES = "ragged", "qwen2-0.5b", ("float32", "bfloat16")
 COMPILED_BY_DEFAULT = {(LADDER[-1], "bfloat16")}
@@ -47,10 +58,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     names = metafunc.fixturenames
     if "preset" in names:
-        axes = presets_of(config), dtypes_of(config), tuple(BATCH_SHAPES), weights_of(config)
-        metafunc.parametrize(("preset", "dtype", "shape", "weights"), cases(axes))
+        every = weights_of(config)
+        dense = tuple(weights for weights in every if not is_mixture(config, weights))
+        sparse = tuple(weights for weights in every if is_mixture(config, weights))
+        axes = dtypes_of(config), tuple(BATCH_SHAPES)
+        params = cases((presets_of(config, PRESETS), *axes, dense))
+        params += cases((presets_of(config, EXPERT_PRESETS), *axes, sparse))
+        params += [
+            pytest.param(*case, id="-".join(case), marks=pytest.mark.slow)
+            for case in product(presets_of(config, PRESETS), *axes, sparse)
+            if case[0] not in EXPERT_PRESETS
+        ]
+        if IS_V4 and not config.option.model_path:
+            reason = f"transformers {transformers.__version__} has no Qwen2Moe"
+            params.append(pytest.param("none", "", "", MIXTURE, id=MIXTURE, marks=pytest.mark.skip(reason=reason)))
+        metafunc.parametrize(("preset", "dtype", "shape", "weights"), params)
     elif "compiled_step" in names:
         steps = config.option.steps or LADDER
+        if config.option.model_path and is_mixture(config, CHECKPOINT):
+            steps = [step for step in steps if step in EXPERTS] if config.option.steps else EXPERTS
         dtypes = [dtype for dtype in COMPILED_DTYPES if dtype in dtypes_of(config)]
         default = set() if str(config.option.device).startswith("npu") else COMPILED_BY_DEFAULT
         params = [
@@ -62,17 +88,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", dtypes_of(config))
 
 
-def presets_of(config: pytest.Config) -> tuple[str, ...]:
-    """Those whose last step was asked for, by --steps."""
+def presets_of(config: pytest.Config, presets: dict[str, Optimizations]) -> tuple[str, ...]:
+    """Those of ``presets`` whose last step was asked for, by --steps."""
     if config.option.steps is None:
-        return tuple(PRESETS)
+        return tuple(presets)
     wanted = [f"{kind}_{step}" for step in config.option.steps for kind in ("up_to", "only")]
-    return tuple(name for name in wanted if name in PRESETS)
+    return tuple(name for name in wanted if name in presets)
 
 
 def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
     """The full product, with what the default lane leaves out marked slow."""
-    default = set(pairwise(*axes))
+    default = set(pairwise(*axes)) if all(axes) else set()
     return [
         pytest.param(*case, id="-".join(case), marks=() if case in default else pytest.mark.slow)
         for case in product(*axes)
@@ -82,7 +108,7 @@ def cases(axes: tuple[tuple[str, ...], ...]) -> list[Any]:
 def test_agrees_at_every_position(
     preset: str, dtype: str, shape: str, weights: str, pytestconfig: pytest.Config
 ) -> None:
-    failure = pair_of(pytestconfig, weights, dtype).failure(PRESETS[preset], shape)
+    failure = pair_of(pytestconfig, weights, dtype).failure((PRESETS | EXPERT_PRESETS)[preset], shape)
     assert not failure, failure
 
 
@@ -126,6 +152,36 @@ def test_step_calls_its_operators_and_no_step_before_it_does(step: str, pytestco
     before = Optimizations.up_to(LADDER[index - 1]) if index else Optimizations.none()
     called = [operators_called(pair, optimizations) for optimizations in (before, Optimizations.up_to(step))]
     assert called[1] - called[0] == OPERATORS[step]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("step", [LADDER[LADDER.index("ifa_tiling") - 1], "ifa_tiling"])
+def test_incremental_attention_is_told_how_much_is_live(step: str, fused: bool, pytestconfig: pytest.Config) -> None:
+    """Else tiling is of the whole cache: slower, and equal in every token."""
+    pair = pair_of(pytestconfig, COMPILED_WEIGHTS, dtypes_of(pytestconfig)[0])
+    seen: list[Any] = []
+
+    def watch(name: str) -> Any:
+        def alter(arguments: dict[str, Any]) -> None:
+            if arguments["query"].shape[1] < 4:  # no prompt
+                seen.append((arguments[name], arguments["atten_mask"] is None))
+
+        return alter
+
+    watched = {
+        "npu_incre_flash_attention": watch("actual_seq_lengths"),
+        "npu_prompt_flash_attention": watch("actual_seq_lengths_kv"),
+        "npu_fused_infer_attention_score": watch("actual_seq_lengths_kv"),
+    }
+    model = pair.build(Optimizations.up_to(step).replace(fused_infer_attention=fused))
+    ids = pair.batch("four").input_ids.to(model.device)
+    with Intercept(watched), torch.no_grad():
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **{CACHE_NAME: cache})
+        model(ids[:, :3], **{CACHE_NAME: cache})
+    layers, width = len(model.model.layers), ids.shape[1]
+    assert seen[:layers] == [([width + 1] * 4, True) if step == "ifa_tiling" else (None, False)] * layers
+    assert seen[layers:] == [([width + 4] * 4, False)] * layers
 
 
 def operators_called(pair: Any, optimizations: Optimizations) -> set[str]:

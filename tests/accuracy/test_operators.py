@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen2_npu.conformance.operators import CATALOGUE, Invalid, OperatorRecord, Sample, check
-from qwen2_npu.conformance.operators.check import call, find_problems, operator_of, to_tensors
+from qwen2_npu.conformance.operators.check import by_name, call, find_problems, operator_of, to_tensors
 
 SAMPLES = [
     pytest.param(record, sample, dtype, id=f"{record.name}-{sample.name}-{dtype}")
@@ -87,14 +87,14 @@ def test_refuses(record: OperatorRecord, invalid: Invalid, device: str) -> None:
     for name, change in invalid.change.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
     tensors = to_tensors(arguments, dtype, torch_device(device))
-    before = {name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    before = {name: value.clone() for name, value in by_name(tensors).items()}
     with pytest.raises(invalid.error) as raised:
         call(operator_of(record.name), tensors)
     message = str(raised.value)
     assert re.search(invalid.match, message), f"{invalid.match!r} is not in the message: {message}"
     assert record.name in message, f"the message does not name the operator: {message}"
     for name, value in before.items():
-        assert torch.equal(tensors[name], value), f"{name} was written before the error"
+        assert torch.equal(by_name(tensors)[name], value), f"{name} was written before the error"
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -134,6 +134,8 @@ def test_matches_golden_when_compiled(record: OperatorRecord, device: str) -> No
 @pytest.mark.parametrize("record", RECORDS)
 def test_meta_kernel_has_the_same_shapes_and_dtypes(record: OperatorRecord) -> None:
     for sample in record.samples:
+        if record.skip(sample.name, "bfloat16", "meta"):
+            continue
         arguments = record.arguments(sample.parameters, "bfloat16", sample.seed)
         expected = record.golden(arguments, "bfloat16")
         outputs = call(operator_of(record.name), to_tensors(arguments, "bfloat16", "meta"))

@@ -79,6 +79,9 @@ LAYOUTS = [
     pytest.param("qwen2-0.5b", 2, "float16", 509, marks=pytest.mark.slow),
     pytest.param("qwen2-7b", 2, "bfloat16", 512, marks=pytest.mark.slow),
     pytest.param("qwen2-72b", 4, "float32", 512, marks=pytest.mark.slow),
+    # 28/4, and columns of every expert: in float32, where no router has a near-tie.
+    pytest.param("qwen2-57b-a14b", 2, "float32", 512),
+    pytest.param("qwen2-57b-a14b", 4, "float32", 509, marks=pytest.mark.slow),
 ]
 
 
@@ -105,7 +108,7 @@ def check_greedy(subject: Shared, run: Run, optimizations: Optimizations) -> Non
     alone = greedy(pair.build(Optimizations.all()))
     every = run(lambda ranks: greedy(subject.build(ranks, optimizations)))
     assert all(each == every[0] for each in every)
-    found = text.explain_divergences(every[0], alone, batch, pair.baseline, pair.reference)
+    found = text.compare_texts(every[0], alone, batch, pair.baseline, pair.reference)[0]
     assert all(divergence.excused for divergence in found), [divergence.describe(str) for divergence in found]
 
 

@@ -57,7 +57,7 @@ def kv_in_place(graph: Graph) -> Problems:
         yield f"{op.node.name} copies a result back into an input: the write was not in place"
     if len(inputs) == 0:
         return
-    smallest = min(value.nbytes for op in scatters for value in op.given if value.origin == "cache") if inputs else 0
+    smallest = min(value.nbytes for op in scatters for value in op.given if value.origin == "cache")
     for op in graph.ops:
         if op.node.type in COPIES and any(v.origin == "cache" and v.nbytes >= smallest for v in op.given):
             yield f"{op.node.name} ({op.node.type}) copies a whole KV cache"
@@ -86,16 +86,45 @@ def head_on_last_token(graph: Graph) -> Problems:
         yield f"{len(graph.heads)} products with lm_head, expected 1"
 
 
+EXPERT_PRODUCTS = 4
+"""Of a mixture of experts beside the shared one: two grouped products, the router, and the gate of the shared one."""
+
+ROUTED = {"MoeGatingTopKSoftmax": 1, "MoeInitRoutingV3": 1, "GroupedMatmul": 2, "MoeFinalizeRoutingV2": 1}
+"""GE operator -> how many a layer of experts has."""
+
+
+def grouped_experts(graph: Graph) -> Problems:
+    """All experts of a layer are two products, which read the weights as they lie; nothing else reads those."""
+    for name, count in ROUTED.items():
+        if (found := len(graph.of_type(name))) != count * graph.lowered.sparse:
+            yield f"{found} {name}, expected {count} in each of {graph.lowered.sparse} layers with experts"
+    data = {node.name for node in graph.lowered.nodes if node.type in DATA}
+    for op in graph.ops:
+        for place, value in enumerate(op.inputs):
+            if value is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
+                continue
+            edge = op.node.inputs[place]
+            if op.node.type != "GroupedMatmul":
+                yield f"{op.node.name} ({op.node.type}) reads the weights of the experts {value.shape}"
+            elif edge is None or edge.node not in data:
+                yield f"{op.node.name} reads {edge and edge.node}, not the experts' weights themselves"
+
+
+EXPERT_DIMENSIONS = 3
+"""Of the weights of all experts together; no other weight has so many."""
+
+
 def fused_products(graph: Graph) -> Problems:
     """One product for q, k and v, and one for gate and up, where those steps are on."""
     per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
-    found = len(graph.products) - len(graph.heads)
+    found, sparse = len(graph.products) - len(graph.heads), graph.lowered.sparse
     # The last layer of a prefill takes two parts of its weight of q, k and v, one product each.
-    expected = per_layer * graph.lowered.layers - (graph.kept_alone and graph.optimizations.fused_qkv)
-    if found != expected:
+    split = int(graph.kept_alone and graph.optimizations.fused_qkv)
+    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse + split:
         yield (
-            f"{found} products with weights in {graph.lowered.layers} layers, expected {expected}, {per_layer} per "
-            "layer: q, k and v, or gate and up, are not fused as switched on"
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer, "
+            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts and {split} more in the last: "
+            "q, k and v, or gate and up, are not fused as switched on"
         )
 
 
@@ -163,13 +192,17 @@ class Invariant:
 
 
 def collectives(graph: Graph) -> Problems:
-    """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none."""
-    several, layers = graph.lowered.ranks > 1, graph.lowered.layers
+    """Two sums over the ranks per layer and one after the embedding, one gather of the logits; one rank has none.
+
+    The sum after the experts is one of its own: no product stands before it.
+    """
+    several, layers, sparse = graph.lowered.ranks > 1, graph.lowered.layers, graph.lowered.sparse
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
-    alone = 2 * (layers if not fused else 1 if graph.kept_alone else 0)  # few rows: as in decode
+    # The last layer of a prefill with last_layer has few rows: its sums are those of a decode step.
+    alone = (1 if sparse else 2) * (fused and graph.kept_alone)
     expected = {
-        "MatmulAllReduce": 2 * layers - alone if fused else 0,
-        "HcomAllReduce": several * (alone + 1),
+        "MatmulAllReduce": fused * (2 * layers - sparse - alone),
+        "HcomAllReduce": several * (1 + sparse + alone if fused else 2 * layers + 1),
         "HcomAllGather": int(several),
     }
     for name, count in expected.items():
@@ -186,6 +219,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(head_on_last_token, since="last_token_logits"),
     Invariant(fused_products),
     Invariant(last_layer_on_kept_positions, since="last_layer", phases=("prefill",)),
+    Invariant(grouped_experts),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
 )
@@ -206,9 +240,11 @@ def input_problems(lowered: Lowered) -> list[str]:
 def problems(lowered: Lowered, optimizations: Optimizations, vocab: int) -> list[str]:
     """Everything that is wrong with the graph of a step; each line names the invariant and the node."""
     dynamic = input_problems(lowered)
-    if dynamic:
-        return dynamic
-    graph = Graph(lowered, operations(lowered), optimizations, vocab)
+    return dynamic or graph_problems(Graph(lowered, operations(lowered), optimizations, vocab))
+
+
+def graph_problems(graph: Graph) -> list[str]:
+    """What the invariants that apply to the graph say of it."""
     return [
         f"{invariant.check.__name__}: {problem}"
         for invariant in INVARIANTS

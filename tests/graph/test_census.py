@@ -11,22 +11,27 @@ from qwen2_npu.conformance.graph.baselines import BATCH, PAST, DocumentedGraph
 from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
 from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import EXPERTS, LADDER
 from tests.graph import invariants
 
 LAST = LADDER[-1]
 
-FAST = {f"7B-decode-b4-{LAST}", f"7B-prefill-b4-{LAST}", f"0.5B-decode-b4-{LAST}"}
+FAST = {
+    f"7B-decode-b4-{LAST}",
+    f"7B-prefill-b4-{LAST}",
+    f"0.5B-decode-b4-{LAST}",
+    f"57B-A14B-decode-b4-{EXPERTS[-1]}",
+}
 
 GRAPHS = [
     pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
     for graph in baselines.documented()
-    if graph.batch == BATCH
+    if graph.batch == BATCH or graph.size in baselines.MIXTURES
 ]
 FINAL = [
     pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
     for graph in baselines.documented()
-    if graph.step == LAST
+    if graph.step == SIZES[graph.size].ladder[-1]
 ]
 
 LAYER_KERNELS = {128: 14, 64: 13}
@@ -35,6 +40,10 @@ LAYER_KERNELS = {128: 14, 64: 13}
 
 COLLECTIVE_KERNELS = 4
 """More on one card of several: two all-reduces, and the Identity that torchair leaves beside each."""
+
+
+DENSE_KERNELS, EXPERT_KERNELS = 3, 14
+"""Of the MLP of a layer: two products and SwiGLU, or a mixture of experts."""
 
 
 @cache
@@ -68,6 +77,8 @@ def test_kernels_of_a_layer(graph: DocumentedGraph) -> None:
     allowed = LAYER_KERNELS[SIZES[graph.size].head_dim]
     if SIZES[graph.size].shards > 1:
         allowed += COLLECTIVE_KERNELS
+    if SIZES[graph.size].experts:
+        allowed += EXPERT_KERNELS - DENSE_KERNELS
     assert layer.cost.launches <= allowed, layer.operators
 
 
@@ -76,7 +87,8 @@ def test_decode_moves_the_weights_and_the_live_cache_and_little_else(graph: Docu
     size = SIZES[graph.size]
     cost = census_of(graph).of(size.layers).cost
     # Every weight but the embedding table, of which a row per token is read; a tied table is read as lm_head.
-    weights = 2 * (size.parameters - (0 if size.tied else size.vocab * size.hidden))
+    read = size.parameters_with(graph.experts_read.most) if size.experts else size.parameters
+    weights = 2 * (read - (0 if size.tied else size.vocab * size.hidden))
     live = 2 * 2 * size.layers * graph.batch * (PAST + 1) * size.kv_heads * size.head_dim
     assert weights + live <= cost.nbytes <= 1.05 * (weights + live)
 

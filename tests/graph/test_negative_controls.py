@@ -129,7 +129,7 @@ def test_a_backend_per_call(device: str) -> None:
         wrap_decode(model, call)
 
     counter = graphs_of(build(device), device, fault)
-    assert counter.backends == 1 + STEPS
+    assert counter.backends == 1 + STEPS, counter.describe()
     assert counter.compiled == 1 + STEPS, counter.describe()
 
 
@@ -157,7 +157,7 @@ def test_eager_in_place_of_a_graph(device: str) -> None:
         wrap_decode(model, lambda step, *arguments: model.decode_step(*arguments))
 
     counter = graphs_of(build(device), device, fault)
-    assert (counter.compiled, counter.runs) == (1, 1)
+    assert (counter.compiled, counter.runs) == (1, 1), counter.describe()
 
 
 # ---- what the graph is ----------------------------------------------------------------------------------------------

@@ -28,15 +28,15 @@ BATCH, PROMPT, CAPACITY = 2, 16, 128
 
 # step -> (launches per layer, launches of the rest) in prefill and in decode, head_dim 64
 LAUNCHES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "fixed_kv_cache": ((54, 23), (50, 14)),
-    "flash_attention": ((32, 25), (32, 16)),
-    "add_rms_norm": ((16, 18), (16, 9)),
-    "last_token_logits": ((16, 15), (16, 9)),
-    "fused_qkv": ((17, 15), (17, 9)),
-    "ifa_tiling": ((17, 15), (17, 8)),
-    "fused_gate_up": ((16, 15), (16, 8)),
-    "swiglu": ((15, 15), (15, 8)),
-    "last_layer": ((15, 21), (15, 8)),
+    "fixed_kv_cache": ((54, 21), (50, 14)),
+    "flash_attention": ((32, 23), (32, 16)),
+    "add_rms_norm": ((16, 16), (16, 9)),
+    "last_token_logits": ((16, 13), (16, 9)),
+    "fused_qkv": ((17, 13), (17, 9)),
+    "ifa_tiling": ((17, 13), (17, 8)),
+    "fused_gate_up": ((16, 13), (16, 8)),
+    "swiglu": ((15, 13), (15, 8)),
+    "last_layer": ((15, 19), (15, 8)),
 }
 
 

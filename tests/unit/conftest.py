@@ -14,6 +14,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture
+def hangups() -> Iterator[None]:
+    """A terminal that closes ends programs, though this session may be under nohup, which they would inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """PyTorch has two threads, whatever the machine and the session."""
     import torch

@@ -90,13 +90,16 @@ def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
 def test_reset_keeps_addresses_and_clears_contents():
     cache = FixedKVCache(shape())
     addresses = [tensor.data_ptr() for tensor in cache.key_cache]
-    cache.key_cache[0].fill_(float("nan"))
-    with cache.step([4, 4, 4], 4):
+    tensors = cache.key_cache + cache.value_cache
+    for tensor in tensors:
+        tensor.fill_(float("nan"))
+    with cache.step([2, 4, 3], 4, padding=torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()):
         pass
     cache.reset()
     assert [tensor.data_ptr() for tensor in cache.key_cache] == addresses
-    assert not cache.key_cache[0].isnan().any()
+    assert not any(tensor.any() for tensor in tensors)  # NaN is not zero
     assert (cache.lengths, cache.seen_tokens, bool(cache.drop_mask.all())) == ([0, 0, 0], 0, True)
+    assert (cache.write_index.tolist(), cache.padding) == ([0, 0, 0], None)
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 4, 3]])
@@ -163,3 +166,37 @@ def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
 def test_no_room_on_the_device_is_one_clear_error():
     with pytest.raises(MemoryError, match=r"no room for the KV cache BSND: .* lower the batch size"):
         FixedKVCache(shape(capacity=1 << 44))
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSND"])
+def test_what_a_failed_step_wrote_is_cleared(layout):
+    """Its weight is 0 in a later sum, and 0 times NaN is NaN."""
+    cache = FixedKVCache(shape(layout=layout))
+    for tensor in cache.key_cache + cache.value_cache:
+        tensor.fill_(1)
+    with cache.step([4, 2, 4], 4):
+        pass
+
+    def fail():
+        with cache.step([1, 1, 1], 1):
+            for tensor in cache.key_cache + cache.value_cache:
+                tensor.narrow(cache.shape.slot_axis, 4, 1).fill_(float("nan"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    for tensor in cache.key_cache + cache.value_cache:
+        by_slot = tensor if layout == "BSND" else tensor.transpose(1, 2)
+        assert torch.equal(by_slot[:, :, 0, 0] == 1, ~cache.drop_mask)
+        assert not by_slot[cache.drop_mask].any()
+
+
+def test_masks_that_nobody_reads_are_left_alone():
+    """A decode step that is told the lengths must not pay for them."""
+    cache = FixedKVCache(shape())
+    with cache.step([4, 4, 4], 4):
+        pass
+    before = cache.drop_mask.clone()
+    with cache.step([1, 1, 1], 1, masks=False):
+        assert cache.lengths == [5, 5, 5]
+        assert torch.equal(cache.drop_mask, before)

@@ -73,6 +73,17 @@ def tables(text: str) -> list[list[list[list[str]]]]:
     return found
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", read(page))}
+    assert "test_the_error_of_each_position_counts_up_to_its_limit" in named
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in (path.stem, *re.findall(r"^(?:async )?def (test_\w+)\(", read(path), re.MULTILINE))
+    }
+    assert not named - there
+
+
 def test_both_readmes_have_the_same_commands() -> None:
     english, chinese = (commands(read(path)) for path in READMES)
     assert len(english) > 8
@@ -89,7 +100,7 @@ def test_both_readmes_have_the_same_scripts_and_output() -> None:
 
 def test_both_readmes_have_the_same_tables_and_sections() -> None:
     english, chinese = (read(path) for path in READMES)
-    assert len(tables(english)) == 4
+    assert len(tables(english)) == 5
     for one, other in zip(tables(english), tables(chinese), strict=True):
         assert one == other
     levels = [

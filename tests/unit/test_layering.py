@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom up: a module imports from its own layer and from those before it."""
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("children", "files", "jobs", "sizes", "tiny", "operators"),
+    ("children", "files", "jobs", "sizes", "tiny", "tiny_moe", "operators"),
     ("machine",),
     ("accuracy",),
     ("graph",),

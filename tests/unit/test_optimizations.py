@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
-from qwen2_npu.optimizations import DESCRIPTIONS, LADDER, PARALLEL, REQUIRES, VARIANTS, Optimizations
+from qwen2_npu.optimizations import DESCRIPTIONS, EXPERTS, LADDER, PARALLEL, REQUIRES, VARIANTS, Optimizations
 
 
 def test_presets_are_cumulative():
     for count, step in enumerate(LADDER, start=1):
         assert Optimizations.up_to(step).names() == LADDER[:count]
     assert Optimizations.none().names() == ()
-    assert Optimizations.all().names() == LADDER
+    assert Optimizations.all().names() == LADDER + EXPERTS
+    assert Optimizations.up_to(PARALLEL[-1]).names() == LADDER + EXPERTS + PARALLEL
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("qwen2", LADDER), ("qwen2_moe", LADDER + EXPERTS)])
+def test_a_dense_model_has_no_steps_of_experts(kind, steps):
+    config = SimpleNamespace(model_type=kind)
+    assert Optimizations.all().of_model(config).names() == steps
+    assert Optimizations.none().of_model(config) == Optimizations.none()
 
 
 def test_only_adds_what_a_step_needs_and_nothing_else():
@@ -30,7 +39,7 @@ def test_impossible_combinations_raise(step, needed):
 
 
 def test_every_combination_is_possible_or_names_what_it_needs():
-    names = LADDER + PARALLEL + VARIANTS
+    names = LADDER + EXPERTS + PARALLEL + VARIANTS
     for values in itertools.product([False, True], repeat=len(names)):
         switched = dict(zip(names, values, strict=True))
         possible = all(switched[n] for s, needs in REQUIRES.items() if switched[s] for n in needs)
@@ -43,7 +52,7 @@ def test_every_combination_is_possible_or_names_what_it_needs():
 
 def test_every_switch_is_described_and_frozen():
     fields = {field.name for field in dataclasses.fields(Optimizations)}
-    assert fields == set(LADDER + PARALLEL + VARIANTS) == set(DESCRIPTIONS)
+    assert fields == set(LADDER + EXPERTS + PARALLEL + VARIANTS) == set(DESCRIPTIONS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Optimizations.all().swiglu = False  # type: ignore[misc]
 

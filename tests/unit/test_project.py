@@ -45,6 +45,10 @@ def test_ci_runs_the_readme_s_second_command() -> None:
     assert not [line for line in script if re.search(r"(TOX_|TOXENV|\s-e\s)", line)], "all environments, as in tox.ini"
 
 
+def test_tox_leaves_the_folder_of_the_readme_s_first_command_alone() -> None:
+    assert tox("tox", "venv_redirect") == ["false"]
+
+
 def test_every_environment_of_ci_is_what_contributing_says() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for name in [*tox("tox", "env_list")[0].split(", "), "nightly"]:

@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, position_noise
+from qwen2_npu.conformance.accuracy.compare_routing import RoutingComparison, compare_routing, same_so_far
+from qwen2_npu.conformance.accuracy.noise import (
+    RMS_FACTOR,
+    Array,
+    ErrorRatio,
+    error_ratio,
+    position_noise,
+    root_mean,
+    rounded,
+)
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 
 
@@ -80,6 +89,8 @@ class Comparison:
     """An optimised model against the baseline, over all paths."""
 
     paths: tuple[PathComparison, ...]
+    routing: RoutingComparison | None = None
+    """Of a mixture of experts."""
 
     @property
     def _token_paths(self) -> list[PathComparison]:
@@ -128,13 +139,17 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.positions > 0 and all(path.passed for path in self.paths)
+        routed = self.routing is None or self.routing.passed
+        return self.positions > 0 and routed and all(path.passed for path in self.paths)
 
     def failures(self) -> list[str]:
         """What is wrong, one line each; empty when passed."""
         if not self.positions:
-            return ["no position was compared"]
-        return [line for path in self.paths for line in path.failures()]
+            left_out = self.routing is not None and self.routing.left_out
+            why = ": the compiled model may choose other experts at every one of them" if left_out else ""
+            return [f"no position was compared{why}"]
+        found = [line for path in self.paths for line in path.failures()]
+        return found if self.routing is None else found + self.routing.failures()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the totals and every path."""
@@ -164,93 +179,185 @@ class Comparison:
                 }
                 for path in self.paths
             },
+            **({} if self.routing is None else {"routing": self.routing.to_dict()}),
         }
 
 
-def compare_traces(optimised: Trace, baseline: Trace, reference: Trace, dtype: torch.dtype) -> Comparison:
+PIECE = 1 << 19
+"""Logits that are looked at together: what is computed of them stays in the processor's caches."""
+
+
+@dataclass(frozen=True)
+class KnownPath:
+    """What one path asks of the baseline and the reference alone: the same for every model that is compared with them.
+
+    Of N positions: ``best`` the baseline's tokens, ``noise``, and what ``log_softmax`` takes off the baseline's logits;
+    the RMS errors of the baseline and of float64 rounded once.
+    """
+
+    best: npt.NDArray[np.int64]
+    noise: Array
+    largest: Array
+    log_sum: Array
+    rms_baseline: float
+    rms_floor: float
+
+
+def compare_traces(
+    optimised: Trace,
+    baseline: Trace,
+    reference: Trace,
+    dtype: torch.dtype,
+    known: dict[str, KnownPath] | None = None,
+) -> Comparison:
     """Every position of every path. All three traces are of the same batch and the same forced tokens.
 
     Each path is judged on its own: an error in decode must not hide behind a long prefill.
+
+    Args:
+        known: filled at the first comparison with these two traces in this dtype, and used by later ones.
 
     Raises:
         ValueError: the traces are of different tokens, or the baseline itself is not finite.
     """
     if not np.array_equal(optimised.forced, baseline.forced) or not np.array_equal(reference.forced, baseline.forced):
         raise ValueError("the traces were forced to different tokens: nothing to compare")
-    valid = baseline.valid
-    rows, columns = np.nonzero(valid)
-    positions = (valid.cumsum(axis=1) - 1)[rows, columns]
+    valid = compared_prompt = baseline.valid
     lengths = valid.sum(axis=1)
-    steps = baseline.forced.shape[1]
-    every_row = np.arange(len(lengths))
+    decoded = np.ones(baseline.forced.shape, bool)
+    last = np.ones(len(lengths), bool)
+    left_out: dict[str, int] = {}
+    if optimised.compiled and baseline.routing:
+        same = same_so_far(optimised.routing, baseline.routing, valid)
+        compared_prompt, decoded = np.split(same, [valid.shape[1]], axis=1)
+        last = compared_prompt[:, -1]
+        left_out = {"prefill": int((valid & ~compared_prompt).sum()), "decode": int((~decoded).sum())}
+        known = {}  # these positions are compared for this model alone
+    known = {} if known is None else known
 
-    paths = [
-        _compare_logits(
-            "prefill", optimised.prefill_logits[valid], baseline.prefill_logits[valid], reference.prefill_logits[valid],
-            dtype, rows, positions,
-        )
-    ]  # fmt: skip
+    def compared(
+        path: str,
+        logits: tuple[Array, Array, Array],
+        where: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        positions: Array,
+    ) -> PathComparison:
+        ours, stock, true = (_Rows(each, where) for each in logits)
+        if path not in known:
+            known[path] = _known_path(path, stock, true, dtype)
+        return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
+
+    paths: list[PathComparison] = []
+    rows, columns = np.nonzero(compared_prompt)
+    if len(rows):
+        prefill = optimised.prefill_logits, baseline.prefill_logits, reference.prefill_logits
+        paths.append(compared("prefill", prefill, (rows, columns), (valid.cumsum(axis=1) - 1)[rows, columns]))
     if optimised.hidden is not None:
         if baseline.hidden is None or reference.hidden is None:
             raise ValueError(
                 "the optimised trace has hidden states, the baseline's has none: run both with hidden=True"
             )
         paths.append(_compare_hidden(optimised.hidden[valid], baseline.hidden[valid], reference.hidden[valid], dtype))
-    if optimised.last_logits is not None:
-        paths.append(
-            _compare_logits(
-                "last_token", optimised.last_logits, baseline.prefill_logits[:, -1], reference.prefill_logits[:, -1],
-                dtype, every_row, lengths - 1,
+    if optimised.last_logits is not None and last.any():
+        rows = np.flatnonzero(last)
+        final = optimised.last_logits[:, None], baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]
+        paths.append(compared("last_token", final, (rows, np.zeros_like(rows)), (lengths - 1)[rows]))
+    if decoded.any():
+        rows, steps = np.nonzero(decoded)
+        decode = optimised.decode_logits, baseline.decode_logits, reference.decode_logits
+        paths.append(compared("decode", decode, (rows, steps), lengths[rows] + steps))
+    if not baseline.routing:
+        return Comparison(tuple(paths))
+    routing = compare_routing(optimised.routing, baseline.routing, reference.routing, valid, left_out)
+    return Comparison(tuple(paths), routing)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The logits (N, V) at N places of an array (B, S, V), a few at a time: together they are large."""
+
+    logits: Array
+    where: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.where[0])
+
+    def __getitem__(self, part: slice) -> Array:
+        found: Array = self.logits[self.where[0][part], self.where[1][part]]
+        return found
+
+    def pieces(self) -> Iterator[slice]:
+        size = max(1, PIECE // self.logits.shape[-1])
+        return (slice(start, start + size) for start in range(0, len(self), size))
+
+    def empty(self) -> Array:
+        return np.empty((len(self), self.logits.shape[-1]))
+
+
+def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> KnownPath:
+    count = len(stock)
+    best, noise = np.empty(count, np.int64), np.empty(count)
+    largest, log_sum = np.empty((count, 1)), np.empty((count, 1))
+    errors, floor = stock.empty(), stock.empty()
+    for part in stock.pieces():
+        baseline, reference = stock[part], true[part]
+        if not np.isfinite(baseline).all():
+            raise ValueError(
+                f"the baseline's {path} logits are not finite: nothing can be compared with them in {dtype}"
             )
-        )  # fmt: skip
-    if steps:
-        decode_positions = (lengths[:, None] + np.arange(steps)).reshape(-1)
-        ours, stock, true = (
-            trace.decode_logits.reshape(len(lengths) * steps, -1) for trace in (optimised, baseline, reference)
-        )
-        paths.append(_compare_logits("decode", ours, stock, true, dtype, every_row.repeat(steps), decode_positions))
-    return Comparison(tuple(paths))
+        best[part] = baseline.argmax(-1)
+        np.subtract(baseline, reference, out=errors[part])
+        noise[part] = position_noise(baseline, reference)
+        np.subtract(rounded(reference, dtype), reference, out=floor[part])
+        largest[part], log_sum[part] = normalisers(baseline)
+    for squares in (errors, floor):
+        np.square(squares, out=squares)
+    return KnownPath(best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
 
 
 def _compare_logits(
     path: str,
-    optimised: Array,
-    baseline: Array,
-    reference: Array,
-    dtype: torch.dtype,
+    known: KnownPath,
+    ours: _Rows,
+    stock: _Rows,
+    true: _Rows,
     rows: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
 ) -> PathComparison:
-    """(N, V) logits of N positions, which are ``positions[i]`` of ``rows[i]``."""
-    if not np.isfinite(baseline).all():
-        raise ValueError(f"the baseline's {path} logits are not finite: nothing can be compared with them in {dtype}")
-    best, chosen = baseline.argmax(-1), optimised.argmax(-1)
-    every = np.arange(len(best))
-    margin = baseline[every, best].astype(np.float64) - baseline[every, chosen]
-    noise = position_noise(baseline, reference)
+    """Logits of N positions, which are ``positions[i]`` of ``rows[i]``."""
+    chosen, kl = np.empty(len(ours), np.int64), np.empty(len(ours))
+    margin, largest_error, squares = np.empty(len(ours)), [], ours.empty()
+    for part in ours.pieces():
+        optimised, baseline = ours[part], stock[part].astype(np.float64)
+        chosen[part] = optimised.argmax(-1)
+        every = np.arange(len(optimised))
+        margin[part] = baseline[every, known.best[part]] - baseline[every, chosen[part]]
+        largest_error.append(np.abs(optimised - baseline).max())
+        np.square(np.subtract(optimised, true[part], out=squares[part]), out=squares[part])
+        baseline -= known.largest[part]
+        baseline -= known.log_sum[part]
+        kl[part] = _kl(baseline, optimised)
     mismatches = tuple(
         Mismatch(
             path=path,
             row=int(rows[i]),
             position=int(positions[i]),
-            baseline_token=int(best[i]),
+            baseline_token=int(known.best[i]),
             optimised_token=int(chosen[i]),
             margin=float(margin[i]),
-            noise=float(noise[i]),
-            excused=bool(margin[i] <= 2 * noise[i]),
+            noise=float(known.noise[i]),
+            excused=bool(margin[i] <= 2 * known.noise[i]),
         )
-        for i in np.flatnonzero(best != chosen)
+        for i in np.flatnonzero(known.best != chosen)
     )
-    kl = kl_divergence(baseline, optimised)
     return PathComparison(
         path=path,
-        positions=len(best),
-        agreements=int((best == chosen).sum()),
+        positions=len(chosen),
+        agreements=int((known.best == chosen).sum()),
         mismatches=mismatches,
-        max_error=float(np.abs(optimised - baseline.astype(np.float64)).max()),
+        max_error=float(np.max(largest_error)),  # NaN stays NaN
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
-        error=error_ratio(optimised, baseline, reference, dtype),
+        error=ErrorRatio(root_mean(squares), known.rms_baseline, known.rms_floor),
     )
 
 
@@ -270,11 +377,29 @@ def _compare_hidden(optimised: Array, baseline: Array, reference: Array, dtype: 
 
 def kl_divergence(baseline: Array, optimised: Array) -> Array:
     """(N, V) logits -> (N,) KL(softmax(baseline) || softmax(optimised)) in nats, computed in float64."""
-    log_p, log_q = log_softmax(baseline), log_softmax(optimised)
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return _kl(log_softmax(baseline), optimised)
+
+
+def _kl(log_p: Array, optimised: Array) -> Array:
+    """``log_p``: of the baseline; overwritten."""
+    difference = log_p - log_softmax(optimised)
+    difference *= np.exp(log_p, out=log_p)
+    found: Array = difference.sum(axis=-1)
+    return found
 
 
 def log_softmax(logits: Array) -> Array:
     """Over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    largest, log_sum = normalisers(logits)
+    found: Array = logits.astype(np.float64)
+    found -= largest
+    found -= log_sum
+    return found
+
+
+def normalisers(logits: Array) -> tuple[Array, Array]:
+    """(N, V) logits -> (N, 1) each, float64: what ``log_softmax`` takes off them, one after the other."""
+    largest = logits.max(axis=-1, keepdims=True).astype(np.float64)
+    shifted = logits.astype(np.float64)
+    shifted -= largest
+    return largest, np.log(np.exp(shifted, out=shifted).sum(axis=-1, keepdims=True))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen2_npu.compat import CONFIGURATIONS, is_sparse
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Shape:
     eps: float = 1e-6
     bound_heads: tuple[int, int] | None = None
     """(heads, kv_heads) where hidden_size must be heads·head_dim (transformers 4.37): same ratio, fewer heads."""
+    experts: int = 0
+    """Of a mixture; two of them serve each token, as an eighth do in the published model."""
 
 
 SHAPES: dict[str, Shape] = {
@@ -44,6 +47,8 @@ SHAPES: dict[str, Shape] = {
         Shape("qwen1.5-0.5b", heads=16, kv_heads=16, head_dim=64, tied=True),
     )
 }
+if "qwen2_moe" in CONFIGURATIONS:
+    SHAPES["qwen2-57b-a14b"] = Shape("qwen2-57b-a14b", heads=28, kv_heads=4, head_dim=128, tied=False, experts=16)
 """Name -> shape. From the published config.json files; all have rope_theta 1e6 and rms_norm_eps 1e-6."""
 
 VOCAB_SIZE = 512
@@ -60,8 +65,6 @@ def small_config(name: str, *, layers: int = LAYERS, vocab_size: int = VOCAB_SIZ
     Raises:
         ValueError: no shape of that name.
     """
-    from transformers import Qwen2Config
-
     if name not in SHAPES:
         raise ValueError(f"no model shape {name!r}; there are {', '.join(SHAPES)}")
     shape = SHAPES[name]
@@ -70,7 +73,14 @@ def small_config(name: str, *, layers: int = LAYERS, vocab_size: int = VOCAB_SIZ
     )
     settings: dict[str, Any] = {"head_dim": shape.head_dim} if HEAD_DIM_IS_FREE else {}
     settings |= {"rope_theta": shape.rope_theta}  # 5.x moves it into rope_parameters
-    return Qwen2Config(
+    if shape.experts:
+        settings |= {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.experts // 8,
+            "moe_intermediate_size": HIDDEN_SIZE // 4,
+            "shared_expert_intermediate_size": 2 * HIDDEN_SIZE,
+        }
+    return CONFIGURATIONS["qwen2_moe" if shape.experts else "qwen2"](
         vocab_size=vocab_size,
         hidden_size=HIDDEN_SIZE if HEAD_DIM_IS_FREE else heads * shape.head_dim,
         intermediate_size=2 * HIDDEN_SIZE,
@@ -126,10 +136,19 @@ def random_state_dict(
             layer + "self_attn.v_proj.bias": normal(kv_size, std=0.5),
             layer + "self_attn.o_proj.weight": linear(hidden, q_size),
             layer + "post_attention_layernorm.weight": normal(hidden, mean=1.0, std=0.2),
-            layer + "mlp.gate_proj.weight": linear(inner, hidden),
-            layer + "mlp.up_proj.weight": linear(inner, hidden),
-            layer + "mlp.down_proj.weight": linear(hidden, inner),
         }
+        mlps = {"mlp.": inner}
+        if is_sparse(config, index):
+            state[layer + "mlp.gate.weight"] = linear(config.num_experts, hidden, gain=1.5)
+            state[layer + "mlp.shared_expert_gate.weight"] = linear(1, hidden, gain=1.5)
+            mlps = {f"mlp.experts.{each}.": config.moe_intermediate_size for each in range(config.num_experts)}
+            mlps["mlp.shared_expert."] = config.shared_expert_intermediate_size
+        for scope, columns in mlps.items():
+            state |= {
+                layer + scope + "gate_proj.weight": linear(columns, hidden),
+                layer + scope + "up_proj.weight": linear(columns, hidden),
+                layer + scope + "down_proj.weight": linear(hidden, columns),
+            }
     state["model.norm.weight"] = normal(hidden, mean=1.0, std=0.2)
     if not config.tie_word_embeddings:
         state["lm_head.weight"] = linear(config.vocab_size, hidden, gain=logit_std)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qwen2_npu.conformance.accuracy.expert_points import expert_hooks
 from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.parallel.sharding import Shard, Unit
 
@@ -27,12 +28,18 @@ CUT_POINTS: dict[str, Unit] = {
     **dict.fromkeys(("q_proj", "query", "attention"), "query heads"),
     **dict.fromkeys(("k_proj", "v_proj", "key", "value"), "kv heads"),
     **dict.fromkeys(("gate_proj", "up_proj", "mlp activation"), "columns"),
+    **dict.fromkeys(("shared gate_proj", "shared up_proj", "shared mlp activation"), "shared columns"),
     "lm_head": "vocabulary",
 }
 """Points of which every rank of a shared model computes a part; the others are whole on each."""
 
-SUMMED_POINTS = ("o_proj", "down_proj")
+ATTENTION_READS = ("query", "key", "value")
+
+SUMMED_POINTS = ("o_proj", "down_proj", "combination")
 """Points that are sums over the ranks."""
+
+PARTIAL_POINTS = ("expert products", "shared down_proj")
+"""Points of which every rank has a part of the sum: the model adds up their combination alone."""
 
 
 def npu_operator(func: Any) -> str | None:
@@ -46,12 +53,14 @@ def npu_operator(func: Any) -> str | None:
 @dataclass(frozen=True)
 class Point:
     """One tensor. ``values`` (tokens, features): valid tokens only, row after row. ``operators``: the npu operators
-    that ran between the previous point and this one; empty where small operators did the work."""
+    that ran between the previous point and this one; empty where small operators did the work. ``heads``: of what
+    attention reads, the equal parts of the features."""
 
     layer: int | None
     name: str
     values: Array
     operators: tuple[str, ...] = ()
+    heads: int = 1
 
     @property
     def where(self) -> str:
@@ -75,16 +84,17 @@ class PassRecorder:
     pending: list[str] = field(default_factory=list)
 
     def add(self, layer: int | None, name: str, tensor: torch.Tensor, lengths: list[int] | None = None) -> None:
-        """``tensor``: (B, S, …) or, for one token per row, (B, features)."""
+        """``tensor``: (B, S, …) or, for one token per row, (B, features); of a mixture (B·S, features)."""
         lengths = self.new if lengths is None else lengths
         if tensor.dim() == 2:
-            tensor = tensor.unsqueeze(1)
+            tensor = tensor.unflatten(0, (len(lengths), -1))
         width = tensor.shape[1]
         spans = [slice(0, n) if self.left else slice(width - n, width) for n in lengths]
         rows = [tensor[row, span].reshape(n, -1) for row, (span, n) in enumerate(zip(spans, lengths, strict=True))]
+        heads = tensor.shape[2] if tensor.dim() == 4 else 1
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         values = torch.cat(rows).detach().to("cpu", dtype).numpy().copy()
-        self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending))))
+        self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending)), heads))
         self.pending.clear()
 
     def by_place(self) -> dict[tuple[int | None, str], Point]:
@@ -95,7 +105,11 @@ def of_all_ranks(point: Point, model: Any) -> Point:
     """The whole of which ``point`` is one rank's part. All ranks of ``model`` must ask, for the same points."""
     unit, size = CUT_POINTS.get(point.name), model.ranks.size
     if point.name in SUMMED_POINTS and not point.operators:
-        return replace(point, operators=("linear", "all-reduce"))
+        small = "mul, add" if point.name == "combination" else "linear"
+        return replace(point, operators=(small, "all-reduce"))
+    if point.name in PARTIAL_POINTS:
+        total = model.ranks.all_reduce(torch.from_numpy(point.values).to(model.device))
+        return replace(point, values=total.cpu().numpy())
     if unit is None:
         return point
     parts = [Shard(rank, size).part(unit, model.config) for rank in range(size)]
@@ -105,7 +119,8 @@ def of_all_ranks(point: Point, model: Any) -> Point:
         return point
     gathered = model.ranks.all_gather(torch.from_numpy(point.values).to(model.device)).cpu().numpy()
     tokens = len(gathered)
-    return replace(point, values=gathered.reshape(tokens, size, -1)[:, kept].reshape(tokens, -1))
+    values = gathered.reshape(tokens, size, -1)[:, kept].reshape(tokens, -1)
+    return replace(point, values=values, heads=point.heads * len(kept) if point.name in ATTENTION_READS else 1)
 
 
 @contextmanager
@@ -185,17 +200,24 @@ def _hooks(model: Any, capture: PassRecorder, watch: _Watch, first_layer: int) -
         yield from _projections(attention, index, capture, watch)
         yield from _output_projection(attention.o_proj, index, capture, watch)
         yield from _norm(layer.post_attention_layernorm, index, "post_attention_layernorm", capture)
-        if hasattr(mlp, "gate_up_proj"):
-            yield _on_output(mlp.gate_up_proj, capture, index, ("gate_proj", "up_proj"))
+        if hasattr(mlp, "experts"):
+            yield from expert_hooks(mlp, index, capture, _mlp)
         else:
-            yield _on_output(mlp.gate_proj, capture, index, ("gate_proj",))
-            yield _on_output(mlp.up_proj, capture, index, ("up_proj",))
-        yield mlp.down_proj.register_forward_pre_hook(
-            lambda module, args, index=index: capture.add(index, "mlp activation", args[0])
-        )
-        yield _on_output(mlp.down_proj, capture, index, ("down_proj",))
+            yield from _mlp(mlp, index, capture)
     yield from _norm(model.model.norm, None, "norm", capture)
     yield _on_output(model.lm_head, capture, None, ("lm_head",))
+
+
+def _mlp(mlp: Any, layer: int, capture: PassRecorder, prefix: str = "") -> Iterator[Any]:
+    if hasattr(mlp, "gate_up_proj"):
+        yield _on_output(mlp.gate_up_proj, capture, layer, (f"{prefix}gate_proj", f"{prefix}up_proj"))
+    else:
+        yield _on_output(mlp.gate_proj, capture, layer, (f"{prefix}gate_proj",))
+        yield _on_output(mlp.up_proj, capture, layer, (f"{prefix}up_proj",))
+    yield mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: capture.add(layer, f"{prefix}mlp activation", args[0])
+    )
+    yield _on_output(mlp.down_proj, capture, layer, (f"{prefix}down_proj",))
 
 
 def _norm(module: Any, layer: int | None, name: str, capture: PassRecorder) -> Iterator[Any]:

@@ -18,21 +18,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
+from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
 from qwen2_npu.checkpoint.sources import NamedSource
 from qwen2_npu.checkpoint.weights import stock_shapes
-from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.compat import CACHE_NAME, cache_of, is_sparse
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, capturing
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.routing import Choices, Routers, stacked, watching
 from qwen2_npu.conformance.accuracy.stock import check_finite, exact, exact_reference, stock_from_state_dict
 from qwen2_npu.conformance.accuracy.teacher_forcing import position_ids_of, prompt_and_forced, to_numpy
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -66,67 +70,104 @@ def at_once(batch: Batch, forced: Array) -> Passes:
 
 
 def layer_parameters(config: Any) -> int:
-    """How many numbers the weights of one layer are."""
-    shapes = stock_shapes(config).items()
-    return sum(math.prod(shape) for name, shape in shapes if name.startswith("model.layers.0."))
+    """How many numbers the weights of the largest layer are."""
+    found = [0] * config.num_hidden_layers
+    for name, shape in stock_shapes(config).items():
+        if name.startswith("model.layers."):
+            found[int(name.split(".")[2])] += math.prod(shape)
+    return max(found)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What a model is to compute: passes that share one cache, and what is kept of each pass's logits (B, S, V)."""
+    """What a model is to compute: passes that share one cache, what is kept of each pass's logits (B, S, V), and the
+    experts (layers, B, C, k) that are forced on the stock model where it is a mixture: None for its own choice. Those
+    of each of its feeds are forced on the reference's feed of the same number."""
 
     passes: Passes
     keep: Callable[[Array], Array] = lambda logits: logits
+    chosen: Array | None = None
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """(B, C) where there is a token."""
+        return self.passes[-1].mask.bool().numpy()
 
 
 @dataclass(frozen=True)
 class LayerAnswer:
-    """Of one pass: what was kept of its logits, and the final hidden states (B, S, H)."""
+    """Of one pass: what was kept of its logits, the final hidden states (B, S, H), and what the routers of a mixture
+    said."""
 
     logits: Array
     hidden: Array
+    choices: Choices | None = None
 
 
 @dataclass
 class _Side:
-    """One of the two models on its way through the layers. ``states``: per pass, the output of the layer before."""
+    """One of the two models on its way through the layers. ``states``: per pass, the output of the layer before.
+    ``said``: per pass, what the routers so far said. ``chosen``: per feed, the experts of the layer before, if any."""
 
     feeds: Sequence[Feed]
     device: str
     states: list[list[torch.Tensor]] = field(default_factory=list)
     answers: list[list[LayerAnswer]] = field(default_factory=list)
+    said: list[list[list[Choices]]] = field(default_factory=list)
+    chosen: list[Array | None] = field(default_factory=list)
 
-    def through(self, part: Any, index: int, record: bool) -> list[PassRecorder]:
-        """Take all passes through one layer."""
+    def __post_init__(self) -> None:
+        self.said = [[[] for _ in feed.passes] for feed in self.feeds]
+
+    def through(
+        self, part: Any, index: int, record: bool, chosen: Sequence[Array | None] | None = None
+    ) -> list[PassRecorder]:
+        """Take all passes through one layer.
+
+        Args:
+            chosen: per feed, the experts (1, B, C, k) that are forced on this layer; None for its own choice.
+        """
         recorders: list[PassRecorder] = []
+        self.chosen = list(chosen or [None] * len(self.feeds))
         with exact(part):
-            for feed, states in zip(self.feeds, self.states, strict=True):
-                cache: dict[str, Any] = {}
-                for number, one in enumerate(feed.passes):
-                    arguments = {
-                        "inputs_embeds": states[number],
-                        "attention_mask": one.mask.to(self.device),
-                        "position_ids": one.positions.to(self.device),
-                        "use_cache": len(feed.passes) > 1,
-                        **cache,
-                    }
-                    if record:
-                        recorder = _recorder(one)
-                        with capturing(part, new=recorder.new, total=recorder.total, first_layer=index) as recorder:
-                            out = part.model(**arguments)
-                        recorders.append(recorder)
-                    else:
-                        out = part.model(**arguments)
-                    states[number] = out.last_hidden_state
-                    cache = {CACHE_NAME: cache_of(out)}
+            for which, feed in enumerate(self.feeds):
+                with watching(part, feed.live, self.chosen[which], first_layer=index) as routers:
+                    recorders += self._feed(part, index, record, which, routers)
+                self.chosen[which] = routers.chosen
+        return recorders
+
+    def _feed(self, part: Any, index: int, record: bool, which: int, routers: Routers) -> list[PassRecorder]:
+        recorders: list[PassRecorder] = []
+        states, cache = self.states[which], dict[str, Any]()
+        for number, one in enumerate(self.feeds[which].passes):
+            arguments = {
+                "inputs_embeds": states[number],
+                "attention_mask": one.mask.to(self.device),
+                "position_ids": one.positions.to(self.device),
+                "use_cache": len(states) > 1,
+                **cache,
+            }
+            columns = one.mask.shape[1]
+            routers.start(columns - one.ids.shape[1], columns)
+            if record:
+                recorder = _recorder(one)
+                with capturing(part, new=recorder.new, total=recorder.total, first_layer=index) as recorder:
+                    out = part.model(**arguments)
+                recorders.append(recorder)
+            else:
+                out = part.model(**arguments)
+            states[number] = out.last_hidden_state
+            cache = {CACHE_NAME: cache_of(out)}
+            if (choices := routers.taken()) is not None:
+                self.said[which][number].append(choices)
         return recorders
 
     def finish(self, part: Any, head: Callable[[torch.Tensor], torch.Tensor], record: bool) -> list[PassRecorder]:
         """Final norm and logits."""
         recorders: list[PassRecorder] = []
-        for feed, states in zip(self.feeds, self.states, strict=True):
+        for feed, states, said in zip(self.feeds, self.states, self.said, strict=True):
             answers: list[LayerAnswer] = []
-            for one, state in zip(feed.passes, states, strict=True):
+            for one, state, choices in zip(feed.passes, states, said, strict=True):
                 with exact(part):
                     hidden = part.model.norm(state)
                 logits = head(hidden)
@@ -134,7 +175,7 @@ class _Side:
                     recorders.append(_recorder(one))
                     for name, tensor in (("residual into norm", state), ("norm", hidden), ("lm_head", logits)):
                         recorders[-1].add(None, name, tensor)
-                answers.append(LayerAnswer(feed.keep(to_numpy(logits)), to_numpy(hidden)))
+                answers.append(LayerAnswer(feed.keep(to_numpy(logits)), to_numpy(hidden), stacked(choices)))
             self.answers.append(answers)
         return recorders
 
@@ -167,10 +208,16 @@ class LayerByLayer:
             pass
         return sides[0].answers, sides[1].answers
 
-    def points(self, passes: Passes) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
+    def points(
+        self, passes: Passes, chosen: Array | None = None
+    ) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
         """The intermediate tensors of ``passes``, layer after layer: its number, and per pass those of the stock model
-        and of the reference. Last what belongs to no layer, with None."""
-        feed = Feed(passes, keep=lambda logits: logits[:0])
+        and of the reference. Last what belongs to no layer, with None.
+
+        Args:
+            chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
+        """
+        feed = Feed(passes, keep=lambda logits: logits[:0], chosen=chosen)
         yield from self._layers(_Side([feed], self.device), _Side([feed], "cpu"), record=True)
 
     @torch.no_grad()
@@ -178,15 +225,17 @@ class LayerByLayer:
         self, stock: _Side, reference: _Side, *, record: bool
     ) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
         self._embed(stock, reference)
-        count = self.source.config.num_hidden_layers
+        count, sparse = self.source.config.num_hidden_layers, 0
         started = time.perf_counter()
         for index in range(count):
             pace = f", {(time.perf_counter() - started) / index:.2g} s per layer" if index else ""
             self.progress(f"layer {index + 1} of {count}{pace}")
             parts = self._parts(f"model.layers.{index}.", index)
             parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
-            ours = stock.through(parts.pop(0), index, record)
-            true = reference.through(parts.pop(0), index, record)
+            known = [None if feed.chosen is None else feed.chosen[sparse : sparse + 1] for feed in stock.feeds]
+            ours = stock.through(parts.pop(0), index, record, known)
+            true = reference.through(parts.pop(0), index, record, stock.chosen)
+            sparse += is_sparse(self.source.config, index)
             yield index, ours, true
             del ours, true
         self.progress(f"head, {(time.perf_counter() - started) / count:.2g} s per layer")
@@ -250,4 +299,7 @@ def _part_of(config: Qwen2Config, layers: Sequence[int]) -> Qwen2Config:
     }  # fmt: skip
     if values.get("layer_types") is not None:
         values["layer_types"] = [values["layer_types"][index] for index in layers]
+    if "num_experts" in values:
+        values["decoder_sparse_step"] = 1
+        values["mlp_only_layers"] = [number for number, index in enumerate(layers) if not is_sparse(config, index)]
     return type(config).from_dict(values)

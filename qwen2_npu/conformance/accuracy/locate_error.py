@@ -9,7 +9,7 @@ the place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import Comparison
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing, of_all_ranks
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.routing import Routers, live_columns, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import ALONE
@@ -47,9 +48,28 @@ SMALL_OPERATORS: dict[str, str] = {
     "up_proj": "linear",
     "mlp activation": "silu, mul",
     "down_proj": "linear",
+    "router": "linear",
+    "routing weights": "softmax, topk",
+    "shared gate": "linear",
+    "shared gate_proj": "linear",
+    "shared up_proj": "linear",
+    "shared mlp activation": "silu, mul",
+    "shared down_proj": "linear",
+    "expert products": "matmul, silu, mul, matmul",
+    "combination": "mul, add",
     "lm_head": "linear",
 }
 """What computes a point where no npu operator ran before it."""
+
+FEW_ERRORS: dict[str, int | None] = {
+    "router": None,
+    "routing weights": None,
+    "shared gate": None,
+    "expert products": 4,  # two experts at least, whose gate and up each err as a whole
+    "combination": 3,  # as many weights at least: of two experts and of the shared one
+}
+"""Points of a mixture whose RMS error is a matter of chance in a pass of few tokens -> how many errors of a token are
+independent of each other, None for as many as it has values that are not 0."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,14 @@ class ErrorLocation:
     name: str
     operators: tuple[str, ...]
     error: ErrorRatio
+    heads_moved: bool = False
+    """Every head is that of some head of the reference, at another place: computed rightly, and mixed up."""
 
     def __str__(self) -> str:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
+        if self.heads_moved:
+            what = "heads in the wrong places: the mapping of query heads to kv heads, or a split into heads"
         return (
             f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
             f"{self.error.noise:.3g}, in {self.path}"
@@ -90,6 +114,8 @@ class Explanation:
                 "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: "
                 "the index it gathers is wrong"
             )
+        elif all(failure.startswith("routing") for failure in self.failures):
+            place = "every intermediate tensor is right with the baseline's experts, but the router chooses others"
         else:
             place = "no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph"
         return f"{step}, {place}; {self.failures[0]}"
@@ -114,9 +140,7 @@ def explain(
     """
     names = optimizations.names()
     for count in range(len(names) + 1):
-        if count < len(names) and not _possible(names[:count]):
-            continue
-        tried = Optimizations.of(names[:count])
+        tried = Optimizations.of(names[:count])  # what a switch needs stands before it
         model = build(tried)
         comparison = compare(model)
         if not comparison.passed:
@@ -137,15 +161,23 @@ def trace_model(
     Args:
         ask: calls a function with the model, as ``Pair.ask`` does.
     """
-    return ask(
-        teacher_forcing.run,
-        model,
-        batch=batch,
-        decode_steps=baseline_trace.forced.shape[1],
-        forced=baseline_trace.forced,
-        hidden=baseline_trace.hidden is not None,
-        last_token=model.optimizations.last_token_logits,
-    )
+    arguments: dict[str, Any] = {
+        "batch": batch,
+        "decode_steps": baseline_trace.forced.shape[1],
+        "forced": baseline_trace.forced,
+        "hidden": baseline_trace.hidden is not None,
+        "last_token": model.optimizations.last_token_logits,
+    }
+    if baseline_trace.chosen is None:
+        return ask(teacher_forcing.run, model, **arguments)
+    forcing = {"chosen": baseline_trace.chosen, "uncompiled": True}
+    compiled = bool(getattr(model, "compiled_steps", None))
+    trace = ask(teacher_forcing.run, model, **arguments, **forcing)
+    if not compiled:
+        return trace
+    # No expert can be forced inside a graph. What the same model chooses uncompiled tells where none needs to be.
+    found = ask(teacher_forcing.run, model, **arguments | {"hidden": False})
+    return replace(found, hidden=trace.hidden, routing=trace.routing, chosen=trace.chosen, compiled=True)
 
 
 def locate(
@@ -156,15 +188,18 @@ def locate(
     forced: Array,
     dtype: torch.dtype,
     ask: Callable[..., list[PassRecorder]] = call,
+    chosen: Array | None = None,
 ) -> ErrorLocation | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none.
 
     Args:
         ask: calls a function with the optimised model, as ``Pair.ask`` does.
+        chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
     """
-    runs = [ask(captures, optimised, batch=batch, forced=forced), captures(baseline, batch, forced)]
+    forcing = {} if chosen is None else {"chosen": chosen}
+    runs = [ask(captures, optimised, batch=batch, forced=forced, **forcing), captures(baseline, batch, forced, chosen)]
     with exact(reference):
-        runs.append(captures(reference, batch, forced))
+        runs.append(captures(reference, batch, forced, chosen))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
         found = first_beyond(ours.points, stock, true, dtype, step)
         if found is not None:
@@ -186,10 +221,36 @@ def first_beyond(
         place = (point.layer, point.name)
         if place in stock_points and place in true_points:
             error = _error(point, stock_points[place], true_points[place], dtype)
-            if not error.within:
+            if not error.within and not _by_chance(error, true_points[place]):
                 path = "prefill" if step == 0 else f"decode step {step - 1}"
-                return ErrorLocation(path, point.layer, point.name, point.operators, error)
+                moved = _heads_moved(point, stock_points[place], true_points[place], dtype)
+                return ErrorLocation(path, point.layer, point.name, point.operators, error, moved)
     return None
+
+
+def _by_chance(error: ErrorRatio, point: Point) -> bool:
+    """Whether the RMS errors of so few values differ as much by chance.
+
+    The ratio of two mean squares of n values each exceeds f with a probability of about f^(-n/2): one in a million at
+    10^(12/n), which is 10^(6/n) of their roots.
+    """
+    if point.name not in FEW_ERRORS:
+        return False
+    each = FEW_ERRORS[point.name]
+    count = np.count_nonzero(point.values) if each is None else each * len(point.values)
+    return error.ratio <= RMS_FACTOR * 10 ** min(6 / max(1, count), 300)
+
+
+def _heads_moved(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> bool:
+    """Whether each head of ours is within its bound of some head of the reference, and one of them not of its own."""
+    if ours.values.shape != true.values.shape or not ours.heads == true.heads > 1:
+        return False
+    mine, baseline, exact_heads = (np.split(point.values, ours.heads, axis=1) for point in (ours, stock, true))
+    fits = [
+        [error_ratio(head, own, wanted, dtype).within for own, wanted in zip(baseline, exact_heads, strict=True)]
+        for head in mine
+    ]
+    return all(any(places) for places in fits) and not all(places[own] for own, places in enumerate(fits))
 
 
 def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorRatio:
@@ -199,15 +260,24 @@ def _error(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> ErrorR
 
 
 @torch.no_grad()
-def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
+def captures(model: Any, batch: Batch, forced: Array, chosen: Array | None = None) -> list[PassRecorder]:
     """One capture per forward pass: the prefill, then every decode step. Of a model that ranks share, the whole
-    tensors: all ranks must ask."""
+    tensors: all ranks must ask.
+
+    Args:
+        chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
+    """
+    if getattr(model, "compiled_steps", None):
+        model.compiled_steps = {}  # hooks and modes see eager execution only
+    with watching(model, live_columns(batch.attention_mask, forced.shape[1]), chosen) as routers:
+        return _captures(model, batch, forced, routers)
+
+
+def _captures(model: Any, batch: Batch, forced: Array, routers: Routers) -> list[PassRecorder]:
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
     lengths = batch.lengths
     found: list[PassRecorder] = []
-    if getattr(model, "compiled_steps", None):
-        model.compiled_steps = {}  # hooks and modes see eager execution only
     cache: dict[str, Any] = teacher_forcing.preallocated(model, len(lengths), mask.shape[1] + forced.shape[1])
     tokens = batch.input_ids.to(device)
     positions = teacher_forcing.position_ids_of(mask)
@@ -218,6 +288,7 @@ def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
             mask = torch.cat((mask, mask.new_ones(len(lengths), 1)), dim=1)
             positions = (mask.sum(dim=1, keepdim=True) - 1).long()
             new = [1] * len(lengths)
+        routers.start(mask.shape[1] - tokens.shape[1], mask.shape[1])
         with capturing(model, new=new, total=[length + step for length in lengths]) as capture:
             out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
         cache = {CACHE_NAME: cache_of(out)}
@@ -226,14 +297,6 @@ def captures(model: Any, batch: Batch, forced: Array) -> list[PassRecorder]:
         for capture in found:
             capture.points = [of_all_ranks(point, model) for point in capture.points]
     return found
-
-
-def _possible(names: tuple[str, ...]) -> bool:
-    try:
-        Optimizations.of(names)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -248,6 +311,8 @@ class Divergence:
     baseline_logits: tuple[float, float]
     """The baseline's logits of its own token and of the optimised model's."""
     noise: float
+    routing: str = ""
+    """Of a mixture: the near-tie of a router before this place that explains it; empty where none does."""
 
     @property
     def margin(self) -> float:
@@ -255,7 +320,7 @@ class Divergence:
 
     @property
     def excused(self) -> bool:
-        return self.margin <= 2 * self.noise
+        return self.margin <= 2 * self.noise or bool(self.routing)
 
     def describe(self, decode: Callable[[int], str] | None = None) -> str:
         """One line; ``decode`` turns a token id into text."""
@@ -263,11 +328,12 @@ class Divergence:
             f"{token} {decode(token)!r}" if decode else str(token)
             for token in (self.baseline_token, self.optimised_token)
         ]
-        verdict = "a near-tie, within" if self.excused else "beyond"
+        verdict = "a near-tie, within" if self.margin <= 2 * self.noise else "beyond"
+        cause = f", after a near-tie of experts: {self.routing}" if self.routing else ""
         return (
             f"row {self.row} diverges after {self.position} tokens: baseline {tokens[0]} (logit "
             f"{self.baseline_logits[0]:.5g}), optimised {tokens[1]} ({self.baseline_logits[1]:.5g}); margin "
-            f"{self.margin:.3g} is {verdict} 2 × noise {self.noise:.3g}"
+            f"{self.margin:.3g} is {verdict} 2 × noise {self.noise:.3g}{cause}"
         )
 
 

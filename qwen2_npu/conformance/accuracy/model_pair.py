@@ -88,19 +88,22 @@ class ModelPair(Pair):
             batch = self.batch(shape)
             trace = teacher_forcing.run(self.baseline, batch, decode_steps=self.decode_steps)
             self.check_finite_logits(trace)
-            self._traces[shape] = (trace, teacher_forcing.run_reference(self.reference, batch, trace.forced))
+            true = teacher_forcing.run_reference(self.reference, batch, trace.forced, trace.chosen)
+            self._traces[shape] = (trace, true)
         return self._traces[shape]
 
     def locate(self, model: Any, shape: str) -> ErrorLocation | None:
-        forced = self.traces(shape)[0].forced
+        trace = self.traces(shape)[0]
         batch, models = self.batch(shape), (model, self.baseline, self.reference)
-        return locate_error.locate(*models, batch, forced, self.dtype, self.ask)
+        return locate_error.locate(*models, batch, trace.forced, self.dtype, self.ask, trace.chosen)
 
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        return text.token_losses(self.baseline, windows), text.reference_losses(self.reference, windows)
+    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
+        losses, chosen = text.losses_and_experts(self.baseline, windows)
+        return losses, text.reference_losses(self.reference, windows, chosen or None), chosen
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> tuple[list[list[int]], list[Divergence]]:
-        expected = self.greedy(self.baseline, batch, max_new_tokens)
-        return expected, text.explain_divergences(got, expected, batch, self.baseline, self.reference)
+    ) -> tuple[list[list[int]], list[Divergence], tuple[teacher_forcing.Trace, teacher_forcing.Trace] | None]:
+        with text.last_logits(self.baseline) as logits:
+            expected = self.greedy(self.baseline, batch, max_new_tokens)
+        return expected, *text.compare_texts(got, expected, batch, self.baseline, self.reference, logits)

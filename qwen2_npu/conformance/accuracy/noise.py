@@ -58,7 +58,12 @@ class ErrorRatio:
 
 def rms(values: Array) -> float:
     """Root of the mean square, in float64; 0 for no values."""
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0
+    return root_mean(np.square(values, dtype=np.float64))
+
+
+def root_mean(squares: Array) -> float:
+    """Root of the mean of float64 squares; 0 for none."""
+    return float(np.sqrt(np.mean(squares))) if squares.size else 0.0
 
 
 def rounded(values: Array, dtype: torch.dtype) -> Array:

@@ -20,9 +20,9 @@ from qwen2_npu.checkpoint.sources import NamedSource, StateDictSource, open_chec
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.checkpoint.weights import skeleton
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import locate_error, text
+from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
-from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
+from qwen2_npu.conformance.accuracy.compare import Comparison, KnownPath, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
@@ -70,6 +70,7 @@ class Pair(ABC):
     decode_steps: int = DECODE_STEPS
     orders: Orders | None = None
     _batches: dict[str, Batch] = field(default_factory=dict)
+    _known: dict[str, dict[str, KnownPath]] = field(default_factory=dict)
 
     @classmethod
     @abstractmethod
@@ -124,14 +125,16 @@ class Pair(ABC):
         """Where ``model`` first leaves what rounding explains, on the batch of that shape; None if nowhere."""
 
     @abstractmethod
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Losses of the tokens of ``windows`` under the baseline and the reference."""
+    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
+        """Losses of the tokens of ``windows`` under the baseline and the reference, and per window the experts of the
+        baseline, which were forced on the reference: none of a dense model."""
 
     @abstractmethod
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> tuple[list[list[int]], list[Divergence]]:
-        """The stock model's greedy continuations of ``batch``, and where those of the optimised model part from them.
+    ) -> tuple[list[list[int]], list[Divergence], tuple[Trace, Trace] | None]:
+        """The stock model's greedy continuations of ``batch``, where those of the optimised model part from them, and
+        the traces of the baseline and the reference that tell it, if there are any.
 
         Args:
             got: the optimised model's.
@@ -153,7 +156,8 @@ class Pair(ABC):
         """``model`` forced through the batch of that shape, and its trace."""
         baseline, reference = self.traces(shape)
         trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
-        return compare_traces(trace, baseline, reference, self.dtype), trace
+        known = self._known.setdefault(shape, {})
+        return compare_traces(trace, baseline, reference, self.dtype, known), trace
 
     def explain(
         self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None
@@ -186,8 +190,9 @@ class Pair(ABC):
         windows = self.windows()
         if not windows:
             return None
-        ours = self.ask(text.token_losses, model, windows=windows)
-        return text.perplexity(ours, *self.losses(windows), self.dtype)
+        baseline, reference, chosen = self.losses(windows)
+        ours = self.ask(text.token_losses, model, windows=windows, **({"chosen": chosen} if chosen else {}))
+        return text.perplexity(ours, baseline, reference, self.dtype)
 
     def samples(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int = SAMPLE_TOKENS) -> list[GreedyText]:
         """Greedy continuations of ``prompts``, one left-padded batch through ``generate`` of both models."""
@@ -195,7 +200,9 @@ class Pair(ABC):
             return []
         batch = Batch.of([self.encode(prompt) for prompt in prompts], pad_token_id=self.pad_token_id)
         got = self.greedy(model, batch, max_new_tokens, self.ask)
-        expected, found = self.stock_texts(batch, got, max_new_tokens)
+        expected, found, traces = self.stock_texts(batch, got, max_new_tokens)
+        if traces is not None and traces[0].routing and not all(divergence.excused for divergence in found):
+            found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces)
         by_row = {divergence.row: divergence for divergence in found}
         return [
             GreedyText(
@@ -207,6 +214,19 @@ class Pair(ABC):
             )
             for row, prompt in enumerate(prompts)
         ]
+
+    def _with_experts_of(self, baseline: Trace, model: Any, batch: Batch) -> Trace:
+        """``model`` uncompiled, with the tokens and experts of ``baseline``."""
+        return self.ask(
+            teacher_forcing.run,
+            model,
+            batch=batch,
+            decode_steps=baseline.forced.shape[1],
+            forced=baseline.forced,
+            hidden=False,
+            chosen=baseline.chosen,
+            uncompiled=True,
+        )
 
     def greedy(
         self,

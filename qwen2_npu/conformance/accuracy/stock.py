@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any
 
 from qwen2_npu.checkpoint.configuration import read_generation_config
+from qwen2_npu.checkpoint.experts import one_by_one, stacked
 from qwen2_npu.checkpoint.merged import MergedSource
 from qwen2_npu.checkpoint.naming import as_stock
 from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, parse_dtype
 from qwen2_npu.checkpoint.weights import check_source
-from qwen2_npu.compat import head_dim, settled
+from qwen2_npu.compat import expert_count, head_dim, settled
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models.layers import TABLE_ROWS
 
@@ -46,17 +47,20 @@ def uninitialised(config: Qwen2Config, dtype: torch.dtype | None = None) -> PreT
     Args:
         dtype: default: the default one. Rotary tables are made in float32 (``model.to`` would round them).
     """
-    from transformers import Qwen2ForCausalLM as StockQwen2
-
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype or previous)
     try:
         with torch.device("cpu"), import_module(_INITIALISATION).no_init_weights():
-            model = StockQwen2(config)
+            model = stock_class(config)(config)
     finally:
         torch.set_default_dtype(previous)
     model.tie_weights()
     return model
+
+
+def stock_class(config: Any) -> Any:
+    """The stock model's class for a configuration."""
+    return getattr(transformers, "Qwen2MoeForCausalLM" if expert_count(config) else "Qwen2ForCausalLM")
 
 
 def stock_from_state_dict(
@@ -70,9 +74,11 @@ def stock_from_state_dict(
 
     (``model.to(bfloat16)`` would round the inverse frequencies, which no loaded model has.)
     """
-    config = as_stock(StateDictSource(config, state_dict)).config  # not tied where the state dict has both tensors
+    config = as_stock(
+        StateDictSource(config, one_by_one(state_dict))
+    ).config  # not tied where the state dict has both tensors
     model = uninitialised(with_eager_attention(config), dtype)
-    missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
+    missing, unexpected = model.load_state_dict(stacked(state_dict), strict=False)
     absent = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     if absent or unexpected:
         raise ValueError(f"state dict does not fit the stock Qwen2: missing {absent}, unexpected {list(unexpected)}")
@@ -94,15 +100,13 @@ def stock_from_pretrained(
     Raises:
         CheckpointError: what is wrong with the folder. (transformers would fill missing tensors with random values.)
     """
-    from transformers import Qwen2ForCausalLM as StockQwen2
-
     source = open_checkpoint(path, assume_tp=assume_tp)
     check_source(source)
     if isinstance(source, MergedSource):
         unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
         return cast("PreTrainedModel", unmerged.to(device))
     dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
-    model = StockQwen2.from_pretrained(
+    model = stock_class(source.config).from_pretrained(
         str(path),
         config=with_eager_attention(source.config),  # its own reader may not know what another version wrote
         attn_implementation="eager",
@@ -115,7 +119,7 @@ def stock_from_pretrained(
 def _unmerged(source: MergedSource, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model of a merged folder, read one tensor at a time."""
     model = uninitialised(with_eager_attention(source.config), dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = one_by_one(dict(model.named_parameters(remove_duplicate=False)))
     with torch.no_grad():
         for name, tensor in source.tensors():
             if name in parameters:  # not so: rotary frequencies of old checkpoints
@@ -240,6 +244,8 @@ def with_eager_attention(config: Qwen2Config) -> Qwen2Config:
     """
     config = type(config).from_dict(settled(config).to_dict())
     config._attn_implementation = "eager"
+    if expert_count(config):
+        config._experts_implementation = "eager"  # one expert after the other
     if HEAD_DIM_IS_FREE:
         return config
     if head_dim(config) * config.num_attention_heads != config.hidden_size:

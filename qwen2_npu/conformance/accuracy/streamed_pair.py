@@ -47,6 +47,7 @@ from qwen2_npu.conformance.accuracy.pair import (
     PairWeights,
     weights_of_checkpoint,
 )
+from qwen2_npu.conformance.accuracy.routing import Choices
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, reference_trace
 from qwen2_npu.conformance.machine.memory import free_bytes
 from qwen2_npu.parallel.sharding import Shard
@@ -68,7 +69,7 @@ class StreamedPair(Pair):
     models: LayerByLayer
     reason: str = ASKED_FOR
     _traces: dict[str, tuple[Trace, Trace]] = field(default_factory=dict)
-    _losses: tuple[Array, Array] | None = None
+    _losses: tuple[Array, Array, list[Array]] | None = None
 
     @classmethod
     def of(cls, weights: PairWeights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
@@ -101,7 +102,7 @@ class StreamedPair(Pair):
             self._read_once()
         return self._traces[shape]
 
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
         if self._losses is None:
             self._read_once()
         assert self._losses is not None
@@ -109,11 +110,13 @@ class StreamedPair(Pair):
         return self._losses
 
     def locate(self, model: Any, shape: str) -> ErrorLocation | None:
-        batch, forced = self.batch(shape), self.traces(shape)[0].forced
-        ours = self.ask(locate_error.captures, model, batch=batch, forced=forced)
+        batch, trace = self.batch(shape), self.traces(shape)[0]
+        forced, chosen = trace.forced, trace.chosen
+        forcing = {} if chosen is None else {"chosen": chosen}
+        ours = self.ask(locate_error.captures, model, batch=batch, forced=forced, **forcing)
         first: ErrorLocation | None = None
         steps = len(ours)  # a later layer matters only in the forward passes before the first one with an error
-        for layer, stock, true in self.models.points(step_by_step(batch, forced)):
+        for layer, stock, true in self.models.points(step_by_step(batch, forced), chosen):
             for step in range(steps):
                 points = [point for point in ours[step].points if point.layer == layer]
                 found = locate_error.first_beyond(points, stock[step], true[step], self.dtype, step)
@@ -126,7 +129,7 @@ class StreamedPair(Pair):
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> tuple[list[list[int]], list[Divergence]]:
+    ) -> tuple[list[list[int]], list[Divergence], tuple[Trace, Trace]]:
         length = max(map(len, got))
         chosen = np.array([[*row, *[0] * (length - len(row))] for row in got])
         baseline, reference = self._forced([(batch, chosen)])[0]
@@ -137,7 +140,7 @@ class StreamedPair(Pair):
         parted = {divergence.row: divergence.position for divergence in found}
         # Beyond where they part the stock model's own text is not known: it was not asked with those tokens before.
         texts = [expected[row, : parted.get(row, len(tokens) - 1) + 1].tolist() for row, tokens in enumerate(got)]
-        return texts, found
+        return texts, found, (baseline, reference)
 
     # ---- readings of all the weights --------------------------------------------------------------------------------
     def _read_once(self) -> None:
@@ -162,9 +165,14 @@ class StreamedPair(Pair):
             [*(Feed(at_once(batch, forced)) for batch, forced in todo), *texts],
         )
         if windows:
-            self._losses = _joined(stock[len(todo) :]), _joined(true[len(todo) :])
+            served = [passes[0].choices for passes in stock[len(todo) :]]
+            chosen = [choices.wanted for choices in served if choices is not None]
+            self._losses = _joined(stock[len(todo) :]), _joined(true[len(todo) :]), chosen
         return [
-            (_stock_trace(batch, forced, ours), reference_trace(batch, forced, exact.logits, exact.hidden))
+            (
+                _stock_trace(batch, forced, ours),
+                reference_trace(batch, forced, exact.logits, exact.hidden, exact.choices),
+            )
             for (batch, forced), ours, (exact,) in zip(todo, stock, true, strict=False)
         ]
 
@@ -179,17 +187,24 @@ class StreamedPair(Pair):
 def _stock_trace(batch: Batch, forced: Array, answers: Sequence[LayerAnswer]) -> Trace:
     prompt, *steps = answers
     empty = np.empty((len(forced), 0, prompt.logits.shape[-1]), np.float32)
+    routing: dict[str, Choices] = {}
+    if prompt.choices is not None:
+        routing["prefill"] = prompt.choices
+    if prompt.choices is not None and steps:
+        routing["decode"] = Choices.joined([step.choices for step in steps if step.choices is not None])
     return Trace(
         prefill_logits=prompt.logits,
         decode_logits=np.concatenate([empty, *(step.logits for step in steps)], axis=1),
         forced=forced,
         valid=batch.attention_mask.bool().numpy(),
         hidden=prompt.hidden,
+        routing=routing,
+        chosen=np.concatenate([each.wanted for each in routing.values()], axis=2) if routing else None,
     )
 
 
 def _losses_of(window: Sequence[int], logits: Array) -> Array:
-    return text.losses_of(logits[0, :-1].astype(np.float64), window)
+    return text.losses_of(logits[0, :-1], window)
 
 
 def _joined(answers: Sequence[Sequence[LayerAnswer]]) -> Array:

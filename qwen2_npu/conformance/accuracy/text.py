@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
-from qwen2_npu.conformance.accuracy.compare import log_softmax
+from qwen2_npu.conformance.accuracy.compare import PIECE, normalisers
+from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, divergences
 from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.routing import watching
 from qwen2_npu.conformance.accuracy.stock import exact
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, without_compiled_steps
 
 
 @dataclass(frozen=True)
@@ -31,21 +36,47 @@ class Perplexity:
         return self.error.within
 
 
+def token_losses(model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
+    """-log p of every token but the first of each window, in nats, float64, window after window.
+
+    Args:
+        chosen: per window the experts to force on a mixture, as :func:`losses_and_experts` gives them.
+    """
+    return losses_and_experts(model, windows, chosen)[0]
+
+
 @torch.no_grad()
-def token_losses(model: Any, windows: Sequence[Sequence[int]]) -> Array:
-    """-log p of every token but the first of each window, in nats, float64, window after window."""
+def losses_and_experts(
+    model: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None
+) -> tuple[Array, list[Array]]:
+    """:func:`token_losses`, and per window the experts that served it, (layers, 1, tokens, k): no window of a dense
+    model."""
     device = next(model.parameters()).device
-    losses = []
-    for window in windows:
+    losses, experts = [], []
+    for number, window in enumerate(windows):
         ids = torch.tensor([list(window)], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-        losses.append(losses_of(logits.detach().to("cpu", torch.float64).numpy(), window))
-    return np.concatenate(losses)
+        live = np.ones((1, len(window)), bool)
+        with (
+            without_compiled_steps(model),
+            watching(model, live, None if chosen is None else chosen[number]) as routers,
+        ):
+            routers.start(0, len(window))
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+        losses.append(losses_of(teacher_forcing.to_numpy(logits), window))
+        if routers.chosen is not None:
+            experts.append(routers.chosen)
+    return np.concatenate(losses), experts
 
 
 def losses_of(logits: Array, window: Sequence[int]) -> Array:
-    """(N - 1, V) float64 logits after all but the last of a window's N tokens -> -log p of all but the first."""
-    return -log_softmax(logits)[np.arange(len(window) - 1), np.asarray(window[1:])]
+    """(N - 1, V) logits after all but the last of a window's N tokens -> -log p of all but the first, in float64."""
+    losses, size = np.empty(len(logits)), max(1, PIECE // logits.shape[-1])
+    for start in range(0, len(logits), size):
+        piece, tokens = logits[start : start + size], np.asarray(window[1 + start : 1 + start + size])
+        largest, log_sum = normalisers(piece)
+        chosen = piece[np.arange(len(piece)), tokens].astype(np.float64)
+        losses[start : start + size] = -(chosen - largest[:, 0] - log_sum[:, 0])
+    return losses
 
 
 def text_windows(token_ids: Sequence[int], *, length: int, limit: int) -> list[list[int]]:
@@ -65,10 +96,10 @@ def perplexity(optimised: Array, baseline: Array, reference: Array, dtype: torch
     )
 
 
-def reference_losses(reference: Any, windows: Sequence[Sequence[int]]) -> Array:
+def reference_losses(reference: Any, windows: Sequence[Sequence[int]], chosen: Sequence[Array] | None = None) -> Array:
     """Token losses of the float64 reference."""
     with exact(reference):
-        return token_losses(reference, windows)
+        return token_losses(reference, windows, chosen)
 
 
 @torch.no_grad()
@@ -96,19 +127,93 @@ def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
     return row if first is None else row[: first + 1]
 
 
-def explain_divergences(
+@contextmanager
+def last_logits(model: Any) -> Iterator[list[Array]]:
+    """Within it, the logits (B, V) at the last position of every forward pass of ``model``."""
+    found: list[Array] = []
+
+    def keep(module: Any, given: Any, out: Any) -> None:
+        found.append(teacher_forcing.to_numpy(out.logits[:, -1]))
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def compare_texts(
     optimised: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     batch: Batch,
     baseline: Any,
     reference: Any,
-) -> list[Divergence]:
-    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there."""
-    if [list(row) for row in optimised] == [list(row) for row in expected]:
-        return []
+    logits: Sequence[Array] = (),
+) -> tuple[list[Divergence], tuple[Trace, Trace] | None]:
+    """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there.
+
+    Args:
+        logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
+            are not given.
+
+    Returns:
+        The places; and of a mixture the traces of both models over ``expected``, with their experts, None where nothing
+        differs.
+    """
     steps = max(map(len, (*optimised, *expected)))
     # What follows a row's end is the same filler in both, so that it never counts as a divergence.
     ours, theirs = (np.array([[*row, *[0] * (steps - len(row))] for row in rows]) for rows in (optimised, expected))
-    baseline_trace = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
-    reference_trace = teacher_forcing.run_reference(reference, batch, theirs)
-    return divergences(ours, baseline_trace, reference_trace)
+    if np.array_equal(ours, theirs):
+        return [], None
+    if not expert_count(baseline.config):
+        return _divergences_of_dense(ours, theirs, batch, baseline, reference, logits), None
+    stock = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
+    true = teacher_forcing.run_reference(reference, batch, theirs, stock.chosen)
+    return divergences(ours, stock, true), (stock, true)
+
+
+def _divergences_of_dense(
+    ours: Array, theirs: Array, batch: Batch, baseline: Any, reference: Any, logits: Sequence[Array]
+) -> list[Divergence]:
+    """No more passes than it takes: of the rows that part, up to there."""
+    differ = ours != theirs
+    rows = np.flatnonzero(differ.any(axis=1))
+    # Nothing after the last place where two texts part is asked for.
+    steps = int(differ[rows].argmax(axis=1).max()) + 1
+    ours, theirs = ours[rows, :steps], theirs[:, :steps]
+    if logits:
+        known = np.stack(logits[:steps], axis=1)
+    else:
+        run = teacher_forcing.run(baseline, batch, decode_steps=steps - 1, forced=theirs[:, :-1], hidden=False)
+        known = np.concatenate((run.prefill_logits[:, -1:], run.decode_logits), axis=1)
+    parted, theirs, known = Batch(batch.input_ids[rows], batch.attention_mask[rows]), theirs[rows], known[rows]
+    stock = Trace(known[:, :1], known[:, 1:], theirs, parted.attention_mask.bool().numpy())
+    true = teacher_forcing.run_reference(reference, parted, theirs[:, :-1])
+    return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true)]
+
+
+def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace) -> list[Divergence]:
+    """``found`` with the near-tie of a router that explains a divergence, where one does.
+
+    It does where the optimised model, with the experts and tokens of the baseline forced on it, prefers the baseline's
+    token or one that the baseline cannot tell from it, and where every other choice of experts that it would have made
+    before is a near-tie.
+
+    Args:
+        ours: of the optimised model, uncompiled, forced to the experts and tokens of ``baseline``.
+    """
+    choices = compare_routing(ours.routing, baseline.routing, reference.routing, baseline.valid).mismatches
+    lengths = baseline.valid.sum(axis=1)
+    explained: list[Divergence] = []
+    for each in found:
+        row, step = each.row, each.position
+        before = [other for other in choices if other.row == row and other.position < lengths[row] + step]
+        said, stock, true = (
+            trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
+            for trace in (ours, baseline, reference)
+        )
+        margin, noise = stock[each.baseline_token] - stock[said.argmax()], np.abs(stock - true).max()
+        if not each.excused and before and all(other.excused for other in before) and margin <= 2 * noise:
+            each = replace(each, routing=str(before[0]))
+        explained.append(each)
+    return explained

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
+from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.compare import Comparison, Mismatch
+from qwen2_npu.conformance.accuracy.compare_routing import RoutingComparison
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.orders import END, Orders, follow, rank_count
@@ -29,7 +31,7 @@ from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import check_mode, compile_model
-from qwen2_npu.optimizations import LADDER, PARALLEL, Optimizations
+from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL, Optimizations
 from qwen2_npu.parallel.collectives import FUSED_SIZES
 
 SCHEMA = 1
@@ -68,6 +70,11 @@ class StepResult:
         return tuple(mismatch for comparison in self.comparisons.values() for mismatch in comparison.excused)
 
     @property
+    def routing(self) -> tuple[RoutingComparison, ...]:
+        """Of a mixture of experts: that of each batch shape."""
+        return tuple(c.routing for c in self.comparisons.values() if c.routing is not None)
+
+    @property
     def max_logit_error(self) -> float:
         return max(comparison.max_logit_error for comparison in self.comparisons.values())
 
@@ -80,6 +87,19 @@ class StepResult:
     def rms_ratio(self) -> float:
         ratios = [comparison.rms_ratio for comparison in self.comparisons.values()]
         return float("nan") if any(np.isnan(ratios)) else max(ratios)
+
+    @property
+    def experts(self) -> dict[str, int]:
+        """Of a mixture: choices of experts, how many are the baseline's, how many of the others are excused, and the
+        positions that compiled steps leave out. Empty of a dense model."""
+        if not self.routing:
+            return {}
+        return {
+            "choices": sum(each.choices for each in self.routing),
+            "agreements": sum(each.agreements for each in self.routing),
+            "excused": sum(len(each.excused) for each in self.routing),
+            "left_out": sum(sum(each.left_out.values()) for each in self.routing),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -94,6 +114,7 @@ class StepResult:
             "tokens_per_second": self.tokens_per_second,
             "baseline_tokens_per_second": self.baseline_tokens_per_second,
             "explanation": self.explanation,
+            **({"experts": self.experts} if self.experts else {}),
             "batches": {name: comparison.to_dict() for name, comparison in self.comparisons.items()},
         }
 
@@ -169,8 +190,8 @@ def verify(
 
     Args:
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
-        steps: which rows to run; each includes all steps of the ladder before it. None for the ladder, and on several
-            ranks what only they have.
+        steps: which rows to run; each includes all steps of the ladder before it. None for the ladder, and what only
+            a mixture of experts and several ranks have; of a mixture that is compiled, what graphs can hold.
         mode: how the optimised model is compiled, see ``compile_model``.
         stream: the stock model and its float64 self layer by layer, or whole; None for whole where that fits the free
             memory.
@@ -183,7 +204,7 @@ def verify(
         ValueError: an unknown step.
     """
     orders = Orders.of_ranks()
-    steps, left_out = _steps(steps, model_path, device, dtype, assume_tp)
+    steps, left_out = _steps(steps, model_path, device, dtype, assume_tp, mode)
     presets = {step: Optimizations.up_to(step) for step in steps}
     for optimizations in presets.values():
         check_mode(mode, torch.device(device), optimizations)
@@ -203,12 +224,16 @@ def verify(
         pair.build = lambda optimizations: pair.ask(compile_model, eager(optimizations), mode=mode)
     baseline_rate = _rate([pair.traces(shape)[0] for shape in BATCH_SHAPES]) or None
     rows: list[StepResult] = []
+    model: Any = None
     for done, (part, optimizations) in enumerate(presets.items(), start=1):
         progress(part, done, total)
-        rows.append(_row(pair, part, optimizations, baseline_rate, eager))
+        model = None  # there is memory for one
+        row, model = _row(pair, part, optimizations, baseline_rate, eager)
+        rows.append(row)
     part, done = "perplexity and greedy text", total - 1
     progress(part, done, total)
-    model = pair.build(next(reversed(presets.values()), Optimizations.all()))
+    if model is None:
+        model = pair.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
     result = Verification(
         environment=Environment.of(device),
@@ -249,7 +274,12 @@ def take_part(
 
 
 def _steps(
-    asked: Sequence[str] | None, model_path: Path | None, device: str, dtype: str, assume_tp: int | None = None
+    asked: Sequence[str] | None,
+    model_path: Path | None,
+    device: str,
+    dtype: str,
+    assume_tp: int | None = None,
+    mode: str = "eager",
 ) -> tuple[Sequence[str], str]:
     """The rows to run, and why several ranks do not run all that there are.
 
@@ -260,16 +290,30 @@ def _steps(
         UnsupportedError: a step of several ranks was asked for, and cannot be had.
     """
     missing, way_out, ranks = "", "", rank_count()
+    source = open_checkpoint(model_path or tiny.path(), assume_tp=assume_tp)
+    mixture = expert_count(source.config) > 0
+    if asked is not None and not mixture and set(asked) & set(EXPERTS):
+        where = "the tiny checkpoint" if model_path is None else model_path
+        raise UnsupportedError(
+            f"--steps {','.join(asked)}: {', '.join(EXPERTS)} is a step of a mixture of experts, and {where} is none; "
+            "leave it out"
+        )
+    if mixture and mode != "eager" and set(asked or ()) & set(LADDER):
+        raise UnsupportedError(
+            f"--steps {','.join(asked or ())} --mode {mode}: without {EXPERTS[0]} the host looks up which experts the "
+            f"tokens go to, which no graph can; take --steps {EXPERTS[0]}, or --mode eager"
+        )
     if ranks not in FUSED_SIZES:
         sizes = ", ".join(map(str, FUSED_SIZES))
         missing = f"mm_all_reduce takes {sizes} ranks, and there {'is 1' if ranks == 1 else f'are {ranks}'}"
         way_out = "leave it out, or start as many (docs/parallel.md)"
     elif device.startswith("npu") and (asked is None or set(asked) & set(PARALLEL)):
-        stored = parse_dtype(dtype) or open_checkpoint(model_path or tiny.path(), assume_tp=assume_tp).stored_dtype()
+        stored = parse_dtype(dtype) or source.stored_dtype()
         missing = "mm_all_reduce takes no float32 on an NPU" if stored == torch.float32 else ""
         way_out = "leave it out, or take --dtype bfloat16"
     if asked is None:
-        return ((*LADDER, *PARALLEL), "") if not missing else (LADDER, missing if ranks > 1 else "")
+        ladder = LADDER if not mixture else (*LADDER, *EXPERTS) if mode == "eager" else EXPERTS
+        return ((*ladder, *PARALLEL), "") if not missing else (ladder, missing if ranks > 1 else "")
     if missing and set(asked) & set(PARALLEL):
         raise UnsupportedError(f"--steps {','.join(asked)}: {missing}; {way_out}")
     return asked, ""
@@ -277,23 +321,28 @@ def _steps(
 
 def _row(
     pair: Pair, step: str, optimizations: Optimizations, baseline_rate: float | None, eager: BuildModel
-) -> StepResult:
-    """``eager``: builds the model uncompiled, whose layers and operators can be followed to explain a failure."""
+) -> tuple[StepResult, Any]:
+    """What one step comes to, and its model; None in place of that where others were built to explain a failure.
+
+    Args:
+        eager: builds the model uncompiled, whose layers and operators can be followed.
+    """
     model = pair.build(optimizations)
     results = {shape: pair.compare(model, shape) for shape in BATCH_SHAPES}
-    del model
     failed = next((shape for shape, (comparison, _) in results.items() if not comparison.passed), None)
     explanation = ""
     if failed is not None:
+        model = None
         reason = pair.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
-    return StepResult(
+    row = StepResult(
         step=step,
         comparisons={shape: comparison for shape, (comparison, _) in results.items()},
         tokens_per_second=_rate([trace for _, trace in results.values()]),
         baseline_tokens_per_second=baseline_rate,
         explanation=explanation,
     )
+    return row, model
 
 
 def _rate(traces: Sequence[Trace]) -> float:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from qwen2_npu.conformance.files import BASELINES, write_json
-from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
+from qwen2_npu.conformance.graph.census import FEW, MORE, Census, LayeredCensus, of_layers
+from qwen2_npu.conformance.graph.cost import ExpertsRead, experts_read
 from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER, ORIGINAL, PARALLEL, PHASES, Optimizations, Phase
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL, PHASES, Optimizations, Phase
 
 FOLDER = BASELINES / "graphs"
 
@@ -40,6 +41,10 @@ SWEEPS: dict[str, tuple[int, ...]] = {"7B": (1, 8, 16, 32, 48), "72B-tp8": (1, 2
 """Size -> batches of its sweep, beside 4."""
 
 GRAPH_SIZES = ("0.5B", "1.5B", "7B", "7B-tp2", "7B-tp4", "72B-tp8")
+
+MIXTURES: dict[str, tuple[int, ...]] = {"57B-A14B": (1,), "57B-A14B-tp2": (1,), "57B-A14B-tp4": (1, 8, 16, 32)}
+"""Size -> batches beside 4. Their graphs need the last step of the ladder: all others look at the host for the experts
+of each token."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,20 @@ class DocumentedGraph:
         """Tokens of the prompt; in decode, those before the step."""
         return PROMPT if self.phase == "prefill" else PAST
 
+    @property
+    def experts_read(self) -> ExpertsRead:
+        """Of each layer of a mixture, but for the last one of a prefill with ``last_layer``."""
+        return self._experts_read(self.batch * (self.prompt if self.phase == "prefill" else 1))
+
+    @property
+    def last_experts_read(self) -> ExpertsRead:
+        """Of the last layer of a prefill with ``last_layer``, which has one token per row."""
+        return self._experts_read(self.batch)
+
+    def _experts_read(self, tokens: int) -> ExpertsRead:
+        size = SIZES[self.size]
+        return experts_read(size.experts, size.per_token, tokens)
+
     def lowered(self, layers: int | None = None) -> Lowered:
         """What torchair makes of it now, with all layers or so many."""
         return lower_size(
@@ -86,7 +105,8 @@ class DocumentedGraph:
 
 
 def documented() -> Iterator[DocumentedGraph]:
-    """The ladder at batch 4 for every size, then the sweeps; the sizes with tables from ``original`` on."""
+    """The ladder at batch 4 for every dense size, then the sweeps; the sizes with tables from ``original`` on. Then the
+    mixtures."""
     phases: tuple[Phase, ...] = PHASES
     for size in GRAPH_SIZES:
         for phase in phases:
@@ -96,6 +116,11 @@ def documented() -> Iterator[DocumentedGraph]:
                 yield from (DocumentedGraph(size, phase, BATCH, step) for step in PARALLEL)
             for batch in SWEEPS.get(size, ()):
                 yield DocumentedGraph(size, phase, batch, SWEEP_STEP)
+    for size, batches in MIXTURES.items():
+        for phase in phases:
+            yield from (DocumentedGraph(size, phase, batch, EXPERTS[-1]) for batch in (BATCH, *batches))
+            if SIZES[size].shards > 1 and phase == "prefill":
+                yield from (DocumentedGraph(size, phase, BATCH, step) for step in PARALLEL)
 
 
 def path_of(size: str, folder: Path = FOLDER) -> Path:
@@ -108,6 +133,27 @@ def load(graph: DocumentedGraph, folder: Path = FOLDER) -> LayeredCensus | None:
     content = _read(path_of(graph.size, folder))
     found = content["graphs"].get(graph.key)
     return None if found is None else LayeredCensus.from_json(found)
+
+
+def at_full_size(graph: DocumentedGraph, folder: Path = FOLDER) -> Census | None:
+    """The baseline with all layers, as its step is expected to run; None where there is none.
+
+    The census charges a mixture the most experts that a step can read; this, those to be expected.
+    """
+    layered = load(graph, folder)
+    if layered is None:
+        return None
+    layer = _as_expected(layered.layer, graph.experts_read)
+    outside = _as_expected(layered.outside, graph.last_experts_read)
+    return replace(layered, outside=outside, layer=layer).of(SIZES[graph.size].layers)
+
+
+def _as_expected(census: Census, read: ExpertsRead) -> Census:
+    cost = census.costs.get("GroupedMatmul")
+    if cost is None:
+        return census
+    expected = replace(cost, weight_bytes=round(cost.weight_bytes * read.expected / read.most))
+    return replace(census, costs={**census.costs, "GroupedMatmul": expected})
 
 
 def update(graph: DocumentedGraph, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:
@@ -144,7 +190,7 @@ def provenance(graph: DocumentedGraph, folder: Path = FOLDER) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {"reason": "", "versions": {}, "graphs": {}}
+        return {"graphs": {}}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -3,7 +3,9 @@
 Counts, not times: from the shapes and dtypes of the real lowered graph, so they are the same on every machine. A
 multiply-add counts as two FLOPs. Every operator reads its inputs and writes its outputs once; what differs is in
 :data:`RULES`: products, attention (charged the live length it is given, or the whole cache where it is given none),
-writes in place and gathers (charged what they touch), and collectives, which also send.
+writes in place and gathers (charged what they touch), and collectives, which also send. A grouped product is charged
+the weights of as many groups as it has rows, or of all: at most so many have one. How many it can be, and how many are
+to be expected, :func:`experts_read` says.
 
 Bytes that each of n cards sends, by the ring algorithms (Thakur, Rabenseifner, Gropp: Optimization of Collective
 Communication Operations in MPICH, 2005; the "bus bandwidth" factors of NCCL's tests): 2·(n - 1)/n of the tensor for an
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -68,6 +71,24 @@ def moved(values: Iterable[GraphValue]) -> Cost:
     )
 
 
+class ExpertsRead(NamedTuple):
+    """How many experts of one layer have a token, and so their weights read."""
+
+    least: int
+    expected: float
+    most: int
+
+
+def experts_read(experts: int, per_token: int, tokens: int) -> ExpertsRead:
+    """Of ``experts``, when each of ``tokens`` goes to ``per_token`` of them.
+
+    ``expected`` is E·(1 - (1 - k/E)^T): every set of k experts is as likely as any other, and tokens choose on their
+    own. A trained router may prefer some, and tokens of one text choose alike: then it is fewer.
+    """
+    expected = experts * (1 - (1 - per_token / experts) ** tokens)
+    return ExpertsRead(per_token, expected, min(experts, per_token * tokens))
+
+
 # ---- rules ----------------------------------------------------------------------------------------------------------
 def _elementwise(op: Operation) -> Cost:
     return Cost(flops=sum(value.elements for value in op.outputs)) + moved([*op.given, *op.outputs])
@@ -86,6 +107,24 @@ def _inner_size(op: Operation) -> int:
     first = op.given[0]
     transposed = op.node.attributes.get("transpose_x1", op.node.attributes.get("adj_x1", False))
     return first.shape[-2] if transposed else first.shape[-1]
+
+
+def _grouped_product(op: Operation) -> Cost:
+    named = list(zip(op.node.input_names, op.inputs, strict=True))
+    rows, weights = (
+        [value for name, value in named if value is not None and name.rstrip("0123456789") == wanted]
+        for wanted in ("x", "weight")
+    )
+    rest = [value for value in op.given if value not in rows and value not in weights]
+    flops = sum(2 * x.elements * weights[min(i, len(weights) - 1)].shape[-1] for i, x in enumerate(rows))
+    if len(weights) == 1 and len(weights[0].shape) == 3:
+        groups, *matrix = weights[0].shape
+        weights = [GraphValue((min(groups, rows[0].shape[0]), *matrix), weights[0].dtype, weights[0].origin)]
+    return Cost(flops=flops) + moved([*rows, *weights, *rest, *op.outputs])
+
+
+def _finalize_routing(op: Operation) -> Cost:
+    return Cost(flops=2 * op.given[0].elements) + moved([*op.given, *op.outputs])
 
 
 def _all_reduce(op: Operation) -> Cost:
@@ -161,13 +200,16 @@ CAUSAL = (2, 3)
 
 DATA_MOVES = """
 TensorMove Identity Transpose SplitV Split SplitD ConcatV2 ConcatD Pack BroadcastTo Expand Fill Slice StridedSliceV2
-Cast ZerosLike Assign Tile Pad PadV3
+Cast ZerosLike Assign Tile Pad PadV3 MoeInitRoutingV3
 """
 MOVEMENT = frozenset(DATA_MOVES.split())
 """Operators that only move data."""
 
 PRODUCTS = frozenset(
-    ["MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatmulAllReduce"]
+    [
+        *("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
+        *("MatmulAllReduce", "GroupedMatmul"),
+    ]
 )
 
 COLLECTIVES = frozenset(["MatmulAllReduce", "HcomAllReduce", "HcomAllGather", "HcomReduceScatter", "HcomBroadcast"])
@@ -180,6 +222,9 @@ RULES: dict[str, Callable[[Operation], Cost]] = {
     **dict.fromkeys(MOVEMENT, _movement),
     **dict.fromkeys(PRODUCTS, _product),
     **dict.fromkeys(GATHERS, _gather),
+    "GroupedMatmul": _grouped_product,
+    "MoeFinalizeRouting": _finalize_routing,
+    "MoeFinalizeRoutingV2": _finalize_routing,
     "MatmulAllReduce": _product_and_all_reduce,
     "HcomAllReduce": _all_reduce,
     "HcomAllGather": _all_gather,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen2_npu.compat import growing_cache, head_dim
+from qwen2_npu.compat import growing_cache, head_dim, is_sparse
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.emulator.ge.proto import Node, parse
 from qwen2_npu.graph import GraphOptions, npu
@@ -47,6 +47,7 @@ class Lowered:
         on_host: index of every Data node whose tensor is on the host (the live lengths).
         ranks: cards that share the model: the size of the groups of its collectives, which few GE operators state.
         unlike: layers that differ from the others: the last one of a prefill with ``last_layer``.
+        sparse: how many of the layers are mixtures of experts.
     """
 
     phase: Phase
@@ -58,6 +59,7 @@ class Lowered:
     on_host: frozenset[int]
     ranks: int = 1
     unlike: int = 0
+    sparse: int = 0
 
 
 class RawGraph(NamedTuple):
@@ -136,6 +138,7 @@ def describe(
         on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
         ranks=ranks,
         unlike=unlike,
+        sparse=sum(is_sparse(config, layer) for layer in range(config.num_hidden_layers)),
     )
 
 
@@ -173,7 +176,7 @@ def fake_model(
         try:
             # Around the construction alone: dynamo would trace the Python of the default device at every operator.
             with torch.device(DEVICE):
-                model = Qwen2ForCausalLM(config, optimizations, ranks).eval()
+                model = Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks).eval()
         finally:
             torch.set_default_dtype(before)
         model._prepare_rotary(torch.device(DEVICE), 1, None, None)

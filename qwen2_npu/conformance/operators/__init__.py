@@ -9,15 +9,24 @@ from __future__ import annotations
 
 from qwen2_npu.conformance.operators import (
     add_rms_norm,
+    add_rms_norm_dynamic_quant,
     apply_rotary_pos_emb,
+    dequant_swiglu_quant,
+    dynamic_quant,
     fused_infer_attention_score,
+    grouped_matmul,
     incre_flash_attention,
     mm_all_reduce,
+    moe_finalize_routing,
+    moe_gating_top_k_softmax,
+    moe_init_routing_v2,
     prompt_flash_attention,
+    quant_matmul,
     rms_norm,
     rotary_mul,
     scatter_update,
     swiglu,
+    weight_quant_batchmatmul,
 )
 from qwen2_npu.conformance.operators.check import check, compare, compare_all
 from qwen2_npu.conformance.operators.record import DTYPES, Expected, Invalid, OperatorRecord, Sample, Skip
@@ -34,6 +43,15 @@ _RECORDS = (
     scatter_update.IN_PLACE,
     swiglu.OPERATOR,
     mm_all_reduce.OPERATOR,
+    moe_gating_top_k_softmax.OPERATOR,
+    moe_init_routing_v2.OPERATOR,
+    grouped_matmul.OPERATOR,
+    moe_finalize_routing.OPERATOR,
+    weight_quant_batchmatmul.OPERATOR,
+    quant_matmul.OPERATOR,
+    dynamic_quant.OPERATOR,
+    add_rms_norm_dynamic_quant.OPERATOR,
+    dequant_swiglu_quant.OPERATOR,
 )
 
 CATALOGUE: dict[str, OperatorRecord] = {record.name: record for record in _RECORDS}

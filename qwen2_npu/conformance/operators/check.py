@@ -96,6 +96,8 @@ def to_tensors(arguments: Arguments, dtype: str, device: str = "cpu", strided: b
     def made(value: Any) -> Any:
         if isinstance(value, OneRank):
             return one_rank.communicator_name(device)
+        if isinstance(value, list):
+            return [made(item) for item in value]
         return tensor(value) if isinstance(value, np.ndarray) else value
 
     return {name: made(value) for name, value in arguments.items()}
@@ -188,11 +190,11 @@ def run_and_compare(
 ) -> list[str]:
     """``find_problems`` for arguments and a golden that are already there."""
     tensors = to_tensors(arguments, dtype, device, strided)
-    before = {name: value.clone() for name, value in tensors.items() if is_tensor(value)}
+    before = {name: value.clone() for name, value in by_name(tensors).items()}
     outputs = call(implementation or operator_of(operator.name), tensors)
     problems = [str(found) for found in compare_all(expected, [to_array(output) for output in outputs])]
     problems += wrong_dtypes(expected, outputs, dtype)
-    problems += side_effects(operator, before, tensors, outputs)
+    problems += side_effects(operator, before, by_name(tensors), outputs)
     return problems
 
 
@@ -207,7 +209,7 @@ def wrong_dtypes(expected: Sequence[Expected], outputs: Sequence[torch.Tensor], 
 def side_effects(
     operator: OperatorRecord,
     before: dict[str, torch.Tensor],
-    after: dict[str, Any],
+    after: dict[str, torch.Tensor],
     outputs: Sequence[torch.Tensor],
 ) -> list[str]:
     """Arguments overwritten without leave, and outputs that alias what they must not or not what they must."""
@@ -233,7 +235,14 @@ def _bits(tensor: torch.Tensor) -> Array:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def is_tensor(value: Any) -> bool:
+def by_name(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among the arguments, those of a list as ``name[0]``, ``name[1]``, …"""
     import torch
 
-    return isinstance(value, torch.Tensor)
+    listed = {
+        f"{name}[{index}]": item
+        for name, value in arguments.items()
+        if isinstance(value, list)
+        for index, item in enumerate(value)
+    }
+    return {name: value for name, value in {**arguments, **listed}.items() if isinstance(value, torch.Tensor)}

@@ -22,7 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 Parameters = Mapping[str, Any]
 Arguments = dict[str, Any]
 """Keyword arguments of the operator. float64 arrays stand for tensors of the dtype under test, every other
-array for a tensor of its own dtype; OneRank for the name of a process group; the rest is passed as it is."""
+array for a tensor of its own dtype, also in lists; OneRank for the name of a process group; the rest is passed as it
+is."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class OperatorRecord:
     def arguments(self, parameters: Parameters, dtype: str, seed: int = 0) -> Arguments:
         """Built arguments whose float64 arrays hold exact values of ``dtype``."""
         built = self.build(np.random.default_rng(seed), **parameters)
-        return {name: round_to(value, dtype) if is_working(value) else value for name, value in built.items()}
+        return {name: rounded(value, dtype) for name, value in built.items()}
 
     def skip(self, sample: str, dtype: str, device: str) -> Skip | None:
         return next((skip for skip in self.skips if skip.covers(sample, dtype, device)), None)
@@ -120,6 +121,13 @@ class OperatorRecord:
     def dtypes_on(self, device: str) -> tuple[str, ...]:
         """The dtypes in which ``device`` runs some sample."""
         return tuple(d for d in self.dtypes if not all(self.skip(sample.name, d, device) for sample in self.samples))
+
+
+def rounded(value: Any, dtype: str) -> Any:
+    """An argument as an operator of ``dtype`` gets it: float64 arrays rounded, also in a list."""
+    if isinstance(value, list):
+        return [rounded(item, dtype) for item in value]
+    return round_to(value, dtype) if is_working(value) else value
 
 
 def is_working(value: Any) -> bool:

@@ -124,9 +124,9 @@ def check(setup: Setup, todo: Sequence[BenchCase]) -> None:
         MemoryError: what must be in memory together does not fit.
         BaselineError: the documented numbers are damaged.
     """
-    for case in todo:
-        check_mode(setup.mode, torch.device(setup.device), case.step)
     config = setup.weights.config()
+    for case in todo:
+        check_mode(setup.mode, torch.device(setup.device), case.step, config)
     Shard(0, setup.cards).check(config)
     protocol.check_positions(config, setup.input_tokens, setup.output_tokens - 1)
     free, together = free_bytes(setup.device), setup.cards if setup.device == "cpu" else 1

@@ -145,7 +145,5 @@ def largest(found: dict[str, tuple[int, float]]) -> list[Line]:
 
 def predicted(size: Size, step: str, batch: int) -> list[cost_model.Part]:
     """Of a documented graph on the documented card, the largest first; empty where no graph is committed."""
-    layered = baselines.load(baselines.DocumentedGraph(size.name, "decode", batch, step))
-    if layered is None:
-        return []
-    return cost_model.parts(layered.of(size.layers), cost_model.load(), HARDWARE[DOCUMENTED_SOC])[:LINES]
+    found = baselines.at_full_size(baselines.DocumentedGraph(size.name, "decode", batch, step))
+    return [] if found is None else cost_model.parts(found, cost_model.load(), HARDWARE[DOCUMENTED_SOC])[:LINES]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from qwen2_npu import graph
 from qwen2_npu.checkpoint import weights
 from qwen2_npu.checkpoint.sources import open_checkpoint, part_of, read_config, whole
-from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained, uninitialised, with_eager_attention
+from qwen2_npu.compat import expert_count
+from qwen2_npu.conformance.accuracy.stock import stock_class, stock_from_pretrained, uninitialised, with_eager_attention
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import UnsupportedError
@@ -37,7 +37,7 @@ def graph_compiler(device: torch.device) -> str:
     return GRAPH_COMPILER.get(device.type, "inductor")
 
 
-def check_mode(mode: str, device: torch.device, step: str) -> None:
+def check_mode(mode: str, device: torch.device, step: str, config: Any = None) -> None:
     """Refuse a mode before a model is built for it.
 
     Raises:
@@ -48,7 +48,7 @@ def check_mode(mode: str, device: torch.device, step: str) -> None:
             f"mode={mode!r} captures a graph per shape, and the cache of {ORIGINAL} has another one at every step: use "
             "torchair for it, or leave it out"
         )
-    graph.check_mode(mode, device)
+    graph.check_mode(mode, device, None if step == ORIGINAL else Optimizations.up_to(step), config)
 
 
 class RandomWeights:
@@ -59,10 +59,7 @@ class RandomWeights:
 
     def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        with torch.device("meta"):
-            model = transformers.Qwen2ForCausalLM(config)
-        model.tie_weights()
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = weights.stock_shapes(config)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -108,7 +105,7 @@ class Weights:
         CheckpointError: what is wrong with the folder, found before any model meets it.
         """
         source = open_checkpoint(path, assume_tp=assume_tp)
-        weights.skeleton(lambda: Qwen2ForCausalLM(source.config), source)
+        weights.skeleton(lambda: Qwen2ForCausalLM.of_kind(source.config)(source.config), source)
         return cls(size_of(source.config, path.name), path, assume_tp)
 
     @property
@@ -140,7 +137,7 @@ class Weights:
         else:
             config = self.config()
             ours = weights.build(
-                lambda: Qwen2ForCausalLM(config, optimizations, ranks),
+                lambda: Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks),
                 RandomWeights(config, dtype, target),
                 dtype=dtype,
                 device=target,
@@ -173,7 +170,7 @@ def random_stock(config: Qwen2Config, dtype: torch.dtype, device: torch.device, 
     torch.set_default_dtype(dtype)  # model.to(dtype) would round the rotary frequencies, too
     try:
         with device:
-            model = transformers.Qwen2ForCausalLM(config)
+            model = stock_class(config)(config)
     finally:
         torch.set_default_dtype(previous)
     model.tie_weights()
@@ -203,7 +200,7 @@ def compile_stock(model: Any, mode: str) -> Any:
 
 def size_of(config: Any, name: str) -> Size:
     """The numbers of any Qwen2 configuration: under its published name where it has one, else under ``name``."""
-    found = {
+    found: dict[str, Any] = {
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
         "layers": config.num_hidden_layers,
@@ -213,7 +210,11 @@ def size_of(config: Any, name: str) -> Size:
         "vocab": config.vocab_size,
         "tied": bool(config.tie_word_embeddings),
     }
+    if experts := expert_count(config):
+        found |= {"experts": experts, "per_token": config.num_experts_per_tok}
+        found |= {"expert_columns": config.moe_intermediate_size}
+        found |= {"shared_columns": config.shared_expert_intermediate_size}
     for size in SIZES.values():
-        if all(getattr(size, field) == value for field, value in found.items()):
+        if all(getattr(size, field) == found.get(field, 0) for field in ("experts", *found)):
             return size
     return Size(name=name, **found)

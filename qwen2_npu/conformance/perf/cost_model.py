@@ -110,10 +110,10 @@ def census_of(row: Row) -> Census:
         LookupError: it has no baseline.
     """
     what, size = row.configuration, shard_of(row.configuration)
-    layered = baselines.load(baselines.DocumentedGraph(size.name, row.phase, what.batch, what.step))
-    if layered is None:
+    found = baselines.at_full_size(baselines.DocumentedGraph(size.name, row.phase, what.batch, what.step))
+    if found is None:
         raise LookupError(f"{row.id}: no graph of {size.name}, batch {what.batch}, {what.step} in {baselines.FOLDER}")
-    return layered.of(size.layers)
+    return found
 
 
 def parts(census: Census, efficiencies: Efficiencies, hardware: Hardware) -> list[Part]:

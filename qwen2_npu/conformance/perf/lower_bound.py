@@ -36,9 +36,8 @@ def kv_per_token(size: Size) -> int:
 
 
 def parameters_per_step(size: Size) -> int:
-    """Elements a step reads whole: every weight but an embedding table of its own, of which it reads a row per
-    token."""
-    return size.parameters - (0 if size.tied else size.vocab * size.hidden)
+    """Elements a step reads whole, at least: each weight but an embedding table of its own; of experts, one token's."""
+    return size.activated - (0 if size.tied else size.vocab * size.hidden)
 
 
 def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) -> Work:

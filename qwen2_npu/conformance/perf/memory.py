@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qwen2_npu.conformance.perf.lower_bound import kv_per_token
 from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import LADDER, ORIGINAL
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL
 
 BYTES = 2  # bf16
 CAPACITY_BUCKET = 128
@@ -64,7 +64,7 @@ class MemoryFormula:
 
 def steps_on(step: str) -> tuple[str, ...]:
     """The switches of a row's step."""
-    return () if step == ORIGINAL else LADDER[: LADDER.index(step) + 1]
+    return (*LADDER, *EXPERTS)[: (ORIGINAL, *LADDER, *EXPERTS).index(step)]
 
 
 def memory_of(
@@ -104,10 +104,12 @@ def memory_of(
 
 def _elements_per_token(size: Size, on: Collection[str], batch: int, tokens: int, float32_logits: bool) -> int:
     """Elements alive at the peak, per token of the prompt."""
-    hidden, inner = size.hidden, size.intermediate
+    hidden, inner = size.hidden, size.shared_columns if size.experts else size.intermediate
     around = 4 * hidden + 2 * size.head_dim  # and cos, sin
     norm = 2 * hidden + 2 if "add_rms_norm" in on else 5 * hidden + 2
     mlp = 3 * inner if "swiglu" in on else 4 * inner
+    if size.experts:  # of each copy of a token: it, gate and up, their product, and the result; the shared one's
+        mlp = max(mlp, size.per_token * (2 * hidden + 3 * size.expert_columns) + hidden)
     weights = 0 if on else size.heads * tokens  # the stock layer holds its attention's until it returns
     inside = max(_attention(size, on, tokens), weights + max(norm, mlp, inner + hidden))
     vocab = size.vocab if size.whole is None else size.whole.vocab

@@ -17,11 +17,11 @@ from qwen2_npu.conformance.perf import benchmark_json, documented, hookspec
 from qwen2_npu.conformance.perf.documented import BASELINES
 from qwen2_npu.conformance.perf.measurement import INPUT_TOKENS, OUTPUT_TOKENS
 from qwen2_npu.conformance.perf.replay import Replay
-from qwen2_npu.conformance.perf.rows import Mode, Row, user_rows
+from qwen2_npu.conformance.perf.rows import Configuration, Mode, Row, user_rows
 from qwen2_npu.conformance.perf.runner import DeviceRunner, Request, Runner
 from qwen2_npu.conformance.perf.session import EVERY_ROW, EveryRowWasJudged, GateOptions, LatencyGate
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import ORIGINAL
 
 GATE = pytest.StashKey[LatencyGate]()
 RUNNER = pytest.StashKey[Runner]()
@@ -178,11 +178,12 @@ def pytest_qwen2_npu_baselines(config: pytest.Config) -> Path:
 
 def _user_rows(config: pytest.Config) -> tuple[Row, ...]:
     """Rows of the model that the user named: its last step, or those of --steps."""
-    name = runner_of(config).model_name
-    if name is None:
+    runner = runner_of(config)
+    if (name := runner.model_name) is None:
         return ()
     modes: tuple[Mode, ...] = ("eager", "graph")
-    steps = getattr(config.option, "steps", None) or (LADDER[-1],)
+    last = runner.size(Configuration(name, 1, 1, "eager", ORIGINAL)).ladder[-1]
+    steps = getattr(config.option, "steps", None) or (last,)
     return user_rows(name, USER_BATCHES, modes, steps)
 
 

@@ -6,9 +6,9 @@ from functools import cache
 
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import BaselineError
-from qwen2_npu.optimizations import LADDER, ORIGINAL, PARALLEL
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL
 
-STEPS = (ORIGINAL, *LADDER, *PARALLEL)
+STEPS = (ORIGINAL, *LADDER, *EXPERTS, *PARALLEL)
 """Rows of every table of the ladder."""
 
 

@@ -42,9 +42,9 @@ _NAMES: dict[str, str] = {
         npu::_npu_swiglu_backward_mx_quant_with_dual_axis npu::_quantize_per_channel_impl.out
         npu::_quantize_per_tensor_impl.out npu::npu_add_quant_gmm npu::npu_add_quant_gmm_ npu::npu_add_quant_matmul
         npu::npu_add_quant_matmul_ npu::npu_add_rms_norm_cast npu::npu_add_rms_norm_dynamic_mx_quant
-        npu::npu_add_rms_norm_dynamic_quant npu::npu_add_rms_norm_quant npu::npu_anti_mx_quant
+        npu::npu_add_rms_norm_quant npu::npu_anti_mx_quant
         npu::npu_convert_weight_to_int4pack npu::npu_dequant_bias npu::npu_dequant_rope_quant_kvcache
-        npu::npu_dequant_swiglu_quant npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
+        npu::npu_dual_level_quant_matmul npu::npu_dynamic_block_mx_quant
         npu::npu_dynamic_block_quant npu::npu_dynamic_dual_level_mx_quant npu::npu_dynamic_mx_quant
         npu::npu_dynamic_mx_quant_with_dual_axis npu::npu_gelu_quant
         npu::npu_group_quant npu::npu_grouped_dynamic_block_quant npu::npu_grouped_dynamic_mx_quant
@@ -88,7 +88,7 @@ _NAMES: dict[str, str] = {
     _EXPERTS: """
         npu::_npu_moe_token_unpermute_with_routing_map npu::npu_grouped_matmul_add npu::npu_grouped_matmul_add_
         npu::npu_grouped_matmul_finalize_routing npu::npu_moe_gating_top_k npu::npu_moe_gating_top_k_backward
-        npu::npu_moe_gating_top_k_softmax_v2 npu::npu_moe_init_routing_quant npu::npu_moe_init_routing_v2
+        npu::npu_moe_gating_top_k_softmax_v2 npu::npu_moe_init_routing_quant
         npu::npu_moe_re_routing npu::npu_moe_token_permute_with_routing_map
         npu::npu_moe_token_permute_with_routing_map_grad npu::npu_moe_token_unpermute_with_routing_map
         npu::npu_moe_token_unpermute_with_routing_map_grad npu::npu_moe_update_expert

@@ -16,7 +16,7 @@ from qwen2_npu.checkpoint import sources, weights
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
-from qwen2_npu.models import qwen2
+from qwen2_npu.models import backbone
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -152,7 +152,7 @@ def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message,
     def built(*args: object) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(qwen2, "Qwen2Model", built)
+    monkeypatch.setattr(backbone, "Network", built)
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
     values.pop("layer_types", None)
@@ -190,3 +190,41 @@ def test_saving_fewer_shards_drops_the_old_ones(folder):
     model.save_pretrained(folder)
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     Qwen2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_saved_folder_says_which_dtype_it_holds(folder, tmp_path, dtype):
+    """Of the weights held, not of the checkpoint that they were read from: "auto" reads them as that."""
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.save_pretrained(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
+    assert {written[name] for name in ("dtype", "torch_dtype") if name in written} == {dtype}
+    assert "torch_dtype" in written  # 4.37.0 knows no other name
+    for tensor in folder_tensors(tmp_path / "ours").values():
+        assert tensor.dtype == getattr(torch, dtype)
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "ours").dtype == getattr(torch, dtype)
+    auto = type(small_stock()).from_pretrained(tmp_path / "ours", torch_dtype="auto")
+    assert auto.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("size", ["300KB", "5GB"])
+def test_a_saved_folder_is_whole(folder, tmp_path, size):
+    """An index of every tensor where there are several files, and what generate() does by default."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    model.generation_config.max_length = 77
+    model.generation_config.eos_token_id = [5, 6]
+    model.save_pretrained(tmp_path / "ours", max_shard_size=size)
+    names = {path.name: load_file(path).keys() for path in (tmp_path / "ours").glob("*.safetensors")}
+    index = tmp_path / "ours" / "model.safetensors.index.json"
+    assert index.exists() == (len(names) > 1) == (size == "300KB")
+    if len(names) > 1:
+        written = json.loads(index.read_text(encoding="utf-8"))
+        assert written["weight_map"] == {tensor: file for file, tensors in names.items() for tensor in tensors}
+        held = sum(tensor.nbytes for tensor in model.stock_state_dict().values())
+        assert written["metadata"]["total_size"] == held
+    else:
+        assert list(names) == ["model.safetensors"]
+    again = type(small_stock()).from_pretrained(tmp_path / "ours")
+    assert (again.generation_config.max_length, again.generation_config.eos_token_id) == (77, [5, 6])
+    for name, tensor in model.stock_state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name

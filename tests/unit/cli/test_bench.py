@@ -233,10 +233,11 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
     [
         ([], "give one of --model-path DIR and --random-weights SIZE"),
         (["--random-weights", "7B", "--model-path", "x"], "give one of"),
-        (["--random-weights", "8B"], "there are 0.5B, 1.5B, 7B and 72B"),
+        (["--random-weights", "8B"], "there are 0.5B, 1.5B, 7B, 72B and 57B-A14B"),
         (["--random-weights", "7B", "--batch", "1,x"], "not a list of numbers"),
         (["--random-weights", "7B", "--batch", "0"], "at least 1"),
         (["--random-weights", "7B", "--steps", "faster"], "no step faster"),
+        (["--random-weights", "7B", "--steps", "swiglu,fused_moe"], "--steps fused_moe: 7B is no mixture of experts"),
         (["--random-weights", "7B", "--output-len", "1"], "output-len"),
         (["--random-weights", "7B", "--threads", "0"], "'--threads': 0 is not in the range"),
         *(

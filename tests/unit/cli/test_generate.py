@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -128,3 +130,51 @@ def test_a_checkpoint_with_such_a_temperature(folder: Path) -> None:
 
 def test_the_largest_seed() -> None:
     assert generate("--prompt", "x", "--max-new-tokens", 1, "--sample", "--seed", 2**64 - 1).exit_code == 0
+
+
+def overflow(folder: Path) -> None:
+    """Finite weights whose products are beyond float16, as some checkpoints' activations are."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: t * 60000 if "down_proj" in name else t for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+def break_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: t * float("nan") if "down_proj" in name else t for name, t in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("more", [[], ["--sample"], ["--prompt", "b"], ["--steps", "fixed_kv_cache"]], ids=str)
+@pytest.mark.parametrize(
+    ("spoil", "dtype", "message"),
+    [
+        (overflow, "float16", "the logits are not finite: float16 holds no more than 65504.* take --dtype bfloat16"),
+        (break_weights, "float32", "the logits are not finite in float32: is the checkpoint whole"),
+    ],
+    ids=["overflow", "nan"],
+)
+def test_logits_that_no_token_follows_from(folder: Path, spoil, dtype: str, message: str, more: list[str]) -> None:
+    spoil(folder)
+    arguments = ["--model-path", folder, "--prompt", "a", "--max-new-tokens", 3, "--dtype"]
+    result = generate(*arguments, dtype, *more)
+    assert result.exit_code != 0
+    assert re.search(message, " ".join(result.output.split())), result.output
+    assert "!!" not in result.stdout
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    if spoil is overflow:
+        assert generate(*arguments, "float32", *more).exit_code == 0
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("wanted", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_a_checkpoint_that_asks_for_beams(folder: Path, wanted: dict[str, int], prompts: int) -> None:
+    """What no streamer takes is printed when done."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wanted}))
+    given = [option for number in range(prompts) for option in ("--prompt", f"prompt {number}:")]
+    result = generate("--model-path", folder, "--max-new-tokens", 3, *given)
+    assert result.exit_code == 0, result.output
+    for number in range(prompts):
+        assert result.stdout.count(f"prompt {number}:") == wanted.get("num_return_sequences", 1)

@@ -22,6 +22,8 @@ from qwen2_npu.conformance.report.nightly import Stage
 from qwen2_npu.conformance.report.own_files import locked
 from tests.unit.conformance.test_children import GONE, all_gone
 
+pytestmark = pytest.mark.usefixtures("hangups")
+
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *statuses: int, report: int = 0) -> tuple[int, list[str]]:
     """The command with stages of these statuses; what it gives to `report`."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import COMMANDS, main, options
@@ -67,3 +71,79 @@ def test_workers_that_no_machine_can_serve(workers: int) -> None:
     result = CliRunner().invoke(main, ["nightly", f"--workers={workers}"])
     assert result.exit_code == 2
     assert "is not in the range" in result.output
+
+
+# ---- progress without a terminal -------------------------------------------------------------------------------------
+class Said:
+    """What ``click.echo`` was given, on a clock that goes on by ``pace`` seconds at each look."""
+
+    def __init__(self, pace: float) -> None:
+        self.lines: list[str] = []
+        self.plain = options.PlainLines(self.echo, itertools.count(0.0, pace).__next__)
+
+    def echo(self, line: str, err: bool) -> None:
+        assert err
+        self.lines.append(line.rpartition(":")[0])
+
+
+def test_a_line_for_each_part_as_it_ends() -> None:
+    said = Said(pace=1.0)
+    said.plain.move("stock", 0, 2)
+    said.plain.move("stock, layer 1", 0, 2)
+    assert said.lines == []
+    said.plain.move("swiglu", 1, 2)
+    assert said.lines == ["stock (1/2)"]
+    said.plain.move("done", 2, 2)
+    said.plain.end()
+    assert said.lines == ["stock (1/2)", "swiglu (2/2)"]
+
+
+def test_what_is_counted_in_many_small_pieces_has_a_line_for_each_name() -> None:
+    said = Said(pace=1.0)
+    for done, name in enumerate("aaabbbb", start=1):
+        said.plain.move(name, done, 7)
+    assert said.lines == ["a (4/7)"]
+    said.plain.end()
+    assert said.lines == ["a (4/7)", "b (7/7)"]
+
+
+def test_a_part_that_takes_long_says_where_it_is() -> None:
+    said = Said(pace=options.PlainLines.QUIET)
+    for layer in range(3):
+        said.plain.move(f"stock, layer {layer}", 0, 2)
+    assert said.lines == ["stock, layer 0 (0/2)", "stock, layer 1 (0/2)"]
+
+
+def test_a_stream_that_is_gone_changes_nothing() -> None:
+    def gone(line: str, err: bool) -> None:
+        raise BrokenPipeError
+
+    lines = options.PlainLines(gone)
+    lines.move("a", 0, 2)
+    lines.move("b", 1, 2)
+    lines.end()
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_the_first_rank_speaks_on_stderr(rank: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    if rank is not None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
+    with options.progress(Console(force_terminal=False), "starting") as progress:
+        progress("first", 0, 2)
+        progress("second", 1, 2)
+        shown = capsys.readouterr()
+        assert shown.err == ("" if rank else "first (1/2): 0.0 s\n")
+        assert shown.out == ""
+    assert capsys.readouterr().err == ("" if rank else "second (2/2): 0.0 s\n")
+
+
+def test_a_terminal_has_a_bar(capsys: Any) -> None:
+    with options.progress(Console(force_terminal=True), "starting") as progress:
+        progress("first", 0, 2)
+        progress("second", 1, 2)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "second" in shown.out

@@ -81,3 +81,12 @@ def test_weights_that_change_meanwhile(tmp_path: Path, monkeypatch: pytest.Monke
     (line,) = filter(None, result.output.splitlines())
     assert line.startswith(f"error: {folder}/model.safetensors was changed or replaced while")
     assert not report.exists()
+
+
+def test_a_line_for_each_step_without_a_terminal(tmp_path: Path) -> None:
+    options = ["--model-path", str(small_folder(tmp_path / "model")), "--device", "cpu", "--json", str(tmp_path / "r")]
+    result = CliRunner().invoke(main, ["verify", "--steps", "fixed_kv_cache,swiglu", *options])
+    assert result.exit_code == 0, result.output
+    lines = [line.rpartition(":")[0] for line in result.stderr.splitlines() if line.endswith(" s")]
+    parts = ("stock model and float64 reference", "fixed_kv_cache", "swiglu", "perplexity and greedy text")
+    assert lines == [f"{part} ({done}/4)" for done, part in enumerate(parts, start=1)]

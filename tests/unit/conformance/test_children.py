@@ -14,6 +14,8 @@ import pytest
 
 from qwen2_npu.conformance.children import NOT_STARTED, Child, Stop, run_to_end
 
+pytestmark = pytest.mark.usefixtures("hangups")
+
 GONE = 10.0
 """Seconds in which all processes must be gone; milliseconds on a machine that has nothing else to do."""
 

@@ -43,9 +43,23 @@ def launch(count: int, folder: Path, *names: str, **environment: str) -> list[di
 
 
 def failures(found: list[dict[str, str]], name: str) -> str:
-    """Empty where every rank passed ``name``."""
-    said = {rank: results.get(name, "never reached") for rank, results in enumerate(found)}
+    """Empty where every rank passed ``name``. Ranks stop at their first failure, which is the cause of the others."""
+    causes = [
+        f"{check} failed on rank {rank}" for rank, results in enumerate(found) for check in results if results[check]
+    ]
+    missing = f"not reached: {', '.join(causes) or 'the rank ended'} before"
+    said = {rank: results.get(name, missing) for rank, results in enumerate(found)}
     return "\n".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
+
+
+def test_a_check_that_was_not_reached_names_the_one_that_failed() -> None:
+    found = [{"sum": "", "gather": "Traceback"}, {"sum": "", "gather": ""}]
+    assert failures(found, "sum") == ""
+    assert failures(found, "gather") == "rank 0: Traceback"
+    assert failures(found, "send").splitlines() == [
+        f"rank {rank}: not reached: gather failed on rank 0 before" for rank in (0, 1)
+    ]
+    assert failures([{"sum": ""}], "send") == "rank 0: not reached: the rank ended before"
 
 
 @pytest.fixture(scope="module")

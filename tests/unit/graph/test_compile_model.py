@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, compile_model, graph
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import inductor, npu
 from qwen2_npu.optimizations import MODES, MODES_OF
+from tests.graph.counting import FailedGuards
+from tests.unit.mixture import mixture, needs_mixtures
 from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 
 class Counter:
     """A torch.compile backend that counts the graphs it is given, and runs them as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, guards: FailedGuards) -> None:
+        self.guards = guards
         self.graphs = 0
 
     def __call__(self, module, example_inputs):
         self.graphs += 1
+        self.guards.compiled_for(example_inputs)
         return module.forward
+
+    def describe(self) -> str:
+        """For each graph why it was compiled."""
+        return "\n".join(self.guards.graphs)
 
 
 @pytest.fixture
 def counter(monkeypatch):
     torch._dynamo.reset()
-    backend = Counter()
-    monkeypatch.setattr(inductor, "BACKEND", backend)
-    yield backend
+    with FailedGuards() as guards:
+        backend = Counter(guards)
+        monkeypatch.setattr(inductor, "BACKEND", backend)
+        yield backend
     torch._dynamo.reset()
 
 
@@ -62,12 +76,47 @@ def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weig
     expected = [model.generate(**call, max_new_tokens=20, do_sample=False) for call in calls]
     compile_model(model, "inductor")
     for call, tokens in zip(calls, expected, strict=True):
-        assert torch.equal(model.generate(**call, max_new_tokens=20, do_sample=False), tokens)
-    assert counter.graphs == 2
+        assert_same_tokens(model.generate(**call, max_new_tokens=20, do_sample=False), tokens, model, call)
+    assert counter.graphs == 2, counter.describe()
     # A prompt of the same bucket is no new graph, another bucket one more prefill, another batch one of each.
     for batch, tokens, graphs in ((3, 14, 2), (3, 30, 3), (2, 30, 5)):
         model.generate(**prompt(batch, tokens), max_new_tokens=5, do_sample=False)
-        assert counter.graphs == graphs
+        assert counter.graphs == graphs, counter.describe()
+
+
+@pytest.mark.parametrize(("rows", "ragged"), [(3, True), (1, False)])
+@torch.no_grad()
+def test_a_loop_of_ones_own_compiles_as_few(weights, counter, rows, ragged):
+    """Slices of growing tensors have other strides every step."""
+    model, steps = build(weights, Optimizations.all()), 6
+    compile_model(model, "inductor")
+    given = prompt(rows, 9, ragged)
+    cache = model.allocate_cache(rows, 9 + steps)
+    ids, mask, width, logits = given["input_ids"], given["attention_mask"], 9, []
+    for token in prompt(rows, steps)["input_ids"].split(1, dim=1):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        call = {"attention_mask": mask, "position_ids": positions[:, -width:], CACHE_NAME: cache}
+        logits.append(model(ids[:, -width:], **call).logits[:, -1])
+        ids, mask, width = torch.cat((ids, token), dim=1), torch.cat((mask, torch.ones_like(token)), dim=1), 1
+    assert counter.graphs == 2
+    model.compiled_steps = {}
+    expected = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).logits[:, 8:]
+    assert (torch.stack(logits, dim=1) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("step", LADDER)
+def test_options_follow_from_the_steps_and_the_caller(weights, monkeypatch, step):
+    """Tiling is sunk, and live lengths may change, from ifa_tiling on; weights are constants; a caller decides."""
+    seen = []
+    monkeypatch.setattr(graph, "_compiler", lambda mode, model, options: seen.append(options) or (lambda call: call))
+    model = build(weights, Optimizations.up_to(step))
+    sunk = model.optimizations.ifa_tiling
+    compile_model(model, "inductor")
+    assert seen.pop() == graph.GraphOptions(sunk, True, sunk, None)
+    compile_model(
+        model, "inductor", dynamic=True, frozen_parameter=False, tiling_schedule_optimize=not sunk, cache_dir="graphs"
+    )
+    assert seen.pop() == graph.GraphOptions(True, False, not sunk, Path("graphs"))
 
 
 FEW = 2
@@ -81,8 +130,8 @@ def test_more_prompt_buckets_than_dynamo_would_allow(weights, counter):
     compile_model(model, "inductor")
     with torch._dynamo.config.patch(recompile_limit=FEW):
         for call, tokens in zip(calls, expected, strict=True):
-            assert torch.equal(model.generate(**call, max_new_tokens=2, do_sample=False), tokens)
-    assert counter.graphs == len(calls) + 1  # and one for decode
+            assert_same_tokens(model.generate(**call, max_new_tokens=2, do_sample=False), tokens, model, call)
+    assert counter.graphs == len(calls) + 1, counter.describe()  # and one for decode
 
 
 def test_the_count_can_fail(weights, counter):
@@ -97,7 +146,7 @@ def test_the_count_can_fail(weights, counter):
 
     model.compiled_steps["decode"] = growing
     model.generate(**prompt(2, 9), max_new_tokens=4, do_sample=False)
-    assert counter.graphs == 1 + 3
+    assert counter.graphs == 1 + 3, counter.describe()
 
 
 @pytest.mark.slow
@@ -107,19 +156,74 @@ def test_inductor_generates_the_eager_tokens(weights):
     call = prompt(2, 9, ragged=True)
     expected = model.generate(**call, max_new_tokens=16, do_sample=False)
     compile_model(model, "inductor")
-    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
+    assert_same_tokens(model.generate(**call, max_new_tokens=16, do_sample=False), expected, model, call)
 
 
 def test_what_records_layers_runs_uncompiled(weights, counter):
     model = compile_model(build(weights, Optimizations.all()), "inductor")
     ids = prompt(1, 5)["input_ids"]
     assert len(model(ids, output_hidden_states=True).hidden_states) == 2
-    assert counter.graphs == 0
+    assert counter.graphs == 0, counter.describe()
 
 
 def test_a_growing_cache_is_refused(weights):
     with pytest.raises(UnsupportedError, match="needs the fixed_kv_cache step"):
         compile_model(build(weights, Optimizations.none()), "inductor")
+
+
+# ---- a mixture of experts -------------------------------------------------------------------------------------------
+@needs_mixtures
+def test_a_mixture_of_experts_needs_its_step(counter, monkeypatch):
+    """Refused by name in every graph mode, before anything is compiled; eager takes either."""
+    monkeypatch.setattr(npu, "check_installed", lambda mode, others: None)
+    model = mixture(Optimizations.up_to(LADDER[-1]))
+    for mode in MODES:
+        monkeypatch.setattr(type(model), "device", Device("cpu" if mode in MODES_OF["cpu"] else "npu"))
+        if mode == "eager":
+            assert compile_model(model, mode) is model
+            continue
+        with pytest.raises(UnsupportedError, match=f"^mode='{mode}' needs the fused_moe step for a mixture of expe"):
+            compile_model(model, mode)
+        assert model.compiled_steps == {}
+    graph.check_mode("inductor", torch.device("cpu"), Optimizations.up_to(LADDER[-1]), small_config())
+
+
+@needs_mixtures
+def test_one_decode_graph_serves_every_routing(counter):
+    """64 steps, in which the tokens go to many different sets of experts."""
+    model, routings = mixture(), set()
+    chosen = model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, given: routings.add(tuple(given[2].flatten().tolist()))
+    )
+    call = prompt(3, 9, ragged=True)
+    expected = model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False)
+    chosen.remove()
+    assert len(routings) > 16
+    compile_model(model, "inductor")
+    assert torch.equal(model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False), expected)
+    assert counter.graphs == 2
+
+
+@needs_mixtures
+def test_experts_that_the_host_looks_up_are_no_graph(counter, monkeypatch):
+    """Negative control: what the refusal spares a user is an error of the compiler."""
+    model = mixture(Optimizations.up_to(LADDER[-1]))
+    monkeypatch.setattr(graph, "check_mode", lambda *given: None)
+    compile_model(model, "inductor")
+    with pytest.raises(GuardOnDataDependentSymNode):
+        model.generate(**prompt(2, 9), max_new_tokens=2, do_sample=False)
+    assert counter.graphs == 0
+
+
+@needs_mixtures
+@pytest.mark.slow
+def test_inductor_generates_the_eager_tokens_of_a_mixture():
+    torch._dynamo.reset()
+    model = mixture()
+    call = prompt(2, 9, ragged=True)
+    expected = model.generate(**call, max_new_tokens=16, do_sample=False)
+    compile_model(model, "inductor")
+    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "npu", "xpu", "meta"])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,37 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
         guard("G['torch']", is_global=True),
     ]
     assert npu.keep_input_guards(guards) == [True, False, True, False]
+
+
+@needs_torch_npu
+@pytest.mark.parametrize("mode", ["torchair", "npugraph_ex"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_options_reach_the_compiler(model, mode, chosen, monkeypatch):
+    """Guards filtered, no fallback to eager in the middle; for torchair with its own configuration."""
+    import torch_npu  # noqa: F401 - puts torchair on the path
+    import torchair
+
+    compiled, backends = [], []
+    monkeypatch.setattr(torch, "compile", lambda step, **given: compiled.append(given) or step)
+    monkeypatch.setattr(torchair, "get_npu_backend", lambda **given: backends.append(given) or "torchair's")
+    options = graph.GraphOptions(chosen, not chosen, chosen, None)
+    with warnings.catch_warnings():
+        compile_step = npu.compiler(mode, model, options)
+    compile_step(model.decode_step)
+    compile_step(model.prefill_step)
+    for given in compiled:
+        assert given == {
+            "backend": "torchair's" if mode == "torchair" else "npugraph_ex",
+            "dynamic": chosen,
+            "fullgraph": True,
+            "options": {"guard_filter_fn": npu.keep_input_guards},
+        }
+    assert len(backends) == 1
+    if mode == "torchair":
+        experimental = backends[0]["compiler_config"].experimental_config
+        assert experimental.frozen_parameter.value == ("1" if not chosen else "0")
+        assert experimental.tiling_schedule_optimize.value == ("1" if chosen else "0")
+        assert backends[0]["compiler_config"].post_grad_custom_post_pass.value is npu.drop_layout_copies
 
 
 def test_equal_shapes_have_one_name():

@@ -15,6 +15,7 @@ from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_options_give_the_stock_tokens(model, stock, prompt, options):
     for candidate in (stock, model):
         torch.manual_seed(5)
         answers.append(candidate.generate(**prompt, max_new_tokens=10, pad_token_id=0, **options))
-    assert torch.equal(*answers)
+    assert_same_tokens(answers[1], answers[0])
 
 
 def test_stopping_criteria_and_streamer(model, stock, prompt):
@@ -100,7 +101,7 @@ def test_stopping_criteria_and_streamer(model, stock, prompt):
         criteria = StoppingCriteriaList([StopAfter(15)])
         answers.append(candidate.generate(**row, max_new_tokens=20, do_sample=False, stopping_criteria=criteria,
                                           streamer=streamers[-1]))  # fmt: skip
-    assert torch.equal(*answers)
+    assert_same_tokens(answers[1], answers[0])
     assert answers[0].shape[1] == 15
     assert streamers[0].tokens == streamers[1].tokens
     assert streamers[1].ended
@@ -137,14 +138,14 @@ def test_second_turn_from_the_cache_of_the_first(model, stock, prompt, name):
         mask = torch.cat([prompt["attention_mask"], torch.ones(3, 11, dtype=torch.int64)], dim=1)
         second = candidate.generate(ids, attention_mask=mask, **{key: cache_of(first)}, **arguments)
         answers.append(second.sequences)
-    assert torch.equal(*answers)
+    assert_same_tokens(answers[1], answers[0])
 
 
 @pytest.mark.skipif(V4, reason="4.37.0 crops tuples only")
 def test_assisted_decoding_crops_the_cache(full, stock, prompt):
     ids = prompt["input_ids"][:1]
     answer = full.generate(ids, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3)
-    assert torch.equal(answer, stock.generate(ids, max_new_tokens=10, do_sample=False))
+    assert_same_tokens(answer, stock.generate(ids, max_new_tokens=10, do_sample=False), stock)
 
 
 # ---- the cache between calls
@@ -155,7 +156,7 @@ def test_the_next_call_of_the_same_shape_gets_the_same_memory(full, prompt, monk
     original = FixedKVCache.__init__
     monkeypatch.setattr(FixedKVCache, "__init__", lambda self, shape: (built.append(shape), original(self, shape))[1])
     first = full.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert torch.equal(first, full.generate(**prompt, max_new_tokens=4, do_sample=False))
+    assert_same_tokens(first, full.generate(**prompt, max_new_tokens=4, do_sample=False))
     assert built == []
     full.generate(prompt["input_ids"][:1], max_new_tokens=4, do_sample=False)
     assert [shape.batch_size for shape in built] == [1]
@@ -198,8 +199,9 @@ def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prom
         kept = model.generate(**arguments)
         pooled = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(**arguments).sequences, pooled)
+    mask = torch.cat((prompt["attention_mask"], torch.ones(3, 4, dtype=torch.int64)), dim=1)
     with torch.no_grad():
-        model(pooled[:, -1:], **{CACHE_NAME: cache_of(kept)})
+        model(pooled[:, -1:], attention_mask=mask, **{CACHE_NAME: cache_of(kept)})
 
 
 @pytest.mark.skipif(V4, reason="an option of 5.x")
@@ -211,7 +213,7 @@ def test_stop_strings(model, stock):
     stop = next(text for text in texts if text.isascii() and text.strip())
     arguments = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
     answers = [candidate.generate(ids, **arguments) for candidate in (stock, model)]
-    assert torch.equal(*answers)
+    assert_same_tokens(answers[1], answers[0])
     assert answers[0].shape[1] < plain.shape[1]
 
 
@@ -219,7 +221,7 @@ def test_stop_strings(model, stock):
 def test_prefill_in_chunks(model, stock, prompt):
     ids = prompt["input_ids"]
     arguments = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 4}
-    assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
+    assert_same_tokens(model.generate(ids, **arguments), stock.generate(ids, **arguments), stock)
     with pytest.raises(UnsupportedError, match="prefill_chunk_size=4 with padded rows"):
         model.generate(**prompt, **arguments)
 
@@ -266,13 +268,24 @@ def test_the_last_new_token_takes_no_position(short, short_stock, width, new, wa
     """The stock model, which stops nowhere, is followed up to the last position; what goes beyond is refused first."""
     ids = torch.randint(1, 199, (1 if way == "lookup" else 2, width), generator=torch.Generator().manual_seed(width))
     call = {"input_ids": ids, "max_new_tokens": new, "do_sample": False, **WAYS[way]}
-    if width + new - 1 <= FEW:
-        assert torch.equal(short.generate(**call), short_stock.generate(**call))
+    followed_up_to_the_last_position(short, short_stock, call, width, monkeypatch)
+
+
+def followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch):
+    """The stock tokens, as many as there are positions for."""
+    new = call["max_new_tokens"]
+    room = FEW - live + 1
+    if new <= room:
+        assert_same_tokens(short.generate(**call), short_stock.generate(**call))
         return
+    if room > 0:
+        with pytest.warns(UserWarning, match=rf"^{new} new tokens after this prompt need {live + new - 1} positions"):
+            cut = short.generate(**call)
+        assert torch.equal(cut, short_stock.generate(**{**call, "max_new_tokens": room}))
     no_forward(short, monkeypatch)
-    with pytest.raises(
-        ValueError, match=rf"^prompt and new tokens need {width + new - 1} positions, the model has max_"
-    ):
+    least = max(new, room + 1)
+    call = {**call, "max_new_tokens": least, "min_new_tokens": least}
+    with pytest.raises(ValueError, match=rf"^prompt and new tokens need {live + least - 1} positions, the model has"):
         short.generate(**call)
 
 
@@ -283,12 +296,7 @@ def test_padding_takes_no_position(short, short_stock, width, live, new, monkeyp
     mask = torch.ones_like(ids)
     mask[0, : width - live] = mask[1, : width - 5] = 0
     call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False}
-    if live + new - 1 <= FEW:
-        assert torch.equal(short.generate(**call), short_stock.generate(**call))
-        return
-    no_forward(short, monkeypatch)
-    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions, the model has max_"):
-        short.generate(**call)
+    followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch)
 
 
 @pytest.mark.skipif(V4, reason="4.37.0's generate takes no embeddings without a bos token")
@@ -296,12 +304,19 @@ def test_padding_takes_no_position(short, short_stock, width, live, new, monkeyp
 def test_embeddings_take_positions_as_ids_do(short, short_stock, width, new, monkeypatch):
     embeds = short_stock.get_input_embeddings()(torch.arange(1, width + 1)[None])
     call = {"inputs_embeds": embeds, "max_new_tokens": new, "do_sample": False}
-    if width + new - 1 <= FEW:
-        assert torch.equal(short.generate(**call), short_stock.generate(**call))
-        return
-    no_forward(short, monkeypatch)
-    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions"):
-        short.generate(**call)
+    followed_up_to_the_last_position(short, short_stock, call, width, monkeypatch)
+
+
+@pytest.mark.parametrize("way", ["greedy", "no cache", *([] if V4 else ["lookup"])])
+def test_a_limit_beyond_all_positions_is_no_obstacle_where_generation_ends_early(short, short_stock, way):
+    """As evaluation programs pass it; whichever name the limit goes by."""
+    ids = torch.randint(1, 199, (1 if way == "lookup" else 2, 5), generator=torch.Generator().manual_seed(7))
+    ends = {"eos_token_id": short_stock.generate(ids, max_new_tokens=6, do_sample=False)[:, -3].tolist()}
+    call = {"input_ids": ids, "do_sample": False, "pad_token_id": 0, **ends, **WAYS[way]}
+    theirs = short_stock.generate(**call, max_new_tokens=15)
+    for limit in ({"max_new_tokens": 32768}, {"max_length": 32768}):
+        with pytest.warns(UserWarning, match=r"20 are generated at most"):
+            assert torch.equal(short.generate(**call, **limit), theirs)
 
 
 # ---- bad input
@@ -352,3 +367,27 @@ def test_token_ids_outside_the_vocabulary(model):
 def test_another_cache_implementation_is_refused(full, prompt):
     with pytest.raises(UnsupportedError, match="cache_implementation='static'"):
         full.generate(**prompt, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_prompt_that_ends_in_the_pad_token(model):
+    """The mask is transformers' own then: nobody has passed one that could end in 0."""
+    ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
+    with pytest.raises(
+        ValueError, match=r"^row 1 of the prompt ends in the pad token 0, .* where no attention_mask is"
+    ):
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, pad_token_id=0)
+    assert answer.shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused_at_once(model, name):
+    with pytest.raises(UnsupportedError, match=r"^continuous batching .* one left-padded batch to generate\("):
+        getattr(model, name)([[1, 2, 3]], max_new_tokens=2)
+
+
+@pytest.mark.skipif(V4, reason="an option of 5.x")
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_cache_implementations_are_refused_with_the_call_that_works(model, prompt, kind):
+    with pytest.raises(UnsupportedError, match=rf"^cache_implementation='{kind}': .*=model.allocate_cache\(batch_size"):
+        model.generate(**prompt, max_new_tokens=2, cache_implementation=kind)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import cache_of
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.models.inputs import Rows
+from qwen2_npu.models.inputs import Rows, check_window
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 masks = st.integers(1, 4).flatmap(
@@ -260,3 +261,37 @@ def test_a_continuation_up_to_the_last_position(short, short_stock, past, new):
     with pytest.raises(ValueError, match=rf"^{past + new} tokens need as many positions"):
         short(ids[:, past:], past_key_values=cache_of(first))
     assert cache_of(first).get_seq_length() == past
+
+
+@pytest.mark.parametrize("mask", [[[0, 0, 1, 1]] * 3, [[1, 1, 0, 0]] * 2, [[0, 1, 0, 1]] * 2], ids=str)
+def test_rows_that_are_all_padded_alike_are_compacted(mask):
+    """As many tokens in each row are no sign that there is no padding."""
+    given = torch.tensor(mask)
+    rows = Rows.of(given, len(mask), 4)
+    assert rows.lengths == [2] * len(mask)
+    assert torch.equal(rows.padding, given == 0)
+    places = torch.arange(4).repeat(len(mask), 1)
+    compact = rows.compact(places)
+    assert torch.equal(compact[:, :2], places[given == 1].reshape(len(mask), 2))
+    assert torch.equal(rows.restore(compact), places)
+    assert torch.equal(rows.find(slice(-1, None), 4, given.device), (compact == 3).nonzero()[:, 1:])
+
+
+def test_holes_are_refused_as_soon_as_a_window_can_reach_across():
+    live = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]).bool()
+    check_window(live, window=5, slots=5)
+    check_window(live[:1], window=4, slots=5)
+    with pytest.raises(UnsupportedError, match=r"^row 1 has padding between its tokens, .* window of 4"):
+        check_window(live, window=4, slots=5)
+
+
+@pytest.mark.parametrize("step", ["swiglu", "ifa_tiling"])
+@torch.no_grad()
+def test_the_model_keeps_up_the_masks_that_it_reads(step, monkeypatch):
+    seen, step_of = [], FixedKVCache.step
+    monkeypatch.setattr(FixedKVCache, "step", lambda *given, **named: seen.append(named) or step_of(*given, **named))
+    optimizations = Optimizations.all().replace(ifa_tiling=step == "ifa_tiling")
+    config = small_config(num_hidden_layers=1)
+    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)), optimizations=optimizations)
+    model(torch.ones(1, 3, dtype=torch.int64))
+    assert [named["masks"] for named in seen] == [step != "ifa_tiling"]

@@ -72,6 +72,9 @@ def largest_difference(first: Any, second: Any) -> float:
 def test_same_logits_and_cache_in_a_prompt_its_continuation_and_a_decode_step(
     weights: Any, variant: str, rows: str, keep: int | torch.Tensor
 ) -> None:
+    windowed = weights[0].use_sliding_window
+    if windowed and rows in ("right", "holes"):
+        pytest.skip("padding between tokens is refused where a window may reach across it: see test_inputs")
     before, after = (build(weights, VARIANTS[variant].replace(last_layer=on)) for on in (False, True))
     caches = before.allocate_cache(3, 32), after.allocate_cache(3, 32)
     shapes = computed(after)
@@ -80,7 +83,7 @@ def test_same_logits_and_cache_in_a_prompt_its_continuation_and_a_decode_step(
     for seed, tokens in enumerate((12, 8, 1)):
         if seed > 0:
             mask = torch.cat((mask, mask.new_ones(3, tokens)), dim=1)
-        if tokens == 8:
+        if tokens == 8 and not windowed:
             mask[1, 15] = 0
         given = {"input_ids": ids_of(tokens, seed), "attention_mask": mask, "logits_to_keep": keep if tokens > 1 else 1}
         expected = before(past_key_values=caches[0], **given).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.models import layers, qwen2
-from qwen2_npu.models.layers import RotaryTable
+from qwen2_npu.models import backbone, layers
+from qwen2_npu.models.layers import RotaryTable, RowParallelLinear
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -83,6 +84,9 @@ def test_a_table_that_grew_has_the_numbers_of_one_that_was_whole(rope, dtype, mo
         assert table.cos.shape == table.sin.shape == (rows, 64)
         assert torch.equal(table.cos, whole.cos[:rows])
         assert torch.equal(table.sin, whole.sin[:rows])
+    table.prepare(dtype, CPU, 4000, padded=3001)  # the last is of a token after padding
+    assert table.cos.shape == (4096, 64)
+    assert torch.equal(table.cos[:3000], whole.cos)
 
 
 def test_a_table_is_kept_while_it_serves(monkeypatch):
@@ -176,7 +180,21 @@ def test_every_way_to_beyond_the_first_table(optimizations, far, monkeypatch):
         return results
 
     expected = run(whole)
-    for module in (layers, qwen2):
+    for module in (layers, backbone):
         monkeypatch.setattr(module, "TABLE_ROWS", 16)
     assert all(torch.equal(one, other) for one, other in zip(run(growing), expected, strict=True))
     assert 16 < len(growing.model.rotary.cos) <= len(whole.model.rotary.cos)
+
+
+def test_product_and_sum_are_one_operator_in_prefill_alone(monkeypatch):
+    """A decode step has too few rows to gain from it."""
+    calls = []
+    ranks = SimpleNamespace(all_reduce=lambda found: calls.append("all_reduce") or found)
+    layer = RowParallelLinear(4, 3, ranks)
+    layer.hcom = "group"
+    one = SimpleNamespace(npu_mm_all_reduce_base=lambda x, weight, hcom: calls.append(hcom) or x @ weight)
+    monkeypatch.setattr(torch.ops, "npu", one)
+    x = torch.randn(2, 1, 4)
+    for phase in ("prefill", "extend", "decode"):
+        assert torch.allclose(layer(x, phase), x @ layer.weight.t())
+    assert calls == ["group", "group", "all_reduce"]

@@ -11,6 +11,7 @@ from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedErr
 from qwen2_npu.models import arguments
 from qwen2_npu.optimizations import VARIANTS
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 TOLERANCE = 2e-4
 """float32: logits here reach a few tens and three layers sum some hundred terms, so errors stay near 1e-5."""
@@ -165,7 +166,7 @@ def test_sliding_windows_and_rope_scaling(changes, optimizations, ids, left_padd
     model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
     assert_close(model(ids).logits, stock(ids).logits)
     arguments = {"attention_mask": left_padding, "max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(ids, **arguments), stock.generate(ids, **arguments))
+    assert_same_tokens(model.generate(ids, **arguments), stock.generate(ids, **arguments), stock, arguments)
     first = model(ids[:, :7], use_cache=True)
     assert_close(model(ids[:, 7:], past_key_values=cache_of(first)).logits, stock(ids).logits[:, 7:])
 
@@ -192,7 +193,8 @@ def test_prefill_and_decode_do_not_depend_on_what_stands_at_padding(full, ids, l
     other = torch.where(left_padding.bool(), ids, (ids + 7) % 199)
     first, second = (full(x, attention_mask=left_padding, use_cache=True) for x in (ids, other))
     assert torch.equal(first.logits[left_padding.bool()], second.logits[left_padding.bool()])
-    steps = [full(ids[:, :1], past_key_values=cache_of(out)).logits for out in (first, second)]
+    mask = torch.cat((left_padding, left_padding.new_ones(3, 1)), dim=1)
+    steps = [full(ids[:, :1], attention_mask=mask, past_key_values=cache_of(out)).logits for out in (first, second)]
     assert torch.equal(*steps)
 
 
@@ -331,17 +333,17 @@ def test_more_positions_than_the_model_has(full):
     with pytest.raises(ValueError, match=r"need 513 positions, the model has max_position_embeddings=512"):
         full.allocate_cache(1, 513)
     with pytest.raises(ValueError, match=r"max_position_embeddings=512"):
-        full.generate(torch.ones(1, 500, dtype=torch.int64), max_new_tokens=50)
+        full.generate(torch.ones(1, 513, dtype=torch.int64), max_new_tokens=50)
 
 
 def test_another_kind_of_cache(full, ids):
     from transformers.cache_utils import DynamicCache
 
-    with pytest.raises(UnsupportedError, match=r"DynamicCache; with fixed_kv_cache on pass one of allocate_cache"):
+    with pytest.raises(UnsupportedError, match=r"DynamicCache: with fixed_kv_cache on pass model.allocate_cache\("):
         full(ids, past_key_values=DynamicCache())
     growing = Qwen2ForCausalLM(small_config(num_hidden_layers=1), Optimizations.none())
     for call, more in ((growing.forward, {}), (growing.generate, {"max_new_tokens": 2})):
-        with pytest.raises(UnsupportedError, match=r"FixedKVCache; with fixed_kv_cache off pass one of allocate_cache"):
+        with pytest.raises(UnsupportedError, match=r"FixedKVCache: with fixed_kv_cache off pass model.allocate_c"):
             call(ids, past_key_values=full.allocate_cache(3, 64), **more)
 
 

@@ -25,7 +25,7 @@ def expected(data: Tensor, starts: list[int], updates: Tensor, axis: int) -> Ten
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("axis", [1, 2, 3, -2])
 @pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("starts", [[0, 0, 0], [2, 2, 2], [4, 0, 2], [1, 4], [3]])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [2, 2, 2], [4, 0, 2], [4, 1, 4], [1, 1, 3], [1, 4], [3]])
 def test_writes_one_slice_per_row(
     dtype: torch.dtype, index_dtype: torch.dtype, axis: int, length: int, starts: list[int]
 ) -> None:

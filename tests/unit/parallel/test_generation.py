@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel import generation
 from qwen2_npu.parallel.collectives import ALONE, Ranks
 from qwen2_npu.parallel.sharding import Shard
-from tests.unit.parallel.virtual import sharded
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.test_cache import shape
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 5, 7]])
@@ -88,3 +90,34 @@ def test_a_limit_of_time_is_refused_wherever_it_is_from(where: str, facts: list[
         ),
     ):
         model.generate(IDS, max_new_tokens=2, **given)
+
+
+def test_caches_that_would_grow_otherwise_are_other_facts(facts: list[dict[str, Any]]) -> None:
+    caches = [FixedKVCache(shape(capacity=capacity)) for capacity in (128, 128, 256, 128, 128)]
+    for cache, lengths in zip(caches, ([4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 3, 4], [4, 4, 4]), strict=True):
+        with cache.step(lengths, 4):
+            pass
+    caches[4].padding = torch.zeros(3, 4, dtype=torch.bool)
+    for cache in caches:
+        generation.start(SecondRank(Shard(1, 2)), {"past_key_values": cache}, CPU)
+    assert facts[0] == facts[1]
+    assert all(one != facts[0] for one in facts[2:])
+
+
+def test_on_all_ranks_a_cache_grows_and_what_is_too_long_is_cut() -> None:
+    config = small_config(max_position_embeddings=160)
+    stock = small_stock(config)
+    ids = torch.randint(1, 199, (1, 120), generator=torch.Generator().manual_seed(2))
+
+    def run(ranks: Ranks) -> tuple[torch.Tensor, int]:
+        model = sharded(config, stock_weights(stock), ranks)
+        cache = model.allocate_cache(1, 100)
+        with torch.no_grad():
+            model(ids[:, :100], past_key_values=cache)
+        answer = model.generate(ids, past_key_values=cache, max_new_tokens=32768, do_sample=False)
+        return answer, cache.shape.capacity
+
+    with virtual_ranks(2) as on_all, pytest.warns(UserWarning, match="41 are generated at most"):
+        answers = on_all(run)
+    expected = stock.generate(ids, max_new_tokens=41, do_sample=False)
+    assert all(torch.equal(answer, expected) and capacity == 256 for answer, capacity in answers)

@@ -10,29 +10,41 @@ import torch
 from transformers import Qwen2Config
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.sources import part_of
 from qwen2_npu.checkpoint.weights import held_shapes, stock_layout, stock_shapes
-from qwen2_npu.compat import head_dim, kv_head_count
+from qwen2_npu.compat import CONFIGURATIONS, head_dim, kv_head_count
 from qwen2_npu.conformance.accuracy.stock import uninitialised
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel.collectives import Ranks
-from qwen2_npu.parallel.sharding import CUTS, LARGEST, Shard, Slice, admissible_sizes
+from qwen2_npu.parallel.sharding import CUTS, LARGEST, Shard, Slice, admissible_sizes, ending
 from tests.unit.small import small_config
 
-DENSE = {name: size for name, size in SIZES.items() if size.whole is None}
+MIXTURE = "57B-A14B"
+"""28 query heads, 4 kv heads, and 64 experts of 2560 columns beside one of 20480."""
+
+DENSE = {name: size for name, size in SIZES.items() if size.whole is None and name != MIXTURE}
 
 POSSIBLE = {"0.5B": (1, 2), "1.5B": (1, 2, 4), "7B": (1, 2, 4), "72B": (1, 2, 4, 8)}
 """Worked out by hand: ranks divide the query heads (14, 12, 28, 64) and the columns, and divide the kv heads
 (2, 2, 4, 8) or are a multiple of them."""
 
-CASES = [(name, ranks) for name, every in POSSIBLE.items() for ranks in every]
+OF_EXPERTS: dict[str, tuple[int, ...]] = {MIXTURE: (1, 2, 4)} if "qwen2_moe" in CONFIGURATIONS else {}
 
-EVERY_LAYOUT = pytest.mark.parametrize(("name", "ranks"), CASES)
+DENSE_LAYOUT = pytest.mark.parametrize(
+    ("name", "ranks"), [(name, ranks) for name, every in POSSIBLE.items() for ranks in every]
+)
+
+EVERY_LAYOUT = pytest.mark.parametrize(
+    ("name", "ranks"), [(name, ranks) for name, every in (POSSIBLE | OF_EXPERTS).items() for ranks in every]
+)
 
 
 def config_of(name: str, **changes: Any) -> Qwen2Config:
     """The real head counts; what only decides how much there is to hold is small."""
+    if name == MIXTURE:
+        return mixture(**changes)
     size = DENSE[name]
     values = {
         "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "head_dim": 4,
@@ -40,6 +52,16 @@ def config_of(name: str, **changes: Any) -> Qwen2Config:
         "tie_word_embeddings": size.tied,
     }  # fmt: skip
     return small_config(**(values | changes))
+
+
+def mixture(**changes: Any) -> Any:
+    """Two layers, of which one has experts."""
+    values = {
+        "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 112, "intermediate_size": 24,
+        "vocab_size": 48, "num_hidden_layers": 2, "mlp_only_layers": [1], "num_experts": 3, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16, "pad_token_id": 0,
+    }  # fmt: skip
+    return CONFIGURATIONS["qwen2_moe"](**(values | changes))
 
 
 def numbered(config: Qwen2Config) -> dict[str, torch.Tensor]:
@@ -62,7 +84,7 @@ def test_numbers_of_ranks_of_the_real_sizes(name: str) -> None:
     assert admissible_sizes(DENSE[name].config()) == POSSIBLE[name]
 
 
-@EVERY_LAYOUT
+@DENSE_LAYOUT
 def test_small_layouts_are_cut_as_the_real_ones(name: str, ranks: int) -> None:
     Shard(0, ranks).check(DENSE[name].config())
     Shard(0, ranks).check(config_of(name))
@@ -137,7 +159,8 @@ def test_only_norms_and_what_cannot_be_cut_are_held_by_all(name: str, ranks: int
         return
     config = config_of(name)
     whole = {each for each in stock_shapes(config) if Shard(0, ranks).slice_of(each, config) is None}
-    assert {each for each in whole if "norm" not in each} == set()
+    gates = {f"model.layers.0.mlp.{gate}.weight" for gate in ("gate", "shared_expert_gate")}
+    assert {each for each in whole if "norm" not in each} == (gates if name == MIXTURE else set())
 
 
 @EVERY_LAYOUT
@@ -212,7 +235,7 @@ def test_modules_have_the_shapes_of_the_slices(name: str, ranks: int, optimizati
     assert held == sum(torch.Size(shape).numel() for shape in expected.values())
 
 
-@EVERY_LAYOUT
+@DENSE_LAYOUT
 def test_sizes_of_the_suites_agree(name: str, ranks: int) -> None:
     """conformance.sizes has the same numbers without torch."""
     config, shard = DENSE[name].config(), Shard(0, ranks)
@@ -222,17 +245,35 @@ def test_sizes_of_the_suites_agree(name: str, ranks: int) -> None:
     assert part.parameters == sum(torch.Size(shape).numel() for shape in held_shapes(config, shard).values())
 
 
-def test_every_stock_parameter_is_cut_or_a_norm() -> None:
+WHOLE_MODULES = r"(input_layernorm|post_attention_layernorm|norm)\.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_stock_parameter_is_cut_or_a_norm(tied: bool) -> None:
     """A parameter that a later transformers adds is met by no table: it must not be replicated unseen."""
-    for tied in (True, False):
-        for name, _ in uninitialised(small_config(tie_word_embeddings=tied)).named_parameters():
-            module, kind = name.split(".")[-2:]
-            assert f"{module}.{kind}" in CUTS or re.fullmatch(
-                r"(input_layernorm|post_attention_layernorm|norm)", module
-            )
+    for name, _ in uninitialised(small_config(tie_word_embeddings=tied)).named_parameters():
+        assert ending(name) in CUTS or re.fullmatch(WHOLE_MODULES, ending(name))
+
+
+@pytest.mark.skipif(not OF_EXPERTS, reason="this transformers has no Qwen2Moe")
+def test_every_stock_parameter_of_a_mixture_is_cut_or_a_norm_or_a_gate() -> None:
+    state = one_by_one(uninitialised(mixture()).state_dict())
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == stock_shapes(mixture())
+    for name in state:
+        assert ending(name) in CUTS or re.fullmatch(rf"{WHOLE_MODULES}|(gate|shared_expert_gate)\.weight", ending(name))
 
 
 def test_nothing_is_cut_that_the_stock_model_does_not_have() -> None:
-    config = small_config()
-    names = {".".join(name.split(".")[-2:]) for name in stock_shapes(config)}
-    assert set(CUTS) <= names
+    configs = [small_config(), *([mixture()] if OF_EXPERTS else [])]
+    names = {ending(name) for config in configs for name in stock_shapes(config)}
+    assert {cut for cut in CUTS if OF_EXPERTS or "expert" not in cut} <= names
+
+
+@pytest.mark.skipif(not OF_EXPERTS, reason="this transformers has no Qwen2Moe")
+def test_columns_of_experts_that_ranks_do_not_divide() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"and moe_intermediate_size=6, which 4 ranks do not divide; .* for 1, 2"
+    ):
+        Shard(0, 4).check(mixture(moe_intermediate_size=6))
+    with pytest.raises(UnsupportedError, match=r"and shared_expert_intermediate_size=10, which 4 ranks do not divide"):
+        Shard(0, 4).check(mixture(shared_expert_intermediate_size=10))

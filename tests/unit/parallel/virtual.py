@@ -84,5 +84,5 @@ def sharded(
     source = StateDictSource(config, state)
     target = torch.device(device)
     return weights.build(
-        lambda: Qwen2ForCausalLM(config, optimizations, ranks), source, dtype=dtype, device=target
+        lambda: Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks), source, dtype=dtype, device=target
     ).eval()

@@ -11,8 +11,8 @@ import numpy as np
 
 from qwen2_npu.conformance.operators import CATALOGUE, Expected, OperatorRecord, Sample, compare_all
 from qwen2_npu.conformance.operators.check import (
+    by_name,
     call,
-    is_tensor,
     operator_of,
     side_effects,
     to_array,
@@ -74,12 +74,12 @@ def run_sample(record: OperatorRecord, sample: Sample, dtype: str, device: str) 
     start = time.perf_counter()
     try:
         tensors = to_tensors(arguments, dtype, device)
-        before = {name: value.clone() for name, value in tensors.items() if is_tensor(value)}
+        before = {name: value.clone() for name, value in by_name(tensors).items()}
         outputs = call(operator_of(record.name), tensors)
         got = [to_array(output) for output in outputs]
         problems = [str(mismatch) for mismatch in compare_all(expected, got)]
         problems += wrong_dtypes(expected, outputs, dtype)
-        problems += side_effects(record, before, tensors, outputs)
+        problems += side_effects(record, before, by_name(tensors), outputs)
     except Exception as error:  # the device's own errors have many types
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         return SampleResult(record.name, sample.name, dtype, problems=(text,), seconds=time.perf_counter() - start)

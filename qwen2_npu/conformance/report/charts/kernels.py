@@ -9,7 +9,7 @@ from qwen2_npu.conformance.report.charts.canvas import color
 from qwen2_npu.conformance.report.charts.rows import canvas, heading, number
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": ("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
+    "matrix products": ("GroupedMatmul", *(f"{b}MatMul{v}" for b in ("", "Batch") for v in ("", "V2", "V3"))),
     "attention": ("PromptFlashAttention", "IncreFlashAttention", "FusedInferAttentionScore", "SoftmaxV2", "MaskedFill"),
     "norms": ("RmsNorm", "AddRmsNorm", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
@@ -17,8 +17,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "activation": ("Swish", "SwiGlu", "Silu", "Sigmoid"),
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
-        "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "Pack",
-        "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
+        "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "MoeInitRoutingV3",
+        "Pack", "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
     ),
 }  # fmt: skip
 """Kind -> GE operators; everything else is arithmetic of small operators."""

@@ -12,9 +12,11 @@ from qwen2_npu.emulator.ge.operators import (  # noqa: F401 - each enters its op
     collectives,
     creation,
     elementwise,
+    experts,
     indexing,
     normalization,
     products,
+    quantization,
     reductions,
     shapes,
 )

@@ -34,6 +34,9 @@ def test_batches_have_their_shape_and_are_repeatable(shape: str) -> None:
 def test_short_text_is_named() -> None:
     with pytest.raises(ValueError, match="has 5 tokens"):
         text_batch("one", range(5))
+    with pytest.raises(ValueError, match="has 16 tokens; batch shape 'four' needs 17"):
+        text_batch("four", range(16))
+    assert text_batch("four", range(17)).input_ids.tolist() == [list(range(17))] * 4
 
 
 def test_a_continuation_follows_its_row_and_begins_anew_at_the_end() -> None:
@@ -52,3 +55,39 @@ def test_a_continuation_follows_its_row_and_begins_anew_at_the_end() -> None:
 def test_a_short_text_has_no_continuation() -> None:
     with pytest.raises(ValueError, match="has 5 tokens"):
         text_continuation("one", range(5), 1)
+
+
+def test_the_shapes_are_a_row_a_batch_and_rows_of_any_length() -> None:
+    """What each is for: no padding, no padding in several rows, padding in most of them and a row of one token."""
+    assert BATCH_SHAPES == {"one": (17,), "four": (17, 17, 17, 17), "ragged": (17, 9, 1, 12)}
+
+
+def test_a_batch_is_padded_with_zeros_unless_told_otherwise() -> None:
+    for batch, pad in ((Batch.of([[5, 6], [7]]), 0), (Batch.of([[5], [6, 7], [8]], pad_token_id=3), 3)):
+        assert batch.input_ids[batch.attention_mask == 0].unique().tolist() == [pad]
+    ragged = text_batch("ragged", range(1, 50))
+    assert ragged.input_ids[1].tolist()[:8] == [0] * 8
+    assert text_batch("ragged", range(1, 50), pad_token_id=99).input_ids[1, 0] == 99
+
+
+def test_rows_alone_keep_their_tokens_and_have_a_mask_of_ones() -> None:
+    first, second = Batch.of([[1, 2, 3], [4]], pad_token_id=9).rows()
+    assert (first.input_ids.tolist(), first.attention_mask.tolist()) == ([[1, 2, 3]], [[1, 1, 1]])
+    assert (second.input_ids.tolist(), second.attention_mask.tolist()) == ([[4]], [[1]])
+
+
+def test_windows_are_spread_from_the_first_token_to_the_last() -> None:
+    starts = [int(row[0]) for row in text_batch("four", range(17 + 30)).input_ids]
+    assert starts == [0, 10, 20, 30]
+    assert text_batch("one", range(50)).input_ids[0, 0] == 0
+
+
+def test_random_tokens_are_of_the_seed() -> None:
+    for make in (
+        lambda **seed: random_batch("four", 100, **seed).input_ids.tolist(),
+        lambda **seed: random_continuation("four", 100, 5, **seed).tolist(),
+    ):
+        assert make(seed=3) == make(seed=3) != make(seed=4)
+    assert random_batch("four", 100).input_ids.tolist() == random_batch("four", 100, seed=0).input_ids.tolist()
+    following = random_continuation("four", 100, 5)
+    assert following.tolist() == random_continuation("four", 100, 5, seed=1).tolist()

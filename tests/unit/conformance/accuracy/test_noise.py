@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ def test_rms_of_known_values_and_of_none() -> None:
     ("optimised", "baseline", "floor", "within"),
     [
         (1.5, 1.0, 0.0, True),
+        (math.nextafter(1.5, 2), 1.0, 0.0, False),
         (1.51, 1.0, 0.0, False),
         (1.51, 0.5, 1.1, True),  # the floor counts where the baseline is closer than the dtype lets anyone be
         (0.0, 0.0, 0.0, True),
@@ -44,3 +47,11 @@ def test_floor_does_not_hide_an_error_of_the_dtype_below() -> None:
 
 def test_position_noise_is_the_largest_error_of_each_position() -> None:
     np.testing.assert_allclose(position_noise(np.array([[1.0, 2.0], [0.0, 0.5]]), np.zeros((2, 2))), [2.0, 0.5])
+
+
+def test_the_ratio_of_no_noise_is_none_infinite_or_nan() -> None:
+    assert ErrorRatio(0.0, 0.0, 0.0).ratio == 0.0
+    assert ErrorRatio(5e-324, 0.0, 0.0).ratio == float("inf")
+    assert np.isnan(ErrorRatio(float("nan"), 0.0, 0.0).ratio)
+    assert (ErrorRatio(3.0, 1.0, 2.0).noise, ErrorRatio(3.0, 2.0, 1.0).noise) == (2.0, 2.0)
+    assert ErrorRatio(3.0, 1.0, 2.0).ratio == 1.5

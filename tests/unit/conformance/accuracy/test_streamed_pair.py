@@ -178,7 +178,7 @@ def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("stream", "kind"), [(True, StreamedPair), (False, ModelPair), (None, ModelPair)])
 def test_the_suite_s_option(stream: bool | None, kind: type) -> None:
-    option = SimpleNamespace(model_path=None, device="cpu", decode_steps=1, stream=stream)
+    option = SimpleNamespace(model_path=None, device="cpu", decode_steps=1, stream=stream, assume_tp=None)
     for path, weights in ((None, SHAPE), (tiny.path(), "checkpoint")):
         option.model_path = path
         config = SimpleNamespace(option=option)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM as StockQwen2
 
 import qwen2_npu.conformance.accuracy.verify as module
+from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.conformance.accuracy.pair import DECODE_STEPS, PERPLEXITY_TOKENS, PERPLEXITY_WINDOW
 from qwen2_npu.conformance.accuracy.verify import verify
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.layers import MLP
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+from qwen2_npu.optimizations import LADDER, Optimizations
 from tests.unit.small import small_stock
 
 
@@ -93,3 +99,84 @@ def test_layer_by_layer_has_the_verdict_of_the_whole(tmp_path: Path) -> None:
     assert len(layers) == 3
     assert layers[0] == "stock model and float64 reference, layer 1 of 3"
     assert layers[1].endswith(" s per layer")
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Forward passes and tokens through each model from now on; and how often the optimised one is made."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def counted(owner: type, name_of: Any) -> None:
+        right = owner.forward  # type: ignore[attr-defined]
+
+        def forward(self: Any, *given: Any, **named: Any) -> Any:
+            count = counts[name_of(self)]
+            count[0] += 1
+            count[1] += named["input_ids"].numel()
+            return right(self, *given, **named)
+
+        monkeypatch.setattr(owner, "forward", forward)
+
+    counted(Qwen2ForCausalLM, lambda model: "optimised")
+    counted(StockQwen2, lambda model: "float64" if model.dtype == torch.float64 else "stock")
+    right = Qwen2ForCausalLM.from_pretrained
+
+    def made(*given: Any, **named: Any) -> Any:
+        counts["made"][0] += 1
+        return right(*given, **named)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", made)
+    return counts
+
+
+PROMPTS = 9 * 17
+"""Tokens of the prompts of all batches, padding included."""
+FORCED = 9 * DECODE_STEPS
+WINDOWS = PERPLEXITY_TOKENS // PERPLEXITY_WINDOW
+BATCHES = len(BATCH_SHAPES)
+
+
+def test_passes_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model goes through each token once for each question: nothing is computed twice."""
+    monkeypatch.setattr(module.Pair, "samples", lambda *_: [])
+    counts = count_passes(monkeypatch)
+    result = verify(device="cpu", steps=["fixed_kv_cache", "last_token_logits"])
+    assert result.passed
+    assert counts["made"][0] == 2
+    assert counts["float64"] == [BATCHES + WINDOWS, PROMPTS + FORCED + PERPLEXITY_TOKENS]
+    assert counts["stock"] == [BATCHES * (1 + DECODE_STEPS) + WINDOWS, PROMPTS + FORCED + PERPLEXITY_TOKENS]
+    # With a cache and without one, and of the second step with logits_to_keep=1.
+    assert counts["optimised"] == [
+        BATCHES * (2 + 3 + 2 * DECODE_STEPS) + WINDOWS,
+        PROMPTS * (2 + 3) + 2 * FORCED + PERPLEXITY_TOKENS,
+    ]
+
+
+def test_passes_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model writes them once. Where they part the stock model's own logits are at hand, and float64 is asked for
+    the rows that part, up to there."""
+    pair = module.pair_of_checkpoint(dtype="float32", device="cpu")
+    model = pair.build(Optimizations.all())
+    prompts = tiny.prompts()[:3]
+    width = max(len(pair.encode(prompt)) for prompt in prompts)
+    counts = count_passes(monkeypatch)
+    pair.samples(model, prompts, max_new_tokens=6)
+    assert counts == {"optimised": [6, 3 * (width + 5)], "stock": [6, 3 * (width + 5)]}
+    right = module.Pair.greedy
+
+    def other(self: Any, model: Any, *given: Any) -> list[list[int]]:
+        rows = right(self, model, *given)
+        if isinstance(model, Qwen2ForCausalLM):
+            rows[1][3] += 1
+        return rows
+
+    monkeypatch.setattr(module.Pair, "greedy", other)
+    counts.clear()
+    samples = pair.samples(model, prompts, max_new_tokens=6)
+    assert counts == {
+        "optimised": [6, 3 * (width + 5)],
+        "stock": [6, 3 * (width + 5)],
+        "float64": [1, width + 3],
+    }
+    assert [bool(sample.divergence) for sample in samples] == [False, True, False]
+    assert samples[1].divergence.startswith("row 1 diverges after 3 tokens: ")

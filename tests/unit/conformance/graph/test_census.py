@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
+
 import pytest
 
-from qwen2_npu.conformance.graph.census import Census, LayeredCensus, take
+from qwen2_npu.conformance.graph.census import FEW, MORE, Census, LayeredCensus, of_layers, take
 from qwen2_npu.conformance.graph.cost import Cost
 from tests.unit.conformance.graph.build import Graph
 
@@ -42,3 +45,76 @@ def test_json_and_back():
     layered = LayeredCensus(census(MatMul=1), census(Add=2), 77)
     assert LayeredCensus.from_json(layered.to_json()) == layered
     assert layered.of(3).operators == {"Add": 6, "MatMul": 1}
+
+
+# ---- every number of every operator counts --------------------------------------------------------------------------
+NUMBERS = [field.name for field in fields(Cost)]
+FULL = Census(
+    nodes=40,
+    costs={
+        name: Cost(*(2 * (at + place) for place in range(6))) for at, name in enumerate(("Add", "MatMul", "Mul"), 1)
+    },
+    views={"Reshape": 4, "Squeeze": 6, "Transpose": 8},
+)
+ONE_LESS = [
+    *((name, number) for name in FULL.costs for number in NUMBERS),
+    *((name, "") for name in FULL.views),
+    ("nodes", ""),
+]
+
+
+def one_less(census: Census, name: str, number: str, by: int = 1) -> Census:
+    """The census with one number smaller."""
+    if name == "nodes":
+        return replace(census, nodes=census.nodes - by)
+    if not number:
+        return replace(census, views={**census.views, name: census.views[name] - by})
+    cost = census.costs[name]
+    return replace(census, costs={**census.costs, name: replace(cost, **{number: getattr(cost, number) - by})})
+
+
+@pytest.mark.parametrize(("name", "number"), ONE_LESS)
+def test_each_number_is_combined_halved_refused_and_written(name: str, number: str) -> None:
+    changed = one_less(FULL, name, number)
+    assert changed != FULL
+    assert changed.to_json() != FULL.to_json()
+    assert Census.from_json(json.loads(json.dumps(changed.to_json()))) == changed
+    left = FULL.minus(changed)
+    assert left == one_less(
+        Census(0, {name: Cost()} if number else {}, {} if number or name == "nodes" else {name: 0}), name, number, -1
+    )
+    assert changed.plus(left) == FULL
+    with pytest.raises(ValueError, match=f"{name}: cannot take"):
+        changed.minus(FULL)
+    with pytest.raises(ValueError, match=rf"{name}: \d+ is not twice anything; the layers differ"):
+        changed.halved()
+    assert one_less(FULL, name, number, 2).halved() == one_less(FULL.halved(), name, number, 1)
+
+
+def test_once_is_the_default_and_what_is_zero_is_left_out() -> None:
+    assert FULL.plus(FULL) == FULL.plus(FULL, 1) == FULL.minus(FULL).plus(FULL, 2)
+    assert FULL.plus(FULL).minus(FULL) == FULL
+    assert FULL.minus(FULL) == Census(0, {}, {})
+    assert FULL.cost == sum(FULL.costs.values(), Cost())
+
+
+def layered_graph(layers: int, *, odd: bool = False):
+    graph = Graph(layers=layers)
+    value = graph.op("Exp", "x", graph.data((4,)))
+    for layer in range(layers):
+        for _ in range(3 + (odd and layer == 2)):
+            value = graph.op("Relu", "x", value)
+        value = graph.op("Reshape", "x shape", value, graph.const(4))
+    return graph.lowered(value)
+
+
+def test_a_census_is_what_stands_once_and_what_stands_in_every_layer() -> None:
+    assert (FEW, MORE) == (2, 4)
+    found = of_layers(layered_graph(FEW), layered_graph(MORE))
+    assert (found.outside.operators, found.outside.views) == ({"Exp": 1}, {})
+    assert (found.layer.operators, found.layer.views, found.layer.nodes) == ({"Relu": 3}, {"Reshape": 1}, 5)
+    assert found.peak_activation_bytes == 2 * 4 * 2
+    assert found.of(7) == take(layered_graph(7))
+    with pytest.raises(ValueError, match="is not twice anything; the layers differ"):
+        of_layers(layered_graph(FEW), layered_graph(MORE, odd=True))
+    assert [take(layered_graph(count)).nodes for count in (1, 2)] == [8, 13]

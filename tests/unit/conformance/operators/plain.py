@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tests.unit.conformance.operators import plain_experts, plain_quantized
+
 Tensors = dict[str, Any]
 
 
@@ -263,4 +265,6 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "scatter_update_": scatter_update_,
     "npu_swiglu": swiglu,
     "npu_mm_all_reduce_base": mm_all_reduce,
+    **plain_experts.PLAIN,
+    **plain_quantized.PLAIN,
 }

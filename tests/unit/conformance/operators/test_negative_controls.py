@@ -75,6 +75,7 @@ _ROTATION = (
     "first_half_of_the_table_used_twice",
 )
 _SCATTER = ("one_slot_off", "one_slot_short", "first_index_for_every_row", "clears_the_rest")
+_ROWS = ("first_scale_for_every_row", "signed_maximum", "divided_by_128", "truncated")
 _NORM = ("epsilon_changed", "epsilon_outside_the_root", "divided_by_width_minus_one")
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
@@ -102,6 +103,70 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         "x3_forgotten",
         "x3_twice",
         narrow=("product_rounded_before_bias", "not_rounded_before_x3"),
+    ),
+    "npu_moe_gating_top_k_softmax": faults(
+        "ties_to_the_last",
+        "smallest_first",
+        "normalised_again",
+        "finished_ignored",
+        "finished_get_the_last_expert",
+        "row_numbers_by_row",
+        narrow=("softmax_in_the_dtype",),
+    ),
+    "npu_moe_init_routing_v2": faults(
+        "later_rows_first",
+        "by_column",
+        "rows_by_column",
+        "range_ignored",
+        "inactive_at_zero",
+        "ends_for_sizes",
+        "expert_zero_is_empty",
+        "gather_for_scatter",
+    ),
+    "npu_grouped_matmul": faults(
+        "empty_groups_skipped",
+        "one_row_to_the_next_group",
+        "first_weight_for_all",
+        "reversed",
+        "bias_forgotten",
+        narrow=("product_rounded_before_bias",),
+    ),
+    "npu_moe_finalize_routing": faults(
+        "other_order",
+        "scales_ignored",
+        "bias_forgotten",
+        "bias_not_scaled",
+        "last_copy_dropped",
+        "skip1_forgotten",
+        "skip2_forgotten",
+        bfloat16=("scales_rounded", "terms_rounded", "sum_rounded_before_skips"),
+    ),
+    "npu_weight_quant_batchmatmul": faults(
+        "scale_of_the_neighbour",
+        "scale_of_the_first_column",
+        "scale_by_row",
+        "zero_point_of_one",
+        "weight_unsigned",
+        "bias_forgotten",
+    ),
+    "npu_quant_matmul": faults(
+        "scale_of_the_neighbour",
+        "token_scale_ignored",
+        "first_token_scale_for_every_row",
+        "bias_forgotten",
+        "bias_on_the_other_side",
+        "sums_in_16_bits",
+    ),
+    "npu_dynamic_quant": faults(*_ROWS, "smooth_scales_ignored"),
+    "npu_add_rms_norm_dynamic_quant": faults(
+        *_ROWS, "residual_not_added", "epsilon_ignored", "gamma_ignored", narrow=("norm_rounded",)
+    ),
+    "npu_dequant_swiglu_quant": faults(
+        *_ROWS,
+        "scale_of_the_neighbour",
+        "activation_scale_ignored",
+        "first_activation_scale_for_every_row",
+        "halves_swapped",
     ),
 }
 

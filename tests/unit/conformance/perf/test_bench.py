@@ -14,6 +14,7 @@ from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.measurement import Measurement
 from qwen2_npu.errors import UnsupportedError
+from tests.unit.mixture import needs_mixtures
 
 GUIDE = {"input_tokens": 1024, "steps": 1023, "dtype": torch.bfloat16, "transformers": "4.37.0"}
 
@@ -114,6 +115,14 @@ def test_what_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     check(small, BenchCase("swiglu", 1), length=8192)
     with pytest.raises(MemoryError, match=r"original, batch 1, needs 6.17 GiB"):
         check(small, BenchCase("swiglu", 1), BenchCase("original", 1), length=8192)
+
+
+@needs_mixtures
+def test_a_mixture_that_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts are in memory, however few a step reads: 57.4 billion weights of two bytes."""
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 100 << 30)
+    with pytest.raises(MemoryError, match=r"fused_moe, batch 1, needs 107 GiB at the least, and 100 GiB are free"):
+        check(Weights.of("57B-A14B"), BenchCase("fused_moe", 1))
 
 
 def test_a_device_says_what_is_free() -> None:

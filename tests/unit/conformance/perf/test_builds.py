@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import builds
-from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, compile_stock, random_stock, size_of
+from qwen2_npu.conformance.perf.builds import RandomWeights, Weights, check_mode, compile_stock, random_stock, size_of
 from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.collectives import ALONE
+from tests.unit.mixture import needs_mixtures
 from tests.unit.small import small_config, small_stock
 
 SMALL = Size("small", 256, 96, 2, 4, 2, 64, 199, tied=True)
@@ -110,7 +111,31 @@ def test_a_checkpoint_that_does_not_fit_is_named_before_any_model_meets_it(tmp_p
         Weights.of_checkpoint(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.shards == 1])
+PUBLISHED = [
+    pytest.param(name, marks=needs_mixtures if size.experts else ()) for name, size in SIZES.items() if size.shards == 1
+]
+MIXTURE = Size(
+    "mixture", 64, 96, 1, 4, 2, 16, 199, tied=False, experts=8, per_token=3, expert_columns=32, shared_columns=48
+)
+
+
+@needs_mixtures
+@pytest.mark.parametrize("step", ["original", "swiglu", "fused_moe"])
+def test_a_mixture_of_experts_is_built_and_measured(step: str) -> None:
+    model = Weights(MIXTURE).build(Configuration("mixture", 1, 2, "eager", step), "cpu")
+    assert sum(parameter.numel() for parameter in model.parameters()) == MIXTURE.parameters
+    assert size_of(model.config, "mixture") == MIXTURE
+    assert replace(measure(model, batch=2, input_tokens=16, decode_steps=3), warnings=()).faults() == []
+
+
+@needs_mixtures
+def test_a_mixture_in_graph_mode_needs_its_step_before_a_model_is_built() -> None:
+    with pytest.raises(UnsupportedError, match="needs the fused_moe step"):
+        check_mode("inductor", torch.device("cpu"), "swiglu", MIXTURE.config())
+    check_mode("inductor", torch.device("cpu"), "fused_moe", MIXTURE.config())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_size_is_recognised(name: str) -> None:
     assert size_of(SIZES[name].config(), "downloaded") is SIZES[name]
 

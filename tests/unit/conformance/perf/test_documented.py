@@ -116,7 +116,13 @@ def test_a_number_that_stands_in_two_tables_is_the_same() -> None:
     ("old", "new", "message"),
     [
         ("[94, 23]", "[94]", "has 1 numbers for 2 columns"),
+        ("[94, 23]", "[94, 23, 24]", "has 3 numbers for 2 columns"),
         ("[94, 23]", "[94, 0]", "0 ms is a placeholder"),
+        ("[94, 23]", "[94, 1]", "1 ms is a placeholder"),
+        ("[94, 23]", "[94, true]", "True ms is a placeholder"),
+        ("numbers = 76", "numbers = 75", "holds 76 numbers and declares 75"),
+        ("numbers = 76", "", "KeyError: 'numbers'"),
+        ('columns = ["graph-prefill"', 'columns = ["gragh-prefill"', "column 'gragh-prefill'"),
         ("[94, 23]", "[94, 23.5]", "23.5 ms is a placeholder"),
         ('step = "add_rms_norm"', 'step = "add_norm"', "no step 'add_norm'"),
         ('model = "72B"', 'model = "70B"', "no model '70B'"),
@@ -197,3 +203,58 @@ def test_an_installed_wheel_has_no_tables(tmp_path: Path, monkeypatch: pytest.Mo
     measured = as_documented(DECODE)
     monkeypatch.setattr(documented, "BASELINES", tmp_path)
     assert documented.find(measured) == (None, "")
+
+
+# ---- each rule alone ------------------------------------------------------------------------------------------------
+def test_two_milliseconds_are_a_latency_and_bytes_that_are_no_text_are_damage(tmp_path: Path) -> None:
+    text = (BASELINES / SOURCE).read_text(encoding="utf-8")
+    (tmp_path / SOURCE).write_text(text.replace("[94, 23]", "[94, 2]"), encoding="utf-8")
+    assert by_id(tmp_path / SOURCE)["7b-batch-b1-graph-fused_qkv-decode"].ms == 2.0
+    (tmp_path / "bytes.toml").write_bytes(b"\xff" + text.encode())
+    with pytest.raises(BaselineError, match="is not valid TOML"):
+        read(tmp_path / "bytes.toml")
+
+
+@pytest.mark.parametrize("tokens", [1023, 1025])
+def test_one_token_more_or_fewer_is_another_prompt(tokens: int) -> None:
+    found, reason = documented.find(as_documented(DECODE, input_tokens=tokens))
+    assert found is None
+    assert reason == f"documented for 1024 tokens, measured with {tokens}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "aaa", "zzz"])
+def test_another_dtype_is_another_quantity(dtype: str) -> None:
+    assert documented.why_not(by_id()[DECODE], as_documented(DECODE, dtype=dtype)).startswith("documented in bfloat16")
+
+
+@pytest.mark.parametrize("transformers", ["4.36.9", "4.38.0", "3.37.0", "5.37.0", "4.370.0"])
+def test_the_stock_model_is_of_its_minor_release(transformers: str) -> None:
+    assert documented.other_stock(by_id()[PREFILL], transformers)
+    assert documented.other_stock(by_id()[DECODE], transformers) == "", "our own steps are not transformers' model"
+
+
+def test_a_phase_is_never_held_against_the_other_s_number() -> None:
+    """24 ms and 345 ms of one configuration."""
+    prefill = DECODE.replace("decode", "prefill")
+    assert [documented.find(as_documented(id))[0] for id in (DECODE, prefill)] == [by_id()[DECODE], by_id()[prefill]]
+    assert (by_id()[DECODE].ms, by_id()[prefill].ms) == (24.0, 345.0)
+    for id, phase in ((DECODE, "prefill"), (prefill, "decode")):
+        wrong = replace(as_documented(id), phase=phase)  # type: ignore[arg-type]
+        assert documented.why_not(by_id()[id], wrong).startswith(f"row {id} is of 7B, batch 4, graph, fused_qkv")
+
+
+def test_the_suite_s_own_row_is_measured_in_the_documented_dtype() -> None:
+    number, prefill = by_id()[DECODE], by_id()[PREFILL]
+    assert documented.why_not_row(number, 1024, 1023, "5.24.0") == ""
+    assert documented.why_not_row(number, 1024, 1022, "5.24.0") == "documented for 1023 decode steps, measured in 1022"
+    assert documented.why_not_row(number, 512, 1023, "5.24.0") == "documented for 1024 tokens, measured with 512"
+    assert documented.why_not_row(prefill, 1024, 1, "4.37.0") == ""
+    assert "5.24.0 is installed" in documented.why_not_row(prefill, 1024, 1023, "5.24.0")
+
+
+@pytest.mark.parametrize("step", ["swiglu", "a step"])
+def test_a_step_of_ours_is_the_same_model_whatever_its_name(step: str) -> None:
+    number = by_id()[PREFILL]
+    row = replace(number.row, configuration=replace(number.row.configuration, step=step))
+    assert documented.other_stock(replace(number, row=row), "5.24.0") == ""
+    assert documented.other_stock(number, "5.24.0") != ""

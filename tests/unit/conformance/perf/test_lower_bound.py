@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf.documented import Documented, read
-from qwen2_npu.conformance.perf.lower_bound import work
-from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.conformance.perf.lower_bound import Work, work
+from qwen2_npu.conformance.sizes import SIZES, Size
 
 CARD = HARDWARE[DOCUMENTED_SOC]
 
@@ -49,3 +52,52 @@ def test_no_documented_number_is_below_it(number: Documented) -> None:
     tokens = 1024 if phase == "prefill" else 1024 + 1022 / 2
     floor = work(SIZES[what.model], phase, what.batch, tokens, what.cards).floor_ms(CARD)
     assert 0.1 * number.ms < floor < 0.8 * number.ms
+
+
+def test_a_mixture_reads_and_multiplies_at_least_what_one_token_needs() -> None:
+    size = SIZES["57B-A14B"]
+    found = work(size, "decode", batch=1, tokens=0)
+    kv = 2 * 28 * 4 * 128
+    assert found.bytes == 2 * (size.activated - size.vocab * size.hidden + kv)
+    assert work(size, "decode", batch=2, tokens=0).bytes == found.bytes + 2 * kv
+
+
+# ---- every part of the sum, on a size small enough for paper --------------------------------------------------------
+SMALL = Size("small", hidden=8, intermediate=16, layers=3, heads=4, kv_heads=2, head_dim=2, vocab=50, tied=False)
+QKV = (4 + 2 * 2) * 2
+LAYER = 8 * QKV + QKV + 4 * 2 * 8 + 3 * 8 * 16 + 2 * 8
+HEAD = 50 * 8
+BODY = 3 * LAYER + 8
+KV = 2 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_decode_step_by_hand(batch: int, tokens: int, tied: bool) -> None:
+    """The token itself is read and multiplied, too: one more than were in the cache."""
+    found = work(replace(SMALL, tied=tied), "decode", batch, tokens)
+    assert found.bytes == 2 * (BODY + HEAD + batch * (tokens + 1) * KV)
+    assert found.operations == 2 * batch * (BODY + HEAD) + 4 * 3 * 4 * 2 * batch * (tokens + 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_prefill_by_hand(batch: int, tokens: int) -> None:
+    """Logits of one token per row, and the causal half of the attention with its diagonal."""
+    found = work(SMALL, "prefill", batch, tokens)
+    assert found.bytes == 2 * (BODY + HEAD + batch * tokens * KV)
+    pairs = batch * sum(range(1, tokens + 1))
+    assert found.operations == 2 * batch * (tokens * BODY + HEAD) + 4 * 3 * 4 * 2 * pairs
+
+
+def test_cards_share_all_but_the_norms() -> None:
+    one, two = (work(SMALL, "decode", 1, 7, cards) for cards in (1, 2))
+    norms = 3 * 2 * 8 + 8
+    assert two.bytes == (one.bytes - 2 * norms) / 2 + 2 * norms
+
+
+@pytest.mark.parametrize(("bytes_", "operations", "floor"), [(10.0, 3.0, 5e3), (3.0, 10.0, 2e3), (4.0, 10.0, 2e3)])
+def test_the_floor_is_the_longer_of_the_two(bytes_: float, operations: float, floor: float) -> None:
+    card = SimpleNamespace(memory_bandwidth=SimpleNamespace(value=2.0), bf16_peak=SimpleNamespace(value=5.0))
+    assert Work(bytes_, operations).floor_ms(card) == floor  # type: ignore[arg-type]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import sys
 
 import pytest
 
-from qwen2_npu.conformance.perf.prediction_interval import NARROWEST, prediction_interval
+from qwen2_npu.conformance.perf.prediction_interval import NARROWEST, WIDEST, Interval, prediction_interval
 
 
 @pytest.mark.parametrize(("runs", "published"), [(5, 4.604), (6, 4.032), (10, 3.250), (31, 2.750)])
@@ -53,9 +54,29 @@ def test_it_is_never_narrower_than_a_percent_and_a_wide_one_is_no_gate() -> None
         ([20.0] * 4, "4 recorded runs of the 5"),
         ([20.0, 20.1, 0.0, 20.2, 20.3], "a placeholder"),
         ([20.0, 20.1, math.nan, 20.2, 20.3], "a placeholder"),
+        ([20.0, 20.1, math.inf, 20.2, 20.3], "a placeholder"),
+        ([20.0, 20.1, -1.0, 20.2, 20.3], "a placeholder"),
         ([20.0] * 5, "no clock repeats itself"),
     ],
 )
 def test_what_is_no_baseline_is_refused(runs: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prediction_interval(runs)
+
+
+def test_it_is_a_factor_each_way_and_a_gate_up_to_its_widest() -> None:
+    interval = Interval(20.0, 1.1)
+    assert (interval.low, interval.high) == (20.0 / 1.1, 20.0 * 1.1)
+    assert (NARROWEST, WIDEST) == (0.01, 0.15)
+    assert Interval(20.0, 1.15).useful
+    assert not Interval(20.0, math.nextafter(1.15, 2)).useful
+
+
+def test_five_runs_are_enough_and_fractions_of_a_millisecond_are_latencies() -> None:
+    assert prediction_interval([0.5, 0.501, 0.5, 0.5, 0.5]).centre == pytest.approx(0.5002, rel=1e-4)
+
+
+def test_without_scipy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ValueError, match="needs scipy: pip install"):
+        prediction_interval([20, 20.1, 19.9, 20.05, 19.95])

@@ -83,8 +83,8 @@ def test_a_cache_that_does_not_grow_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     right = FixedKVCache.step
 
     @contextmanager
-    def step(cache: FixedKVCache, new_lengths: list[int], tokens: int, *, masks: bool = True) -> Iterator[list[int]]:
-        with right(cache, new_lengths, tokens, masks=masks) as past:
+    def step(cache: FixedKVCache, new_lengths: list[int], tokens: int, **others: Any) -> Iterator[list[int]]:
+        with right(cache, new_lengths, tokens, **others) as past:
             yield past
         if tokens == 1:
             cache.crop(-1)

@@ -1,4 +1,7 @@
-"""Int8 and int4 quantisation of activations and weights. Rounding is to nearest, ties to even."""
+"""Int8 and int4 quantisation of activations and weights. Rounding is to nearest, ties to even.
+
+What ``qwen2_npu.ops`` computes of an operator is computed there: here are the options that it leaves out.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ from typing import Any
 
 import torch
 
+from qwen2_npu import ops
+
 Tensor = torch.Tensor
 
+HALVES = (torch.float16, torch.bfloat16)
+INT8 = (None, 1, torch.int8)
 RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(1 << 31), (1 << 31) - 1)}
 
 SCALAR_TYPES = {
@@ -137,6 +144,8 @@ def dynamic_quant(
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(int8 or packed int4 rows, their scale max|row| / 127 or / 7)"""
+    if group_index is None and dst_type in INT8 and not dst_type_max and quant_mode == "pertoken":
+        return ops.kernels["npu_dynamic_quant"](x, smooth_scales=smooth_scales)
     wide = _prepared("npu_dynamic_quant", x, smooth_scales, group_index, quant_mode, dst_type_max)
     bits = _bits("npu_dynamic_quant", x, dst_type)
     scale = wide.abs().amax(-1) / ((1 << (bits - 1)) - 1)
@@ -174,6 +183,11 @@ def quant_matmul(
     **others: Any,
 ) -> Tensor:
     """(x1 @ x2 + bias) · scale · pertoken_scale of int8 matrices; + offset for an int8 result."""
+    wanted = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)
+    if offset is None and wanted in HALVES and x1.dtype is not torch.int32 and x2.dim() == 2:
+        return ops.kernels["npu_quant_matmul"](
+            x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype, **others
+        )
     _refuse("npu_quant_matmul", **others)
     if x1.dtype is not torch.int8 or scale.dtype is torch.int64:
         raise NotImplementedError(f"npu_quant_matmul: {x1.dtype} with scales in {scale.dtype} is not emulated")
@@ -211,6 +225,12 @@ def weight_quant_batchmatmul(
         x: (M, K). weight: int8 (K, N).
         antiquant_scale: one for all, (N,), or one row per group of ``antiquant_group_size`` along K.
     """
+    one_scale = antiquant_scale.numel() == 1 and weight.shape[-1] != 1
+    if antiquant_offset is None and not antiquant_group_size and not one_scale:
+        others = {"quant_scale": quant_scale, "quant_offset": quant_offset, "weight_dtype": weight_dtype}
+        return ops.kernels["npu_weight_quant_batchmatmul"](
+            x, weight, antiquant_scale, bias=bias, inner_precise=inner_precise, **others
+        )
     _refuse(
         "npu_weight_quant_batchmatmul", quant_scale=quant_scale, quant_offset=quant_offset, weight_dtype=weight_dtype
     )

@@ -70,7 +70,7 @@ def test_grouped_matmul_by_sizes_and_as_lists():
 
 def test_quantised_groups_are_refused():
     x = torch.ones(2, 2).npu()
-    with pytest.raises(NotImplementedError, match="scale is not emulated"):
+    with pytest.raises(ValueError, match=r"npu_grouped_matmul: scale is .* only the default None"):
         npu.npu_grouped_matmul([x], [x], scale=[x], group_type=-1)
 
 

@@ -1,0 +1,160 @@
+"""npu_grouped_matmul: the work follows the rows, groups without rows, lists, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qwen2_npu.ops.grouped_matmul import empty_weight, npu_grouped_matmul, products
+from tests.unit.ops.support import Recorder, compiled
+
+npu = torch.ops.npu
+
+
+def grouped(x: Tensor, weight: Tensor, sizes: Tensor | list[int], **more: Any) -> Tensor:
+    sizes = torch.tensor(sizes) if isinstance(sizes, list) else sizes
+    given = {"group_list": sizes, "split_item": 2, "group_type": 0, "group_list_type": 1, **more}
+    (y,) = npu.npu_grouped_matmul([x], [weight], **given)
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_group_has_its_weight(dtype: torch.dtype, transposed: bool) -> None:
+    x, weight = torch.randn(9, 8).to(dtype), torch.randn(4, 8, 6).to(dtype)
+    weight = weight.mT.contiguous().mT if transposed else weight
+    expected = torch.cat([x[:3] @ weight[0], x[3:4] @ weight[2], x[4:] @ weight[3]])
+    torch.testing.assert_close(grouped(x, weight, [3, 0, 1, 5]), expected)
+
+
+def test_weights_of_groups_without_rows_are_not_read() -> None:
+    """One row per group, on two of 64: two products, each of one row, and nothing that reads all weights."""
+    x, weight = torch.randn(2, 32), torch.full((64, 32, 16), torch.nan)
+    weight[[7, 50]] = torch.randn(2, 32, 16)
+    sizes = [int(expert in (7, 50)) for expert in range(64)]
+    with Recorder() as recorder:
+        y = products(x, [weight], [], torch.tensor(sizes), 1)
+    found = [call for call in recorder.calls if call.name in ("mm", "addmm", "bmm", "matmul", "linear")]
+    assert len(found) == 2
+    assert recorder.largest_read == 32 * 16
+    torch.testing.assert_close(y, torch.cat([x[:1] @ weight[7], x[1:] @ weight[50]]))
+    assert torch.equal(y, grouped(x, weight, sizes))
+
+
+def test_the_recorder_sees_a_dense_product() -> None:
+    with Recorder() as recorder:
+        torch.einsum("rk,ekn->ern", torch.randn(2, 32), torch.randn(64, 32, 16))
+    assert recorder.largest_read == 64 * 32 * 16
+
+
+@pytest.mark.parametrize("sizes", [[7, 0, 0], [0, 0, 7], [0, 7, 0]])
+def test_all_rows_in_one_group(sizes: list[int]) -> None:
+    x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
+    torch.testing.assert_close(grouped(x, weight, sizes), x @ weight[sizes.index(7)])
+
+
+def test_no_rows() -> None:
+    assert grouped(torch.randn(0, 8), torch.randn(3, 8, 6), [0, 0, 0]).shape == (0, 6)
+
+
+def test_ends_and_sizes() -> None:
+    x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
+    assert torch.equal(grouped(x, weight, [2, 0, 5]), grouped(x, weight, [2, 2, 7], group_list_type=0))
+
+
+def test_one_result_per_group() -> None:
+    x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
+    made = npu.npu_grouped_matmul(
+        [x], [weight], group_list=torch.tensor([2, 0, 5]), split_item=0, group_type=0, group_list_type=1
+    )
+    assert [tuple(y.shape) for y in made] == [(2, 6), (0, 6), (5, 6)]
+    torch.testing.assert_close(torch.cat(list(made)), grouped(x, weight, [2, 0, 5]))
+
+
+def test_lists_of_tensors() -> None:
+    x, weight = [torch.randn(2, 3, 8), torch.randn(4, 5)], [torch.randn(8, 6), torch.randn(5, 3)]
+    for y, part, matrix in zip(npu.npu_grouped_matmul(x, weight, group_type=-1), x, weight, strict=True):
+        torch.testing.assert_close(y, part @ matrix)
+
+
+def test_a_group_list_of_integers() -> None:
+    """The operator's other overload, which is an NPU's alone."""
+    x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
+    made = npu_grouped_matmul([x], list(weight), group_list=[2, 2, 7], split_item=3)
+    assert torch.equal(made[0], grouped(x, weight, [2, 0, 5]))
+
+
+def test_the_bias_is_summed_before_rounding() -> None:
+    x, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    bias = torch.full((1, 1), 1.25 * 2.0**-8)
+    assert grouped(x, weight, [1], bias=[bias]).item() == 1 + 2.0**-7
+    assert grouped(x, weight, [1], bias=[bias * 0.5]).item() == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_graph_holds_any_group_list(backend: str) -> None:
+    run, counter = compiled(lambda *given: grouped(*given) + 1, backend)
+    x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
+    with torch.no_grad():
+        for sizes in ([2, 0, 5], [7, 0, 0]):
+            torch.testing.assert_close(run(x, weight, torch.tensor(sizes)), grouped(x, weight, sizes) + 1)
+        with pytest.raises(ValueError, match="group_list is"):
+            run(x, weight, torch.tensor([1, 0, 5]))
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors_need_no_group_list() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(3, 8, 6, dtype=torch.bfloat16)
+        y = grouped(x, weight, torch.empty(3, dtype=torch.int64))
+    assert (y.shape, y.dtype) == ((5, 6), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind"), [([2, 1, 5], 1), ([2, 1, 3], 1), ([-1, 3, 5], 1), ([2, 1, 7], 0), ([2, 2, 6], 0), ([2, 0, 5], 0)]
+)
+def test_groups_that_are_not_the_rows(sizes: list[int], kind: int) -> None:
+    """Among them sizes taken for ends, the mistake that is easily made."""
+    with pytest.raises(ValueError, match=r"group_list is \[.*\]; supported: (sizes|ends) .* together the 7 rows of x"):
+        grouped(torch.zeros(7, 8), torch.zeros(3, 8, 6), sizes, group_list_type=kind)
+
+
+def test_errors() -> None:
+    x, weight = torch.zeros(7, 8), torch.zeros(3, 8, 6)
+    with pytest.raises(ValueError, match=r"group_list is .*\(2,\); supported: an int64 tensor of shape \(3,\)"):
+        grouped(x, weight, [2, 5])
+    with pytest.raises(ValueError, match=r"x is \[a torch.float32 .*\(7, 7\)\]; supported: .* K = \[8\]"):
+        grouped(x[:, 1:], weight, [2, 0, 5])
+    with pytest.raises(ValueError, match="group_type is None; supported: 0"):
+        grouped(x, weight, [2, 0, 5], group_type=None)
+    with pytest.raises(ValueError, match=r"bias is \[.*bfloat16.*\]; supported: torch.float32 tensors"):
+        grouped(x.bfloat16(), weight.bfloat16(), [2, 0, 5], bias=[torch.zeros(3, 6, dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="act_type is 5; supported: only the default 0"):
+        grouped(x, weight, [2, 0, 5], act_type=5)
+    with pytest.raises(ValueError, match="group_list is None; supported: one tensor for each of the 3 weights"):
+        npu.npu_grouped_matmul([x], [weight], group_type=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_of_weights_is_the_layout_that_the_device_multiplies_fastest(dtype: torch.dtype) -> None:
+    """A layout, not another shape, and no other result than a contiguous weight gives."""
+    weight = empty_weight((3, 64, 48), dtype, torch.device("cpu"))
+    assert (weight.shape, weight.dtype) == ((3, 64, 48), dtype)
+    assert (weight.mT if dtype == torch.bfloat16 else weight).is_contiguous()
+    weight.copy_(torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, expected = (grouped(x, memory, [1, 0, 5]) for memory in (weight, weight.contiguous()))
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_gradients_products_go_straight_to_their_places(dtype: torch.dtype) -> None:
+    """The same bits with and without."""
+    x, weight = torch.randn(9, 16).to(dtype), torch.randn(4, 16, 8).to(dtype)
+    expected = grouped(x, weight, [3, 0, 1, 5])
+    with torch.no_grad():
+        assert torch.equal(grouped(x, weight, [3, 0, 1, 5]), expected)
