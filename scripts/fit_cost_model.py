@@ -9,7 +9,7 @@ changes a time (``*_us``), copy it to qwen2_npu/conformance/machine/hardware.py:
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.graph.cost import ATTENTION
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf import cost_model
-from qwen2_npu.conformance.perf.cost_model import Efficiencies
+from qwen2_npu.conformance.perf.cost_model import Efficiencies, interval
 from qwen2_npu.conformance.perf.documented import read
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER
@@ -130,13 +130,6 @@ would save at most, over the same fits:
 | table | label | batch | mode | phase | documented ms | predicted ms | error | | interval, ms |
 |---|---|---|---|---|---|---|---|---|---|
 """
-
-
-def interval(values: Iterable[float]) -> str:
-    """``24.6 to 26.1``."""
-    found = sorted(values)
-    low, high = (f"{value:.1f}" for value in (found[0], found[-1]))
-    return low if low == high else f"{low} to {high}"
 
 
 def decode_of(size: str) -> Census:

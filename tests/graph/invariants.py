@@ -118,12 +118,12 @@ def fused_products(graph: Graph) -> Problems:
     """One product for q, k and v, and one for gate and up, where those steps are on."""
     per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
     found, sparse = len(graph.products) - len(graph.heads), graph.lowered.sparse
-    # The last layer of a prefill takes two parts of its weight of q, k and v, one product each.
+    # The last layer of a prefill has two products with parts of its weight of q, k and v, which are no weights here.
     split = int(graph.kept_alone and graph.optimizations.fused_qkv)
-    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse + split:
+    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse - split:
         yield (
             f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer, "
-            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts and {split} more in the last: "
+            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts and {split} fewer in the last: "
             "q, k and v, or gate and up, are not fused as switched on"
         )
 
@@ -169,13 +169,21 @@ def live_attention(graph: Graph) -> Problems:
 
 def last_layer_on_kept_positions(graph: Graph) -> Problems:
     """Of the last layer k and v alone are computed for every token, all other products for one per row."""
-    switched = graph.optimizations
+    switched, lowered = graph.optimizations, graph.lowered
     per_layer = 7 - 2 * switched.fused_qkv - switched.fused_gate_up
-    rows = Counter(op.outputs[0].elements // op.outputs[0].shape[-1] for op in graph.of_type(*PRODUCTS))
-    every = graph.lowered.batch * graph.lowered.live
-    expected = per_layer * (graph.lowered.layers - 1) + (1 if switched.fused_qkv else 2)
-    if rows[every] != expected or set(rows) != {every, graph.lowered.batch}:
-        yield f"products by rows: {dict(rows)}, expected {expected} of {every} and the others of {graph.lowered.batch}"
+    every, one_each = lowered.batch * lowered.live, lowered.batch
+    # Of experts the router and the gate of the shared one; grouped products have a row per expert of a token.
+    expected = per_layer * (lowered.layers - 1) + (1 if switched.fused_qkv else 2) + 2 * max(lowered.sparse - 1, 0)
+    rows = _rows(graph.of_type(*(PRODUCTS - {"GroupedMatmul"})))
+    if rows[every] != expected or set(rows) != {every, one_each}:
+        yield f"products by rows: {dict(rows)}, expected {expected} of {every} and the others of {one_each}"
+    grouped = _rows(graph.of_type("GroupedMatmul"))
+    if grouped and (grouped[min(grouped)] != 2 or min(grouped) * every != max(grouped) * one_each):
+        yield f"grouped products by rows: {dict(grouped)}, expected 2 of {one_each / every} times the others'"
+
+
+def _rows(ops: list[Operation]) -> Counter[int]:
+    return Counter(op.outputs[0].elements // op.outputs[0].shape[-1] for op in ops)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from qwen2_npu.conformance.files import BASELINES, write_json
 from qwen2_npu.conformance.graph.census import FEW, MORE, Census, LayeredCensus, of_layers
-from qwen2_npu.conformance.graph.cost import ExpertsRead, experts_read
+from qwen2_npu.conformance.graph.cost import Cost, ExpertsRead, experts_read
 from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
@@ -143,17 +143,13 @@ def at_full_size(graph: DocumentedGraph, folder: Path = FOLDER) -> Census | None
     layered = load(graph, folder)
     if layered is None:
         return None
-    layer = _as_expected(layered.layer, graph.experts_read)
-    outside = _as_expected(layered.outside, graph.last_experts_read)
-    return replace(layered, outside=outside, layer=layer).of(SIZES[graph.size].layers)
-
-
-def _as_expected(census: Census, read: ExpertsRead) -> Census:
-    cost = census.costs.get("GroupedMatmul")
-    if cost is None:
-        return census
-    expected = replace(cost, weight_bytes=round(cost.weight_bytes * read.expected / read.most))
-    return replace(census, costs={**census.costs, "GroupedMatmul": expected})
+    whole, grouped = layered.of(SIZES[graph.size].layers), "GroupedMatmul"
+    if grouped not in whole.costs:
+        return whole
+    last = layered.outside.costs.get(grouped, Cost()).weight_bytes
+    parts = ((whole.costs[grouped].weight_bytes - last, graph.experts_read), (last, graph.last_experts_read))
+    expected = round(sum(nbytes * read.expected / read.most for nbytes, read in parts))
+    return replace(whole, costs={**whole.costs, grouped: replace(whole.costs[grouped], weight_bytes=expected)})
 
 
 def update(graph: DocumentedGraph, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:

@@ -16,7 +16,7 @@ The tables cannot tell launches from bandwidth: 0 to 7 µs fit about as well. A 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -177,6 +177,13 @@ def predictions(fits: Sequence[Efficiencies] = ()) -> list[Prediction]:
         found = [predict(number.row, efficiencies) * 1e3 for efficiencies in known]
         made.append(Prediction(number, found[0], is_fitted(number.row), min(found), max(found)))
     return made
+
+
+def interval(values: Iterable[float], digits: int = 1) -> str:
+    """``24.6 to 26.1``, or one number where both are printed alike."""
+    found = sorted(values)
+    low, high = (f"{value:.{digits}f}" for value in (found[0], found[-1]))
+    return low if low == high else f"{low} to {high}"
 
 
 def to_json(efficiencies: Efficiencies, others: Sequence[Efficiencies]) -> dict[str, object]:

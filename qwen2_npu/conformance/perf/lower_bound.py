@@ -57,7 +57,7 @@ def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) ->
     else:
         computed, pairs, kv = batch, batch * (tokens + 1), batch * (tokens + 1)
     query = shard.heads * shard.head_dim
-    last = shard.hidden * (2 * query + 3 * shard.intermediate)  # the last layer, but k and v
+    last = shard.hidden * 2 * query + shard.mlp_with(shard.per_token)  # the last layer, but k and v
     attention = 4 * query * ((shard.layers - 1) * pairs + kv)
     return Work(
         bytes=BYTES * (weights + kv * kv_per_token(shard)),

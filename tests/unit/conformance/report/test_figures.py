@@ -25,7 +25,7 @@ def test_a_point_holds_documented_measured_and_predicted(night) -> None:  # type
     assert slow.measured is not None
     assert 27 < slow.measured < 27.6
     assert slow.predicted is not None
-    assert abs(slow.predicted - 26.4) < 1e-9
+    assert slow.predicted == pytest.approx((25.2, 26.4))
     unmeasured = found.point(documented.by_id()["72b-ladder-b4-graph-fused_qkv-decode"])
     assert (unmeasured.measured, unmeasured.bad) == (None, False)
 
