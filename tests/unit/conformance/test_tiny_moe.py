@@ -122,6 +122,8 @@ def test_greedy_text_is_sensible(model: Any) -> None:
 
 # ---- compared -------------------------------------------------------------------------------------------------------
 @needs_mixture
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_verify_passes_with_the_operators_of_experts_and_shows_their_choices(tmp_path: Path) -> None:
     report = tmp_path / "verify.json"
     options = ["--model-path", str(tiny_moe.path()), "--device", "cpu", "--steps", "fused_moe", "--json", str(report)]
