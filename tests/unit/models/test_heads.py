@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -213,6 +214,16 @@ def test_a_model_without_a_head_is_read_from_any_checkpoint(tmp_path, name):
     theirs = transformers.Qwen2Model.from_pretrained(tmp_path).eval()
     ids = ragged("left")[0]
     assert close(Qwen2Model.from_pretrained(tmp_path)(ids)[0], theirs(ids)[0])
+
+
+def test_a_saved_folder_names_the_class_that_wrote_it(tmp_path):
+    """Auto classes and servers look there; what was read may have been another class's."""
+    stock_of("Qwen2ForSequenceClassification").save_pretrained(tmp_path / "stock", safe_serialization=True)
+    for ours in (Qwen2ForSequenceClassification, Qwen2Model):
+        model = ours.from_pretrained(tmp_path / "stock")
+        model.save_pretrained(tmp_path / ours.__name__)
+        config = json.loads((tmp_path / ours.__name__ / "config.json").read_text(encoding="utf-8"))
+        assert config["architectures"] == [ours.__name__]
 
 
 def test_a_head_that_is_not_in_the_checkpoint(tmp_path):
