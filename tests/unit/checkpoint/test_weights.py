@@ -99,6 +99,13 @@ def test_loading_reads_one_tensor_at_a_time(folder, monkeypatch):
     assert len(alive) == len(sources.open_checkpoint(folder).shapes())
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_stay_in_the_dtype_they_are_stored_in(stored):
+    weights = stock_weights(small_stock(dtype=stored))
+    model = Qwen2ForCausalLM.from_state_dict(small_config(), weights)
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+
+
 @pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
 def test_dtype_by_value_and_by_name(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, dtype=given).dtype == torch.bfloat16

@@ -77,8 +77,15 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
         guard("L['self']._modules['norm'].eps"),
         guard("", "SHAPE_ENV"),
         guard("G['torch']", is_global=True),
+        guard("self._modules['norm'].eps"),
+        guard("type(self._modules['layers']._modules['0']._modules['self_attn']).forward"),
+        guard("self._modules['rotary']._buffers['sin']"),
+        guard("tokens"),
+        guard("inputs.actual_seq_lengths[0]"),
+        guard("caches[0][1]"),
     ]
-    assert npu.keep_input_guards(guards) == [True, False, True, False]
+    kept = [True, False, True, False, False, False, True, True, True, True]
+    assert npu.keep_input_guards(guards) == kept
 
 
 @needs_torch_npu

@@ -328,9 +328,12 @@ def test_a_compiled_prompt_is_never_longer_than_its_cache():
     config = small_config(num_hidden_layers=1, max_position_embeddings=2048)
     model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)))
     lengths: list[int] = []
-    model.compiled_steps = {
-        "prefill": lambda given, *rest: lengths.append(given.shape[1]) or model.prefill_step(given, *rest)
-    }
+
+    def prefill(given, *rest):
+        lengths.append(given.shape[1])
+        return model.prefill_step(given, *rest)
+
+    model.compiled_steps = {"prefill": prefill}
     for width, computed in ((1000, 1024), (1100, 1152)):
         ids, cache = tokens(1, width), model.allocate_cache(1, width)
         found = model(ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits
