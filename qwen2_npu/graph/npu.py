@@ -162,12 +162,8 @@ class CachedStep:
 
             # Readable by others, a folder of code is an invitation.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.graphs[name] = cache_compile(
-                _with_own_code(self.step, f"_{name}"),
-                config=self.config,
-                dynamic=self.dynamic,
-                cache_dir=str(self.folder / name),
-            )
+            own, folder = _with_own_code(self.step, f"_{name}"), str(self.folder / name)
+            self.graphs[name] = cache_compile(own, config=self.config, dynamic=self.dynamic, cache_dir=folder)
         return self.graphs[name](*arguments)
 
 

@@ -1,0 +1,174 @@
+"""What one forward pass has room for: positions, slots and the rotary table; and windows across padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.compat import CACHE_NAME, cache_of
+from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.graph.steps import CompiledStep
+from qwen2_npu.models import backbone, layers
+from tests.unit.small import V4, small_config, small_stock, stock_weights
+
+TOLERANCE = 2e-4  # as in test_qwen2.py
+FEW = 24
+"""Positions of a model that has few."""
+
+SWITCHES = {
+    "none": Optimizations.none(),
+    "BNSD": Optimizations.up_to("fixed_kv_cache"),
+    "all": Optimizations.all(),
+}
+FIXED = ("BNSD", "all", "compiled")
+
+
+def model_of(name: str, stock) -> Qwen2ForCausalLM:
+    """``compiled``: steps go through what compile_model puts in place; no compiler is needed."""
+    optimizations = SWITCHES.get(name, Optimizations.all())
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+    if name == "compiled":
+        steps = {"prefill": model.prefill_step, "decode": model.decode_step}
+        model.compiled_steps = {name: CompiledStep(step, lambda call: call) for name, step in steps.items()}
+    return model
+
+
+def tokens(rows: int, width: int) -> torch.Tensor:
+    return torch.randint(1, 199, (rows, width), generator=torch.Generator().manual_seed(width))
+
+
+def mask_of(*rows: str) -> torch.Tensor:
+    return torch.tensor([[int(value) for value in row] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return small_stock(small_config(num_hidden_layers=1))
+
+
+@pytest.fixture(scope="module")
+def short():
+    return small_stock(small_config(num_hidden_layers=1, max_position_embeddings=FEW))
+
+
+def assert_live_alike(found: torch.Tensor, expected: torch.Tensor, live: torch.Tensor) -> None:
+    assert (found - expected).abs()[live.bool()].max() < TOLERANCE
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(V4, reason="4.37.0 counts no padding, and has a table of its own")
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_padding_may_take_positions_that_the_model_does_not_have(short, name):
+    """Where nobody says which, they are counted with padding, as the stock model counts them."""
+    ids, mask = tokens(2, 31), mask_of("0" * 9 + "1" * 22, "0" * 26 + "1" * 5)
+    expected = short(ids, attention_mask=mask).logits
+    assert_live_alike(model_of(name, short)(ids, attention_mask=mask).logits, expected, mask)
+
+
+@pytest.mark.parametrize("name", FIXED)
+@torch.no_grad()
+def test_each_row_counts_its_own_tokens_against_the_positions(short, name):
+    """20 tokens and 1 more in one row, 3 and 20 in the other: neither has 40."""
+    first, second = mask_of("1" * 20, "0" * 17 + "1" * 3), mask_of("0" * 19 + "1", "1" * 20)
+    ids, whole = tokens(2, 40), torch.cat((first, second), dim=1)
+    places = (whole.cumsum(1) - 1).clamp(min=0)
+    expected = short(ids, attention_mask=whole, position_ids=places).logits
+    model = model_of(name, short)
+    cache = model.allocate_cache(2, FEW)
+    model(ids[:, :20], attention_mask=first, position_ids=places[:, :20], **{CACHE_NAME: cache})
+    found = model(ids[:, 20:], attention_mask=whole, position_ids=places[:, 20:], **{CACHE_NAME: cache}).logits
+    assert_live_alike(found, expected[:, 20:], second)
+    assert cache.lengths == [21, 23]
+
+
+# ---- slots ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("width", "capacity"), [(300, 512), (100, 384), (512, 512)])
+@torch.no_grad()
+def test_a_cache_that_forward_makes_has_no_more_slots_than_positions(stock, width, capacity):
+    assert cache_of(model_of("all", stock)(tokens(1, width))).shape.capacity == capacity
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("new", [1, 5])
+@torch.no_grad()
+def test_a_continuation_may_fill_the_last_slots(stock, name, new):
+    """A prompt is computed in a bucket; what comes after it, as it is."""
+    ids, model = tokens(1, 128), model_of(name, stock)
+    cache = model.allocate_cache(1, 128)
+    model(ids[:, :-new], **{CACHE_NAME: cache})
+    found = model(ids[:, -new:], **{CACHE_NAME: cache}).logits
+    assert cache.lengths == [128]
+    assert (found - stock(ids).logits[:, -new:]).abs().max() < TOLERANCE
+
+
+# ---- the rotary table -----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_one_rotary_table_serves_as_long_as_the_cache_has_room(stock, monkeypatch):
+    """A longer one in the middle of a generation would be another graph."""
+    for module in (layers, backbone):
+        monkeypatch.setattr(module, "TABLE_ROWS", 64)
+    model, ids = model_of("all", stock), tokens(1, 256)
+    cache = model.allocate_cache(1, 200)
+    tables = []
+    for start, stop in ((0, 9), (9, 10), (10, 150), (150, 256)):
+        model(ids[:, start:stop], **{CACHE_NAME: cache})
+        tables.append(model.model.rotary.cos)
+    assert all(table is tables[0] for table in tables)
+    assert len(tables[0]) == 256
+
+
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_positions_that_a_caller_gives_have_rows_in_the_table(stock, name, monkeypatch):
+    for module in (layers, backbone):
+        monkeypatch.setattr(module, "TABLE_ROWS", 64)
+    ids, places = tokens(1, 5), torch.tensor([[3, 100, 200, 400, 511]])
+    found = model_of(name, stock)(ids, position_ids=places).logits
+    assert (found - stock(ids, position_ids=places).logits).abs().max() < TOLERANCE
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(V4, reason="4.37.0 has no sliding window here")
+@pytest.mark.parametrize("name", FIXED)
+@torch.no_grad()
+def test_padding_of_an_earlier_pass_may_be_a_hole_in_a_window(name):
+    """Padding on the right is none until a token follows it: the pass of that token is refused, and writes nothing."""
+    config = small_config(num_hidden_layers=1, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    model = model_of(name, small_stock(config))
+    cache = model.allocate_cache(2, 128)
+    first = mask_of("11110", "11111")
+    model(tokens(2, 5), attention_mask=first, **{CACHE_NAME: cache})
+    whole = torch.cat((first, mask_of("111", "111")), dim=1)
+    with pytest.raises(UnsupportedError, match="row 0 has padding between its tokens"):
+        model(tokens(2, 3), attention_mask=whole, **{CACHE_NAME: cache})
+    assert cache.lengths == [4, 5]
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 has no sliding window here")
+@torch.no_grad()
+def test_a_hole_is_refused_before_the_window_reaches_it():
+    """With room in the cache it will: later steps of generate() are not looked into."""
+    config = small_config(num_hidden_layers=1, use_sliding_window=True, sliding_window=16, max_window_layers=0)
+    stock = small_stock(config)
+    model, ids, mask = model_of("all", stock), tokens(1, 5), mask_of("11011")
+    with pytest.raises(UnsupportedError, match="row 0 has padding between its tokens"):
+        model(ids, attention_mask=mask, **{CACHE_NAME: model.allocate_cache(1, 5)})
+    found = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_live_alike(found, stock(ids, attention_mask=mask).logits, mask)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@pytest.mark.parametrize("new", [5, 1])
+@torch.no_grad()
+def test_a_mask_of_other_values_is_refused(stock, name, new):
+    model = model_of(name, stock)
+    cache = model.allocate_cache(1, 8)
+    model(tokens(1, 3), **{CACHE_NAME: cache})
+    mask = torch.ones(1, 3 + new, dtype=torch.int64)
+    mask[0, -1] = 2
+    with pytest.raises(ValueError, match="attention_mask holds 2: pass 1 for a token and 0 for padding"):
+        model(tokens(1, new), attention_mask=mask, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 3
