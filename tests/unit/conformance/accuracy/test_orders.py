@@ -107,8 +107,12 @@ def test_a_second_comparison_has_orders_of_its_own() -> None:
     Orders(both[0]).tell("build", steps=[])
     Orders(both[1])
     first, other = (Orders(group) for group in both)
-    first.tell(END, passed=True)
-    assert follow(other, lambda optimizations: pytest.fail("an order of the first one"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(follow, other, lambda optimizations: pytest.fail("an order of the first one"))
+        time.sleep(2 * orders.POLL)
+        assert not waiting.done()
+        first.tell(END, passed=True)
+        assert waiting.result(5) is True
 
 
 def test_an_order_is_waited_for_beyond_the_timeout() -> None:
