@@ -49,11 +49,12 @@ def test_random_numbers_are_those_of_rank_0(facts: list[dict[str, Any]]) -> None
     [
         {"input_ids": IDS + 1},
         {"input_ids": IDS.to(torch.int32)},
+        {"input_ids": IDS.view(torch.float64)},
         {"input_ids": IDS.T},
         {"input_ids": IDS, "do_sample": True},
         {"input_ids": IDS, "generation_config": GenerationConfig(top_k=3)},
     ],
-    ids=["ids", "dtype", "shape", "an option more", "configuration"],
+    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration"],
 )
 def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     ranks = SecondRank(Shard(1, 2))
