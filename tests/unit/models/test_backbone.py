@@ -10,6 +10,7 @@ from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models import backbone, layers
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4  # as in test_qwen2.py
@@ -159,6 +160,19 @@ def test_a_hole_is_refused_before_the_window_reaches_it():
     assert_live_alike(found, stock(ids, attention_mask=mask).logits, mask)
 
 
+@pytest.mark.parametrize("name", FIXED)
+@torch.no_grad()
+def test_a_mask_is_compared_with_the_cache_token_by_token(stock, name):
+    """It shows padding, and hides as many tokens: the numbers of tokens are the same."""
+    model = model_of(name, stock)
+    cache = model.allocate_cache(2, 8)
+    model(tokens(2, 4), attention_mask=mask_of("0111", "1111"), **{CACHE_NAME: cache})
+    with pytest.raises(UnsupportedError, match="token 0 of row 0 was padding when it was written"):
+        model(tokens(2, 1), attention_mask=mask_of("11011", "11111"), **{CACHE_NAME: cache})
+    with pytest.raises(UnsupportedError, match="token 0 of row 0 was padding when it was written"):
+        model(tokens(2, 1), attention_mask=mask_of("11111", "01111"), **{CACHE_NAME: cache})
+
+
 # ---- masks ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["none", *FIXED])
 @pytest.mark.parametrize("new", [5, 1])
@@ -172,3 +186,65 @@ def test_a_mask_of_other_values_is_refused(stock, name, new):
     with pytest.raises(ValueError, match="attention_mask holds 2: pass 1 for a token and 0 for padding"):
         model(tokens(1, new), attention_mask=mask, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 3
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("asked", [(), ("hidden_states",), ("attentions",), ("hidden_states", "attentions")], ids=str)
+@torch.no_grad()
+def test_what_is_not_asked_for_is_not_there(stock, asked):
+    model, ids = model_of("none", stock), tokens(1, 5)
+    given = {f"output_{name}": True for name in asked}
+    for use_cache in (True, False):
+        output = model(ids, use_cache=use_cache, **given)
+        assert {name for name in ("hidden_states", "attentions") if output.get(name) is not None} == set(asked)
+        assert (output.get(CACHE_NAME) is not None) == use_cache
+    given[CACHE_NAME] = model.allocate_cache(1, 5)
+    assert model(ids, use_cache=False, **given).get(CACHE_NAME) is None
+
+
+KEPT = [torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([False]), slice(0, 0), torch.tensor(-1)]
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 has no logits_to_keep")
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@pytest.mark.parametrize("keep", KEPT, ids=str)
+@torch.no_grad()
+def test_kept_logits_of_a_decode_step_are_the_stock_ones(stock, name, keep):
+    """Also those of one position twice, and of none."""
+    ids, found = tokens(2, 6), []
+    for candidate in (stock, model_of(name, stock)):
+        cache = cache_of(candidate(ids[:, :5], use_cache=True))
+        found.append(candidate(ids[:, 5:], logits_to_keep=keep, **{CACHE_NAME: cache}).logits)
+    assert found[0].shape == found[1].shape
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_every_rank_has_the_attention_weights_of_all_heads(stock):
+    ids = tokens(2, 5)
+    expected = stock(ids, output_attentions=True).attentions
+
+    def run(ranks):
+        model = sharded(stock.config, stock_weights(stock), ranks, Optimizations.none())
+        return model(ids, output_attentions=True).attentions
+
+    with virtual_ranks(2) as on_all:
+        for found in on_all(run):
+            assert len(found) == len(expected) == 1
+            assert found[0].shape == expected[0].shape
+            assert (found[0] - expected[0]).abs().max() < 1e-5
+
+
+# ---- caches of another model ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["BNSD", "all"])
+@torch.no_grad()
+def test_a_cache_of_the_dtype_that_the_model_had_is_refused(stock, name):
+    """It was this model's own, and was written before."""
+    model, ids = model_of(name, stock), tokens(1, 5)
+    cache = model.allocate_cache(1, 8)
+    model(ids, **{CACHE_NAME: cache})
+    with pytest.raises(UnsupportedError, match=r"float32 .*and this model writes a .*bfloat16"):
+        model.bfloat16()(ids[:, :1], **{CACHE_NAME: cache})
+    assert cache.lengths == [5]
+    model.float()(ids[:, :1], **{CACHE_NAME: cache})
+    assert cache.lengths == [6]
