@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import StoppingCriteriaList
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.compat import CACHE_NAME, cache_of
@@ -12,6 +13,7 @@ from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models import backbone, layers
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 TOLERANCE = 2e-4  # as in test_qwen2.py
 FEW = 24
@@ -102,6 +104,38 @@ def test_a_continuation_may_fill_the_last_slots(stock, name, new):
     found = model(ids[:, -new:], **{CACHE_NAME: cache}).logits
     assert cache.lengths == [128]
     assert (found - stock(ids).logits[:, -new:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.skipif(V4, reason="4.37.0's generate does not continue from a Cache object")
+@torch.no_grad()
+def test_a_cache_grows_by_the_tokens_of_its_longest_row_and_not_by_its_padding(stock):
+    """150 tokens have been seen or will be, of which 110 take a slot."""
+    model, ids = model_of("all", stock), tokens(1, 145)
+    mask = torch.cat((torch.zeros(1, 40, dtype=torch.int64), torch.ones(1, 105, dtype=torch.int64)), dim=1)
+    cache = model.allocate_cache(1, 110)
+    places = (mask.cumsum(1) - 1).clamp(min=0)  # as generate() counts
+    for start, stop in ((0, 100), (100, 140)):
+        given = {"attention_mask": mask[:, :stop], "position_ids": places[:, start:stop]}
+        model(ids[:, start:stop], **given, **{CACHE_NAME: cache})
+    call = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    found = model.generate(ids, **{CACHE_NAME: cache}, **call)
+    assert (cache.shape.capacity, cache.lengths) == (128, [110])
+    assert_same_tokens(found, model.generate(ids, **call), model, call)
+
+
+@torch.no_grad()
+def test_a_generation_says_nothing_to_another_model(stock):
+    """A processor or a criterion may call one: its caches are those that it makes at any other time."""
+    model, other, ids = model_of("all", stock), model_of("all", stock), tokens(1, 5)
+    usual = cache_of(other(ids)).shape.capacity
+    capacities = []
+
+    def criterion(*given, **more) -> torch.Tensor:
+        capacities.append(cache_of(other(ids)).shape.capacity)
+        return torch.tensor([len(capacities) == 2])
+
+    model.generate(ids, max_new_tokens=500, do_sample=False, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert capacities == [usual, usual]
 
 
 # ---- the rotary table -----------------------------------------------------------------------------------------------
