@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import StoppingCriteriaList
@@ -10,7 +12,7 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.models import backbone, layers
+from qwen2_npu.models import arguments, backbone, layers
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
@@ -138,6 +140,23 @@ def test_a_generation_says_nothing_to_another_model(stock):
     assert capacities == [usual, usual]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@torch.no_grad()
+def test_a_generation_that_has_ended_says_nothing_to_later_calls(stock, fails):
+    model, ids = model_of("all", stock), tokens(1, 5)
+    usual = cache_of(model(ids)).shape.capacity
+
+    def criterion(*given, **more) -> torch.Tensor:
+        if fails:
+            raise KeyboardInterrupt
+        return torch.tensor([True])
+
+    call = {"max_new_tokens": 500, "stopping_criteria": StoppingCriteriaList([criterion])}
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        model.generate(ids, do_sample=False, **call)
+    assert cache_of(model(ids)).shape.capacity == usual
+
+
 # ---- the rotary table -----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_one_rotary_table_serves_as_long_as_the_cache_has_room(stock, monkeypatch):
@@ -220,6 +239,16 @@ def test_a_mask_of_other_values_is_refused(stock, name, new):
     with pytest.raises(ValueError, match="attention_mask holds 2: pass 1 for a token and 0 for padding"):
         model(tokens(1, new), attention_mask=mask, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_the_end_of_a_prompt_is_looked_at_once_in_a_generation(stock, name, monkeypatch):
+    """Looking waits for the device."""
+    looked = []
+    right = arguments.check_ends
+    monkeypatch.setattr(arguments, "check_ends", lambda *given: looked.append(given) or right(*given))
+    model_of(name, stock).generate(tokens(2, 5), max_new_tokens=4, do_sample=False)
+    assert len(looked) == 1
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
