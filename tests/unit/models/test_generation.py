@@ -168,6 +168,15 @@ def test_a_cache_the_caller_keeps_is_never_handed_out_again(full, prompt):
     assert all(torch.equal(old, new) for old, new in zip(contents, kept.key_cache, strict=True))
 
 
+def test_one_idle_cache_is_kept_at_most(full):
+    """Of calls at the same time, each of which gives its own back."""
+    caches = [full.allocate_cache(1, 64) for _ in range(3)]
+    for cache in caches:
+        full._pool.give_back(cache)
+    assert full._pool.take(caches[2].shape) is caches[2]
+    assert full._pool.take(caches[2].shape) not in caches
+
+
 def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     arguments = {"do_sample": False, "return_dict_in_generate": True}
     cache = cache_of(full.generate(**prompt, max_new_tokens=4, **arguments))
