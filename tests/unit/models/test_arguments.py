@@ -252,9 +252,7 @@ def test_another_dtype_by_autocast_is_refused():
     """The operators compute in that of the weights: a user would believe otherwise."""
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(
-            UnsupportedError, match=r"autocast\('cpu', dtype=torch.bfloat16\) around a model of torch.float32"
-        ),
+        pytest.raises(UnsupportedError, match=r"autocast\(.cpu., dtype=torch.bfloat16\) around a model of"),
     ):
         arguments.check_precision(TABLE)
     with torch.autocast("cpu", dtype=torch.bfloat16):

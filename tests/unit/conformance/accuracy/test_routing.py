@@ -92,6 +92,18 @@ def test_the_reference_is_forced_too_and_in_float64(pair: ModelPair, others: Any
     assert routers.taken() is None, "what a pass before it said"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_are_taken_down_as_they_are(dtype: torch.dtype) -> None:
+    """The noise is measured by them."""
+    routers = Routers({0: None}, np.ones((1, 3), bool), None, left=False)
+    routers.start(0, 3)
+    logits = torch.randn(3, 4, dtype=torch.float64).to(dtype)
+    routers.route(0, logits, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), False)
+    said = routers.taken()
+    assert said is not None
+    np.testing.assert_array_equal(said.logits[0, 0], logits.double())
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_weights_of_other_experts_are_the_model_s_own_and_its_own_choice_stands(normalised: bool) -> None:
     chosen = np.array([[[[0, 1], [2, 3]]]])
