@@ -130,7 +130,7 @@ def fingerprint(model: Qwen2ForCausalLM) -> str:
 
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    folders = (package, *(package / name for name in ("models", "graph", "parallel")))
+    folders = (package, *(package / name for name in ("models", "graph", "parallel", "ops")))
     for source in sorted(source for folder in folders for source in folder.glob("*.py")):
         digest.update(source.read_bytes())
     described = {
