@@ -13,6 +13,8 @@ from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models import arguments, backbone, layers
+from qwen2_npu.parallel.collectives import Ranks
+from qwen2_npu.parallel.sharding import Shard
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
@@ -311,3 +313,30 @@ def test_a_cache_of_the_dtype_that_the_model_had_is_refused(stock, name):
     assert cache.lengths == [5]
     model.float()(ids[:, :1], **{CACHE_NAME: cache})
     assert cache.lengths == [6]
+
+
+# ---- another vocabulary ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [150, 230])
+@torch.no_grad()
+def test_a_vocabulary_that_is_resized_is_the_stock_model_s(size):
+    stock, ids = small_stock(small_config(num_hidden_layers=1)), tokens(2, 5) % 150
+    model = model_of("all", stock)
+    kept = min(size, 199)
+    expected = stock(ids).logits[..., :kept]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    found = model(ids).logits
+    assert found.shape == (2, 5, size)
+    assert (found[..., :kept] - expected).abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match=f"token id {size} is outside the vocabulary of {size}"):
+        model(torch.tensor([[size]]))
+
+
+def test_the_embeddings_of_a_part_are_not_resized():
+    """Every rank holds other tokens of the table."""
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=1), ranks=Ranks(Shard(1, 2)))
+    for call in (
+        lambda: model.resize_token_embeddings(230),
+        lambda: model.set_input_embeddings(torch.nn.Embedding(9, 9)),
+    ):
+        with pytest.raises(UnsupportedError, match="2 ranks share cannot be replaced or resized: do it with tp_size=1"):
+            call()
