@@ -300,6 +300,20 @@ def test_every_rank_has_the_attention_weights_of_all_heads(stock):
             assert (found[0] - expected[0]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_the_loss_after_a_cache_leaves_out_what_follows_padding_of_this_pass(stock, name):
+    """Of the mask the last columns count, not those of the tokens before."""
+    model, ids = model_of(name, stock), tokens(2, 12)
+    mask = mask_of("000111" + "111000", "111111" + "111110")
+    cache = model.allocate_cache(2, 12)
+    model(ids[:, :6], attention_mask=mask[:, :6], **{CACHE_NAME: cache})
+    found = model(ids[:, 6:], attention_mask=mask, labels=ids[:, 6:], **{CACHE_NAME: cache})
+    counted = mask[:, 6:-1].bool()
+    expected = torch.nn.functional.cross_entropy(found.logits[:, :-1][counted], ids[:, 7:][counted])
+    assert abs(float(found.loss - expected)) < 1e-5
+
+
 # ---- caches of another model ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["BNSD", "all"])
 @torch.no_grad()
@@ -323,7 +337,7 @@ def test_a_vocabulary_that_is_resized_is_the_stock_model_s(size):
     model = model_of("all", stock)
     kept = min(size, 199)
     expected = stock(ids).logits[..., :kept]
-    model.resize_token_embeddings(size, mean_resizing=False)
+    model.resize_token_embeddings(size, **({} if V4 else {"mean_resizing": False}))
     found = model(ids).logits
     assert found.shape == (2, 5, size)
     assert (found[..., :kept] - expected).abs().max() < TOLERANCE
