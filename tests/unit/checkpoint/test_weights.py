@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
@@ -98,10 +99,31 @@ def test_loading_reads_one_tensor_at_a_time(folder, monkeypatch):
     assert len(alive) == len(sources.open_checkpoint(folder).shapes())
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_stay_in_the_dtype_they_are_stored_in(stored):
+    weights = stock_weights(small_stock(dtype=stored))
+    model = Qwen2ForCausalLM.from_state_dict(small_config(), weights)
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+
+
 @pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
 def test_dtype_by_value_and_by_name(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, dtype=given).dtype == torch.bfloat16
     assert Qwen2ForCausalLM.from_pretrained(folder, torch_dtype=given, device_map="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", ["folder", "state dict"])
+def test_what_was_loaded_is_for_inference(folder, way):
+    """No gradients, which would keep the values of every layer, and no training mode."""
+    if way == "folder":
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+    else:
+        model = Qwen2ForCausalLM.from_state_dict(small_config(), stock_weights(small_stock()))
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name, module in model.named_modules() if module.training]
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert not logits.requires_grad
+    assert logits.grad_fn is None
 
 
 def test_old_extras_are_accepted(folder):
@@ -224,6 +246,9 @@ def test_a_saved_folder_is_whole(folder, tmp_path, size):
         assert written["metadata"]["total_size"] == held
     else:
         assert list(names) == ["model.safetensors"]
+    for file in names:  # transformers 4.37 refuses a file that does not say so
+        with safe_open(tmp_path / "ours" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}, file
     again = type(small_stock()).from_pretrained(tmp_path / "ours")
     assert (again.generation_config.max_length, again.generation_config.eos_token_id) == (77, [5, 6])
     for name, tensor in model.stock_state_dict().items():

@@ -62,6 +62,9 @@ def test_ties_go_to_the_lower_expert() -> None:
     assert experts.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert numbers.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     torch.testing.assert_close(values, torch.full((2, 5), 1 / 300))
+    for made in (values, experts, numbers):  # of their own size, not a view of what every expert has
+        assert made.is_contiguous()
+        assert made.untyped_storage().nbytes() == made.numel() * made.itemsize
 
 
 def test_logits_of_16_bits_are_widened() -> None:

@@ -123,6 +123,15 @@ def test_a_part_alone_computes_nothing(collective: str) -> None:
         getattr(Ranks(Shard(0, 2)), collective)(torch.ones(2))
 
 
+def test_what_is_gathered_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HCCL takes nothing else; gloo takes anything."""
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_gather_single", lambda out, tensor, group: given.extend((out, tensor)))
+    Ranks(Shard(0, 2), "the group").all_gather(torch.arange(12.0).view(3, 4)[:, :2], axis=1)
+    assert all(tensor.is_contiguous() for tensor in given)
+    assert [tuple(tensor.shape) for tensor in given] == [(6, 2), (3, 2)]
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_values_on_all_ranks(count: int) -> None:
     whole = torch.arange(2 * 5 * 3 * count, dtype=torch.float32).view(2, 5, 3 * count)

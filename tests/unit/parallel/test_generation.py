@@ -16,6 +16,7 @@ from qwen2_npu.parallel.sharding import Shard
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import small_config, small_stock, stock_weights
 from tests.unit.test_cache import shape
+from tests.unit.tokens import assert_same_tokens
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 5, 7]])
@@ -48,11 +49,12 @@ def test_random_numbers_are_those_of_rank_0(facts: list[dict[str, Any]]) -> None
     [
         {"input_ids": IDS + 1},
         {"input_ids": IDS.to(torch.int32)},
+        {"input_ids": IDS.view(torch.float64)},
         {"input_ids": IDS.T},
         {"input_ids": IDS, "do_sample": True},
         {"input_ids": IDS, "generation_config": GenerationConfig(top_k=3)},
     ],
-    ids=["ids", "dtype", "shape", "an option more", "configuration"],
+    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration"],
 )
 def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     ranks = SecondRank(Shard(1, 2))
@@ -120,4 +122,6 @@ def test_on_all_ranks_a_cache_grows_and_what_is_too_long_is_cut() -> None:
     with virtual_ranks(2) as on_all, pytest.warns(UserWarning, match="41 are generated at most"):
         answers = on_all(run)
     expected = stock.generate(ids, max_new_tokens=41, do_sample=False)
-    assert all(torch.equal(answer, expected) and capacity == 256 for answer, capacity in answers)
+    for rank, (answer, capacity) in enumerate(answers):
+        assert_same_tokens(answer, expected, stock, where=f"rank {rank}")
+        assert capacity == 256
