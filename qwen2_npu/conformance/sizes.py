@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,14 @@ class Size:
         """The steps that this model has."""
         return (*LADDER, *EXPERTS) if self.experts else LADDER
 
-    def config(self, *, layers: int | None = None, max_position_embeddings: int = 32768) -> Qwen2Config:
+    def config(
+        self, *, layers: int | None = None, max_position_embeddings: int = 32768, scheme: str | None = None
+    ) -> Qwen2Config:
         """As transformers writes it (5.x: head_dim apart from the hidden size); of a shard, that of the whole model.
 
         Args:
             layers: fewer layers than the real model has.
+            scheme: with 8-bit weights, made for "w8a16" or "w8a8".
 
         Raises:
             UnsupportedError: a mixture of experts, which the installed transformers does not know.
@@ -100,7 +104,9 @@ class Size:
         from qwen2_npu.compat import CONFIGURATIONS
 
         if self.whole is not None:
-            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings)
+            return self.whole.config(
+                layers=layers, max_position_embeddings=max_position_embeddings, scheme=scheme
+            )
         values: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -117,6 +123,8 @@ class Size:
             "eos_token_id": None,
             "pad_token_id": None,
         }
+        if scheme is not None:
+            values["quantization_config"] = quantization_config(scheme)
         if not self.experts:
             return CONFIGURATIONS["qwen2"](**values)
         if MIXTURE not in CONFIGURATIONS:
@@ -131,6 +139,25 @@ class Size:
             "mlp_only_layers": [],
         }
         return CONFIGURATIONS[MIXTURE](**values)
+
+
+def quantization_config(scheme: str, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """What config.json of a checkpoint with 8-bit weights says, as llm-compressor writes it."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": activations if scheme == "w8a8" else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+    }
 
 
 MIXTURE = "qwen2_moe"

@@ -107,8 +107,8 @@ class QuantizedLinear(nn.Module):
     def prepare(self) -> None:
         """Have the float32 copies."""
         with torch.inference_mode(False):  # they outlive the call
-            self.wide_scale = self.weight_scale.detach().float().flatten()
-            self.wide_bias = None if self.bias is None else self.bias.detach().float()
+            self._buffers["wide_scale"] = _constant(self.weight_scale.detach().flatten())
+            self._buffers["wide_bias"] = None if self.bias is None else _constant(self.bias.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         """Where the model changes its dtype the copies go: they are made again of what the parameters are then."""
@@ -147,6 +147,11 @@ class QuantizedLinear(nn.Module):
         assert self.wide_scale is not None, "QuantizedLinear.prepare() comes first"
         rows = x.values.reshape(-1, self.in_features)
         return torch.ops.npu.npu_quant_matmul(rows, self.weight.mT, self.wide_scale, output_dtype=INT32)
+
+
+def _constant(tensor: torch.Tensor) -> nn.Parameter:
+    """In float32; of the type by which torchair knows that its address does not change."""
+    return nn.Parameter(tensor.float().clone(), requires_grad=False)
 
 
 class RowParallelQuantizedLinear(QuantizedLinear):

@@ -7,24 +7,11 @@ from typing import Any
 import torch
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.conformance.sizes import quantization_config
 from qwen2_npu.models.quantized import QuantizedLinear
 from tests.unit.small import small_config
 
 SCHEMES = ("w8a16", "w8a8")
-
-
-def quantization_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
-    """As a folder in the format of compressed-tensors has it."""
-    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": token if scheme == "w8a8" else None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-    }
 
 
 def quantised_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",), **changes: Any) -> Any:
