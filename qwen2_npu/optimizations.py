@@ -24,6 +24,7 @@ LADDER: tuple[str, ...] = (
     "ifa_tiling",
     "fused_gate_up",
     "swiglu",
+    "last_layer",
 )
 """The steps in order. Up to ``ifa_tiling`` they are the guide's rows; the rest goes beyond it."""
 
@@ -51,6 +52,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "fused_infer_attention": ("flash_attention",),
     # npu_swiglu takes gate and up as one tensor: without the fused product they would be copied together first.
     "swiglu": ("fused_gate_up",),
+    # It computes the positions alone whose logits are kept, against keys and values of all of them.
+    "last_layer": ("flash_attention", "last_token_logits"),
     # Between the two products of the experts stands npu_swiglu.
     "fused_moe": ("swiglu",),
     # Its product and all-reduce are one operator in the prefill of the fused operators.
@@ -69,6 +72,7 @@ DESCRIPTIONS: dict[str, str] = {
     "ifa_tiling": "incremental attention over the live tokens only (actual_seq_lengths)",
     "fused_gate_up": "one matmul for gate and up",
     "swiglu": "SiLU(gate)·up in one operator",
+    "last_layer": "prefill computes the last layer, but for its k and v, on the kept positions only",
     "fused_moe": "mixture of experts: routing, grouped products and the sum over experts as npu:: operators",
     "mm_all_reduce": "prefill on several cards: o_proj and down_proj with their all-reduce in one operator",
     "w8a16": "8-bit weights, multiplied with the activations as they are (npu_weight_quant_batchmatmul)",
@@ -109,6 +113,7 @@ class Optimizations:
     ifa_tiling: bool = False
     fused_gate_up: bool = False
     swiglu: bool = False
+    last_layer: bool = False
     fused_moe: bool = False
     mm_all_reduce: bool = False
     w8a16: bool = False
