@@ -35,3 +35,28 @@ def quantised_model(
 
 def products(model: Any) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def dequantised(model: Any) -> dict[str, torch.Tensor]:
+    """The stock tensors that a model without fused products computes with, in its dtype."""
+    state = dict(model.state_dict())
+    for name in products(model):
+        weight, scale = state.pop(f"{name}.weight"), state.pop(f"{name}.weight_scale")
+        state[f"{name}.weight"] = (weight.double() * scale.double()).to(scale.dtype)
+    return state
+
+
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def like(plain: Any, optimizations: Optimizations) -> Any:
+    """A model with other switches, and the weights of one without fused products."""
+    model = Qwen2ForCausalLM(plain.config, optimizations).eval().to(plain.dtype)
+    given = plain.state_dict()
+    state = {}
+    for name in model.state_dict():
+        *scope, module, kind = name.split(".")
+        parts = [".".join([*scope, part, kind]) for part in STACKED.get(module, (module,))]
+        state[name] = torch.cat([given[part] for part in parts])
+    torch.nn.Module.load_state_dict(model, state)
+    return model
