@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +103,7 @@ class Size:
         Raises:
             UnsupportedError: a mixture of experts, which the installed transformers does not know.
         """
+        from qwen2_npu.checkpoint.quantization import FIELD, described
         from qwen2_npu.compat import CONFIGURATIONS
 
         if self.whole is not None:
@@ -125,7 +125,7 @@ class Size:
             "pad_token_id": None,
         }
         if scheme is not None:
-            values["quantization_config"] = quantization_config(scheme)
+            values[FIELD] = described(scheme)
         if not self.experts:
             return CONFIGURATIONS["qwen2"](**values)
         if MIXTURE not in CONFIGURATIONS:
@@ -140,25 +140,6 @@ class Size:
             "mlp_only_layers": [],
         }
         return CONFIGURATIONS[MIXTURE](**values)
-
-
-def quantization_config(scheme: str, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """What config.json of a checkpoint with 8-bit weights says, as llm-compressor writes it."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": activations if scheme == "w8a8" else None,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-    }
 
 
 MIXTURE = "qwen2_moe"

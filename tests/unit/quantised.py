@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.conformance.sizes import quantization_config
+from qwen2_npu.checkpoint.quantization import FIELD, described
 from qwen2_npu.models.quantized import QuantizedLinear
 from tests.unit.small import small_config
 
@@ -15,7 +15,7 @@ SCHEMES = ("w8a16", "w8a8")
 
 
 def quantised_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",), **changes: Any) -> Any:
-    return small_config(quantization_config=quantization_config(scheme, ignore), **changes)
+    return small_config(**{FIELD: described(scheme, ignore)}, **changes)
 
 
 def quantised_model(
@@ -58,5 +58,5 @@ def like(plain: Any, optimizations: Optimizations) -> Any:
         *scope, module, kind = name.split(".")
         parts = [".".join([*scope, part, kind]) for part in STACKED.get(module, (module,))]
         state[name] = torch.cat([given[part] for part in parts])
-    torch.nn.Module.load_state_dict(model, state)
+    model.load_state_dict(state)
     return model
