@@ -34,7 +34,7 @@ PARALLEL: tuple[str, ...] = ("mm_all_reduce",)
 EXPERTS: tuple[str, ...] = ("fused_moe",)
 """Steps of a mixture of experts alone, after those of the ladder. In ``all()``; a dense model has nothing to switch."""
 
-QUANTIZED: tuple[str, ...] = ("w8a16", "w8a8")
+QUANTIZED: tuple[str, str] = ("w8a16", "w8a8")
 """Steps of a checkpoint with 8-bit weights alone, of which one can be on: not in ``all()``, but the default for such a
 checkpoint (:meth:`Optimizations.for_model`). With both off its weights are dequantised while they are read."""
 
@@ -62,6 +62,13 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "separate_norm_quant": ("add_rms_norm", "w8a8"),
 }
 """Switch -> switches it cannot do without."""
+
+ALTERNATIVES: tuple[tuple[str, str], ...] = (
+    QUANTIZED,
+    # The fused operator is used here for weights of floating-point numbers alone.
+    *((step, scheme) for step in PARALLEL for scheme in QUANTIZED),
+)
+"""Pairs of switches of which one can be on."""
 
 DESCRIPTIONS: dict[str, str] = {
     "fixed_kv_cache": "KV cache allocated once, updated in place (scatter_update_)",
@@ -133,8 +140,9 @@ class Optimizations:
                         f"Optimizations.only({name!r}), which adds what it needs"
                     )
 
-        if len(schemes := [name for name in self.names() if name in QUANTIZED]) > 1:
-            raise ValueError(f"{' and '.join(schemes)} are alternatives: switch one of them off")
+        for pair in ALTERNATIVES:
+            if all(getattr(self, name) for name in pair):
+                raise ValueError(f"{' and '.join(pair)} cannot both be on; switch one of them off")
 
     @classmethod
     def none(cls) -> Optimizations:
