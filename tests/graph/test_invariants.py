@@ -34,6 +34,8 @@ WEIGHT, TABLE, CACHE = (
 INTEGERS, SCALES = value(8, 16, origin="weight", dtype=torch.int8), value(16, origin="weight")
 QUANTISED = value(BATCH, 1, 8, dtype=torch.int8)
 HIDDEN, LOGITS = value(BATCH, 1, 8), value(BATCH, 1, VOCABULARY)
+LIVE = 10
+PROMPT = value(BATCH, LIVE, 8)
 
 
 @dataclass
@@ -72,8 +74,13 @@ class Written:
         self.ops[index] = replace(self.ops[index], **fields)
 
     def problems(self) -> list[str]:
-        lowered = Lowered(self.phase, BATCH, 10, LAYERS, self.nodes, frozenset(), frozenset(), self.ranks)
+        lowered = Lowered(self.phase, BATCH, LIVE, LAYERS, self.nodes, frozenset(), frozenset(), self.ranks)
         return graph_problems(Graph(lowered, self.ops, self.optimizations, VOCABULARY))
+
+
+def _given(states: GraphValue, graph: Written) -> GraphValue:
+    """What products of a graph are given in place of these hidden states."""
+    return replace(states, dtype=torch.int8) if graph.optimizations.w8a8 else states
 
 
 def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, ranks: int = 1) -> Written:
@@ -86,22 +93,28 @@ def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, r
         for mask in ("Less", "GreaterEqual", "LogicalOr", "MaskedFill", "MaskedFill"):
             made.op(mask, [HIDDEN], HIDDEN)
         made.op("HcomAllReduce", [HIDDEN], HIDDEN)
+    if kept := phase == "prefill" and made.optimizations.last_layer:
+        made.op("Less", [HIDDEN], HIDDEN)  # the mask of the kept positions
     product = invariants.EIGHT_BIT_PRODUCTS.get(made.optimizations.scheme or "", "MatMul")
-    operands = {"MatMul": [HIDDEN, WEIGHT], "WeightQuantBatchMatmulV2": [HIDDEN, INTEGERS, SCALES]}.get(
-        product, [QUANTISED, INTEGERS, SCALES]
-    )
+    apart = "MatMulV2" if product == "MatMul" else product
+    operands = {"MatMul": [WEIGHT]}.get(product, [INTEGERS, SCALES])
     for layer in range(LAYERS):
         if made.optimizations.w8a8:
             norm = "DynamicQuant" if made.optimizations.separate_norm_quant else "AddRmsNormDynamicQuant"
             for kind in ("DynamicQuant" if layer == 0 else norm, "DynamicQuant", norm, "DequantSwigluQuant"):
                 made.op(kind, [HIDDEN], QUANTISED)
-        for _ in range(5 - 2 * made.optimizations.fused_qkv - made.optimizations.fused_gate_up):
-            made.op(product, operands, HIDDEN)
+        states, few = PROMPT if phase == "prefill" else HIDDEN, kept and layer == LAYERS - 1
+        if few:  # k and v of all positions; they and q are products with parts of a weight
+            made.op(apart, [_given(PROMPT, made), value(8, 16)], PROMPT)
+            states = HIDDEN
+            made.op(apart, [_given(HIDDEN, made), value(8, 16)], HIDDEN)
+        for _ in range(5 - 2 * made.optimizations.fused_qkv - made.optimizations.fused_gate_up - few):
+            made.op(product, [_given(states, made), *operands], states)
         for _ in range(2):  # o_proj and down_proj, whose results are summed over the ranks
-            if fused:
-                made.op("MatmulAllReduce", [HIDDEN, WEIGHT], HIDDEN)
+            if fused and not few:
+                made.op("MatmulAllReduce", [states, WEIGHT], states)
             else:
-                made.op(product, operands, HIDDEN)
+                made.op(product, [_given(states, made), *operands], states)
                 if ranks > 1:
                     made.op("HcomAllReduce", [HIDDEN], HIDDEN)
             made.scatter()
@@ -353,10 +366,10 @@ def test_an_input_of_another_shape_is_said_for_each_and_a_lowered_graph_is_looke
 
 
 COUNTS = {
-    # type of collective -> how many of 3 layers; of two ranks, not fused and fused
-    "HcomAllReduce": (7, 1),
+    # type of collective -> how many of 3 layers; of two ranks, not fused and fused, where the last layer has few rows
+    "HcomAllReduce": (7, 3),
     "HcomAllGather": (1, 1),
-    "MatmulAllReduce": (0, 6),
+    "MatmulAllReduce": (0, 4),
 }
 
 
@@ -371,7 +384,7 @@ def test_one_collective_more_or_fewer_on_two_ranks(type_: str, fused: bool, more
     elif count:
         graph.without(type_)
         if type_ == "MatmulAllReduce":
-            graph.op("MatMulV2", [HIDDEN, WEIGHT], HIDDEN)  # so that the number of products is as before
+            graph.op("MatMulV2", [PROMPT, WEIGHT], PROMPT)  # so that the number of products is as before
     found = count + 1 if more else count - 1
     expected = [f"collectives: {found} {type_}, expected {count} for 2 ranks and 3 layers"] if more or count else []
     assert graph.problems() == expected
@@ -427,6 +440,35 @@ def test_lengths_are_asked_of_decode_alone() -> None:
     graph = sound("prefill")
     graph.op("IncreFlashAttention", [HIDDEN, CACHE, CACHE], HIDDEN)
     assert graph.problems() == []
+
+
+ROWS = {
+    "of_all_positions": (HIDDEN, PROMPT, 1, "expected 9 of 20 and the others of 2"),
+    "of_one_position_fewer": (PROMPT, HIDDEN, -1, "expected 9 of 20 and the others of 2"),
+    "of_another_number": (HIDDEN, value(BATCH, 3, 8), 0, "{20: 9, 2: 7, 6: 1}"),
+}
+
+
+@pytest.mark.parametrize("fault", ROWS)
+def test_products_of_the_last_layer_have_the_kept_rows(fault: str) -> None:
+    was, becomes, more, message = ROWS[fault]
+    graph = sound("prefill")
+    index = next(i for i in reversed(graph.of_type("MatMul")) if graph.ops[i].outputs == (was,))
+    graph.ops[index] = replace(graph.ops[index], outputs=(becomes,))
+    (problem,) = graph.problems()
+    assert problem.startswith("last_layer_on_kept_positions: products by rows")
+    assert message in problem
+    assert f"20: {9 + more}" in problem
+
+
+@pytest.mark.parametrize(("rows", "problems"), [((80, 8), 0), ((80, 80), 1), ((80, 16), 1), ((8, 8), 1)])
+def test_grouped_products_of_the_last_layer_have_the_kept_rows(rows: tuple[int, int], problems: int) -> None:
+    """Four experts per token: of 20 tokens, and in the last layer of 2."""
+    graph = sound("prefill")
+    for count in rows:
+        for _ in range(2):
+            graph.op("GroupedMatmul", [value(count, 8), value(4, 8, 16)], value(count, 16))
+    assert sum(problem.startswith("last_layer_on_kept") for problem in graph.problems()) == problems
 
 
 def test_a_graph_that_writes_no_cache_says_so_once() -> None:
