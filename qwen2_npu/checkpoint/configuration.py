@@ -13,7 +13,7 @@ import transformers
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint.fields import GENERATION, check_numbers, check_values
-from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
+from qwen2_npu.checkpoint.folders import COMMANDS, SAVING, is_file, is_folder, unreadable
 from qwen2_npu.checkpoint.quantization import FIELD, parse, quantization_of
 from qwen2_npu.compat import CONFIGURATIONS, check_config, head_dim, in_own_words, kv_head_count, settled
 from qwen2_npu.errors import CheckpointError
@@ -86,7 +86,8 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
             reason = f"transformers {transformers.__version__} has no such model: pip install transformers==5.24.0"
         raise CheckpointError(f"{path} has model_type={reprlib.repr(model_type)}; {reason}")
     with _in_file(path):
-        parse(values.get(FIELD))
+        if parse(values.get(FIELD)) is None:
+            values.pop(FIELD, None)  # 4.37.0 asks an empty one for its fields
     # Before transformers: it makes lists of the lengths that are given.
     check_values(values, where=f"{path}: ", way_out="correct it")
     check_values(changes, where=f"{path}: ", way_out="correct it", spare=True)
@@ -120,8 +121,8 @@ def _no_config(folder: Path) -> CheckpointError:
     reason = "it is no Hugging Face checkpoint folder"
     if any(name.startswith(SAVING) for name in names):
         reason = "a save into it was interrupted, or is under way: save the model again, or wait"
-    if MERGING in names:
-        reason = "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again, or wait"
+    if (command := next((COMMANDS[name] for name in names if name in COMMANDS), None)) is not None:
+        reason = f"qwen2-npu {command} was interrupted, or is under way: run the same command again, or wait"
     return CheckpointError(f"{folder} has no config.json: {reason}")
 
 
