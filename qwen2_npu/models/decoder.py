@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable, take_positions
+from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable, for_all_heads, take_positions
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -77,6 +77,7 @@ class Network(nn.Module):
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
+        self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
         self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
         self.layers = nn.ModuleList(
@@ -104,6 +105,12 @@ class Network(nn.Module):
         """
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
+        if cos_sin is not None and self.one_rotary and phase == "decode":
+            attention = self.layers[0].self_attn
+            cos_sin = for_all_heads(*cos_sin, attention.heads + attention.kv_heads, attention.kv_heads)
+        as_rows = self.rows_alone and phase == "decode" and record is None
+        if as_rows:  # of two dimensions, the graph engine makes plain products
+            hidden_states = hidden_states.squeeze(1)
         residual: torch.Tensor | None = None
         attentions = None if record is None else record[1]
         *_, last = self.layers
@@ -116,4 +123,4 @@ class Network(nn.Module):
         hidden_states, _ = self.norm(hidden_states, residual)
         if record is not None:
             record[0].append(hidden_states)
-        return hidden_states
+        return hidden_states.unsqueeze(1) if as_rows else hidden_states
