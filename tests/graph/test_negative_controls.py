@@ -48,6 +48,8 @@ def test_without_a_fault_two_graphs(device: str) -> None:
     assert (counter.compiled, counter.runs) == (2, 1 + STEPS), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_a_mask_that_grows_with_the_tokens(device: str) -> None:
     """What the guide's sliding_window does where it is passed though unused: a mask of another shape every step."""
 
@@ -64,6 +66,8 @@ def test_a_mask_that_grows_with_the_tokens(device: str) -> None:
     assert any("size mismatch" in reason for reason in counter.reasons), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_a_growing_cache(device: str) -> None:
     """DynamicCache in place of the fixed one: new shapes, so a new graph, every step."""
     model = build(device, Optimizations.none())
@@ -105,6 +109,8 @@ def test_a_position_that_is_a_python_int(device: str) -> None:
     assert any("position" in reason for reason in counter.reasons), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_live_lengths_in_a_static_graph(device: str) -> None:
     """actual_seq_lengths with dynamic=False, which compile_model refuses."""
 
