@@ -141,7 +141,8 @@ class Network(nn.Module):
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
         if cos_sin is not None and self.one_rotary and phase == "decode":
             attention: Any = self.layers[0].self_attn
-            cos_sin = for_all_heads(*cos_sin, attention.heads + attention.kv_heads, attention.kv_heads)
+            cos, sin = cos_sin
+            cos_sin = for_all_heads(cos, sin, attention.heads + attention.kv_heads, attention.kv_heads)
         as_rows = self.rows_alone and phase == "decode" and record is None
         if as_rows:  # of two dimensions, the graph engine makes plain products
             hidden_states = hidden_states.squeeze(1)
