@@ -5,15 +5,28 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
+from qwen2_npu.checkpoint.quantization import Quantization, quantization_of
 from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable, take_positions
+from qwen2_npu.models.layers import (
+    FLOAT,
+    MLP,
+    Embedding,
+    Products,
+    RMSNorm,
+    RotaryTable,
+    for_all_heads,
+    take_positions,
+)
+from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -35,13 +48,16 @@ class DecoderLayer(nn.Module):
         window: int | None,
         rotary: RotaryTable,
         ranks: Ranks,
+        products: Products = FLOAT,
     ) -> None:
         super().__init__()
-        fused_norm = optimizations.add_rms_norm
-        self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks)
-        self.mlp = (SparseMLP if is_sparse(config, layer) else MLP)(config, optimizations, ranks)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+        self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks, products)
+        if is_sparse(config, layer):
+            self.mlp: nn.Module = SparseMLP(config, optimizations, ranks)
+        else:
+            self.mlp = MLP(config, optimizations, ranks, products=products)
+        self.input_layernorm = products.norm("self_attn.q_proj", config, optimizations)
+        self.post_attention_layernorm = products.norm("mlp.gate_proj", config, optimizations)
 
     def forward(
         self,
@@ -71,19 +87,38 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states, phase), residual
 
 
+def _products(optimizations: Optimizations, quantization: Quantization | None, layer: int) -> Products:
+    """What makes the linear layers of that decoder layer."""
+    if quantization is None:
+        return FLOAT
+    return Products(optimizations.scheme, lambda name: quantization.covers(f"model.layers.{layer}.{name}"))
+
+
 class Network(nn.Module):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
+        self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
+        quantization = quantization_of(config)
         self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, optimizations, layer, window, self.rotary, ranks)
+            DecoderLayer(
+                config, optimizations, layer, window, self.rotary, ranks, _products(optimizations, quantization, layer)
+            )
             for layer, window in enumerate(sliding_windows(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
+        # In a tuple: not submodules a second time.
+        self.quantized = tuple(module for module in self.layers.modules() if isinstance(module, QuantizedLinear))
+
+    def prepare_quantized(self) -> None:
+        """Have the copies that products of 8-bit weights take. Outside of any graph."""
+        if any(module.wide_scale is None for module in self.quantized):
+            for module in self.quantized:
+                module.prepare()
 
     def forward(
         self,
@@ -104,6 +139,13 @@ class Network(nn.Module):
         """
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
+        if cos_sin is not None and self.one_rotary and phase == "decode":
+            attention: Any = self.layers[0].self_attn
+            cos, sin = cos_sin
+            cos_sin = for_all_heads(cos, sin, attention.heads + attention.kv_heads, attention.kv_heads)
+        as_rows = self.rows_alone and phase == "decode" and record is None
+        if as_rows:  # of two dimensions, the graph engine makes plain products
+            hidden_states = hidden_states.squeeze(1)
         residual: torch.Tensor | None = None
         attentions = None if record is None else record[1]
         *_, last = self.layers
@@ -116,4 +158,4 @@ class Network(nn.Module):
         hidden_states, _ = self.norm(hidden_states, residual)
         if record is not None:
             record[0].append(hidden_states)
-        return hidden_states
+        return hidden_states.unsqueeze(1) if as_rows else hidden_states

@@ -94,6 +94,12 @@ def _elementwise(op: Operation) -> Cost:
     return Cost(flops=sum(value.elements for value in op.outputs)) + moved([*op.given, *op.outputs])
 
 
+def _quantisation(op: Operation) -> Cost:
+    """As other element-wise operators; a scale is computed of a row that is there already."""
+    values = [value for value in op.outputs if len(value.shape) == len(op.given[0].shape)]
+    return Cost(flops=sum(value.elements for value in values)) + moved([*op.given, *op.outputs])
+
+
 def _movement(op: Operation) -> Cost:
     return moved([*op.given, *op.outputs])
 
@@ -167,6 +173,12 @@ def _scatter(op: Operation) -> Cost:
     return moved([*op.given[1:], GraphValue(updates.shape, updates.dtype, cache.origin)])
 
 
+def _paged_scatter(op: Operation) -> Cost:
+    key, key_cache, slots, value, value_cache = op.given[:5]
+    written = [GraphValue(new.shape, new.dtype, old.origin) for new, old in ((key, key_cache), (value, value_cache))]
+    return moved([key, value, slots, *written])
+
+
 def _incremental_attention(op: Operation) -> Cost:
     """q·k and p·v over the live slots: 4·N·D FLOPs per slot; k and v of those slots are read."""
     query, key = op.given[:2]
@@ -186,6 +198,11 @@ def _prompt_attention(op: Operation) -> Cost:
     if op.node.attributes.get("sparse_mode") in CAUSAL or op.node.attributes.get("next_tokens") == 0:
         pairs = tokens * (tokens + 1) // 2
     return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([query, key, *rest, *op.outputs])
+
+
+def _infer_attention(op: Operation) -> Cost:
+    """One operator for both: of one token per row against the cache, or of a prompt."""
+    return (_incremental_attention if op.given[0].shape[1] == 1 else _prompt_attention)(op)
 
 
 def _seen(value: GraphValue, pairs: int) -> GraphValue:
@@ -209,6 +226,7 @@ PRODUCTS = frozenset(
     [
         *("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
         *("MatmulAllReduce", "GroupedMatmul"),
+        *("WeightQuantBatchMatmulV2", "QuantBatchMatmulV3"),
     ]
 )
 
@@ -231,8 +249,13 @@ RULES: dict[str, Callable[[Operation], Cost]] = {
     "HcomReduceScatter": _reduce_scatter,
     "HcomBroadcast": _broadcast,
     "Scatter": _scatter,
+    "ScatterPaKvCache": _paged_scatter,
     "IncreFlashAttention": _incremental_attention,
     "PromptFlashAttention": _prompt_attention,
+    "FusedInferAttentionScore": _infer_attention,
+    "AddRmsNormDynamicQuant": _quantisation,
+    "DynamicQuant": _quantisation,
+    "DequantSwigluQuant": _quantisation,
 }
 """GE operator -> its cost; all others are element-wise."""
 
