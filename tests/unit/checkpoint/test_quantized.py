@@ -17,7 +17,8 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.checkpoint import quantized, weights
 from qwen2_npu.checkpoint.sources import FirstLayers, StateDictSource, open_checkpoint, part_of
 from qwen2_npu.checkpoint.weights import check_source, held_shapes, stock_shapes
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.compat import IS_V4
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Shard, Slice
 from tests.unit.checkpoint.merges import digest, same_bits, tensors_of
 from tests.unit.checkpoint.quantised_folders import (
@@ -28,6 +29,8 @@ from tests.unit.checkpoint.quantised_folders import (
     quantised_weights,
     write_quantised,
 )
+from tests.unit.parallel.test_sharding import mixture
+from tests.unit.quantised import quantization_config
 
 DOWN = "model.layers.0.mlp.down_proj"
 SHARD = "model-00002-of-00003.safetensors"
@@ -221,6 +224,22 @@ def test_a_scale_that_a_dtype_does_not_hold(value: float, fault: str, optimizati
     message = rf"down_proj\.weight_scale in torch\.float16 is {fault} in row 3 .*; load the checkpoint with dtype='bfl"
     with pytest.raises(CheckpointError, match=message):
         Qwen2ForCausalLM.from_pretrained(folder, dtype="float16", optimizations=optimizations)
+
+
+@pytest.mark.skipif(IS_V4, reason="this transformers has no Qwen2Moe")
+@every_scheme
+def test_a_mixture_of_experts_is_dequantised(scheme: str) -> None:
+    """It is not computed in 8 bits: asked for by default, that is refused with the way out."""
+    config = mixture(quantization_config=quantization_config(scheme, ("lm_head", "re:.*gate$")))
+    tensors = quantised_weights(config)
+    assert tensors["model.layers.0.mlp.experts.2.down_proj.weight"].dtype == torch.int8
+    stored = as_stored(tensors, scheme)
+    with pytest.raises(UnsupportedError, match=rf"{scheme}: a mixture of experts .* pass optimizations=Optimizations"):
+        Qwen2ForCausalLM.from_state_dict(config, stored)
+    for optimizations in (Optimizations.all(), Optimizations.none()):
+        model = Qwen2ForCausalLM.from_state_dict(config, stored, optimizations=optimizations)
+        expected = in_bfloat16(tensors)
+        assert all(same_bits(tensor, expected[name]) for name, tensor in model.stock_state_dict().items())
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
