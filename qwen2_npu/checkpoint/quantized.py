@@ -48,8 +48,8 @@ AGAIN = "fetch it again, or quantise the checkpoint again with `qwen2-npu quanti
 def not_floating(where: object, name: str, stored: object) -> CheckpointError:
     """The error for a tensor that is no weight in floating-point numbers, where it should be one."""
     return CheckpointError(
-        f"{where}: {name} is stored as {stored}, which is quantised or no weight; use the checkpoint in bf16, fp16 or "
-        "fp32"
+        f"{where}: {name} is stored as {stored}, which is quantised or no weight, and the configuration has no {FIELD} "
+        "for it; use the checkpoint in bf16, fp16 or fp32"
     )
 
 

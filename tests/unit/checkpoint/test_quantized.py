@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.checkpoint import quantized, weights
 from qwen2_npu.checkpoint.sources import FirstLayers, StateDictSource, open_checkpoint, part_of
 from qwen2_npu.checkpoint.weights import check_source, held_shapes, stock_shapes
@@ -187,6 +188,28 @@ def test_a_state_dict_as_the_model_gives_it(scheme: str, folders: dict[str, Path
     assert again.optimizations == model.optimizations
     assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())
     again.load_state_dict(model.state_dict())
+
+
+@every_scheme
+def test_a_configuration_of_transformers(scheme: str, folders: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(folders[scheme])
+    assert Qwen2ForCausalLM.from_pretrained(folders[scheme], config=config).optimizations.scheme == scheme
+    del config.quantization_config
+    message = (
+        "is stored as I(8|32), which is quantised or no weight, and the configuration has no quantization_config f"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Qwen2ForCausalLM.from_pretrained(folders[scheme], config=config)
+
+
+@every_scheme
+def test_the_network_alone(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = Qwen2Model.from_pretrained(folders[scheme])
+    expected = quantised_weights(quantised_config(scheme))
+    assert same_bits(model.stock_state_dict()["layers.0.mlp.down_proj.weight"], expected[f"{DOWN}.weight"])
+    model.save_pretrained(tmp_path)
+    again = Qwen2Model.from_pretrained(tmp_path).stock_state_dict()
+    assert all(same_bits(again[name], tensor) for name, tensor in model.stock_state_dict().items())
 
 
 def test_integers_that_the_configuration_does_not_speak_of(folders: dict[str, Path]) -> None:

@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] 
     "a head of integers": (
         "w8a8",
         other("lm_head.weight", lambda weight: weight.to(torch.int8)),
-        r"lm_head\.weight is stored as int8, which is quantised or no weight; use the checkpoint in bf16",
+        r"lm_head\.weight is stored as int8, which is quantised or no weight, .*; use the checkpoint in bf16",
     ),
     "zero points": (
         "w8a8",
