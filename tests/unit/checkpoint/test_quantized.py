@@ -28,10 +28,10 @@ from tests.unit.checkpoint.quantised_folders import (
     in_float64,
     quantised_config,
     quantised_weights,
+    quantization_config,
     write_quantised,
 )
 from tests.unit.parallel.test_sharding import mixture
-from tests.unit.quantised import quantization_config
 
 DOWN = "model.layers.0.mlp.down_proj"
 SHARD = "model-00002-of-00003.safetensors"
