@@ -1,8 +1,8 @@
 """safetensors files put together from byte ranges of others: nothing but a buffer is in memory.
 
 Rows of a tensor are adjacent in a file, so merging and unmerging q, k and v moves ranges of bytes, whatever their
-dtype. What is computed of such ranges can stand in their place (:class:`ByteSource`). safetensors' own ``save_file`` takes
-whole files of tensors from memory.
+dtype. What is computed of such ranges can stand in their place (:class:`ByteSource`). safetensors' own ``save_file``
+takes whole files of tensors from memory.
 """
 
 from __future__ import annotations
