@@ -52,10 +52,6 @@ class Served(NamedTuple):
     default: Any
     text: str
 
-    def takes(self, value: Any) -> bool:
-        """Whether it is one of them; 1 is not true."""
-        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values)
-
 
 EIGHT_BITS = "integers of 8 bits are"
 NO_ZERO_POINT = Served((True,), True, "symmetric integers, which have no zero point, are")
@@ -220,13 +216,12 @@ def _check(values: Mapping[str, Any], table: Mapping[str, Served], where: str, k
     for name, served in table.items():
         value = values.get(name, served.default)
         value = served.default if value is None else value
-        if not served.takes(value):
+        if value not in served.values:
             raise CheckpointError(
                 f"{FIELD}: {scope}{name}={reprlib.repr(value)} is not served, only {served.text}; {WAY_OUT}"
             )
-    empty = Served((None, False, "", [], {}), None, "")
     for name, value in values.items():
-        if name not in table and name not in known and not empty.takes(value):
+        if name not in table and name not in known and value not in (None, False, "", [], {}):
             raise CheckpointError(f"{FIELD}: {scope}{name}={reprlib.repr(value)} is not known here; {WAY_OUT}")
 
 
