@@ -27,6 +27,7 @@ from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_conf
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.orders import Orders, rank_count
+from qwen2_npu.conformance.accuracy.quantised import Dequantised, InputRounding, as_meant
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -59,6 +60,7 @@ class Pair(ABC):
         config, generation_config: of the stock model.
         build: this project's model of the same weights, with the given switches.
         orders: to the other ranks that share that model; None where it is this process's alone.
+        rounding: what a model that computes with 8-bit activations does to them; None where there is none.
     """
 
     name: str
@@ -69,8 +71,9 @@ class Pair(ABC):
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     orders: Orders | None = None
+    rounding: InputRounding | None = None
     _batches: dict[str, Batch] = field(default_factory=dict)
-    _known: dict[str, dict[str, KnownPath]] = field(default_factory=dict)
+    _known: dict[tuple[str, bool], dict[str, KnownPath]] = field(default_factory=dict)
 
     @classmethod
     @abstractmethod
@@ -105,14 +108,18 @@ class Pair(ABC):
             self.orders.tell(function.__name__, **arguments)
         return function(model, **arguments)
 
-    # ---- what the stock model and its exact self say ----------------------------------------------------------------
+    def rounds(self, model: Any) -> bool:
+        """Whether ``model`` computes with 8-bit activations: so does what it is compared with."""
+        return self.rounding is not None and bool(model.optimizations.w8a8)
+
+    # ---- what the stock model and its exact self say, with 8-bit activations where ``rounded`` ----------------------
     @property
     @abstractmethod
     def reference_dtype(self) -> torch.dtype:
         """What the exact reference computes in."""
 
     @abstractmethod
-    def traces(self, shape: str) -> tuple[Trace, Trace]:
+    def traces(self, shape: str, rounded: bool = False) -> tuple[Trace, Trace]:
         """The baseline's trace of the batch of that shape, with the tokens that are forced on everyone, and the
         reference's.
 
@@ -125,13 +132,13 @@ class Pair(ABC):
         """Where ``model`` first leaves what rounding explains, on the batch of that shape; None if nowhere."""
 
     @abstractmethod
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
+    def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
         """Losses of the tokens of ``windows`` under the baseline and the reference, and per window the experts of the
         baseline, which were forced on the reference: none of a dense model."""
 
     @abstractmethod
     def stock_texts(
-        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
+        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
     ) -> tuple[list[list[int]], list[Divergence], tuple[Trace, Trace] | None]:
         """The stock model's greedy continuations of ``batch``, where those of the optimised model part from them, and
         the traces of the baseline and the reference that tell it, if there are any.
@@ -154,9 +161,10 @@ class Pair(ABC):
 
     def compare(self, model: Any, shape: str) -> tuple[Comparison, Trace]:
         """``model`` forced through the batch of that shape, and its trace."""
-        baseline, reference = self.traces(shape)
+        rounded = self.rounds(model)
+        baseline, reference = self.traces(shape, rounded)
         trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
-        known = self._known.setdefault(shape, {})
+        known = self._known.setdefault((shape, rounded), {})
         return compare_traces(trace, baseline, reference, self.dtype, known), trace
 
     def explain(
@@ -190,7 +198,7 @@ class Pair(ABC):
         windows = self.windows()
         if not windows:
             return None
-        baseline, reference, chosen = self.losses(windows)
+        baseline, reference, chosen = self.losses(windows, self.rounds(model))
         ours = self.ask(text.token_losses, model, windows=windows, **({"chosen": chosen} if chosen else {}))
         return text.perplexity(ours, baseline, reference, self.dtype)
 
@@ -200,7 +208,7 @@ class Pair(ABC):
             return []
         batch = Batch.of([self.encode(prompt) for prompt in prompts], pad_token_id=self.pad_token_id)
         got = self.greedy(model, batch, max_new_tokens, self.ask)
-        expected, found, traces = self.stock_texts(batch, got, max_new_tokens)
+        expected, found, traces = self.stock_texts(batch, got, max_new_tokens, self.rounds(model))
         if traces is not None and traces[0].routing and not all(divergence.excused for divergence in found):
             found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces)
         by_row = {divergence.row: divergence for divergence in found}
@@ -291,7 +299,11 @@ class Pair(ABC):
 
 @dataclass(frozen=True)
 class PairWeights:
-    """A source of stock tensors that was found fit to be compared, and how this project's model is made of it."""
+    """A source of stock tensors that was found fit to be compared, and how this project's model is made of it.
+
+    Attributes:
+        rounding: see ``Pair``.
+    """
 
     name: str
     source: NamedSource
@@ -300,6 +312,12 @@ class PairWeights:
     folder: Path | None = None
     tokenizer: Any = None
     assume_tp: int | None = None
+    rounding: InputRounding | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some of them are 8-bit integers, which ``source`` gives as they are meant, in float64."""
+        return isinstance(self.source, Dequantised)
 
 
 def weights_of_checkpoint(
@@ -325,6 +343,7 @@ def weights_of_checkpoint(
     check_texts(source.config, tokenizer, decode_steps, str(folder))
     read_generation_config(folder, source.config.vocab_size)
     parsed = parse_dtype(dtype) or source.stored_dtype()
+    meant, rounding = as_meant(source, parsed, rank_count())
 
     def build(optimizations: Optimizations) -> Any:
         model = Qwen2ForCausalLM.from_pretrained(
@@ -333,7 +352,7 @@ def weights_of_checkpoint(
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return PairWeights(name, source, parsed, build, folder, tokenizer, assume_tp)
+    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, rounding)
 
 
 def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:
