@@ -14,7 +14,8 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import head_dim
-from qwen2_npu.models.layers import Linear, RotaryTable, RowParallelLinear
+from qwen2_npu.models.layers import FLOAT, Products, RotaryTable
+from qwen2_npu.models.quantized import Activations
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -55,6 +56,7 @@ class Attention(nn.Module):
     Args:
         window: the layer's sliding window in tokens, None for full attention.
         ranks: those whose heads are added up after o_proj.
+        products: makes the linear layers.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Attention(nn.Module):
         window: int | None,
         rotary: RotaryTable,
         ranks: Ranks,
+        products: Products = FLOAT,
     ) -> None:
         super().__init__()
         self.optimizations = optimizations
@@ -77,16 +80,16 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if optimizations.fused_qkv:
-            self.qkv_proj = Linear(config.hidden_size, sum(self.widths), bias=True)
+            self.qkv_proj = products.linear("self_attn.q_proj", config.hidden_size, sum(self.widths), bias=True)
         else:
-            self.q_proj = Linear(config.hidden_size, self.widths[0], bias=True)
-            self.k_proj = Linear(config.hidden_size, self.widths[1], bias=True)
-            self.v_proj = Linear(config.hidden_size, self.widths[2], bias=True)
-        self.o_proj = RowParallelLinear(self.widths[0], config.hidden_size, ranks)
+            self.q_proj = products.linear("self_attn.q_proj", config.hidden_size, self.widths[0], bias=True)
+            self.k_proj = products.linear("self_attn.k_proj", config.hidden_size, self.widths[1], bias=True)
+            self.v_proj = products.linear("self_attn.v_proj", config.hidden_size, self.widths[2], bias=True)
+        self.o_proj = products.row_parallel("self_attn.o_proj", self.widths[0], config.hidden_size, ranks)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Activations,
         phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
@@ -113,7 +116,7 @@ class Attention(nn.Module):
             return self.o_proj(context.reshape(batch, self.widths[0]), phase).unsqueeze(1), weights
         return self.o_proj(context.reshape(batch, tokens, self.widths[0]), phase), weights
 
-    def _project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    def _project(self, hidden_states: Activations) -> list[torch.Tensor]:
         """q (B, S, N, D), k and v (B, S, K, D)."""
         if self.optimizations.fused_qkv:
             states = list(self.qkv_proj(hidden_states).split(self.widths, dim=-1))

@@ -20,8 +20,14 @@ BLOCK = 32
 MAX_ROWS = 16
 """Rows up to which that product is used."""
 
-OUTPUT_DTYPES = {5: torch.float16, 15: torch.bfloat16}
+OUTPUT_DTYPES = {3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
 """Number of a dtype in a schema -> the dtype."""
+BIASES = {
+    torch.int32: (torch.int32,),
+    torch.float16: (torch.int32, torch.float32),
+    torch.bfloat16: (torch.int32, torch.float32, torch.bfloat16),
+}
+"""Dtype of a result -> those of a bias."""
 INT8 = (None, 1, torch.int8)
 
 
@@ -82,7 +88,11 @@ def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor 
 
 
 def _takes_packed(x: Tensor, weight: Tensor) -> bool:
-    """Few rows and whole blocks: PyTorch's int8 product reads past the end of a weight with one column."""
+    """Whether PyTorch's int8 product computes it.
+
+    That product is the faster one for few rows alone. It takes a transposed weight; and where K or N is no multiple of
+    :data:`BLOCK` it may read beyond the end of the weight (it does with one column).
+    """
     blocks = weight.numel() > 0 and weight.shape[0] % BLOCK == 0 and weight.shape[1] % BLOCK == 0
     return blocks and 0 < x.shape[0] <= MAX_ROWS and weight.stride() == (1, weight.shape[0])
 
@@ -97,14 +107,14 @@ def npu_quant_matmul(
     output_dtype: int | None = None,
     **unsupported: Any,
 ) -> Tensor:
-    """``(x1 @ x2) · scale · pertoken_scale + bias`` of int8 matrices, rounded once.
+    """``(x1 @ x2) · scale · pertoken_scale + bias`` of int8 matrices, rounded once; or the integers ``x1 @ x2 + bias``.
 
     Args:
         x1: int8 (..., K). x2: int8 (K, N).
-        scale: (N,) or (1,), float32 or bfloat16.
-        pertoken_scale: float32 (M,), one per row of ``x1``.
+        scale: (N,) or (1,), float32 or bfloat16. For an int32 result it must be given, and has no effect.
+        pertoken_scale: float32 (M,), one per row of ``x1``; not for an int32 result.
         bias: (N,): int32, added before scaling; float32, or bfloat16 for a bfloat16 result, after it.
-        output_dtype: float16 (5) or bfloat16 (15).
+        output_dtype: float16 (5), bfloat16 (15), or int32 (3), which is not scaled.
 
     Raises:
         ValueError: a shape, dtype or argument that is not supported, K or N above 65535.
@@ -112,26 +122,29 @@ def npu_quant_matmul(
     op = "npu_quant_matmul"
     reject_unsupported(op, unsupported)
     target = output_dtype if isinstance(output_dtype, torch.dtype) else OUTPUT_DTYPES.get(output_dtype or 0)
-    if target not in OUTPUT_DTYPES.values():
-        raise invalid(op, "output_dtype", output_dtype, "torch.float16 (5) or torch.bfloat16 (15)")
+    if target is None or target not in BIASES:
+        raise invalid(op, "output_dtype", output_dtype, "torch.float16 (5), torch.bfloat16 (15) or torch.int32 (3)")
     if x1.dtype != torch.int8 or x1.dim() < 2:
         raise invalid(op, "x1", x1, "int8 of shape (..., K), two or more dimensions")
     columns = _check_weight(op, "x2", x2, "x1", x1)
     if scale.dtype not in (torch.float32, torch.bfloat16) or tuple(scale.shape) not in ((columns,), (1,)):
         raise invalid(op, "scale", scale, f"float32 or bfloat16 of shape ({columns},) or (1,)")
-    if scale.dtype == torch.bfloat16 and target != torch.bfloat16:
+    if scale.dtype == torch.bfloat16 and target == torch.float16:
         raise invalid(op, "scale", scale, "float32 where the result is float16")
     rows = x1.shape[-2]
+    if target == torch.int32 and pertoken_scale is not None:
+        raise invalid(op, "pertoken_scale", pertoken_scale, "None where the result is int32, which is not scaled")
     if pertoken_scale is not None and (pertoken_scale.dtype, pertoken_scale.shape) != (torch.float32, (rows,)):
         raise invalid(op, "pertoken_scale", pertoken_scale, f"float32 of shape ({rows},): one per row of x1")
     if bias is not None:
-        narrow = (torch.bfloat16,) if target == torch.bfloat16 else ()
         if bias.dim() != 1:
             raise invalid(op, "bias", bias, f"shape ({columns},)")
-        _check_vector(op, "bias", bias, columns, (torch.int32, torch.float32, *narrow))
+        _check_vector(op, "bias", bias, columns, BIASES[target])
     sums = _integer_product(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums = sums + bias
+    if target == torch.int32:
+        return sums
     y = sums.float() * scale.float()
     if pertoken_scale is not None:
         y = y * pertoken_scale.unsqueeze(-1)
