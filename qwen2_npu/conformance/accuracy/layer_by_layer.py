@@ -242,7 +242,8 @@ class LayerByLayer:
             parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
             known = [None if feed.chosen is None else feed.chosen[sparse : sparse + 1] for feed in stock.feeds]
             with ExitStack() as stack:
-                for part in parts if rounded and self.rounding is not None else ():
+                for part in parts if rounded else ():
+                    assert self.rounding is not None
                     stack.enter_context(self.rounding.of(part, index))
                 ours = stock.through(parts.pop(0), index, record, known)
                 true = reference.through(parts.pop(0), index, record, stock.chosen)

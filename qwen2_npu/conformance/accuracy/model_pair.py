@@ -65,7 +65,8 @@ class ModelPair(Pair):
             state = dict(weights.source.tensors())
             baseline = stock.stock_from_state_dict(config, state, dtype=dtype, device=device)
         elif isinstance(weights.source, Dequantised):
-            baseline = stock.stock_from_source(weights.source, weights.folder, dtype).to(device)
+            whole: Any = stock.stock_from_source(weights.source, weights.folder, dtype)
+            baseline = whole.to(device)
         else:
             baseline = stock.stock_from_pretrained(
                 weights.folder, dtype=dtype, device=device, assume_tp=weights.assume_tp

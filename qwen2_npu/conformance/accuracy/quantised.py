@@ -1,7 +1,7 @@
 """The stock side of a checkpoint with 8-bit weights: what transformers' own class computes with the same numbers.
 
-Weights: int8 times the scale of their row, exact in float64, rounded once to the stock model's dtype. The scale is first
-rounded to the dtype that the models compute in, as every weight is: it is one.
+Weights: int8 times the scale of their row, exact in float64, rounded once to the stock model's dtype. The scale is
+first rounded to the dtype that the models compute in, as every weight is: it is one.
 
 Activations, under ``w8a8``: every row that goes into a quantised product is replaced by what int8 and one scale keep of
 it. As in the stock norms and softmax, that is computed in float32 and rounded once to the model's dtype; of the float64
