@@ -262,7 +262,18 @@ class LayerByLayer:
                 [weight[one.ids].to(self.dtype).to(side.device, dtype) for one in feed.passes] for feed in side.feeds
             ]
 
-    def _parts(self, prefix: str, *layers: int) -> list[Any]:
+    def part(self, prefix: str, *layers: int) -> Any:
+        """The stock model of these layers alone (one or none), in ``dtype`` on the device.
+
+        Args:
+            prefix: what the names of its tensors begin with.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite, naming it.
+        """
+        return self._parts(prefix, *layers, exactly=False)[0]
+
+    def _parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
         """Stock models of these layers alone (one or none): in ``dtype`` on the device, and in float64."""
         config = self.source.config
         names = [name for name in stock_shapes(config) if name.startswith(prefix)]
@@ -271,8 +282,8 @@ class LayerByLayer:
             return name.replace(prefix, "model.layers.0.") if layers else name
 
         weights = self.source.read(names)
-        scaled = self.source.scaled if isinstance(self.source, Dequantised) else ()
-        exactly = {as_first(name): weights[name] for name in names if name in scaled}
+        scaled = self.source.scaled if exactly and isinstance(self.source, Dequantised) else ()
+        meant = {as_first(name): weights[name] for name in names if name in scaled}
         renamed = {as_first(name): weights.pop(name) for name in names}
         # What every stock model has, and these do not use.
         for name, shape in ((EMBEDDING, (1, config.hidden_size)), (NORM, (config.hidden_size,))):
@@ -281,7 +292,7 @@ class LayerByLayer:
         del renamed
         state = {name.replace("model.layers.0.", prefix): tensor for name, tensor in stock.state_dict().items()}
         check_finite(state, self.where)
-        return [stock, exact_reference(stock, torch.float64, exactly.items())]
+        return [stock, exact_reference(stock, torch.float64, meant.items())] if exactly else [stock]
 
     def _finish(
         self, stock: _Side, reference: _Side, record: bool
