@@ -84,14 +84,19 @@ class ErrorLocation:
     error: ErrorRatio
     heads_moved: bool = False
     """Every head is that of some head of the reference, at another place: computed rightly, and mixed up."""
+    channel: int | None = None
+    """The output of a product of 8-bit weights that is wrong; None where the tensor as a whole is."""
+    allowed: float = RMS_FACTOR
+    """How many times the noise the error may be."""
 
     def __str__(self) -> str:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
+        place = place if self.channel is None else f"{place} channel {self.channel}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
         if self.heads_moved:
             what = "heads in the wrong places: the mapping of query heads to kv heads, or a split into heads"
         return (
-            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
+            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {self.allowed:.3g} × noise "
             f"{self.error.noise:.3g}, in {self.path}"
         )
 
@@ -180,6 +185,10 @@ def trace_model(
     return replace(found, hidden=trace.hidden, routing=trace.routing, chosen=trace.chosen, compiled=True)
 
 
+Judge = Callable[[Sequence[Point], PassRecorder, PassRecorder, torch.dtype, int], ErrorLocation | None]
+"""Says what is wrong in one pass; see :func:`first_beyond`."""
+
+
 def locate(
     optimised: Any,
     baseline: Any,
@@ -189,19 +198,21 @@ def locate(
     dtype: torch.dtype,
     ask: Callable[..., list[PassRecorder]] = call,
     chosen: Array | None = None,
+    judge: Judge | None = None,
 ) -> ErrorLocation | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none.
 
     Args:
         ask: calls a function with the optimised model, as ``Pair.ask`` does.
         chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
+        judge: says what is wrong in a pass; default: :func:`first_beyond`.
     """
     forcing = {} if chosen is None else {"chosen": chosen}
     runs = [ask(captures, optimised, batch=batch, forced=forced, **forcing), captures(baseline, batch, forced, chosen)]
     with exact(reference):
         runs.append(captures(reference, batch, forced, chosen))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
-        found = first_beyond(ours.points, stock, true, dtype, step)
+        found = (judge or first_beyond)(ours.points, stock, true, dtype, step)
         if found is not None:
             return found
     return None

@@ -132,6 +132,11 @@ class Pair(ABC):
         """Where ``model`` first leaves what rounding explains, on the batch of that shape; None if nowhere."""
 
     @abstractmethod
+    def wrong_channel(self, model: Any) -> ErrorLocation | None:
+        """The first channel of a product of 8-bit weights that ``model`` computes wrongly; see ``channels``. None if
+        there is none, or no such product."""
+
+    @abstractmethod
     def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
         """Losses of the tokens of ``windows`` under the baseline and the reference, and per window the experts of the
         baseline, which were forced on the reference: none of a dense model."""
@@ -179,14 +184,17 @@ class Pair(ABC):
             build or self.build,
             optimizations,
             compare=lambda model: self.compare(model, shape)[0],
-            find=lambda model: self.locate(model, shape),
+            find=lambda model: self.wrong_channel(model) or self.locate(model, shape),
         )
 
     def failure(self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None) -> str:
         """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
-        comparison, _ = self.compare((build or self.build)(optimizations), shape)
+        model = (build or self.build)(optimizations)
+        comparison, _ = self.compare(model, shape)
         if comparison.passed:
-            return ""
+            wrong = self.wrong_channel(model)
+            return "" if wrong is None else f"step {optimizations.scheme}, {wrong}"
+        del model
         found = self.explain(optimizations, shape, build=build)
         if found is not None:
             return str(found)

@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 
 from qwen2_npu import emulator
 from qwen2_npu.checkpoint.configuration import read_generation_config
-from qwen2_npu.conformance.accuracy import locate_error, text
+from qwen2_npu.conformance.accuracy import channels, locate_error, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_continuation, text_continuation
 from qwen2_npu.conformance.accuracy.layer_by_layer import (
     Feed,
@@ -127,6 +127,19 @@ class StreamedPair(Pair):
             if not steps:
                 break
         return first
+
+    def wrong_channel(self, model: Any) -> ErrorLocation | None:
+        if model.optimizations.scheme is None:
+            return None
+        batch = self.batch(channels.SHAPE)
+        forced = batch.nothing_forced()
+        (ours,) = self.ask(locate_error.captures, model, batch=batch, forced=forced)
+        for layer, (stock,), (true,) in self.models.points(step_by_step(batch, forced), None, self.rounds(model)):
+            points = [point for point in ours.points if point.layer == layer]
+            found = channels.first_channel_beyond(points, stock, true, self.dtype)
+            if found is not None:
+                return found
+        return None
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
