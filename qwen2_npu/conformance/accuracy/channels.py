@@ -10,8 +10,7 @@ usual in the product: there is nothing about one channel that makes its rounding
 RMS errors of n tokens differ by a factor of f by chance with a probability of about f^(-n), so the factor allowed is
 1.5 × 10^(12/n): 10^-12 for each of a million channels.
 
-Rows in int8 have one rounding step for all of a token's channels. What is usual in them is counted in absolute terms,
-since a channel of small values may see a whole step or none.
+The fused MLP of 8-bit activations shows no product of gate and up; they are computed of what its operator is given.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qwen2_npu.conformance.accuracy.intermediates import IN_INT8, PassRecorder, Point
+from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point
 from qwen2_npu.conformance.accuracy.locate_error import ErrorLocation
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, rounded
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, root_mean, rounded
 
 SHAPE = "four"
 """The batch that channels are judged on: the one of most tokens."""
@@ -31,8 +30,6 @@ CHANCE = 12
 """The decimal logarithm of how unlikely a right channel is to be found wrong, negated."""
 
 PRODUCTS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
-INT8_ROWS = (f"mlp activation{IN_INT8}",)
-"""Where the fused MLP of 8-bit activations shows its first product: it has no other output."""
 
 
 def first_channel_beyond(
@@ -42,9 +39,9 @@ def first_channel_beyond(
     stock_points, true_points = stock.by_place(), true.by_place()
     for point in ours:
         place = (point.layer, point.name)
-        if point.name not in (*PRODUCTS, *INT8_ROWS) or not (place in stock_points and place in true_points):
+        if point.name not in PRODUCTS or not (place in stock_points and place in true_points):
             continue
-        error, noise = channel_errors(point, stock_points[place].values, true_points[place].values, dtype)
+        error, noise = channel_errors(point.values, stock_points[place].values, true_points[place].values, dtype)
         allowed = RMS_FACTOR * 10 ** (CHANCE / len(point.values))
         beyond = ~(error <= allowed * noise)  # NaN is beyond
         if beyond.any():
@@ -55,15 +52,13 @@ def first_channel_beyond(
     return None
 
 
-def channel_errors(point: Point, stock: Array, true: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+def channel_errors(ours: Array, stock: Array, true: Array, dtype: torch.dtype) -> tuple[Array, Array]:
     """(N,) each: the RMS error of each channel, and its noise."""
     size = _rms(true)
     floor = _rms(rounded(true.astype(np.float64), dtype) - true)
     noise = np.maximum(_rms(stock - true), floor)
-    usual = np.sqrt(np.mean(np.square(noise)))
-    if point.name not in INT8_ROWS:
-        usual = usual / max(float(np.sqrt(np.mean(np.square(size)))), 1e-300) * size
-    return _rms(point.values - true), np.maximum(noise, usual)
+    usual = root_mean(np.square(noise)) / max(root_mean(np.square(size)), 1e-300) * size
+    return _rms(ours - true), np.maximum(noise, usual)
 
 
 def _rms(values: Array) -> Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,6 +166,8 @@ class _Watch(TorchFunctionMode):
         self.layer: int | None = None
         """The layer whose attention is running, between its projections and its o_proj."""
         self.products = 0
+        self.mlp_layer: int | None = None
+        """The layer whose MLP ran last."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -180,9 +183,24 @@ class _Watch(TorchFunctionMode):
                 self._read(query, key, None)
             elif self.products == 2:
                 self._read(None, None, args[1].transpose(1, 2)[:, :, :: self.groups])
+        elif name == "npu_dequant_swiglu_quant":
+            self._read_gate_and_up(*args, **kwargs)
         if name is not None:
             self.capture.pending.append(name)
         return func(*args, **kwargs)
+
+    def enter_mlp(self, layer: int, *_: Any) -> None:
+        self.mlp_layer = layer
+
+    def _read_gate_and_up(
+        self, sums: torch.Tensor, *, weight_scale: torch.Tensor, activation_scale: torch.Tensor, **others: Any
+    ) -> None:
+        """The product of integers that becomes them inside of the operator; gate is on the left."""
+        both = sums.float() * weight_scale.reshape(1, -1) * activation_scale.reshape(-1, 1)
+        for name, half in zip(("gate_proj", "up_proj"), both.chunk(2, dim=-1), strict=True):
+            ran = list(self.capture.pending)
+            self.capture.add(self.mlp_layer, name, half)
+            self.capture.pending[:] = ran if name == "gate_proj" else []
 
     def _read(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
         """(B, S, heads, D) each. The operators that ran so far are told apart by what they make."""
@@ -210,6 +228,7 @@ def _hooks(model: Any, capture: PassRecorder, watch: _Watch, first_layer: int) -
         yield from _norm(layer.input_layernorm, index, "input_layernorm", capture, _first(attention, "q", "qkv"))
         yield from _projections(attention, index, capture, watch)
         yield from _output_projection(attention.o_proj, index, capture, watch)
+        yield mlp.register_forward_pre_hook(partial(watch.enter_mlp, index))
         after_norm = _first(mlp, "gate", "gate_up")
         yield from _norm(layer.post_attention_layernorm, index, "post_attention_layernorm", capture, after_norm)
         if hasattr(mlp, "experts"):

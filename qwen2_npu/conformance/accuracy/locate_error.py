@@ -20,7 +20,7 @@ from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import Comparison
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing, of_all_ranks
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, rms
 from qwen2_npu.conformance.accuracy.routing import Routers, live_columns, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
@@ -348,15 +348,28 @@ class Divergence:
         )
 
 
-def divergences(chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace) -> list[Divergence]:
+def divergences(
+    chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace, pooled: bool = False
+) -> list[Divergence]:
     """First divergence of every row whose free-running greedy tokens differ.
 
     Args:
         chosen: (B, T) tokens that the optimised model chose for itself.
         baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
             contexts are the same, so their logits there say what either knew.
+        pooled: noise is counted as of 8-bit activations, see ``noise``.
     """
     found: list[Divergence] = []
+    usual = 0.0
+    if pooled:
+        errors = [
+            np.abs(stock - true).max(axis=-1)
+            for stock, true in (
+                (baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]),
+                (baseline.decode_logits, reference.decode_logits),
+            )
+        ]
+        usual = rms(np.concatenate(errors, axis=1))
     for row in range(baseline.forced.shape[0]):
         differ = np.flatnonzero(chosen[row] != baseline.forced[row])
         if not differ.size:
@@ -374,7 +387,7 @@ def divergences(chosen: Array, baseline: teacher_forcing.Trace, reference: teach
                 baseline_token=tokens[0],
                 optimised_token=tokens[1],
                 baseline_logits=(float(logits[tokens[0]]), float(logits[tokens[1]])),
-                noise=float(np.abs(logits - true).max()),
+                noise=max(float(np.abs(logits - true).max()), usual),
             )
         )
     return found
