@@ -25,11 +25,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
-from timing import CLOCKS, Clock, seconds
-from transformers import Qwen2Config, StaticCache
+
+import qwen2_npu  # noqa: F401 - before torch: then no NPU is needed
+
+import torch  # isort: skip
+from timing import CLOCKS, Clock, seconds  # isort: skip
+from transformers import Qwen2Config, StaticCache  # isort: skip
 
 from qwen2_npu import Qwen2ForCausalLM, compile_model
 from qwen2_npu.checkpoint.sources import DTYPES

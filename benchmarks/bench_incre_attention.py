@@ -8,10 +8,13 @@ from __future__ import annotations
 from functools import partial
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
-from timing import medians
+
+import qwen2_npu  # before torch: then no NPU is needed
+
+import torch  # isort: skip
+from timing import medians  # isort: skip
 
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 

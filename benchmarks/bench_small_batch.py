@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
-from timing import medians
-from torch import nn
-from torch.nn import functional as F
+
+import qwen2_npu  # noqa: F401 - before torch: then no NPU is needed
+
+import torch  # isort: skip
+from torch import nn  # isort: skip
+from torch.nn import functional as F  # isort: skip
+from timing import medians  # isort: skip
 
 from qwen2_npu.graph import small_batch
 from qwen2_npu.models.layers import Linear

@@ -24,6 +24,7 @@ LADDER: tuple[str, ...] = (
     "ifa_tiling",
     "fused_gate_up",
     "swiglu",
+    "last_layer",
 )
 """The steps in order. Up to ``ifa_tiling`` they are the guide's rows; the rest goes beyond it."""
 
@@ -33,7 +34,7 @@ PARALLEL: tuple[str, ...] = ("mm_all_reduce",)
 EXPERTS: tuple[str, ...] = ("fused_moe",)
 """Steps of a mixture of experts alone, after those of the ladder. In ``all()``; a dense model has nothing to switch."""
 
-QUANTIZED: tuple[str, ...] = ("w8a16", "w8a8")
+QUANTIZED: tuple[str, str] = ("w8a16", "w8a8")
 """Steps of a checkpoint with 8-bit weights alone, of which one can be on: not in ``all()``, but the default for such a
 checkpoint (:meth:`Optimizations.for_model`). With both off its weights are dequantised while they are read."""
 
@@ -51,6 +52,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "fused_infer_attention": ("flash_attention",),
     # npu_swiglu takes gate and up as one tensor: without the fused product they would be copied together first.
     "swiglu": ("fused_gate_up",),
+    # It computes the positions alone whose logits are kept, against keys and values of all of them.
+    "last_layer": ("flash_attention", "last_token_logits"),
     # Between the two products of the experts stands npu_swiglu.
     "fused_moe": ("swiglu",),
     # Its product and all-reduce are one operator in the prefill of the fused operators.
@@ -59,6 +62,13 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "separate_norm_quant": ("add_rms_norm", "w8a8"),
 }
 """Switch -> switches it cannot do without."""
+
+ALTERNATIVES: tuple[tuple[str, str], ...] = (
+    QUANTIZED,
+    # The fused operator is used here for weights of floating-point numbers alone.
+    *((step, scheme) for step in PARALLEL for scheme in QUANTIZED),
+)
+"""Pairs of switches of which one can be on."""
 
 DESCRIPTIONS: dict[str, str] = {
     "fixed_kv_cache": "KV cache allocated once, updated in place (scatter_update_)",
@@ -69,6 +79,7 @@ DESCRIPTIONS: dict[str, str] = {
     "ifa_tiling": "incremental attention over the live tokens only (actual_seq_lengths)",
     "fused_gate_up": "one matmul for gate and up",
     "swiglu": "SiLU(gate)·up in one operator",
+    "last_layer": "prefill computes the last layer, but for its k and v, on the kept positions only",
     "fused_moe": "mixture of experts: routing, grouped products and the sum over experts as npu:: operators",
     "mm_all_reduce": "prefill on several cards: o_proj and down_proj with their all-reduce in one operator",
     "w8a16": "8-bit weights, multiplied with the activations as they are (npu_weight_quant_batchmatmul)",
@@ -109,6 +120,7 @@ class Optimizations:
     ifa_tiling: bool = False
     fused_gate_up: bool = False
     swiglu: bool = False
+    last_layer: bool = False
     fused_moe: bool = False
     mm_all_reduce: bool = False
     w8a16: bool = False
@@ -128,8 +140,9 @@ class Optimizations:
                         f"Optimizations.only({name!r}), which adds what it needs"
                     )
 
-        if len(schemes := [name for name in self.names() if name in QUANTIZED]) > 1:
-            raise ValueError(f"{' and '.join(schemes)} are alternatives: switch one of them off")
+        for pair in ALTERNATIVES:
+            if all(getattr(self, name) for name in pair):
+                raise ValueError(f"{' and '.join(pair)} cannot both be on; switch one of them off")
 
     @classmethod
     def none(cls) -> Optimizations:

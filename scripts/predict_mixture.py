@@ -14,7 +14,7 @@ from qwen2_npu.conformance.sizes import SIZES
 
 def main() -> None:
     """Print a table: predicted milliseconds, bytes of one card, and experts read per layer."""
-    efficiencies = cost_model.load()
+    fits = cost_model.load_all()
     print("| cards | phase | batch | predicted ms | GB moved | of them experts | experts: least, expected, most |")
     print("|---|---|---|---|---|---|---|")
     graphs = [graph for graph in baselines.documented() if graph.size in baselines.MIXTURES]
@@ -26,8 +26,9 @@ def main() -> None:
         row = Row("predicted", Configuration(model, size.shards, graph.batch, "graph", graph.step), graph.phase)
         cost, read = cost_model.census_of(row), graph.experts_read
         experts = cost.costs["GroupedMatmul"].weight_bytes
+        ms = cost_model.interval(cost_model.predict(row, fit) * 1e3 for fit in fits)
         print(
-            f"| {size.shards} | {graph.phase} | {graph.batch} | {cost_model.predict(row, efficiencies) * 1e3:.1f} "
+            f"| {size.shards} | {graph.phase} | {graph.batch} | {ms} "
             f"| {cost.cost.nbytes / 1e9:.1f} | {experts / 1e9:.1f} | {read.least}, {read.expected:.1f}, {read.most} |"
         )
 

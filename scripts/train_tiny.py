@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import tiny_corpus
-import torch
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import qwen2_npu  # noqa: F401 - before torch: then no NPU is needed
+
+import torch  # isort: skip
+from safetensors.torch import save_file  # isort: skip
+from transformers import Qwen2Config, Qwen2ForCausalLM  # isort: skip
 
 OUTPUT = Path(__file__).parents[1] / "qwen2_npu" / "conformance" / "tiny"
 # In the order of their ids, which follow the ordinary tokens, as in Qwen2.
@@ -186,7 +189,7 @@ def train(
         lr=rate,
         betas=(0.9, 0.95),
     )
-    warmup = min(100, steps // 4)
+    warmup = max(1, min(100, steps // 4))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))),

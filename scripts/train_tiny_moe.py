@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import tiny_corpus
-import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from train_tiny import (
+
+from qwen2_npu.checkpoint.experts import one_by_one  # before torch: then no NPU is needed
+
+import torch  # isort: skip
+from safetensors.torch import load_file, save_file  # isort: skip
+from train_tiny import (  # isort: skip
     CONFIG,
     HELDOUT_PER_LANGUAGE,
     HELDOUT_SEED,
@@ -33,10 +36,8 @@ from train_tiny import (
     train,
     write_json,
 )
-from train_tiny import OUTPUT as DENSE
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-from qwen2_npu.checkpoint.experts import one_by_one
+from train_tiny import OUTPUT as DENSE  # isort: skip
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM  # isort: skip
 
 OUTPUT = DENSE.with_name("tiny_moe")
 KEPT = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -20,6 +20,14 @@ WEIGHT, SCALE = "weight", f"weight{OF_SCALE}"
 PACKED_WEIGHT, SHAPE = "weight_packed", "weight_shape"
 """Tensors of a quantised module: the two that a model has, and those of a file in which the integers are packed."""
 
+INTEGERS = (torch.int8,)
+KINDS: dict[str, tuple[torch.dtype, ...]] = {
+    PACKED_WEIGHT: (torch.int32,),
+    SCALE: (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    SHAPE: (torch.int64, torch.int32),
+}
+"""What a weight is stored as, and the other tensors of a quantised module."""
+
 UNSERVED = {
     "weight_zero_point": "zero points, of integers that are not symmetric,",
     "weight_g_idx": "the order of columns (actorder)",
@@ -90,49 +98,43 @@ class QuantizedSource:
             torch.float32,
         )
         self._shapes = {name: shape for name, shape in inner.shapes().items() if not name.endswith(SHAPE)}
-        if quantization.packed:
-            self._unpack_shapes()
+        self._unpack_shapes()
         found = inner.read(list(scales.values()))
         self._scales = {scale: self._checked(name, scale, found[scale]) for name, scale in scales.items()}
 
     def _take(self, name: str, dtype: torch.dtype) -> None:
         """Sort a stored tensor in, where it is of the kind that it has to be."""
         module, _, kind = name.rpartition(".")
-        covered, packed = self.quantization.covers(module), self.quantization.packed
+        covered, stored = self.quantization.covers(module), str(dtype).removeprefix("torch.")
         if kind in UNSERVED:
             raise self._fault(f"{name} holds {UNSERVED[kind]} which are not served", AGAIN)
-        if kind in (PACKED_WEIGHT, SCALE, SHAPE) and not covered:
+        if kind in KINDS and not covered:
             raise self._fault(
                 f"{name} is there, and {FIELD} does not say that {module} is quantised, or this model does not have it "
                 "in 8 bits",
                 "quantise the checkpoint again, with that module in ignore",
             )
-        stored = str(dtype).removeprefix("torch.")
-        expected = "int32" if kind == PACKED_WEIGHT else "int8" if kind == WEIGHT and covered else None
-        if expected is not None and (packed is not (kind == PACKED_WEIGHT) or stored != expected):
-            raise self._fault(
-                f"{name} is stored as {stored}, and format={self.quantization.format!r} of {FIELD} has "
-                + (f"{module}.{PACKED_WEIGHT} of int32" if packed else f"{module}.{WEIGHT} of int8"),
-                f"add {module} to ignore if it is not quantised, or {AGAIN}"
-                if dtype.is_floating_point
-                else f"correct {FIELD} in config.json, or {AGAIN}",
-            )
-        if kind == SHAPE and dtype not in (torch.int64, torch.int32):
-            raise self._fault(f"{name} is stored as {stored}, and must be int64", AGAIN)
-        if expected is not None:
-            self._stored[f"{module}.{WEIGHT}"] = name
+        expected = INTEGERS if kind == WEIGHT else KINDS.get(kind)
+        if covered and expected is not None and dtype not in expected:
+            kinds = " or ".join(str(each).removeprefix("torch.") for each in expected)
+            way_out = f"add {module} to ignore in {FIELD} if it is not quantised, or {AGAIN}"
+            raise self._fault(f"{name} is stored as {stored}, and {FIELD} says {kinds}", way_out)
+        if covered and kind in (WEIGHT, PACKED_WEIGHT):
+            if (other := self._stored.setdefault(f"{module}.{WEIGHT}", name)) != name:
+                raise self._fault(f"{other} and {name} are both there, and are one weight", AGAIN)
         elif kind != SHAPE and not dtype.is_floating_point:
             raise not_floating(self.where, name, stored)
 
     def _unpack_shapes(self) -> None:
         """Give packed weights the shapes that they are recorded with, where those fit."""
-        recorded = {name: name.removesuffix(WEIGHT) + SHAPE for name in self._stored}
+        recorded = {name: name.removesuffix(WEIGHT) + SHAPE for name in self._stored if self._is_packed(name)}
         there = self.inner.shapes()
         for name, shape in recorded.items():
             if shape not in there:
                 raise self._fault(f"{shape} is missing, and {self._stored[name]} is there", AGAIN)
         found = self.inner.read(list(recorded.values()))
-        for name, stored in self._stored.items():
+        for name in recorded:
+            stored = self._stored[name]
             sizes, packed = found[recorded[name]].tolist(), self._shapes.pop(stored)
             if not isinstance(sizes, list) or len(sizes) != 2 or min(sizes) < 1:
                 raise self._fault(f"{recorded[name]} is {sizes}, and must be two positive sizes", AGAIN)
@@ -171,7 +173,7 @@ class QuantizedSource:
             if stored in self._scales or stored.endswith(SHAPE):
                 return []
             part = cut(stock.get(stored, stored))
-            return [_of_words(part) if self.quantization.packed and stored in stock else part]
+            return [_of_words(part) if stored.endswith(PACKED_WEIGHT) else part]
 
         for stored, pieces in self.inner.pieces(wanted):
             if not pieces:
@@ -198,11 +200,14 @@ class QuantizedSource:
 
     def _integers(self, name: str, stored: torch.Tensor, part: Slice | None) -> torch.Tensor:
         """A weight, or a part of it, as int8, of what was read of it."""
-        if not self.quantization.packed:
+        if not self._is_packed(name):
             return stored
         if part is None or part.axis == 0:
             return unpack(stored, self._shapes[name][1])
         return unpack(stored, part.stop - part.start, part.start % PER_WORD)
+
+    def _is_packed(self, name: str) -> bool:
+        return self._stored[name].endswith(PACKED_WEIGHT)
 
     def _fault(self, fault: str, way_out: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {fault}; {way_out}")

@@ -278,6 +278,6 @@ def _show_breakdown(setup: Setup, case: BenchCase, console: Any) -> None:
     )
     for heading in ("GE operator", "launches", "ms", "bound by"):
         table.add_column(heading, justify="left" if heading in ("GE operator", "bound by") else "right")
-    for part in predicted:
-        table.add_row(part.operator, str(part.launches), f"{part.seconds * 1e3:.2f}", part.bound)
+    for part, ms in predicted:
+        table.add_row(part.operator, str(part.launches), ms, part.bound)
     console.print(table)

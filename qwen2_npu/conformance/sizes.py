@@ -76,31 +76,38 @@ class Size:
         """Those with so many of the experts of each layer; of a dense model, all."""
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
         layer = self.hidden * qkv + qkv + self.heads * self.head_dim * self.hidden + 2 * self.hidden
-        columns = self.intermediate
-        if self.experts:
-            columns = self.shared_columns + experts * self.expert_columns
-            layer += (self.experts + 1) * self.hidden  # the router, and the gate of the shared expert
-        layer += 3 * self.hidden * columns
+        layer += self.mlp_with(experts)
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def mlp_with(self, experts: int) -> int:
+        """Those of the MLP of one layer, with so many of its experts."""
+        if not self.experts:
+            return 3 * self.hidden * self.intermediate
+        columns = self.shared_columns + experts * self.expert_columns
+        return self.hidden * (3 * columns + self.experts + 1)  # the router, and the gate of the shared expert
 
     @property
     def ladder(self) -> tuple[str, ...]:
         """The steps that this model has."""
         return (*LADDER, *EXPERTS) if self.experts else LADDER
 
-    def config(self, *, layers: int | None = None, max_position_embeddings: int = 32768) -> Qwen2Config:
+    def config(
+        self, *, layers: int | None = None, max_position_embeddings: int = 32768, scheme: str | None = None
+    ) -> Qwen2Config:
         """As transformers writes it (5.x: head_dim apart from the hidden size); of a shard, that of the whole model.
 
         Args:
             layers: fewer layers than the real model has.
+            scheme: with 8-bit weights, made for "w8a16" or "w8a8".
 
         Raises:
             UnsupportedError: a mixture of experts, which the installed transformers does not know.
         """
+        from qwen2_npu.checkpoint.quantization import FIELD, described
         from qwen2_npu.compat import CONFIGURATIONS
 
         if self.whole is not None:
-            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings)
+            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings, scheme=scheme)
         values: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -117,6 +124,8 @@ class Size:
             "eos_token_id": None,
             "pad_token_id": None,
         }
+        if scheme is not None:
+            values[FIELD] = described(scheme)
         if not self.experts:
             return CONFIGURATIONS["qwen2"](**values)
         if MIXTURE not in CONFIGURATIONS:

@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import head_dim
-from qwen2_npu.models.layers import FLOAT, Products, RotaryTable
+from qwen2_npu.models.layers import FLOAT, Products, RotaryTable, take_positions
 from qwen2_npu.models.quantized import Activations
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -94,21 +94,25 @@ class Attention(nn.Module):
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, H) -> (B, S, H), and the attention weights (B, N, S, tokens) where small operators compute them.
+        """(B, S, H) -> (B, S or kept, H), and the attention weights (B, N, S, tokens) of small operators.
 
         Args:
             cos_sin: shared by the layers from the flash_attention step on, (B, S, 1, D) each; None before it.
             cache: this layer's k and v tensor, the growing stock cache, or None.
+            kept: (B, kept) new positions whose attention is wanted, with fused operators; None for all.
         """
-        batch, tokens, _ = hidden_states.shape
-        query, key, value = self._project(hidden_states)
+        query, key, value = self._project(hidden_states, kept)
+        batch, tokens = query.shape[:2]
         weights: torch.Tensor | None = None
         if self.optimizations.flash_attention:
             assert cos_sin is not None
             assert not isinstance(cache, Cache)
-            context = self._fused(phase, inputs, cos_sin, cache, query, key, value)
+            context = self._fused(phase, inputs, cos_sin, cache, query, key, value, kept)
+            phase = phase if kept is None else "decode"  # as few rows as a decode step has
         else:
+            assert kept is None
             context, weights = self._small_operators(phase, inputs, cache, query, key, value)
         # A decode step goes through o_proj in two dimensions: in three, the graph engine pads the product (the guide's
         # out-of-memory fix).
@@ -116,18 +120,31 @@ class Attention(nn.Module):
             return self.o_proj(context.reshape(batch, self.widths[0]), phase).unsqueeze(1), weights
         return self.o_proj(context.reshape(batch, tokens, self.widths[0]), phase), weights
 
-    def _project(self, hidden_states: Activations) -> list[torch.Tensor]:
-        """q (B, S, N, D), k and v (B, S, K, D)."""
-        if self.optimizations.fused_qkv:
+    def _project(self, hidden_states: Activations, kept: torch.Tensor | None) -> list[torch.Tensor]:
+        """q (B, S or kept, N, D), k and v (B, S, K, D)."""
+        asking = hidden_states if kept is None else take_positions(hidden_states, kept)
+        if self.optimizations.fused_qkv and kept is not None:
+            query, rest = self.qkv_proj.parts([asking, hidden_states], [self.widths[0], 2 * self.widths[1]])
+            states = [query, *rest.split(self.widths[1:], dim=-1)]
+        elif self.optimizations.fused_qkv:
             states = list(self.qkv_proj(hidden_states).split(self.widths, dim=-1))
         else:
-            states = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
-        batch, tokens, _ = hidden_states.shape
+            states = [self.q_proj(asking), self.k_proj(hidden_states), self.v_proj(hidden_states)]
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        return [state.reshape(batch, tokens, n, self.head_dim) for state, n in zip(states, heads, strict=True)]
+        return [state.reshape(*state.shape[:2], n, self.head_dim) for state, n in zip(states, heads, strict=True)]
 
     def _mask(self, inputs: AttentionInputs) -> torch.Tensor | None:
         return inputs.mask if self.window is None else inputs.sliding_mask
+
+    def _mask_of(self, kept: torch.Tensor, phase: AttentionPhase, inputs: AttentionInputs, slots: int) -> torch.Tensor:
+        """(B, 1, kept, slots): what the kept positions see of a prompt, or of the cache that it continues."""
+        queries = kept
+        if phase == "extend":
+            assert inputs.write_index is not None
+            queries = inputs.write_index[:, None] + kept
+        distance = (queries[:, :, None] - torch.arange(slots, device=kept.device))[:, None]
+        drop = distance < 0
+        return drop if self.window is None else drop | (distance >= self.window)
 
     # ---- fused operators, BSND -----------------------------------------------------------------------------------
     def _fused(
@@ -139,16 +156,27 @@ class Attention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        kept: torch.Tensor | None,
     ) -> torch.Tensor:
         # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are
         # copied. In a GE graph these copies vanish (qwen2_npu.graph.layout_copies).
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        query, key = self._rotate_fused(query, key, *cos_sin)
+        if kept is None:
+            query, key = self._rotate_fused(query, key, *cos_sin)
+        else:  # npu_apply_rotary_pos_emb takes as many positions of q as of k
+            of_kept = [take_positions(part, kept) for part in cos_sin]
+            query = torch.ops.npu.npu_rotary_mul(query, *of_kept, rotary_mode="half")
+            key = torch.ops.npu.npu_rotary_mul(key, *cos_sin, rotary_mode="half")
         if cache is not None:
             for states, slots in zip((key, value), cache, strict=True):
                 torch.ops.npu.scatter_update_(slots, inputs.write_index, states, 1)
             if phase != "prefill":
                 key, value = cache
+        if kept is not None:
+            mask = self._mask_of(kept, phase, inputs, key.shape[1])
+            if kept.shape[1] == 1:
+                return self._incremental_attention(query, key, value, mask, inputs.actual_seq_lengths)
+            return self._prompt_attention("extend", query, key, value, mask, inputs.actual_seq_lengths)
         if phase == "decode":
             return self._incremental_attention(query, key, value, self._mask(inputs), inputs.actual_seq_lengths)
         return self._prompt_attention(phase, query, key, value, self._mask(inputs), inputs.actual_seq_lengths)

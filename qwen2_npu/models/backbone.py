@@ -40,11 +40,11 @@ from qwen2_npu.compat import (
 )
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
-from qwen2_npu.models.attention import AttentionInputs
+from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
 from qwen2_npu.models.decoder import LayerCache, Network, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache_step, pad_tokens, positions_after
-from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear
+from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear, take_positions
 from qwen2_npu.models.passes import Pass, Prepared
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.models.quantized import QuantizedLinear
@@ -215,16 +215,30 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         Args:
             logit_index: (B, kept) positions whose logits are wanted; None for all.
         """
-        return self._logits(self.model(tokens, "prefill", inputs, caches), logit_index)
+        return self._kept_logits(tokens, "prefill", inputs, caches, logit_index)
 
     def decode_step(self, tokens: torch.Tensor, inputs: AttentionInputs, caches: list[LayerCache]) -> torch.Tensor:
         """Logits (B, 1, V) of one token per row."""
         return self._logits(self.model(tokens, "decode", inputs, caches), None)
 
+    def _kept_logits(
+        self,
+        tokens: torch.Tensor,
+        phase: AttentionPhase,
+        inputs: AttentionInputs,
+        caches: list[LayerCache],
+        logit_index: torch.Tensor | None,
+        record: Record | None = None,
+    ) -> torch.Tensor:
+        """With last_layer, the last layer computes nothing whose logits nobody wants, but for k and v."""
+        few = logit_index is not None and logit_index.shape[1] < tokens.shape[1]
+        if few and record is None and self.optimizations.last_layer:
+            return self._logits(self.model(tokens, phase, inputs, caches, None, logit_index), None)
+        return self._logits(self.model(tokens, phase, inputs, caches, record), logit_index)
+
     def _logits(self, hidden_states: torch.Tensor, logit_index: torch.Tensor | None) -> torch.Tensor:
         if logit_index is not None:
-            index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
-            hidden_states = hidden_states.gather(1, index)
+            hidden_states = take_positions(hidden_states, logit_index)
         return self._head(hidden_states)
 
     def _of_all_heads(self, attentions: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
@@ -442,7 +456,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
                 arguments = (compact, inputs, caches) if phase == "decode" else (compact, inputs, caches, index)
                 logits = compiled[phase](*arguments)
             else:
-                logits = self._logits(self.model(compact, phase, inputs, caches, record), index)
+                logits = self._kept_logits(compact, phase, inputs, caches, index, record)
         if record is not None:
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
         return logits if index is not None else rows.restore(logits[:, :tokens])

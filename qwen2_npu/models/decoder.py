@@ -14,7 +14,7 @@ from qwen2_npu.checkpoint.quantization import Quantization, quantization_of
 from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.models.layers import FLOAT, MLP, Embedding, Products, RMSNorm, RotaryTable
+from qwen2_npu.models.layers import FLOAT, MLP, Embedding, Products, RMSNorm, RotaryTable, take_positions
 from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -57,17 +57,21 @@ class DecoderLayer(nn.Module):
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         cache: LayerCache,
         attentions: list[torch.Tensor | None] | None = None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, H): the MLP's result still to be added, and the residual to add it to.
+        """(B, S or kept, H): the MLP's result still to be added, and the residual to add it to.
 
         Args:
             attentions: a list to which the attention weights, if any, are appended.
+            kept: (B, kept) positions to compute; of the others only k and v. None for all.
         """
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache)
+        hidden_states, weights = self.self_attn(hidden_states, phase, inputs, cos_sin, cache, kept)
         if attentions is not None:
             attentions.append(weights)
         del weights  # (B, N, S, S): not to be held while the MLP runs
+        if kept is not None:
+            residual, phase = take_positions(residual, kept), "decode"  # few rows from here on
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states, phase), residual
 
@@ -111,22 +115,27 @@ class Network(nn.Module):
         inputs: AttentionInputs,
         caches: list[LayerCache],
         record: Record | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The hidden states (B, S, H) after the final norm.
+        """The hidden states (B, S or kept, H) after the final norm.
 
         Args:
             tokens: (B, S) token ids, or (B, S, H) embeddings.
             caches: per layer what its attention reads and writes.
             record: two lists to which the hidden states and attention weights of every layer are appended.
+            kept: (B, kept) positions that the last layer computes; None for all.
         """
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
         residual: torch.Tensor | None = None
         attentions = None if record is None else record[1]
+        *_, last = self.layers
         for layer, cache in zip(self.layers, caches, strict=True):
             if record is not None:
                 record[0].append(hidden_states if residual is None else residual + hidden_states)
-            hidden_states, residual = layer(hidden_states, residual, phase, inputs, cos_sin, cache, attentions)
+            hidden_states, residual = layer(
+                hidden_states, residual, phase, inputs, cos_sin, cache, attentions, kept if layer is last else None
+            )
         hidden_states, _ = self.norm(hidden_states, residual)
         if record is not None:
             record[0].append(hidden_states)

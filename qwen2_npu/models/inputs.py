@@ -19,6 +19,7 @@ from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.arguments import check_mask_values
 from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
+from qwen2_npu.models.layers import take_positions
 from qwen2_npu.optimizations import Optimizations
 
 COMPRESSED_MASK_SIZE = 2048
@@ -112,22 +113,17 @@ class Rows:
 
     def compact(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S, …) as given -> compact rows."""
-        return values if self.order is None else _take(values, self.order)
+        return values if self.order is None else take_positions(values, self.order)
 
     def restore(self, values: torch.Tensor) -> torch.Tensor:
         """Compact rows (B, S, …) -> as given; what stands at padding is unspecified."""
-        return values if self.order is None else _take(values, torch.argsort(self.order, dim=1))
+        return values if self.order is None else take_positions(values, torch.argsort(self.order, dim=1))
 
     def find(self, wanted: slice | torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
         """(B, K) compact positions of the K positions as given that ``wanted`` takes out of the ``tokens``."""
         if self.order is None:
             return torch.arange(tokens, device=device)[wanted].repeat(len(self.lengths), 1)
         return torch.argsort(self.order, dim=1)[:, wanted]
-
-
-def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    index = order.reshape(order.shape + (1,) * (values.dim() - 2)).expand(*order.shape, *values.shape[2:])
-    return values.gather(1, index)
 
 
 def check_window(live: torch.Tensor, window: int, slots: int) -> None:

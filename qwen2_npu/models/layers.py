@@ -6,9 +6,9 @@ Shapes: B batch, S tokens, H hidden, I columns of the MLP on this rank, D head_d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,17 @@ from qwen2_npu.ops.linear import linear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
+ActivationsT = TypeVar("ActivationsT", torch.Tensor, QuantizedRows, Activations)
+
+
+def take_positions(values: ActivationsT, index: torch.Tensor) -> ActivationsT:
+    """(B, S, …) and positions (B, K) -> (B, K, …)."""
+    if isinstance(values, QuantizedRows):
+        return QuantizedRows(*(take_positions(part, index) for part in values))
+    return values.gather(
+        1, index.reshape(index.shape + (1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+    )
+
 
 class Linear(nn.Linear):
     """nn.Linear by :func:`qwen2_npu.ops.linear.linear`: the same product, faster for a few rows on a CPU."""
@@ -36,6 +47,11 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
         return linear(input, self.weight, self.bias)
+
+    def parts(self, inputs: Sequence[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        """What each of ``inputs`` gives with so many outputs of its own, in their order."""
+        weights, biases = self.weight.split(sizes), self.bias.split(sizes)  # views, not copies
+        return [linear(*part) for part in zip(inputs, weights, biases, strict=True)]
 
 
 class Embedding(nn.Embedding):

@@ -8,6 +8,7 @@ Shapes: M rows (all tokens of all sequences), K inputs, N outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -107,8 +108,8 @@ class QuantizedLinear(nn.Module):
     def prepare(self) -> None:
         """Have the float32 copies."""
         with torch.inference_mode(False):  # they outlive the call
-            self.wide_scale = self.weight_scale.detach().float().flatten()
-            self.wide_bias = None if self.bias is None else self.bias.detach().float()
+            self._buffers["wide_scale"] = _constant(self.weight_scale.detach().flatten())
+            self._buffers["wide_bias"] = None if self.bias is None else _constant(self.bias.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         """Where the model changes its dtype the copies go: they are made again of what the parameters are then."""
@@ -122,31 +123,54 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Activations) -> torch.Tensor:
         """(..., K) -> (..., N) in the model's dtype."""
-        dtype, lead = self.weight_scale.dtype, input.shape[:-1]
         assert self.wide_scale is not None, "QuantizedLinear.prepare() comes first"
+        return self._product(input, self.weight, self.weight_scale, self.bias, self.wide_scale, self.wide_bias)
+
+    def parts(self, inputs: Sequence[Activations], sizes: list[int]) -> list[torch.Tensor]:
+        """What each of ``inputs`` gives with so many outputs of its own, in their order. There must be a bias."""
+        own = (self.weight, self.weight_scale, self.bias, self.wide_scale, self.wide_bias)
+        cut = [tensor.split(sizes) for tensor in own if tensor is not None]
+        return [self._product(*part) for part in zip(inputs, *cut, strict=True)]
+
+    def _product(
+        self,
+        input: Activations,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        wide_scale: torch.Tensor,
+        wide_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        dtype, shape = weight_scale.dtype, (*input.shape[:-1], weight.shape[0])
         if self.scheme == "w8a16":
             assert isinstance(input, torch.Tensor)
             rows = input.reshape(-1, self.in_features)
-            bias = self.wide_bias if dtype == torch.bfloat16 else self.bias
-            y = torch.ops.npu.npu_weight_quant_batchmatmul(
-                rows, self.weight.mT, self.weight_scale.view(1, -1), bias=bias
-            )
-            return y.view(*lead, self.out_features)
-        quantised = quantise(input)
+            bias = wide_bias if dtype == torch.bfloat16 else bias
+            scale = weight_scale.view(1, -1)
+            return torch.ops.npu.npu_weight_quant_batchmatmul(rows, weight.mT, scale, bias=bias).view(shape)
+        values, token = quantise(input)
         if dtype not in RESULTS:
-            y = self.sums(quantised).float() * self.wide_scale * quantised.scale.reshape(-1, 1)
-            return (y if self.wide_bias is None else y + self.wide_bias).view(*lead, self.out_features)
-        y = torch.ops.npu.npu_quant_matmul(
-            quantised.values.reshape(-1, self.in_features), self.weight.mT, self.wide_scale,
-            pertoken_scale=quantised.scale.reshape(-1), bias=self.wide_bias, output_dtype=RESULTS[dtype],
-        )  # fmt: skip
-        return y.view(*lead, self.out_features)
+            y = _sums(values, weight, wide_scale).float() * wide_scale * token.reshape(-1, 1)
+            return (y if wide_bias is None else y + wide_bias).view(shape)
+        return torch.ops.npu.npu_quant_matmul(
+            values.reshape(-1, self.in_features), weight.mT, wide_scale,
+            pertoken_scale=token.reshape(-1), bias=wide_bias, output_dtype=RESULTS[dtype],
+        ).view(shape)  # fmt: skip
 
     def sums(self, x: QuantizedRows) -> torch.Tensor:
         """The product of the integers alone, int32 (M, N): neither scaled nor with the bias."""
         assert self.wide_scale is not None, "QuantizedLinear.prepare() comes first"
-        rows = x.values.reshape(-1, self.in_features)
-        return torch.ops.npu.npu_quant_matmul(rows, self.weight.mT, self.wide_scale, output_dtype=INT32)
+        return _sums(x.values, self.weight, self.wide_scale)
+
+
+def _sums(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # The operator wants a scale for a result that it does not scale, too.
+    return torch.ops.npu.npu_quant_matmul(values.flatten(0, -2), weight.mT, scale, output_dtype=INT32)
+
+
+def _constant(tensor: torch.Tensor) -> nn.Parameter:
+    """In float32; of the type by which torchair knows that its address does not change."""
+    return nn.Parameter(tensor.float().clone(), requires_grad=False)
 
 
 class RowParallelQuantizedLinear(QuantizedLinear):

@@ -141,6 +141,18 @@ def _last_column(model: Any) -> None:
     model._logits = logits
 
 
+def _position_before(model: Any) -> None:
+    """The last layer computes the position before the one whose logits are kept."""
+    for layer in model.model.layers:
+        right = layer.forward
+
+        def forward(*given: Any, right: Any = right) -> Any:
+            *rest, kept = given
+            return right(*rest, None if kept is None else (kept - 1).clamp(min=0))
+
+        layer.forward = forward
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "rope_halves_swapped",
@@ -206,5 +218,13 @@ FAULTS: tuple[Fault, ...] = (
         place=r"logits_to_keep=1",
         batch="ragged",
         patch=_last_column,
+    ),
+    Fault(
+        "kept_position",
+        "the last layer of a prefill computes the position before the one whose logits are kept",
+        step="last_layer",
+        place=r"logits_to_keep=1",
+        batch="ragged",
+        patch=_position_before,
     ),
 )

@@ -32,6 +32,11 @@ class Graph:
         return [op for op in self.ops if op.node.type in PRODUCTS and any(v.origin == "weight" for v in op.given)]
 
     @property
+    def kept_alone(self) -> bool:
+        """Whether the last layer computes the kept positions alone."""
+        return self.optimizations.last_layer and self.lowered.phase == "prefill"
+
+    @property
     def heads(self) -> list[Operation]:
         """The products with lm_head."""
         return [op for op in self.products if op.outputs[0].shape[-1] == self.vocab]
@@ -113,10 +118,12 @@ def fused_products(graph: Graph) -> Problems:
     """One product for q, k and v, and one for gate and up, where those steps are on."""
     per_layer = 7 - 2 * graph.optimizations.fused_qkv - graph.optimizations.fused_gate_up
     found, sparse = len(graph.products) - len(graph.heads), graph.lowered.sparse
-    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse:
+    # The last layer of a prefill has two products with parts of its weight of q, k and v, which are no weights here.
+    split = int(graph.kept_alone and graph.optimizations.fused_qkv)
+    if found != per_layer * graph.lowered.layers + EXPERT_PRODUCTS * sparse - split:
         yield (
-            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer and "
-            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts: "
+            f"{found} products with weights in {graph.lowered.layers} layers, expected {per_layer} per layer, "
+            f"{EXPERT_PRODUCTS} more in each of {sparse} with experts and {split} fewer in the last: "
             "q, k and v, or gate and up, are not fused as switched on"
         )
 
@@ -130,6 +137,9 @@ ANGLE_WORK = frozenset(["Cos", "Sin"])
 EMBEDDING_MASK = {"Less": 1, "GreaterEqual": 1, "LogicalOr": 1, "MaskedFill": 2}
 """Where the embedding table is cut over ranks: which tokens another rank holds, once per step."""
 
+KEPT_MASK = {"Less": 1}
+"""With last_layer: what the kept positions of a prompt may not see, once per prefill."""
+
 TABLE_READS = 3
 """The embedding, cos and sin."""
 
@@ -142,6 +152,7 @@ def nothing_repeated_in_layers(graph: Graph) -> Problems:
     if len(gathers) != TABLE_READS:
         yield f"{len(gathers)} reads of tables, expected {TABLE_READS} per step (embedding, cos, sin) for all layers"
     allowed = Counter(EMBEDDING_MASK if graph.lowered.ranks > 1 else {})
+    allowed.update(KEPT_MASK if graph.kept_alone else {})
     for op in graph.ops:
         if op.node.type in MASK_WORK | ANGLE_WORK:
             allowed[op.node.type] -= 1
@@ -154,6 +165,25 @@ def live_attention(graph: Graph) -> Problems:
     for op in graph.of_type("IncreFlashAttention"):
         if op.live_slots is None:
             yield f"{op.node.name} is given no actual_seq_lengths and attends the whole cache"
+
+
+def last_layer_on_kept_positions(graph: Graph) -> Problems:
+    """Of the last layer k and v alone are computed for every token, all other products for one per row."""
+    switched, lowered = graph.optimizations, graph.lowered
+    per_layer = 7 - 2 * switched.fused_qkv - switched.fused_gate_up
+    every, one_each = lowered.batch * lowered.live, lowered.batch
+    # Of experts the router and the gate of the shared one; grouped products have a row per expert of a token.
+    expected = per_layer * (lowered.layers - 1) + (1 if switched.fused_qkv else 2) + 2 * max(lowered.sparse - 1, 0)
+    rows = _rows(graph.of_type(*(PRODUCTS - {"GroupedMatmul"})))
+    if rows[every] != expected or set(rows) != {every, one_each}:
+        yield f"products by rows: {dict(rows)}, expected {expected} of {every} and the others of {one_each}"
+    grouped = _rows(graph.of_type("GroupedMatmul"))
+    if grouped and (grouped[min(grouped)] != 2 or min(grouped) * every != max(grouped) * one_each):
+        yield f"grouped products by rows: {dict(grouped)}, expected 2 of {one_each / every} times the others'"
+
+
+def _rows(ops: list[Operation]) -> Counter[int]:
+    return Counter(op.outputs[0].elements // op.outputs[0].shape[-1] for op in ops)
 
 
 @dataclass(frozen=True)
@@ -176,9 +206,11 @@ def collectives(graph: Graph) -> Problems:
     """
     several, layers, sparse = graph.lowered.ranks > 1, graph.lowered.layers, graph.lowered.sparse
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
+    # The last layer of a prefill with last_layer has few rows: its sums are those of a decode step.
+    alone = (1 if sparse else 2) * (fused and graph.kept_alone)
     expected = {
-        "MatmulAllReduce": 2 * layers - sparse if fused else 0,
-        "HcomAllReduce": several * (1 + sparse if fused else 2 * layers + 1),
+        "MatmulAllReduce": fused * (2 * layers - sparse - alone),
+        "HcomAllReduce": several * (1 + sparse + alone if fused else 2 * layers + 1),
         "HcomAllGather": int(several),
     }
     for name, count in expected.items():
@@ -194,6 +226,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(no_wide_copies),
     Invariant(head_on_last_token, since="last_token_logits"),
     Invariant(fused_products),
+    Invariant(last_layer_on_kept_positions, since="last_layer", phases=("prefill",)),
     Invariant(grouped_experts),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),

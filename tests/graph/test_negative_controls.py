@@ -334,3 +334,10 @@ def test_a_mask_beside_that_of_the_embedding() -> None:
     expect(
         problems_of("decode", Optimizations.all(), Optimizations.all(), change, ranks=2), "nothing_repeated_in_layers"
     )
+
+
+def test_a_last_layer_that_computes_every_position() -> None:
+    """What last_layer is about, switched off while it is claimed."""
+    without = Optimizations.all().replace(last_layer=False)
+    problems = problems_of("prefill", without, Optimizations.all(), lambda model, arguments: None)
+    expect(problems, "last_layer_on_kept_positions")

@@ -36,6 +36,7 @@ LAUNCHES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "ifa_tiling": ((17, 13), (17, 8)),
     "fused_gate_up": ((16, 13), (16, 8)),
     "swiglu": ((15, 13), (15, 8)),
+    "last_layer": ((15, 19), (15, 8)),
 }
 
 
@@ -85,8 +86,8 @@ def _rotary_table_in_every_layer(model: Any) -> None:
     for layer in model.model.layers:
         right = layer.self_attn.forward
 
-        def forward(hidden_states: Any, phase: Any, inputs: Any, cos_sin: Any, cache: Any, right: Any = right) -> Any:
-            return right(hidden_states, phase, inputs, model.model.rotary(inputs.position_ids, head_axis=2), cache)
+        def forward(hidden_states: Any, phase: Any, inputs: Any, cos_sin: Any, *rest: Any, right: Any = right) -> Any:
+            return right(hidden_states, phase, inputs, model.model.rotary(inputs.position_ids, head_axis=2), *rest)
 
         layer.self_attn.forward = forward
 

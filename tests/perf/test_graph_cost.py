@@ -7,7 +7,7 @@ sweeps, and the guide's story told in counts: what each step saves, it saves in 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import eq, gt, le, lt
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.baselines import BATCH, GRAPH_SIZES, DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census
-from qwen2_npu.conformance.graph.cost import Cost
+from qwen2_npu.conformance.graph.cost import ATTENTION, PRODUCTS, Cost
 from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.optimizations import LADDER, ORIGINAL, Phase
 
@@ -41,6 +41,10 @@ STORY: tuple[tuple[str, Phase, str, Callable[[int, int], bool]], ...] = (
     ("fused_gate_up", "decode", "launches", le),
     ("swiglu", "prefill", "launches", lt),
     ("swiglu", "decode", "launches", lt),
+    ("last_layer", "prefill", "flops", lt),
+    ("last_layer", "prefill", "nbytes", lt),
+    ("last_layer", "decode", "launches", eq),
+    ("last_layer", "decode", "nbytes", eq),
 )
 """Step, phase, what it changes, and how it compares with the step before. fixed_kv_cache is no such step: see below."""
 
@@ -107,6 +111,21 @@ def test_each_step_saves_what_the_guide_says(
 ) -> None:
     before, after = (getattr(cost_of(size, phase, LADDER[LADDER.index(step) - back]), quantity) for back in (1, 0))
     assert relation(after, before), f"{step}: {quantity} {before} -> {after}, expected {relation.__name__}"
+
+
+@pytest.mark.parametrize("name", GRAPH_SIZES)
+def test_the_last_layer_of_a_prefill_costs_what_one_token_per_row_costs(name: str) -> None:
+    """Its products but k and v, and its attention; the rest of the arithmetic is under a hundredth."""
+    size, others = SIZES[name], baselines.PROMPT - 1
+    before, after = (census_of(name, "prefill", step).costs for step in ("swiglu", "last_layer"))
+
+    def saved(kinds: Iterable[str]) -> int:
+        return sum(before.get(kind, Cost()).flops - after.get(kind, Cost()).flops for kind in kinds)
+
+    query = size.heads * size.head_dim
+    assert saved(PRODUCTS) == 2 * BATCH * others * size.hidden * (2 * query + 3 * size.intermediate)
+    # Of the S(S + 1)/2 pairs of a causal prompt the last token has S.
+    assert saved(ATTENTION) == 4 * BATCH * query * baselines.PROMPT * others // 2
 
 
 @pytest.mark.parametrize("size", baselines.SWEEPS)

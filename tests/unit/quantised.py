@@ -7,28 +7,15 @@ from typing import Any
 import torch
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.checkpoint.quantization import FIELD, described
 from qwen2_npu.models.quantized import QuantizedLinear
 from tests.unit.small import small_config
 
 SCHEMES = ("w8a16", "w8a8")
 
 
-def quantization_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
-    """As a folder in the format of compressed-tensors has it."""
-    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": token if scheme == "w8a8" else None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-    }
-
-
 def quantised_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",), **changes: Any) -> Any:
-    return small_config(quantization_config=quantization_config(scheme, ignore), **changes)
+    return small_config(**{FIELD: described(scheme, ignore)}, **changes)
 
 
 def quantised_model(
@@ -48,3 +35,28 @@ def quantised_model(
 
 def products(model: Any) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def dequantised(model: Any) -> dict[str, torch.Tensor]:
+    """The stock tensors that a model without fused products computes with, in its dtype."""
+    state = dict(model.state_dict())
+    for name in products(model):
+        weight, scale = state.pop(f"{name}.weight"), state.pop(f"{name}.weight_scale")
+        state[f"{name}.weight"] = (weight.double() * scale.double()).to(scale.dtype)
+    return state
+
+
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def like(plain: Any, optimizations: Optimizations) -> Any:
+    """A model with other switches, and the weights of one without fused products."""
+    model = Qwen2ForCausalLM(plain.config, optimizations).eval().to(plain.dtype)
+    given = plain.state_dict()
+    state = {}
+    for name in model.state_dict():
+        *scope, module, kind = name.split(".")
+        parts = [".".join([*scope, part, kind]) for part in STACKED.get(module, (module,))]
+        state[name] = torch.cat([given[part] for part in parts])
+    model.load_state_dict(state)
+    return model

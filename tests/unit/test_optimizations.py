@@ -10,6 +10,7 @@ import pytest
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.optimizations import (
+    ALTERNATIVES,
     DESCRIPTIONS,
     EXPERTS,
     LADDER,
@@ -37,6 +38,14 @@ def test_a_dense_model_has_no_steps_of_experts(kind, steps):
     config = SimpleNamespace(model_type=kind)
     assert Optimizations.all().of_model(config).names() == steps
     assert Optimizations.none().of_model(config) == Optimizations.none()
+
+
+def test_pairs_of_which_one_can_be_on():
+    wanted = {("w8a16", "w8a8"), ("mm_all_reduce", "w8a16"), ("mm_all_reduce", "w8a8")}
+    assert set(ALTERNATIVES) == wanted
+    for pair in wanted:
+        with pytest.raises(ValueError, match=f"{pair[0]} and {pair[1]} cannot both be on; switch one of them off"):
+            Optimizations.of(pair, with_requirements=True)
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
@@ -82,10 +91,10 @@ def test_every_combination_is_possible_or_names_what_it_needs():
     for values in itertools.product([False, True], repeat=len(SWITCHES)):
         switched = dict(zip(SWITCHES, values, strict=True))
         complete = all(switched[n] for s, needs in REQUIRES.items() if switched[s] for n in needs)
-        if complete and not all(switched[name] for name in QUANTIZED):
+        if complete and not any(all(switched[name] for name in pair) for pair in ALTERNATIVES):
             assert set(Optimizations(**switched).names()) == {name for name, on in switched.items() if on}
         else:
-            with pytest.raises(ValueError, match="are alternatives" if complete else "needs"):
+            with pytest.raises(ValueError, match="cannot both be on" if complete else "needs"):
                 Optimizations(**switched)
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from qwen2_npu.conformance.files import BASELINES, write_json
 from qwen2_npu.conformance.graph.census import FEW, MORE, Census, LayeredCensus, of_layers
-from qwen2_npu.conformance.graph.cost import ExpertsRead, experts_read
+from qwen2_npu.conformance.graph.cost import Cost, ExpertsRead, experts_read
 from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
@@ -75,9 +75,16 @@ class DocumentedGraph:
 
     @property
     def experts_read(self) -> ExpertsRead:
-        """Of each layer of a mixture."""
+        """Of each layer of a mixture, but for the last one of a prefill with ``last_layer``."""
+        return self._experts_read(self.batch * (self.prompt if self.phase == "prefill" else 1))
+
+    @property
+    def last_experts_read(self) -> ExpertsRead:
+        """Of the last layer of a prefill with ``last_layer``, which has one token per row."""
+        return self._experts_read(self.batch)
+
+    def _experts_read(self, tokens: int) -> ExpertsRead:
         size = SIZES[self.size]
-        tokens = self.batch * (self.prompt if self.phase == "prefill" else 1)
         return experts_read(size.experts, size.per_token, tokens)
 
     def lowered(self, layers: int | None = None) -> Lowered:
@@ -139,9 +146,10 @@ def at_full_size(graph: DocumentedGraph, folder: Path = FOLDER) -> Census | None
     whole, grouped = layered.of(SIZES[graph.size].layers), "GroupedMatmul"
     if grouped not in whole.costs:
         return whole
-    cost, read = whole.costs[grouped], graph.experts_read
-    expected = replace(cost, weight_bytes=round(cost.weight_bytes * read.expected / read.most))
-    return replace(whole, costs={**whole.costs, grouped: expected})
+    last = layered.outside.costs.get(grouped, Cost()).weight_bytes
+    parts = ((whole.costs[grouped].weight_bytes - last, graph.experts_read), (last, graph.last_experts_read))
+    expected = round(sum(nbytes * read.expected / read.most for nbytes, read in parts))
+    return replace(whole, costs={**whole.costs, grouped: replace(whole.costs[grouped], weight_bytes=expected)})
 
 
 def update(graph: DocumentedGraph, census: LayeredCensus, reason: str, folder: Path = FOLDER) -> None:

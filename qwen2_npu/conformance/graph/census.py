@@ -54,13 +54,24 @@ class Census:
         return self._combine(other, -times)
 
     def plus(self, other: Census, times: int = 1) -> Census:
-        """This and ``times`` the other."""
+        """This and ``times`` the other.
+
+        Raises:
+            ValueError: this has negative numbers, and the other does not make up for them.
+        """
         return self._combine(other, times)
 
-    def _combine(self, other: Census, times: int) -> Census:
+    def without(self, other: Census, times: int) -> Census:
+        """This less ``times`` the other, where it may have fewer of something: the number is negative then.
+
+        The norm of the first layer has no residual to add, and so is another operator than that of all others.
+        """
+        return self._combine(other, -times, signed=True)
+
+    def _combine(self, other: Census, times: int, *, signed: bool = False) -> Census:
         def number(name: str, mine: int, theirs: int) -> int:
             result = mine + times * theirs
-            if result < 0:
+            if result < 0 and not signed:
                 raise ValueError(f"{name}: cannot take {theirs} {-times} times from {mine}")
             return result
 
@@ -117,15 +128,17 @@ class LayeredCensus:
 
     Attributes:
         peak_activation_bytes: of the two-layer graph; more layers reuse the same memory.
+        unlike: layers that are not as ``layer`` is, counted in ``outside``.
     """
 
     outside: Census
     layer: Census
     peak_activation_bytes: int
+    unlike: int = 0
 
     def of(self, layers: int) -> Census:
         """The graph with so many layers."""
-        return self.outside.plus(self.layer, layers)
+        return self.outside.plus(self.layer, layers - self.unlike)
 
     def to_json(self) -> dict[str, Any]:
         """As a baseline holds it."""
@@ -133,12 +146,14 @@ class LayeredCensus:
             "outside": self.outside.to_json(),
             "layer": self.layer.to_json(),
             "peak_activation_bytes": self.peak_activation_bytes,
+            **({"unlike": self.unlike} if self.unlike else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayeredCensus:
         """The reverse of :meth:`to_json`."""
-        return cls(Census.from_json(data["outside"]), Census.from_json(data["layer"]), data["peak_activation_bytes"])
+        outside, layer = Census.from_json(data["outside"]), Census.from_json(data["layer"])
+        return cls(outside, layer, data["peak_activation_bytes"], data.get("unlike", 0))
 
 
 def take(lowered: Lowered) -> Census:
@@ -161,4 +176,6 @@ def of_layers(few: Lowered, more: Lowered) -> LayeredCensus:
     """
     smaller = take(few)
     layer = take(more).minus(smaller).halved()
-    return LayeredCensus(smaller.minus(layer, FEW), layer, peak_activation_bytes(few))
+    smaller.minus(layer, FEW - 1 - few.unlike)  # raises where even one layer is not in it
+    outside = smaller.without(layer, FEW - few.unlike)
+    return LayeredCensus(outside, layer, peak_activation_bytes(few), few.unlike)

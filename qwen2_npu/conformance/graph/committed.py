@@ -71,7 +71,7 @@ def _graph(size: str, key: str, census: dict[str, Any]) -> CommittedGraph:
     if parts is None or size not in SIZES:
         raise ValueError(f"{size}-{key} is no SIZE-PHASE-bBATCH-STEP")
     layers, total = SIZES[size].layers, Counter[str]()
-    for part, times in (("outside", 1), ("layer", layers)):
+    for part, times in (("outside", 1), ("layer", layers - census.get("unlike", 0))):
         for cost in census[part]["costs"].values():
             total.update({name: times * number for name, number in cost.items()})
     return CommittedGraph(

@@ -46,6 +46,7 @@ class Lowered:
         weights: index of every Data node that is a parameter.
         on_host: index of every Data node whose tensor is on the host (the live lengths).
         ranks: cards that share the model: the size of the groups of its collectives, which few GE operators state.
+        unlike: layers that differ from the others: the last one of a prefill with ``last_layer``.
         sparse: how many of the layers are mixtures of experts.
     """
 
@@ -57,6 +58,7 @@ class Lowered:
     weights: frozenset[int]
     on_host: frozenset[int]
     ranks: int = 1
+    unlike: int = 0
     sparse: int = 0
 
 
@@ -98,7 +100,8 @@ def lower(
         else:
             step, arguments = growing_arguments(model, phase, batch, prompt)
         raw = lower_call(step, arguments, dynamic=optimizations.ifa_tiling, frozen_parameter=frozen_parameter)
-    return describe(raw, config, phase, batch, prompt, ranks=tp_size)
+    unlike = int(optimizations.last_layer and phase == "prefill")
+    return describe(raw, config, phase, batch, prompt, ranks=tp_size, unlike=unlike)
 
 
 def lower_size(
@@ -120,7 +123,9 @@ def lower_size(
     return lower(config, phase, batch, capacity, optimizations, prompt=prompt, tp_size=size.shards)
 
 
-def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1) -> Lowered:
+def describe(
+    raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, prompt: int, *, ranks: int = 1, unlike: int = 0
+) -> Lowered:
     """``raw`` as the lowered step it is."""
     places = raw.proto.attr["_input_placements"].list.i
     return Lowered(
@@ -132,6 +137,7 @@ def describe(raw: RawGraph, config: Qwen2Config, phase: Phase, batch: int, promp
         weights=frozenset(index for index, frozen in enumerate(raw.parameters) if frozen),
         on_host=frozenset(index for index, place in enumerate(places) if place == HOST),
         ranks=ranks,
+        unlike=unlike,
         sparse=sum(is_sparse(config, layer) for layer in range(config.num_hidden_layers)),
     )
 

@@ -143,7 +143,13 @@ def largest(found: dict[str, tuple[int, float]]) -> list[Line]:
     return [Line(name, calls, time / 1e3, time / total) for name, calls, time in longest[:LINES]]
 
 
-def predicted(size: Size, step: str, batch: int) -> list[cost_model.Part]:
-    """Of a documented graph on the documented card, the largest first; empty where no graph is committed."""
+def predicted(size: Size, step: str, batch: int) -> list[tuple[cost_model.Part, str]]:
+    """Of a documented graph on the documented card, the largest first, with its milliseconds as all fits have them;
+    empty where no graph is committed."""
     found = baselines.at_full_size(baselines.DocumentedGraph(size.name, "decode", batch, step))
-    return [] if found is None else cost_model.parts(found, cost_model.load(), HARDWARE[DOCUMENTED_SOC])[:LINES]
+    if found is None:
+        return []
+    card = HARDWARE[DOCUMENTED_SOC]
+    fits = [{part.operator: part for part in cost_model.parts(found, fit, card)} for fit in cost_model.load_all()]
+    times = [[fit[name].seconds * 1e3 for fit in fits] for name in fits[0]]
+    return [(part, cost_model.interval(ms, 2)) for part, ms in zip(fits[0].values(), times, strict=True)][:LINES]

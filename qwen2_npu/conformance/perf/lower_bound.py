@@ -1,7 +1,8 @@
 """The least time a row can take on a card: bytes over bandwidth, or operations over peak, whichever is more.
 
 A lower bound for every step of the ladder, so it counts only what none can do without: each weight read once, live KV
-read once, the products of the live tokens, the causal half of the prompt's attention, one row of logits. Norms,
+read once, the products of the live tokens, the causal half of the prompt's attention, one row of logits. Of the last
+layer of a prefill k and v of all tokens, and the rest of one token per row (the step ``last_layer``). Norms,
 activations, communication and launches are left out. A measurement below it is a timing error, or was made on another
 card.
 """
@@ -52,13 +53,13 @@ def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) ->
     head = shard.vocab * shard.hidden
     products = weights - head  # biases and norms are counted as if they multiplied: under a thousandth
     if phase == "prefill":
-        computed, logits, pairs = batch * tokens, batch, batch * tokens * (tokens + 1) / 2
-        kv = batch * tokens
+        computed, pairs, kv = batch * tokens, batch * tokens * (tokens + 1) / 2, batch * tokens
     else:
-        computed, logits, pairs = batch, batch, batch * (tokens + 1)
-        kv = batch * (tokens + 1)
-    attention = 4 * shard.layers * shard.heads * shard.head_dim * pairs
+        computed, pairs, kv = batch, batch * (tokens + 1), batch * (tokens + 1)
+    query = shard.heads * shard.head_dim
+    last = shard.hidden * 2 * query + shard.mlp_with(shard.per_token)  # the last layer, but k and v
+    attention = 4 * query * ((shard.layers - 1) * pairs + kv)
     return Work(
         bytes=BYTES * (weights + kv * kv_per_token(shard)),
-        operations=2 * products * computed + 2 * head * logits + attention,
+        operations=2 * (products - last) * computed + 2 * (last + head) * batch + attention,
     )

@@ -49,11 +49,7 @@ class LatencyGate:
     """One per session; tests get it as the fixture ``latency_gate``."""
 
     def __init__(
-        self,
-        options: GateOptions,
-        runner: Runner,
-        user_rows: Sequence[Row] = (),
-        baselines: Path = BASELINES,
+        self, options: GateOptions, runner: Runner, user_rows: Sequence[Row] = (), baselines: Path = BASELINES
     ) -> None:
         self.options = options
         self.runner = runner

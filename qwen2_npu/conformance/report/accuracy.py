@@ -59,45 +59,25 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     }
     for row in content["rows"]:
         excused = f", {row['excused']} near-ties excused" if row["excused"] else ""
-        yield (
-            f"accuracy/{mode}/{row['step']}",
-            {
-                **common,
-                "status": _status(row["passed"]),
-                # NaN stands as a string in JSON.
-                "value": Value(float(row["rms_ratio"]), "× noise"),
-                "reference": f"{row['positions']} positions, {row['agreement']:.2%} same token{excused}",
-                "message": row["explanation"],
-            },
-        )
+        facts = {
+            "status": _status(row["passed"]),
+            "value": Value(float(row["rms_ratio"]), "× noise"),  # NaN stands as a string in JSON
+            "reference": f"{row['positions']} positions, {row['agreement']:.2%} same token{excused}",
+            "message": row["explanation"],
+        }
+        yield f"accuracy/{mode}/{row['step']}", common | facts
     samples = content.get("samples") or []
     if samples:
         divergences = [sample["divergence"] for sample in samples if not sample["passed"]]
-        yield (
-            f"accuracy/{mode}/{TEXT}",
-            {
-                **common,
-                "status": _status(not divergences),
-                "reference": f"{len(samples)} prompts",
-                "message": "; ".join(divergences),
-            },
-        )
+        facts = {"status": _status(not divergences), "reference": f"{len(samples)} prompts"}
+        yield f"accuracy/{mode}/{TEXT}", common | facts | {"message": "; ".join(divergences)}
     if content.get("perplexity"):
         perplexity, error = content["perplexity"], content["perplexity"]["error"]
         failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
-        yield (
-            f"accuracy/{mode}/{PERPLEXITY}",
-            {
-                **common,
-                "status": _status(not failure),
-                # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
-                "value": Value(_noises(error), "× noise"),
-                "reference": (
-                    f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
-                ),
-                "message": failure,
-            },
-        )
+        shown = f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
+        # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
+        facts = {"status": _status(not failure), "value": Value(_noises(error), "× noise"), "reference": shown}
+        yield f"accuracy/{mode}/{PERPLEXITY}", common | facts | {"message": failure}
 
 
 def _noises(error: dict[str, Any]) -> float:

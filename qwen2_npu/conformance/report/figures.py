@@ -44,14 +44,14 @@ class Numbers:
 
     Attributes:
         claims: row id -> its claim.
-        predicted: row id -> milliseconds.
+        predicted: row id -> least and most milliseconds.
     """
 
     claims: Mapping[str, Claim]
-    predicted: Mapping[str, float]
+    predicted: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, claims: Sequence[Claim], predicted: Mapping[str, float]) -> Numbers:
+    def of(cls, claims: Sequence[Claim], predicted: Mapping[str, tuple[float, float]]) -> Numbers:
         """The latency claims among ``claims``."""
         rows = {claim.id.removeprefix("latency/"): claim for claim in claims if claim.id.startswith("latency/")}
         return cls(rows, predicted)

@@ -32,7 +32,7 @@ class RunInputs:
         benchmarks: name -> what `pytest --benchmark-json` wrote.
         benches: name -> what `qwen2-npu bench --json` wrote.
         run: what `qwen2-npu nightly` wrote of its stages; empty without one.
-        predictions: row id -> predicted milliseconds; None without a file.
+        predictions: row id -> least and most predicted milliseconds; None without a file.
         problems: files that cannot be read.
     """
 
@@ -42,7 +42,7 @@ class RunInputs:
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     benches: dict[str, dict[str, Any]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-    predictions: dict[str, float] | None = None
+    predictions: dict[str, tuple[float, float]] | None = None
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -182,5 +182,5 @@ def _bench(path: Path) -> dict[str, Any]:
     return content
 
 
-def _predictions(path: Path) -> dict[str, float]:
-    return {text(entry["row_id"]): finite(entry["predicted_ms"]) for entry in read_json(path)}
+def _predictions(path: Path) -> dict[str, tuple[float, float]]:
+    return {text(one["row_id"]): (finite(one["low_ms"]), finite(one["high_ms"])) for one in read_json(path)}

@@ -60,14 +60,17 @@ def _expected(number: Documented) -> Claim:
 def title(row: Row) -> str:
     """The row in words."""
     what = row.configuration
-    cards = f" on {what.cards} cards" if what.cards > 1 else ""
-    return f"{what.model}{cards}, batch {what.batch}, {what.mode}, {what.step}: {row.phase}"
+    return f"{_model(row)}, batch {what.batch}, {what.mode}, {what.step}: {row.phase}"
+
+
+def _model(row: Row) -> str:
+    what = row.configuration
+    return what.model if what.cards == 1 else f"{what.model} on {what.cards} cards"
 
 
 def _place(row: Row) -> Place:
     what = row.configuration
-    cards = f" on {what.cards} cards" if what.cards > 1 else ""
-    group, column = f"{what.model}{cards}, ms", f"{what.mode} {row.phase}"
+    group, column = f"{_model(row)}, ms", f"{what.mode} {row.phase}"
     if row.table.endswith("-batch"):
         return Place("batch", str(what.batch), group, column)
     return Place("ladder", what.step, group, column)

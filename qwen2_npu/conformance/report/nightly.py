@@ -23,6 +23,7 @@ from qwen2_npu.conformance.files import not_written, write_json
 from qwen2_npu.conformance.machine.verified import Verified, Where
 from qwen2_npu.conformance.report import inputs
 from qwen2_npu.conformance.report.own_files import ELSEWHERE, LOGS, locked
+from qwen2_npu.optimizations import LADDER
 
 ROOT = Path(qwen2_npu.__file__).parents[1]
 """The checkout: the suites are not part of an installed wheel."""
@@ -120,7 +121,7 @@ def stages(options: NightlyOptions, where: Where) -> list[Stage]:
     gate = ("--gate", "--gate-rows", options.gate_rows) if where is Where.NPU else ()
 
     def verify(mode: str, name: str) -> Stage:
-        steps = ("--steps", "swiglu") if options.quick and mode != "eager" else ()
+        steps = ("--steps", LADDER[-1]) if options.quick and mode != "eager" else ()
         command = (*CLI, "verify", "--mode", mode, "--json", str(results / name), *steps, *model, *device)
         return Stage(f"verify {mode}", command, (name,))
 

@@ -13,12 +13,7 @@ from qwen2_npu.conformance.report.labels import STEPS, labels
 GLYPHS = {Status.PASS: "✓", Status.FAIL: "✗", Status.NOT_RUN: "–", Status.NOT_COMPARABLE: "≠"}
 """Read without colours."""
 
-CLASSES = {
-    Status.PASS: "pass",
-    Status.FAIL: "fail",
-    Status.NOT_RUN: "not-run",
-    Status.NOT_COMPARABLE: "not-comparable",
-}
+CLASSES = {Status.PASS: "pass", Status.FAIL: "fail", Status.NOT_RUN: "not-run", Status.NOT_COMPARABLE: "not-comparable"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -75,6 +76,7 @@ def test_a_prediction_says_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*TINY, "--batch", "1", "--steps", "fused_qkv", "--breakdown")
     said = "not measured: a decode step in graph mode of fused_qkv, batch 1, after 1535 tokens"
     assert said in words(result)
+    assert re.search(r"IncreFlashAttention 28 0\.\d\d to 0\.\d\d memory", words(result)), words(result)
 
 
 WARNED, ALL = "the fastest core runs at 60%", "the process may run on 2 NUMA nodes"

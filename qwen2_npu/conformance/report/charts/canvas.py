@@ -46,12 +46,7 @@ class Canvas:
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
         """Axes whose frame covers this rectangle."""
-        box = (
-            left / self.width,
-            1 - (top + height) / self.height,
-            width / self.width,
-            height / self.height,
-        )
+        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(box)
         axes.patch.set_alpha(0)
         for name, spine in axes.spines.items():

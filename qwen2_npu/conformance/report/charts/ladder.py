@@ -17,16 +17,17 @@ BAR = 0.3
 
 @dataclass(frozen=True)
 class LadderMark:
-    """Milliseconds of one row; None where there are none. ``bad``: the measured value fails."""
+    """Milliseconds of one row, predicted ones from the least to the most; None where there are none. ``bad``: the
+    measured value fails."""
 
     documented: float | None = None
     measured: float | None = None
-    predicted: float | None = None
+    predicted: tuple[float, float] | None = None
     bad: bool = False
 
     @property
     def largest(self) -> float:
-        return max((value for value in (self.documented, self.measured, self.predicted) if value), default=0.0)
+        return max((value for value in (self.documented, self.measured, *(self.predicted or ())) if value), default=0.0)
 
 
 def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], LadderMark], title: str, width: int) -> str:
@@ -51,11 +52,11 @@ def ladder(steps: Sequence[str], points: Mapping[tuple[str, str], LadderMark], t
 
 
 def marks(axes: Any, point: LadderMark, y: float) -> None:
-    """A ring where the model predicts, a dot where the machine measured; red where that fails."""
+    """A line from end to end of what the model predicts, a dot where the machine measured; red where that fails."""
     if point.predicted is not None:
         axes.plot(
-            point.predicted, y, marker="D", markersize=6, markerfacecolor="none", markeredgewidth=1.4,
-            markeredgecolor=color("predicted"), clip_on=False,
+            point.predicted, (y, y), marker="|", markersize=11, markeredgewidth=1.6, linewidth=1.6,
+            color=color("predicted"), clip_on=False, zorder=3,
         )  # fmt: skip
     if point.measured is not None:
         name = "bad" if point.bad else "measured"

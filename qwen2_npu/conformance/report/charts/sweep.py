@@ -9,12 +9,8 @@ from qwen2_npu.conformance.report.charts.ladder import LadderMark
 
 WIDTH, HEIGHT = 280, 220
 
-SERIES = (
-    ("documented", "documented", "s", "-"),
-    ("predicted", "predicted", "D", ":"),
-    ("measured", "measured", "o", "-"),
-)
-"""Field of a point, colour, marker, line."""
+SERIES = (("documented", "s"), ("measured", "o"))
+"""Field of a point, which is its colour's name, and its marker."""
 
 
 def sweep(points: Mapping[int, LadderMark], title: str) -> str:
@@ -25,18 +21,12 @@ def sweep(points: Mapping[int, LadderMark], title: str) -> str:
     batches = sorted(points)
     axes.set_xscale("log", base=2)
     axes.grid(color=color("grid"), linewidth=0.8)
-    for field, name, marker, line in SERIES:
-        known = [
-            (batch, getattr(points[batch], field)) for batch in batches if getattr(points[batch], field) is not None
-        ]
-        if not known:
-            continue
-        hollow = field == "predicted"
-        axes.plot(
-            *zip(*known, strict=True), marker=marker, markersize=5, linestyle=line, linewidth=1.6, color=color(name),
-            markerfacecolor="none" if hollow else color(name), markeredgecolor=color(name),
-        )  # fmt: skip
+    for name, marker in SERIES:
+        known = {batch: ms for batch in batches if (ms := getattr(points[batch], name)) is not None}
+        axes.plot(known.keys(), known.values(), marker=marker, markersize=5, linewidth=1.6, color=color(name))
     for batch in batches:
+        if ends := points[batch].predicted:
+            axes.plot((batch, batch), ends, marker="_", markersize=9, linewidth=1.6, color=color("predicted"))
         if points[batch].bad:
             axes.plot(batch, points[batch].measured, marker="o", markersize=8, color=color("bad"), zorder=5)
     axes.set_ylim(0, max((point.largest for point in points.values()), default=1.0) * 1.08)

@@ -59,6 +59,15 @@ def test_at_full_size_a_mixture_reads_the_experts_to_be_expected(tmp_path):
     assert baselines.at_full_size(replace(MIXTURE, batch=5), tmp_path) is None
 
 
+def test_at_full_size_the_last_layer_of_a_prefill_reads_the_experts_of_one_token_per_row(tmp_path):
+    """Four rows of 1024 tokens: 64 experts in 27 layers, 26.5 of at most 32 in the last."""
+    _, prefill = MIXTURE_PHASES
+    layer, last = (Census(9, {"GroupedMatmul": Cost(weight_bytes=nbytes, launches=2)}, {}) for nbytes in (6400, 3200))
+    baselines.update(prefill, LayeredCensus(last, layer, 0, unlike=1), "first record", tmp_path)
+    found = baselines.at_full_size(prefill, tmp_path).costs["GroupedMatmul"]
+    assert found == Cost(weight_bytes=round(27 * 6400 + 3200 * 64 * (1 - (7 / 8) ** 4) / 32), launches=56)
+
+
 def test_a_missing_baseline_fails_and_names_the_way_out(tmp_path):
     assert "7B-decode-b4-swiglu has no baseline" in baselines.verdict(GRAPH, layered(), tmp_path)
 
@@ -93,7 +102,7 @@ def test_a_graph_that_is_as_it_was_has_the_first_reason_again(tmp_path):
 
 def test_every_graph_is_documented_once():
     names = [str(graph) for graph in baselines.documented()]
-    assert len(names) == len(set(names)) == 6 * 2 * 8 + 2 * 2 * (5 + 1) + 3 + 2 * (2 + 2 + 5) + 2
+    assert len(names) == len(set(names)) == 6 * 2 * 9 + 2 * 2 * (5 + 1) + 3 + 2 * (2 + 2 + 5) + 2
 
 
 # ---- what is lowered ------------------------------------------------------------------------------------------------

@@ -146,5 +146,11 @@ def test_predicted_for_the_middle_of_the_documented_run() -> None:
     from qwen2_npu.conformance.sizes import SIZES
 
     assert breakdown.PREDICTED_CONTEXT == 1535
-    assert breakdown.predicted(SIZES["7B"], "fused_qkv", 4)
+    found = breakdown.predicted(SIZES["7B"], "fused_qkv", 4)
+    assert len(found) > 5
+    assert [part.seconds for part, _ in found] == sorted((part.seconds for part, _ in found), reverse=True)
+    assert sum(" to " in ms for _, ms in found) > 2, "one number would hide what the fit cannot tell"
+    for part, ms in found:
+        ends = [float(end) for end in ms.split(" to ")]
+        assert min(ends) - 0.005 <= part.seconds * 1e3 <= max(ends) + 0.005
     assert breakdown.predicted(SIZES["7B"], "fused_qkv", 3) == []

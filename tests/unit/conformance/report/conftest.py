@@ -57,7 +57,10 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Made:
     for number in range(11):
         eventful(number).remember(folder / "history")
     eventful(11).write(folder)
-    predicted = [{"row_id": number.row.id, "predicted_ms": number.ms * 1.1} for number in documented.read()]
+    predicted = [
+        {"row_id": number.row.id, "low_ms": number.ms * 1.05, "high_ms": number.ms * 1.1}
+        for number in documented.read()
+    ]
     (folder / "predictions.json").write_text(json.dumps(predicted), encoding="utf-8")
     results = Results.of(folder)
     runs, problems = history.load(folder / "history")

@@ -20,11 +20,11 @@ def test_nothing() -> None:
 
 def test_everything(tmp_path: Path) -> None:
     Night(0).write(tmp_path)
-    (tmp_path / "predictions.json").write_text('[{"row_id": "a", "predicted_ms": 3}]', encoding="utf-8")
+    (tmp_path / "predictions.json").write_text('[{"row_id": "a", "low_ms": 3, "high_ms": 4}]', encoding="utf-8")
     inputs = RunInputs.of(tmp_path)
     assert list(inputs.verifications) == ["verify.json"]
     assert [session.path.name for session in inputs.sessions] == ["accuracy.xml", "graph.xml", "perf.xml"]
-    assert inputs.predictions == {"a": 3.0}
+    assert inputs.predictions == {"a": (3.0, 4.0)}
     assert all(verified.where is Where.NPU and verified.text.startswith("npu") for _, verified in inputs.cases())
     assert inputs.problems == []
 

@@ -16,6 +16,7 @@ import pytest
 from qwen2_npu.conformance.machine.verified import Where
 from qwen2_npu.conformance.report import nightly
 from qwen2_npu.conformance.report.nightly import NightlyOptions, Stage, stages
+from qwen2_npu.optimizations import LADDER
 
 EMULATED = "emulated (torch_npu)"
 
@@ -232,7 +233,7 @@ def test_quick_is_the_fast_lane() -> None:
     found = commands(Where.EMULATED, quick=True)
     for suite in ("accuracy", "graph", "perf"):
         assert "-m not slow" in found[suite]
-    assert found["verify torchair"].endswith("--steps swiglu")
+    assert found["verify torchair"].endswith(f"--steps {LADDER[-1]}")
 
 
 def test_device_and_workers_are_handed_on() -> None:

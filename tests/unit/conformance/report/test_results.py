@@ -116,15 +116,15 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_a_problem(name: str, tmp_p
         ("benchmark.json", ("machine_info", "qwen2_npu", "identity", "verified"), [1]),
         ("run.json", ("provenance", "created"), 3),
         ("run.json", ("provenance", "dirty"), "yes"),
-        ("predictions.json", (0, "predicted_ms"), "nan"),
-        ("predictions.json", (0, "predicted_ms"), 1e400),
+        ("predictions.json", (0, "low_ms"), "nan"),
+        ("predictions.json", (0, "high_ms"), 1e400),
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_problem_of_its_file(
     name: str, path: tuple[str | int, ...], value: object, tmp_path: Path
 ) -> None:
     folder = Night(0).write(tmp_path)
-    (folder / "predictions.json").write_text('[{"row_id": "a", "predicted_ms": 1}]', encoding="utf-8")
+    (folder / "predictions.json").write_text('[{"row_id": "a", "low_ms": 1, "high_ms": 2}]', encoding="utf-8")
     content = json.loads((folder / name).read_text(encoding="utf-8"))
     inner = content
     for key in path[:-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -18,7 +19,10 @@ CARD = HARDWARE[DOCUMENTED_SOC]
 
 
 def test_ladder_shows_all_three() -> None:
-    points = {("swiglu", "graph"): LadderMark(24.0, 27.0, 25.5, bad=True), ("swiglu", "eager"): LadderMark(33.0)}
+    points = {
+        ("swiglu", "graph"): LadderMark(24.0, 27.0, (25.5, 26.5), bad=True),
+        ("swiglu", "eager"): LadderMark(33.0),
+    }
     svg = ladder(["swiglu"], points, "decode, ms", 400)
     assert "27 / 24" in svg
     assert ">33<" in svg
@@ -29,10 +33,23 @@ def test_ladder_shows_all_three() -> None:
 
 
 def test_sweep() -> None:
-    svg = sweep({1: LadderMark(23.0, 22.8), 48: LadderMark(45.0, None, 33.0)}, "7B decode, ms")
+    svg = sweep({1: LadderMark(23.0, 22.8), 48: LadderMark(45.0, None, (33.0, 35.0))}, "7B decode, ms")
     assert ">48<" in svg
     assert "7B decode, ms" in svg
     assert "var(--predicted)" in svg
+
+
+@pytest.mark.parametrize("draw", [
+    lambda ends: ladder(["swiglu"], {("swiglu", "graph"): LadderMark(40.0, None, ends)}, "decode, ms", 400),
+    lambda ends: sweep({1: LadderMark(40.0, None, ends)}, "7B decode, ms"),
+], ids=["ladder", "sweep"])  # fmt: skip
+def test_a_prediction_is_drawn_from_end_to_end(draw: Callable[[tuple[float, float]], str]) -> None:
+    first, low, high = (draw(ends) for ends in ((20.0, 30.0), (25.0, 30.0), (20.0, 35.0)))
+    assert len({first, low, high}) == 3, "one of the ends is not shown"
+
+
+def test_the_axis_has_room_for_the_most_that_is_predicted() -> None:
+    assert LadderMark(1.0, None, (2.0, 3.0)).largest == 3.0
 
 
 def test_roofline_shares() -> None:
