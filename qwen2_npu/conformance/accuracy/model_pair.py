@@ -81,6 +81,7 @@ class ModelPair(Pair):
             build=weights.build,
             tokenizer=weights.tokenizer,
             decode_steps=decode_steps,
+            scheme=weights.scheme,
             rounding=weights.rounding,
             baseline=baseline,
             reference=stock.exact_reference(baseline, exactly=scaled_weights(weights.source)),

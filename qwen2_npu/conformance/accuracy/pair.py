@@ -27,7 +27,7 @@ from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_conf
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.orders import Orders, rank_count
-from qwen2_npu.conformance.accuracy.quantised import Dequantised, InputRounding, as_meant
+from qwen2_npu.conformance.accuracy.quantised import InputRounding, as_meant
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -60,6 +60,7 @@ class Pair(ABC):
         config, generation_config: of the stock model.
         build: this project's model of the same weights, with the given switches.
         orders: to the other ranks that share that model; None where it is this process's alone.
+        scheme: that of 8-bit weights; empty of ordinary ones.
         rounding: what a model that computes with 8-bit activations does to them; None where there is none.
     """
 
@@ -71,6 +72,7 @@ class Pair(ABC):
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     orders: Orders | None = None
+    scheme: str = ""
     rounding: InputRounding | None = None
     _batches: dict[str, Batch] = field(default_factory=dict)
     _known: dict[tuple[str, bool], dict[str, KnownPath]] = field(default_factory=dict)
@@ -310,7 +312,7 @@ class PairWeights:
     """A source of stock tensors that was found fit to be compared, and how this project's model is made of it.
 
     Attributes:
-        rounding: see ``Pair``.
+        scheme, rounding: see ``Pair``.
     """
 
     name: str
@@ -320,12 +322,8 @@ class PairWeights:
     folder: Path | None = None
     tokenizer: Any = None
     assume_tp: int | None = None
+    scheme: str = ""
     rounding: InputRounding | None = None
-
-    @property
-    def quantised(self) -> bool:
-        """Whether some of them are 8-bit integers, which ``source`` gives as they are meant, in float64."""
-        return isinstance(self.source, Dequantised)
 
 
 def weights_of_checkpoint(
@@ -351,7 +349,7 @@ def weights_of_checkpoint(
     check_texts(source.config, tokenizer, decode_steps, str(folder))
     read_generation_config(folder, source.config.vocab_size)
     parsed = parse_dtype(dtype) or source.stored_dtype()
-    meant, rounding = as_meant(source, parsed, rank_count())
+    meant, scheme, rounding = as_meant(source, parsed, rank_count())
 
     def build(optimizations: Optimizations) -> Any:
         model = Qwen2ForCausalLM.from_pretrained(
@@ -360,7 +358,7 @@ def weights_of_checkpoint(
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, rounding)
+    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, scheme, rounding)
 
 
 def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:

@@ -146,8 +146,8 @@ class Dequantised:
             yield name, part_of(self.read([name])[name], cut(name))
 
 
-def as_meant(source: NamedSource, dtype: torch.dtype, ranks: int = 1) -> tuple[NamedSource, InputRounding | None]:
-    """A checkpoint's tensors as the stock model has them, and what its scheme does to activations.
+def as_meant(source: NamedSource, dtype: torch.dtype, ranks: int = 1) -> tuple[NamedSource, str, InputRounding | None]:
+    """A checkpoint's tensors as the stock model has them, its scheme, and what that does to activations.
 
     Args:
         source: as the checkpoint is opened, of ordinary weights or of 8-bit ones.
@@ -156,9 +156,10 @@ def as_meant(source: NamedSource, dtype: torch.dtype, ranks: int = 1) -> tuple[N
     """
     found = quantization_of(source.config)
     if found is None:
-        return source, None
+        return source, "", None
     meant = Dequantised(source, dtype)
-    return meant, InputRounding(found.covers, meant.config, ranks) if found.scheme == "w8a8" else None
+    rounding = InputRounding(found.covers, meant.config, ranks) if found.scheme == "w8a8" else None
+    return meant, found.scheme, rounding
 
 
 def scaled_weights(source: Source) -> Iterator[tuple[str, torch.Tensor]]:

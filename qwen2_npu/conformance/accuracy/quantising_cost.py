@@ -119,8 +119,8 @@ def comparable(model_path: Path | None, against: Path, dtype: torch.dtype | None
     """
     where = str(model_path or "the tiny checkpoint")
     source, floating = open_checkpoint(model_path or tiny.path()), open_checkpoint(against)
-    found = quantization_of(source.config)
-    if found is None:
+    meant, scheme, rounding = as_meant(source, dtype or source.stored_dtype())
+    if not isinstance(meant, Dequantised):
         raise UnsupportedError(
             f"--against {against}: {where} is not quantised, so there is nothing that 8 bits cost; give the quantised "
             "folder as --model-path (qwen2-npu quantize writes one)"
@@ -132,8 +132,6 @@ def comparable(model_path: Path | None, against: Path, dtype: torch.dtype | None
         )
     check_source(source)
     check_source(floating)
-    meant, rounding = as_meant(source, dtype or source.stored_dtype())
-    assert isinstance(meant, Dequantised)
     ours, theirs = stock_shapes(meant.config), stock_shapes(floating.config)
     if (name := next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)) is not None:
         raise UnsupportedError(
@@ -151,7 +149,7 @@ def comparable(model_path: Path | None, against: Path, dtype: torch.dtype | None
     )
     if expert_count(meant.config):
         rounding = None  # no model computes a mixture with 8-bit activations
-    return Comparable(meant, floating, str(against), found.scheme, rounding, windows)
+    return Comparable(meant, floating, str(against), scheme, rounding, windows)
 
 
 @torch.no_grad()

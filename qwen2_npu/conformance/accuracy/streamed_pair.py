@@ -89,6 +89,7 @@ class StreamedPair(Pair):
             build=weights.build,
             tokenizer=weights.tokenizer,
             decode_steps=decode_steps,
+            scheme=weights.scheme,
             rounding=weights.rounding,
             models=LayerByLayer(source, weights.dtype, device, str(folder or weights.name), weights.rounding),
             reason=reason,

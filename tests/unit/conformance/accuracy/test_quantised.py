@@ -75,7 +75,7 @@ def test_a_row_of_zeros_stays() -> None:
 
 
 def test_only_covered_products_round_and_only_within(source: Int8Source) -> None:
-    meant, rounding = as_meant(source, torch.bfloat16)
+    meant, _, rounding = as_meant(source, torch.bfloat16)
     model: Any = stock_from_state_dict(meant.config, dict(meant.tensors()), dtype=torch.float64)
     given: dict[str, torch.Tensor] = {}
     got: dict[str, torch.Tensor] = {}
@@ -146,11 +146,11 @@ def test_weights_are_exact_products_with_the_scale_that_the_models_have(
 
 def test_a_source_of_ordinary_weights_is_what_it_was() -> None:
     source = Int8Source(small_config(), {"model.norm.weight": torch.ones(2)}, covers)
-    assert as_meant(source, torch.float32) == (source, None)
+    assert as_meant(source, torch.float32) == (source, "", None)
 
 
 def test_a_source_of_8_bit_weights_is_one_of_stock_tensors(source: Int8Source) -> None:
-    meant, rounding = as_meant(source, torch.bfloat16)
+    meant, _, rounding = as_meant(source, torch.bfloat16)
     assert isinstance(meant, Dequantised)
     assert meant.shapes() == {name: tuple(t.shape) for name, t in stock_weights(small_stock()).items()}
     assert meant.stored_dtype() == torch.bfloat16
@@ -171,11 +171,11 @@ def test_a_source_of_8_bit_weights_is_one_of_stock_tensors(source: Int8Source) -
 
 def test_activations_stay_as_they_are_where_the_scheme_leaves_them(source: Int8Source) -> None:
     source.config = quantised_config("w8a16")
-    assert as_meant(source, torch.bfloat16)[1] is None
+    assert as_meant(source, torch.bfloat16)[1:] == ("w8a16", None)
 
 
 def test_the_float64_self_has_the_exact_weights_and_the_stock_model_their_roundings(source: Int8Source) -> None:
-    meant, _ = as_meant(source, torch.bfloat16)
+    meant, _, _ = as_meant(source, torch.bfloat16)
     assert isinstance(meant, Dequantised)
     baseline = stock_from_state_dict(meant.config, dict(meant.tensors()), dtype=torch.bfloat16)
     exactly = meant.read(sorted(meant.scaled))

@@ -31,7 +31,7 @@ def given(scheme: str, **changes: torch.Tensor) -> tuple[Comparable, Any]:
     """Checkpoints of random weights, and the floating-point model. ``changes``: to the quantised one."""
     model = small_stock()
     state = stock_weights(model)
-    meant, rounding = as_meant(Int8Source(quantised_config(scheme, IGNORED), state | changes, covers), torch.float32)
+    meant, _, rounding = as_meant(Int8Source(quantised_config(scheme, IGNORED), state | changes, covers), torch.float32)
     assert isinstance(meant, Dequantised)
     floating = StateDictSource(model.config, state, where="the floats")
     return Comparable(meant, floating, "the floats", scheme, rounding, WINDOWS), model
