@@ -13,7 +13,7 @@ import transformers
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint.fields import GENERATION, check_numbers, check_values
-from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
+from qwen2_npu.checkpoint.folders import COMMANDS, SAVING, is_file, is_folder, unreadable
 from qwen2_npu.checkpoint.quantization import FIELD, parse, quantization_of
 from qwen2_npu.compat import CONFIGURATIONS, check_config, head_dim, in_own_words, kv_head_count, settled
 from qwen2_npu.errors import CheckpointError
@@ -120,8 +120,8 @@ def _no_config(folder: Path) -> CheckpointError:
     reason = "it is no Hugging Face checkpoint folder"
     if any(name.startswith(SAVING) for name in names):
         reason = "a save into it was interrupted, or is under way: save the model again, or wait"
-    if MERGING in names:
-        reason = "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again, or wait"
+    if (command := next((COMMANDS[name] for name in names if name in COMMANDS), None)) is not None:
+        reason = f"qwen2-npu {command} was interrupted, or is under way: run the same command again, or wait"
     return CheckpointError(f"{folder} has no config.json: {reason}")
 
 

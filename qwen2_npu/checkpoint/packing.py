@@ -39,18 +39,23 @@ def unpack(packed: torch.Tensor, columns: int, skipped: int = 0) -> torch.Tensor
     return (codes ^ _OFFSET).view(torch.int8)
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers (N, K) and scales (N, 1) of floating-point numbers (N, K).
+def scales_of(weight: torch.Tensor) -> torch.Tensor:
+    """The scales (N, 1) of floating-point numbers (N, K), in their dtype.
 
-    The scale of a row is its largest magnitude / 127, rounded to the dtype of ``weight``; the integers follow from that
-    scale, rounded to the nearest, half to even. Where the scale would be 0 it is the dtype's epsilon, as
-    compressed-tensors has it, and the integers are 0. A row that holds NaN or infinity has such a scale.
+    The largest magnitude of a row / 127. Where that would be 0 it is the dtype's epsilon, as compressed-tensors has it.
+    Of a row that holds NaN or infinity it is one of them.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST).to(weight.dtype)
-    scale = scale.masked_fill(scale == 0, torch.finfo(weight.dtype).eps)
-    integers = (wide / scale.to(wide.dtype)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-    return integers, scale
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    lowest, highest = torch.aminmax(weight, dim=1, keepdim=True)
+    scale = (torch.maximum(-lowest.to(wide), highest.to(wide)) / LARGEST).to(weight.dtype)
+    return scale.masked_fill(scale == 0, torch.finfo(weight.dtype).eps)
+
+
+def integers_of(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The integers (N, K) that stand for ``weight`` with that scale, as it was rounded: the nearest, half to even."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    quotient = weight.to(wide) / scale.to(wide)
+    return quotient.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
 
 def dequantise(integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
