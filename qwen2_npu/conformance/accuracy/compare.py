@@ -218,7 +218,7 @@ def compare_traces(
 
     Args:
         known: filled at the first comparison with these two traces in this dtype, and used by later ones.
-        pooled: noise is counted as of 8-bit activations, see ``noise``.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
 
     Raises:
         ValueError: the traces are of different tokens, or the baseline itself is not finite.

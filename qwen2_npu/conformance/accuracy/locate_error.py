@@ -357,7 +357,7 @@ def divergences(
         chosen: (B, T) tokens that the optimised model chose for itself.
         baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
             contexts are the same, so their logits there say what either knew.
-        pooled: noise is counted as of 8-bit activations, see ``noise``.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
     """
     found: list[Divergence] = []
     usual = 0.0

@@ -137,4 +137,4 @@ class ModelPair(Pair):
         with self._stock(rounded) as (baseline, reference):
             with text.last_logits(baseline) as logits:
                 expected = self.greedy(baseline, batch, max_new_tokens)
-            return expected, *text.compare_texts(got, expected, batch, baseline, reference, logits, rounded)
+            return expected, *text.compare_texts(got, expected, batch, baseline, reference, logits, bool(self.scheme))

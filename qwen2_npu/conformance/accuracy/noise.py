@@ -11,14 +11,15 @@ baseline itself cannot tell which is larger: the mismatch is excused. Beyond it,
 cannot explain the mismatch. (b's deficit is at least the top-1/top-2 margin, so this is never laxer than testing that
 margin.)
 
-**8-bit activations.** A value whose quotient by its row's scale lies close to a half goes to one integer or to its
-neighbour, whichever way rounding before it went. Such a step is larger than all other rounding: of logits of the tiny
-checkpoint the noise is 3 times that of the same weights with activations left as they are in bfloat16, 20 times in
-float16. It is measured as all noise is. But whether there is such a step at one position is chance, so that a position
-where the baseline had none says little about another model: the noise of a position is at least the RMS of those of its
-path, and that of the last tokens at least that of the prefill which they are of. In float32 such steps are too rare to
-be measured: a whole pass has none or a few, and its noise is 10^-6 or 10^-2. No NPU operator computes 8-bit activations
-for a float32 result either, so nothing is compared there.
+**8-bit weights and activations.** What the baseline errs at one position is chance. A model that rounds otherwise may
+err where the baseline was lucky, so of a checkpoint with 8-bit weights the noise of a position is at least the RMS of
+those of its path, and that of the last tokens, one or four positions, at least that of the prefill which they are of.
+8-bit activations make it necessary: a value whose quotient by its row's scale lies close to a half goes to one integer
+or to its neighbour, by whatever rounding came before it. Such a step is larger than all other rounding: in the logits
+of the tiny checkpoint the noise is 3 times that of the same weights without it in bfloat16, and 20 times in float16.
+
+In float32 such steps are too rare to be measured: a whole pass has none or a few, and its noise is 10^-6 or 10^-2. No
+NPU operator scales a product of 8-bit activations to float32 either, so ``w8a8`` is not compared there.
 
 **Overall error.** RMS(optimised − float64) ≤ 1.5 · RMS(baseline − float64). A baseline can come out closer to float64
 than its dtype lets anyone be expected to: no result written in a dtype can be relied on to be nearer to the exact one

@@ -172,7 +172,7 @@ class Pair(ABC):
         baseline, reference = self.traces(shape, rounded)
         trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
         known = self._known.setdefault((shape, rounded), {})
-        return compare_traces(trace, baseline, reference, self.dtype, known, rounded), trace
+        return compare_traces(trace, baseline, reference, self.dtype, known, bool(self.scheme)), trace
 
     def explain(
         self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None

@@ -156,7 +156,7 @@ def compare_texts(
     Args:
         logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
             are not given.
-        pooled: noise is counted as of 8-bit activations, see ``noise``.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
 
     Returns:
         The places; and of a mixture the traces of both models over ``expected``, with their experts, None where nothing
