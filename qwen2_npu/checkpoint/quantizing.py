@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen2_npu.checkpoint import merged, merging
-from qwen2_npu.checkpoint.byte_ranges import CHUNK, Stored, chunks, read_header
+from qwen2_npu.checkpoint import byte_ranges, merged, merging
+from qwen2_npu.checkpoint.byte_ranges import Stored, chunks, read_header
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_config
 from qwen2_npu.checkpoint.folder_plan import FolderPlan, Spec, opened, plain, plan_of, read_text, separate, with_first
 from qwen2_npu.checkpoint.folders import QUANTISING, locked
@@ -67,7 +67,7 @@ class Computed:
         """
         rows, columns = self.stored.shape
         dtype = STORED[self.stored.dtype]
-        step = max(1, CHUNK // (columns * dtype.itemsize))
+        step = max(1, byte_ranges.CHUNK // (columns * dtype.itemsize))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             read = bytearray().join(chunks(self.stored.rows(start, stop)))

@@ -44,7 +44,7 @@ from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
 from qwen2_npu.models.decoder import LayerCache, Network, Record
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache_step, pad_tokens, positions_after
-from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear, take_positions
+from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear
 from qwen2_npu.models.passes import Pass, Prepared
 from qwen2_npu.models.pretrained import CheckpointIO
 from qwen2_npu.models.quantized import QuantizedLinear
@@ -238,7 +238,8 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
 
     def _logits(self, hidden_states: torch.Tensor, logit_index: torch.Tensor | None) -> torch.Tensor:
         if logit_index is not None:
-            hidden_states = take_positions(hidden_states, logit_index)
+            index = logit_index[:, :, None].expand(-1, -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.gather(1, index)
         return self._head(hidden_states)
 
     def _of_all_heads(self, attentions: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:

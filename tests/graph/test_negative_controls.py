@@ -170,9 +170,10 @@ def problems_of(
     claimed: Optimizations,
     change: Callable[[Model, list[Any]], Any],
     ranks: int = 1,
+    layers: int = 1,
 ) -> list[str]:
     """What the invariants say of a changed step. ``change`` gets the model and the step's arguments."""
-    config = SMALL.config(layers=1)
+    config = SMALL.config(layers=layers)
     with (
         lowering.fake_ranks(ranks) as group,
         lowering.fake_model(config, optimizations, torch.bfloat16, group) as model,
@@ -319,7 +320,9 @@ def test_a_collective_too_few_or_too_many(fault: Callable[[Model, list[Any]], An
 
 
 def test_a_fused_collective_that_is_not_fused() -> None:
-    expect(problems_of("prefill", Optimizations.all(), FUSED, lambda model, arguments: None, ranks=2), "collectives")
+    """Of two layers: the last one's few rows are summed as in a decode step."""
+    nothing: Callable[[Model, list[Any]], Any] = lambda model, arguments: None  # noqa: E731
+    expect(problems_of("prefill", Optimizations.all(), FUSED, nothing, ranks=2, layers=2), "collectives")
 
 
 def test_a_mask_beside_that_of_the_embedding() -> None:

@@ -13,11 +13,12 @@ import pytest
 from qwen2_npu.conformance.machine.fingerprint import Fingerprint
 from qwen2_npu.conformance.perf.recorded import Recorded
 from qwen2_npu.conformance.perf.rows import user_rows
+from qwen2_npu.optimizations import LADDER
 from tests.perf.fake_runner import ATLAS, measurement_of
 from tests.perf.subprocesses import Result, run_pytest
 from tests.perf.test_fail_closed import copied_baselines
 
-ROW = "0.5b-user-b1-eager-swiglu-decode"
+ROW = f"0.5b-user-b1-eager-{LADDER[-1]}-decode"
 SCOPE = f"--gate-rows={ROW}"
 
 
@@ -45,7 +46,7 @@ class Machine:
         """The last run through pytest, as a user records; those before it directly."""
         *earlier, last = factors
         store = Recorded(self.folder, Fingerprint.read(ATLAS | self.identity))
-        (_, row) = user_rows("0.5B", (1,), ("eager",), ("swiglu",))
+        (_, row) = user_rows("0.5B", (1,), ("eager",), (LADDER[-1],))
         assert row.id == ROW
         for factor in earlier:
             measured = measurement_of({"prefill": 100 * factor, "decode": 50 * factor}, self_test=False)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen2_npu.conformance.accuracy.noise import position_noise
-from qwen2_npu.conformance.accuracy.routing import Choices
+from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Choices
 
 PATHS = {"prefill": "prefill", "hidden": "prefill", "last_token": "prefill", "decode": "decode"}
 """Path of the optimised model -> that of the baseline and the reference which saw the same tokens."""
@@ -105,7 +105,7 @@ def compare_routing(
     valid: npt.NDArray[np.bool_],
     left_out: Mapping[str, int] | None = None,
 ) -> RoutingComparison:
-    """Every layer and position of every path of the optimised model.
+    """Every layer and position of every path of the optimised model, but for tokens that a layer leaves out.
 
     Args:
         valid: (B, P) where the prompts have tokens.
@@ -130,10 +130,11 @@ def compare_routing(
             strict=True,
         ):
             noise = position_noise(theirs, exact)
-            differ = (np.sort(wanted) != np.sort(chosen)).any(axis=-1)
-            choices, agreements = choices + len(differ), agreements + int((~differ).sum())
-            if said.size:
-                error = max(error, float(np.abs(said - theirs.astype(np.float64)).max()))
+            made = ~(wanted == UNKNOWN).all(axis=-1)
+            differ = (np.sort(wanted) != np.sort(chosen)).any(axis=-1) & made
+            choices, agreements = choices + int(made.sum()), agreements + int((made & ~differ).sum())
+            if made.any():
+                error = max(error, float(np.abs(said[made] - theirs[made].astype(np.float64)).max()))
             mismatches += [
                 _mismatch(path, layer, int(rows[i]), int(positions[i]), wanted[i], chosen[i], theirs[i], noise[i])
                 for i in np.flatnonzero(differ)

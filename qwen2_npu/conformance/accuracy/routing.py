@@ -26,13 +26,14 @@ import torch
 from qwen2_npu.conformance.accuracy.noise import Array
 
 UNKNOWN = -1
-"""In place of an expert where nothing is forced yet: the first model that comes there decides."""
+"""In place of an expert where nothing is forced yet, and the first model that comes there decides; or where a model
+chooses none, since nobody wants what follows."""
 
 
 @dataclass(frozen=True)
 class Choices:
     """What the routers said: numbers of their layers, logits (L, B, S, E), and the experts that the model would choose
-    by itself (L, B, S, k). Meaningless at padding."""
+    by itself (L, B, S, k), :data:`UNKNOWN` where it does not compute the token. Meaningless at padding."""
 
     layers: tuple[int, ...]
     logits: Array
@@ -120,14 +121,17 @@ class Routers:
             logits: (tokens, E).
             weights, experts: (tokens, k), the model's own.
         """
-        live = self._live[:, self._columns]
-        assert len(logits) == live.numel(), f"a router of {len(logits)} tokens in a pass of {live.numel()}"
+        columns, live = self._columns, self._live[:, self._columns]
         order = torch.argsort((~live).int(), dim=1, stable=True) if self._left else None
+        if len(logits) == len(live):  # the last layer of a prefill whose last logits alone are wanted, or a decode step
+            columns, live, order = slice(columns.stop - 1, columns.stop), live[:, -1:], None
+        assert len(logits) == live.numel(), f"a router of {len(logits)} tokens in a pass of {live.numel()}"
         own = _columns_of(experts.detach().cpu().long(), live.shape, order)
         exact = logits.dtype == torch.float64
         said = logits.detach().to("cpu", torch.float64 if exact else torch.float32)
-        self._said[layer] = _columns_of(said, live.shape, order), own
-        forced = self._decided(layer, own)
+        width = self._columns.stop - self._columns.start
+        self._said[layer] = _last(_columns_of(said, live.shape, order), width, torch.nan), _last(own, width, UNKNOWN)
+        forced = self._decided(layer, own, columns)
         forced = torch.where(live[:, :, None], forced, own)
         same = (forced.sort(-1).values == own.sort(-1).values).all(-1, keepdim=True)
         if bool(same.all()):
@@ -142,13 +146,18 @@ class Routers:
             torch.where(same, own_experts, forced.to(own_experts.dtype)).to(experts.device),
         )
 
-    def _decided(self, layer: int, own: torch.Tensor) -> torch.Tensor:
-        """(B, S, k) the experts of this pass; where none are decided yet, ``own`` are from now on."""
+    def _decided(self, layer: int, own: torch.Tensor, columns: slice) -> torch.Tensor:
+        """(B, S, k) the experts of these columns; where none are decided yet, ``own`` are from now on."""
         if layer not in self._chosen:
             self._chosen[layer] = own.new_full((*self._live.shape, own.shape[-1]), UNKNOWN)
-        decided = self._chosen[layer][:, self._columns]
+        decided = self._chosen[layer][:, columns]
         decided.copy_(torch.where(decided == UNKNOWN, own, decided))
         return decided
+
+
+def _last(values: torch.Tensor, columns: int, rest: float) -> torch.Tensor:
+    """(B, S, n) as the last of so many columns, the others filled with ``rest``."""
+    return torch.nn.functional.pad(values, (0, 0, columns - values.shape[1], 0), value=rest)
 
 
 def _columns_of(values: torch.Tensor, shape: Sequence[int], order: torch.Tensor | None) -> torch.Tensor:

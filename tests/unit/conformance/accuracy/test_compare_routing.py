@@ -11,7 +11,7 @@ import torch
 
 from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.compare_routing import compare_routing, same_so_far
-from qwen2_npu.conformance.accuracy.routing import Choices
+from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Choices
 from qwen2_npu.conformance.accuracy.teacher_forcing import Array, Trace
 
 LAYERS, ROWS, WIDTH, STEPS, EXPERTS, TOP = (1, 3), 2, 3, 2, 5, 2
@@ -43,6 +43,19 @@ def test_the_same_experts_agree_in_any_order_and_padding_does_not_count() -> Non
     assert found.passed
     assert found.choices == found.agreements == len(LAYERS) * (VALID.sum() + ROWS * STEPS)
     assert found.mismatches == ()
+
+
+def test_tokens_that_a_layer_leaves_out_do_not_count_and_the_others_do() -> None:
+    """The last layer of a prefill may compute the last column alone."""
+    for experts, passed in (([1, 0], True), ([0, 4], False)):
+        ours = choosing(experts)
+        ours["prefill"].wanted[1, :, :-1] = UNKNOWN
+        ours["prefill"].logits[1, :, :-1] = np.nan
+        found = compare_routing(ours, routing(NOISE), routing(), VALID)
+        assert found.passed is passed
+        assert found.choices == VALID.sum() + ROWS + len(LAYERS) * ROWS * STEPS
+        assert found.agreements == found.choices - (not passed)
+        assert found.max_error == 0.0
 
 
 @pytest.mark.parametrize(

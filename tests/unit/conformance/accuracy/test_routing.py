@@ -11,10 +11,11 @@ import torch
 
 from qwen2_npu import Optimizations
 from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
+from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
-from qwen2_npu.conformance.accuracy.routing import Routers, sparse_layers, watching
+from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Routers, sparse_layers, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair
 
@@ -103,6 +104,34 @@ def test_weights_of_other_experts_are_the_model_s_own_and_its_own_choice_stands(
     said = routers.taken()
     assert said is not None
     assert said.wanted.tolist() == [[[[1, 0], [1, 0]]]]
+
+
+def test_a_last_layer_of_one_token_per_row_is_taken_down_and_forced_there(pair: ModelPair, others: Any) -> None:
+    """A prefill that wants the last logits alone, with the step last_layer: ragged rows, own choice and forced."""
+    model, batch = pair.build(Optimizations.all()), pair.batch("ragged")
+    baseline = pair.traces("ragged")[0]
+    for chosen in (None, others):
+        trace = teacher_forcing.run(
+            model, batch, decode_steps=STEPS, forced=baseline.forced, last_token=True, chosen=chosen
+        )
+        said, whole = trace.routing["last_token"], trace.routing["prefill"]
+        np.testing.assert_allclose(trace.last_logits, trace.prefill_logits[:, -1], rtol=1e-3, atol=1e-3)
+        valid = baseline.valid
+        np.testing.assert_array_equal(said.wanted[0][valid], whole.wanted[0][valid])
+        assert (said.wanted[1, :, :-1] == UNKNOWN).all()
+        np.testing.assert_array_equal(said.wanted[1, :, -1], whole.wanted[1, :, -1])
+        np.testing.assert_allclose(said.logits[1, :, -1], whole.logits[1, :, -1], rtol=1e-3, atol=1e-3)
+    tokens = valid.sum() + len(valid)
+    found = compare_routing({"last_token": said}, {"prefill": whole}, {"prefill": whole}, valid)
+    assert (found.choices, found.agreements) == (tokens, tokens)
+    assert found.max_error < 1e-3
+
+
+def test_a_router_of_another_number_of_tokens_is_a_fault_of_the_watching() -> None:
+    routers = Routers({0: None}, np.ones((2, 4), bool), None, left=False)
+    routers.start(0, 4)
+    with pytest.raises(AssertionError, match="a router of 4 tokens in a pass of 8"):
+        routers.route(0, torch.zeros(4, 4), torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.int64), False)
 
 
 def test_padding_keeps_what_the_model_chooses() -> None:
