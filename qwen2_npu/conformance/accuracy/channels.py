@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point
-from qwen2_npu.conformance.accuracy.locate_error import ErrorLocation
+from qwen2_npu.conformance.accuracy.locate_error import ErrorLocation, first_beyond
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, root_mean, rounded
 
 SHAPE = "four"
@@ -35,16 +35,22 @@ PRODUCTS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "
 def first_channel_beyond(
     ours: Sequence[Point], stock: PassRecorder, true: PassRecorder, dtype: torch.dtype, step: int = 0
 ) -> ErrorLocation | None:
-    """The worst channel of the first product that has one beyond its bound. Arguments as of ``first_beyond``."""
+    """The worst channel of the first product that has one beyond its bound; or, where a tensor before that product is
+    beyond its own, or most channels are, that tensor. Arguments as of ``first_beyond``."""
     stock_points, true_points = stock.by_place(), true.by_place()
-    for point in ours:
+    for number, point in enumerate(ours):
         place = (point.layer, point.name)
         if point.name not in PRODUCTS or not (place in stock_points and place in true_points):
             continue
+        if point.values.shape != true_points[place].values.shape:
+            return first_beyond([point], stock, true, dtype, step)
         error, noise = channel_errors(point.values, stock_points[place].values, true_points[place].values, dtype)
         allowed = RMS_FACTOR * 10 ** (CHANCE / len(point.values))
         beyond = ~(error <= allowed * noise)  # NaN is beyond
         if beyond.any():
+            seen = ours[: number + (beyond.mean() > 0.5)]
+            if (whole := first_beyond(seen, stock, true, dtype, step)) is not None:
+                return whole
             worst = int(np.where(beyond, np.nan_to_num(error, nan=np.inf) / np.maximum(noise, 1e-300), 0).argmax())
             ratio = ErrorRatio(float(error[worst]), float(noise[worst]), 0.0)
             path = "prefill" if step == 0 else f"decode step {step - 1}"
