@@ -238,7 +238,7 @@ class LayerByLayer:
         for index in range(count):
             pace = f", {(time.perf_counter() - started) / index:.2g} s per layer" if index else ""
             self.progress(f"layer {index + 1} of {count}{pace}")
-            parts = self._parts(f"model.layers.{index}.", index)
+            parts = self.parts(f"model.layers.{index}.", index)
             parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
             known = [None if feed.chosen is None else feed.chosen[sparse : sparse + 1] for feed in stock.feeds]
             with ExitStack() as stack:
@@ -271,9 +271,9 @@ class LayerByLayer:
         Raises:
             CheckpointError: a weight is NaN or infinite, naming it.
         """
-        return self._parts(prefix, *layers, exactly=False)[0]
+        return self.parts(prefix, *layers, exactly=False)[0]
 
-    def _parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
+    def parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
         """Stock models of these layers alone (one or none): in ``dtype`` on the device, and in float64."""
         config = self.source.config
         names = [name for name in stock_shapes(config) if name.startswith(prefix)]
@@ -297,7 +297,7 @@ class LayerByLayer:
     def _finish(
         self, stock: _Side, reference: _Side, record: bool
     ) -> tuple[None, list[PassRecorder], list[PassRecorder]]:
-        parts = self._parts(NORM)
+        parts = self.parts(NORM)
         name = EMBEDDING if self.source.config.tie_word_embeddings else HEAD
         weight = self.source.read([name])[name]
         check_finite({name: weight}, self.where, self.dtype)

@@ -185,10 +185,6 @@ def trace_model(
     return replace(found, hidden=trace.hidden, routing=trace.routing, chosen=trace.chosen, compiled=True)
 
 
-Judge = Callable[[Sequence[Point], PassRecorder, PassRecorder, torch.dtype, int], ErrorLocation | None]
-"""Says what is wrong in one pass; see :func:`first_beyond`."""
-
-
 def locate(
     optimised: Any,
     baseline: Any,
@@ -198,21 +194,19 @@ def locate(
     dtype: torch.dtype,
     ask: Callable[..., list[PassRecorder]] = call,
     chosen: Array | None = None,
-    judge: Judge | None = None,
 ) -> ErrorLocation | None:
     """The first point, in order of execution, whose error exceeds its bound; None if there is none.
 
     Args:
         ask: calls a function with the optimised model, as ``Pair.ask`` does.
         chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
-        judge: says what is wrong in a pass; default: :func:`first_beyond`.
     """
     forcing = {} if chosen is None else {"chosen": chosen}
     runs = [ask(captures, optimised, batch=batch, forced=forced, **forcing), captures(baseline, batch, forced, chosen)]
     with exact(reference):
         runs.append(captures(reference, batch, forced, chosen))
     for step, (ours, stock, true) in enumerate(zip(*runs, strict=True)):
-        found = (judge or first_beyond)(ours.points, stock, true, dtype, step)
+        found = first_beyond(ours.points, stock, true, dtype, step)
         if found is not None:
             return found
     return None

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from qwen2_npu.conformance.accuracy import channels, locate_error, stock, teacher_forcing, text
+from qwen2_npu.conformance.accuracy import locate_error, stock, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import Batch
+from qwen2_npu.conformance.accuracy.channels import LayerOfBoth
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, ErrorLocation
 from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.pair import (
@@ -117,14 +118,9 @@ class ModelPair(Pair):
         with self._stock(rounded) as models:
             return locate_error.locate(model, *models, batch, trace.forced, self.dtype, self.ask, trace.chosen)
 
-    def wrong_channel(self, model: Any) -> ErrorLocation | None:
-        if model.optimizations.scheme is None:
-            return None
-        batch = self.batch(channels.SHAPE)
-        with self._stock(self.rounds(model)) as models:
-            return locate_error.locate(
-                model, *models, batch, batch.nothing_forced(), self.dtype, self.ask, judge=channels.first_channel_beyond
-            )
+    def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
+        for index in range(self.config.num_hidden_layers):
+            yield LayerOfBoth(index, self.baseline, self.reference, index, self.rounding if rounded else None)
 
     def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
         with self._stock(rounded) as (baseline, reference):

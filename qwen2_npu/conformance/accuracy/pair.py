@@ -7,7 +7,7 @@ are in memory (``model_pair``) or pass through it layer by layer (``streamed_pai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,7 +20,7 @@ from qwen2_npu.checkpoint.sources import NamedSource, StateDictSource, open_chec
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.checkpoint.weights import skeleton
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
+from qwen2_npu.conformance.accuracy import channels, locate_error, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
 from qwen2_npu.conformance.accuracy.compare import Comparison, KnownPath, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
@@ -134,9 +134,8 @@ class Pair(ABC):
         """Where ``model`` first leaves what rounding explains, on the batch of that shape; None if nowhere."""
 
     @abstractmethod
-    def wrong_channel(self, model: Any) -> ErrorLocation | None:
-        """The first channel of a product of 8-bit weights that ``model`` computes wrongly; see ``channels``. None if
-        there is none, or no such product."""
+    def layers(self, rounded: bool) -> Iterator[channels.LayerOfBoth]:
+        """Each layer of both, one after the other; ``rounded`` as everywhere."""
 
     @abstractmethod
     def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
@@ -201,6 +200,20 @@ class Pair(ABC):
         if found is not None:
             return str(found)
         return f"failed once and passed when repeated, which is a fault in itself: {'; '.join(comparison.failures())}"
+
+    @torch.no_grad()
+    def wrong_channel(self, model: Any) -> ErrorLocation | None:
+        """The first channel of a product of 8-bit weights that ``model`` computes wrongly; see ``channels``. None if
+        there is none, or no such product."""
+        if model.optimizations.scheme is None:
+            return None
+        batch = self.batch(channels.SHAPE)
+        (ours,) = self.ask(locate_error.captures, model, batch=batch, forced=batch.nothing_forced())
+        for layer in self.layers(self.rounds(model)):
+            points = [point for point in ours.points if point.layer == layer.number]
+            if (found := layer.first_wrong(points, self.dtype)) is not None:
+                return found
+        return None
 
     # ---- text ------------------------------------------------------------------------------------------------------
     def perplexity(self, model: Any) -> text.Perplexity | None:

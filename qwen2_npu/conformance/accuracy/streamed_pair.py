@@ -15,7 +15,7 @@ part, with the same logits as if it had run by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,9 @@ from transformers import GenerationConfig
 
 from qwen2_npu import emulator
 from qwen2_npu.checkpoint.configuration import read_generation_config
-from qwen2_npu.conformance.accuracy import channels, locate_error, text
+from qwen2_npu.conformance.accuracy import locate_error, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_continuation, text_continuation
+from qwen2_npu.conformance.accuracy.channels import LayerOfBoth
 from qwen2_npu.conformance.accuracy.layer_by_layer import (
     Feed,
     LayerAnswer,
@@ -129,18 +130,10 @@ class StreamedPair(Pair):
                 break
         return first
 
-    def wrong_channel(self, model: Any) -> ErrorLocation | None:
-        if model.optimizations.scheme is None:
-            return None
-        batch = self.batch(channels.SHAPE)
-        forced = batch.nothing_forced()
-        (ours,) = self.ask(locate_error.captures, model, batch=batch, forced=forced)
-        for layer, (stock,), (true,) in self.models.points(step_by_step(batch, forced), None, self.rounds(model)):
-            points = [point for point in ours.points if point.layer == layer]
-            found = channels.first_channel_beyond(points, stock, true, self.dtype)
-            if found is not None:
-                return found
-        return None
+    def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
+        for index in range(self.config.num_hidden_layers):
+            stock, true = self.models.parts(f"model.layers.{index}.", index)
+            yield LayerOfBoth(index, stock, true, 0, self.rounding if rounded else None)
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
