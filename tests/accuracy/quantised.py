@@ -96,7 +96,7 @@ def weights_of(
         )
         return made.eval()
 
-    return PairWeights(name, meant, dtype, build, scheme=scheme, rounding=rounding)
+    return PairWeights(name, meant, dtype, build, scheme=scheme, rounding=rounding, ranks=ranks)
 
 
 @cache

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 from qwen2_npu.conformance.accuracy.intermediates import IN_INT8, Point
 from qwen2_npu.conformance.accuracy.locate_error import ErrorLocation
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, root_mean, rounded
-from qwen2_npu.conformance.accuracy.quantised import LARGEST, InputRounding, kept_in_int8
+from qwen2_npu.conformance.accuracy.quantised import LARGEST, InputRounding, kept_in_int8, widths_of_parts
 from qwen2_npu.conformance.accuracy.stock import exact
 
 SHAPE = "four"
@@ -61,14 +62,18 @@ class LayerOfBoth:
     Attributes:
         number: in the whole model.
         stock, true: models that have it, as number ``index``.
+        config: of the whole model.
         rounding: what 8-bit activations are; None where ours has none.
+        ranks: how many share ours.
     """
 
     number: int
     stock: Any
     true: Any
     index: int
+    config: Any
     rounding: InputRounding | None
+    ranks: int
 
     def first_wrong(self, points: Sequence[Point], dtype: torch.dtype) -> ErrorLocation | None:
         """The worst channel of the first product, or the first int8 rows, that are beyond their bound.
@@ -100,12 +105,15 @@ class LayerOfBoth:
         rows = torch.from_numpy((given or by_name[source]).values)
         sides = [rows.double(), rows.to(stock.weight.device, dtype)]
         whole = f"model.layers.{self.number}.{module}"
+        widths = widths_of_parts(whole, self.config, self.ranks)
         if given is None and self.rounding is not None and self.rounding.covers(whole):
-            sides = [kept_in_int8(side, self.rounding.widths(whole)) for side in sides]
-        expected, found = (
-            F.linear(side, linear.weight.to(side.dtype), None if linear.bias is None else linear.bias.to(side.dtype))
-            for side, linear in zip(sides, (true, stock), strict=True)
-        )
+            sides = [kept_in_int8(side, widths) for side in sides]
+        expected = F.linear(sides[0], true.weight.double(), None if true.bias is None else true.bias.double())
+        if not widths:
+            found = F.linear(sides[1], stock.weight, stock.bias)
+        else:  # what ranks add up is rounded on each of them
+            parts = zip(sides[1].split(widths, dim=-1), stock.weight.split(widths, dim=-1), strict=True)
+            found = reduce(torch.add, (F.linear(side, weight) for side, weight in parts))
         return expected.numpy(), found.double().cpu().numpy()
 
     def _row(self, name: str, by_name: dict[str, Point]) -> Array:
@@ -120,13 +128,16 @@ class LayerOfBoth:
 
 
 def channel_errors(ours: Array, stock: Array, true: Array, dtype: torch.dtype) -> tuple[Array, Array]:
-    """(N,) each: the RMS error of each channel, and its noise."""
+    """(N,) each: the RMS error of each channel, and its noise. In units of each token's RMS: no token counts more than
+    another."""
     if ours.shape != true.shape:
         return np.full(1, np.inf), np.ones(1)
-    size = _rms(true)
-    noise = np.maximum(_rms(stock - true), _rms(rounded(true, dtype) - true))
+    each = np.sqrt(np.mean(np.square(true), axis=1, keepdims=True))
+    each[each == 0] = 1
+    size = _rms(true / each)
+    noise = np.maximum(_rms((stock - true) / each), _rms((rounded(true, dtype) - true) / each))
     usual = root_mean(np.square(noise)) / max(root_mean(np.square(size)), 1e-300) * size
-    return _rms(ours - true), np.maximum(noise, usual)
+    return _rms((ours - true) / each), np.maximum(noise, usual)
 
 
 def _int8_errors(ours: Array, true: Array) -> tuple[Array, Array]:

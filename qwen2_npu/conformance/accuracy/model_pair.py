@@ -84,6 +84,7 @@ class ModelPair(Pair):
             decode_steps=decode_steps,
             scheme=weights.scheme,
             rounding=weights.rounding,
+            ranks=weights.ranks,
             baseline=baseline,
             reference=stock.exact_reference(baseline, exactly=scaled_weights(weights.source)),
         )
@@ -120,7 +121,8 @@ class ModelPair(Pair):
 
     def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
         for index in range(self.config.num_hidden_layers):
-            yield LayerOfBoth(index, self.baseline, self.reference, index, self.rounding if rounded else None)
+            rounding = self.rounding if rounded else None
+            yield LayerOfBoth(index, self.baseline, self.reference, index, self.config, rounding, self.ranks)
 
     def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
         with self._stock(rounded) as (baseline, reference):

@@ -62,6 +62,7 @@ class Pair(ABC):
         orders: to the other ranks that share that model; None where it is this process's alone.
         scheme: that of 8-bit weights; empty of ordinary ones.
         rounding: what a model that computes with 8-bit activations does to them; None where there is none.
+        ranks: how many share this project's model.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Pair(ABC):
     orders: Orders | None = None
     scheme: str = ""
     rounding: InputRounding | None = None
+    ranks: int = 1
     _batches: dict[str, Batch] = field(default_factory=dict)
     _known: dict[tuple[str, bool], dict[str, KnownPath]] = field(default_factory=dict)
 
@@ -325,7 +327,7 @@ class PairWeights:
     """A source of stock tensors that was found fit to be compared, and how this project's model is made of it.
 
     Attributes:
-        scheme, rounding: see ``Pair``.
+        scheme, rounding, ranks: see ``Pair``.
     """
 
     name: str
@@ -337,6 +339,7 @@ class PairWeights:
     assume_tp: int | None = None
     scheme: str = ""
     rounding: InputRounding | None = None
+    ranks: int = 1
 
 
 def weights_of_checkpoint(
@@ -371,7 +374,7 @@ def weights_of_checkpoint(
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, scheme, rounding)
+    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, scheme, rounding, rank_count())
 
 
 def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:

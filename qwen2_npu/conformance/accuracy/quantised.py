@@ -94,8 +94,13 @@ class InputRounding:
 
     def widths(self, module: str) -> list[int]:
         """Of the parts of an input that the ranks scale apart; empty where all have the whole of it."""
-        cuts = [Shard(rank, self.ranks).slice_of(f"{module}.weight", self.config) for rank in range(self.ranks)]
-        return [cut.stop - cut.start for cut in cuts if cut is not None and cut.axis == 1]
+        return widths_of_parts(module, self.config, self.ranks)
+
+
+def widths_of_parts(module: str, config: Any, ranks: int) -> list[int]:
+    """Of the parts of a product's input that ``ranks`` hold; empty where all have the whole of it."""
+    cuts = [Shard(rank, ranks).slice_of(f"{module}.weight", config) for rank in range(ranks)]
+    return [cut.stop - cut.start for cut in cuts if cut is not None and cut.axis == 1]
 
 
 def _rounding(widths: list[int]) -> Callable[[Any, Any], Any]:

@@ -92,6 +92,7 @@ class StreamedPair(Pair):
             decode_steps=decode_steps,
             scheme=weights.scheme,
             rounding=weights.rounding,
+            ranks=weights.ranks,
             models=LayerByLayer(source, weights.dtype, device, str(folder or weights.name), weights.rounding),
             reason=reason,
         )
@@ -133,7 +134,8 @@ class StreamedPair(Pair):
     def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
         for index in range(self.config.num_hidden_layers):
             stock, true = self.models.parts(f"model.layers.{index}.", index)
-            yield LayerOfBoth(index, stock, true, 0, self.rounding if rounded else None)
+            rounding = self.rounding if rounded else None
+            yield LayerOfBoth(index, stock, true, 0, self.config, rounding, self.ranks)
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
