@@ -94,7 +94,7 @@ class ModelPair(Pair):
         return self.reference.dtype
 
     @contextmanager
-    def _stock(self, rounded: bool) -> Iterator[tuple[Any, Any]]:
+    def stock(self, rounded: bool) -> Iterator[tuple[Any, Any]]:
         """The stock model and its float64 self, with 8-bit activations where ``rounded``."""
         models = self.baseline, self.reference
         with ExitStack() as stack:
@@ -106,7 +106,7 @@ class ModelPair(Pair):
     def traces(self, shape: str, rounded: bool = False) -> tuple[teacher_forcing.Trace, teacher_forcing.Trace]:
         if (shape, rounded) not in self._traces:
             batch = self.batch(shape)
-            with self._stock(rounded) as (baseline, reference):
+            with self.stock(rounded) as (baseline, reference):
                 trace = teacher_forcing.run(baseline, batch, decode_steps=self.decode_steps)
                 self.check_finite_logits(trace)
                 true = teacher_forcing.run_reference(reference, batch, trace.forced, trace.chosen)
@@ -116,7 +116,7 @@ class ModelPair(Pair):
     def locate(self, model: Any, shape: str) -> ErrorLocation | None:
         rounded, batch = self.rounds(model), self.batch(shape)
         trace = self.traces(shape, rounded)[0]
-        with self._stock(rounded) as models:
+        with self.stock(rounded) as models:
             return locate_error.locate(model, *models, batch, trace.forced, self.dtype, self.ask, trace.chosen)
 
     def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
@@ -125,14 +125,14 @@ class ModelPair(Pair):
             yield LayerOfBoth(index, self.baseline, self.reference, index, self.config, rounding, self.ranks)
 
     def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
-        with self._stock(rounded) as (baseline, reference):
+        with self.stock(rounded) as (baseline, reference):
             losses, chosen = text.losses_and_experts(baseline, windows)
             return losses, text.reference_losses(reference, windows, chosen or None), chosen
 
     def stock_texts(
         self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
     ) -> tuple[list[list[int]], list[Divergence], tuple[teacher_forcing.Trace, teacher_forcing.Trace] | None]:
-        with self._stock(rounded) as (baseline, reference):
+        with self.stock(rounded) as (baseline, reference):
             with text.last_logits(baseline) as logits:
                 expected = self.greedy(baseline, batch, max_new_tokens)
             return expected, *text.compare_texts(got, expected, batch, baseline, reference, logits, bool(self.scheme))
