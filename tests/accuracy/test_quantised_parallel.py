@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from qwen2_npu import Optimizations
 from qwen2_npu.conformance.accuracy import channels, locate_error
@@ -57,8 +56,7 @@ def wrong_channel(subject: Shared, run: Run, optimizations: Optimizations) -> An
     (ours,) = run(captured)[0]
     for layer in subject.pair.layers(rounded=optimizations.w8a8):
         points = [point for point in ours.points if point.layer == layer.number]
-        with torch.no_grad():
-            found = layer.first_wrong(points, subject.pair.dtype)
+        found = layer.first_wrong(points, subject.pair.dtype)
         if found is not None:
             return found
     return None

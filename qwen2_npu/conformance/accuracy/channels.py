@@ -75,6 +75,7 @@ class LayerOfBoth:
     rounding: InputRounding | None
     ranks: int
 
+    @torch.no_grad()
     def first_wrong(self, points: Sequence[Point], dtype: torch.dtype) -> ErrorLocation | None:
         """The worst channel of the first product, or the first int8 rows, that are beyond their bound.
 
@@ -155,7 +156,8 @@ def _worst(point: Point, error: Array, noise: Array) -> ErrorLocation | None:
     if beyond.mean() > 0.5:
         whole = ErrorRatio(root_mean(np.square(error)), root_mean(np.square(noise)), 0.0)
         return ErrorLocation("prefill", point.layer, point.name, point.operators, whole, allowed=allowed)
-    worst = int(np.where(beyond, np.nan_to_num(error, nan=np.inf) / np.maximum(noise, 1e-300), 0).argmax())
+    finite = np.where(np.isfinite(error), error, 1e30)
+    worst = int(np.where(beyond, finite / np.maximum(noise, 1e-30), 0).argmax())
     one = ErrorRatio(float(error[worst]), float(noise[worst]), 0.0)
     return ErrorLocation("prefill", point.layer, point.name, point.operators, one, channel=worst, allowed=allowed)
 

@@ -203,7 +203,6 @@ class Pair(ABC):
             return str(found)
         return f"failed once and passed when repeated, which is a fault in itself: {'; '.join(comparison.failures())}"
 
-    @torch.no_grad()
     def wrong_channel(self, model: Any) -> ErrorLocation | None:
         """The first channel of a product of 8-bit weights that ``model`` computes wrongly; see ``channels``. None if
         there is none, or no such product."""
