@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
         if options.cache_dir is not None:
             raise UnsupportedError(f"cache_dir={str(options.cache_dir)!r}: only mode='torchair' keeps graphs on disk")
         _let_torchair_register_first()
+        _let_npugraph_ex_take_8_bit_weights()
         return lambda step: torch.compile(
             step,
             backend="npugraph_ex",
@@ -83,6 +84,15 @@ def _let_torchair_register_first() -> None:
     import torchair
 
     torchair.get_npu_backend()
+
+
+def _let_npugraph_ex_take_8_bit_weights() -> None:
+    """Where npugraph_ex meets npu_weight_quant_batchmatmul it switches off an optimisation of torchair's, which it does
+    not have, in settings that it does not have either, and fails."""
+    from npugraph_ex.configs.compiler_config import CompilerConfig
+
+    if not hasattr(CompilerConfig, "experimental_config"):
+        CompilerConfig.experimental_config = SimpleNamespace()
 
 
 def compiler_config(options: GraphOptions, ranks: Ranks = ALONE) -> Any:

@@ -5,6 +5,7 @@ Rounding to int8 is to nearest, ties to even. Between inputs and outputs all is 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,12 +80,51 @@ def npu_weight_quant_batchmatmul(
 def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight`` times one scale per column; from a transposed weight on a CPU it reads one byte per element."""
     if is_readable(x) and _takes_packed(x, weight):
-        if bias is None:
+        if bias is None and x.dtype == torch.bfloat16:  # it rounds to the dtype of x before a bias could be added
             return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
-        wide = torch.ops.aten._weight_int8pack_mm(x.float().contiguous(), weight.mT, scale.float())
-        return wide.add_(bias).to(x.dtype)
-    y = (x.float() @ weight.float()) * scale.float()
+        if _has_vnni():
+            y = _product_of_digits(x, weight)
+        else:
+            y = torch.ops.aten._weight_int8pack_mm(x.float().contiguous(), weight.mT, torch.ones_like(scale).float())
+    else:
+        y = x.float() @ weight.float()
+    y = y * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@cache
+def _has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers itself: elsewhere their product may be the slowest of all."""
+    return torch.cpu._is_vnni_supported()
+
+
+DIGITS, DIGIT_BITS = 4, 7
+"""Integers of 8 bits that an activation is taken apart into: 27 bits below the largest of its row, float32 has 24."""
+SMALLEST = -126
+"""Exponent of the smallest row that is scaled: 2 to the power of what a smaller one takes would be infinite."""
+
+
+def _product_of_digits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight`` (M, K) (K, N) as sums of products of integers: with VNNI several times as fast as in float32.
+
+    A row is scaled by a power of two to integers of 27 bits and a sign, and these are digits from -64 on to the base
+    128. All of it is exact but for the bits that float32 would lose in the sums, too.
+    """
+    rows, low = x.shape[0], DIGITS - 1
+    largest = x.float().abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp_(min=SMALLEST)
+    whole = (torch.ldexp(x.float(), -exponent) * 2.0 ** (DIGITS * DIGIT_BITS - 1)).round_().int()
+    half = 1 << (DIGIT_BITS - 1)
+    shifted = whole + half * sum(1 << (DIGIT_BITS * place) for place in range(low))
+    places = torch.arange(0, DIGITS * DIGIT_BITS, DIGIT_BITS, dtype=torch.int32).view(DIGITS, 1, 1)
+    digits = shifted >> places
+    digits[:low].bitwise_and_((1 << DIGIT_BITS) - 1).sub_(half)
+    sums = torch._int_mm(digits.to(torch.int8).flatten(0, 1), weight).view(DIGITS, rows, -1)
+    y = sums[0].float()
+    for place in range(1, DIGITS):
+        y = sums[place].float().add_(y, alpha=2.0**-DIGIT_BITS)
+    not_finite = largest - largest  # nan where the row has one, or an infinity
+    return torch.ldexp(y, exponent - (DIGIT_BITS - 1)) + not_finite
 
 
 def _takes_packed(x: Tensor, weight: Tensor) -> bool:
