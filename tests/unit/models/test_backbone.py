@@ -246,6 +246,18 @@ def test_a_mask_of_other_values_is_refused(stock, name, new):
     assert cache.get_seq_length() == 3
 
 
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_what_is_masked_weighs_nothing_however_low_the_scores_are(name):
+    """Of the first token they are some ten thousand below 0 in half of the heads."""
+    stock = small_stock(small_config(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8))
+    for projection in (stock.model.layers[0].self_attn.q_proj, stock.model.layers[0].self_attn.k_proj):
+        projection.weight.mul_(1000)
+    model = model_of(name, stock)
+    found = [model(torch.cat((torch.tensor([[5]]), rest), dim=1)).logits[:, 0] for rest in tokens(4, 6).split(1)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize("name", ["none", "all"])
 def test_the_end_of_a_prompt_is_looked_at_once_in_a_generation(stock, name, monkeypatch):
     """Looking waits for the device."""
