@@ -6,6 +6,8 @@ import errno
 import json
 import re
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
 from qwen2_npu.checkpoint import sources, weights
+from qwen2_npu.checkpoint.naming import HEAD
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models import backbone
+from qwen2_npu.parallel.sharding import WHOLE
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -184,6 +188,37 @@ def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message,
         Qwen2ForCausalLM.from_pretrained(folder)
     assert time.perf_counter() - started < 5
     assert "does not fit its configuration" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "tied", "more", "fits"),
+    [
+        (weights.CAUSAL_LM, True, [HEAD], True),
+        (weights.CAUSAL_LM, False, ["score.weight"], False),
+        (("score.weight",), False, ["score.weight", HEAD], True),
+        (("score.weight",), False, [HEAD], False),
+        ((), False, ["score.weight", "score.bias", HEAD], True),
+        ((), False, ["other.weight"], False),
+    ],
+)
+def test_heads_of_other_classes_are_left_where_they_are(head, tied, more, fits):
+    """Every class of the family reads the checkpoints of the others, where it has no head of its own to find."""
+    config = small_config(num_hidden_layers=1, num_labels=3, tie_word_embeddings=tied)
+    shapes = weights.stock_shapes(config, ()) | {name: (3, 256) for name in more}
+    if head == weights.CAUSAL_LM and not tied:
+        shapes[HEAD] = (199, 256)
+    source = SimpleNamespace(config=config, shapes=lambda: shapes)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=r"tensors (missing|unexpected)"):
+        weights.check_source(source, head)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_model_of_all_memory_is_built_and_one_of_a_byte_more_is_not(short, monkeypatch):
+    config = small_config(num_hidden_layers=5)
+    needed = sum(parameter.nbytes for parameter in Qwen2ForCausalLM(config).parameters())
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - short))
+    with nullcontext() if not short else pytest.raises(MemoryError, match="the weights of this configuration take"):
+        weights.check_room(config, WHOLE)
 
 
 def test_a_state_dict_of_a_fused_model_is_named_as_such(folder):
