@@ -14,7 +14,7 @@ from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
-from qwen2_npu.conformance.accuracy.routing import Routers, sparse_layers, watching
+from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Routers, sparse_layers, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair
 
@@ -102,6 +102,17 @@ def test_logits_are_taken_down_as_they_are(dtype: torch.dtype) -> None:
     said = routers.taken()
     assert said is not None
     np.testing.assert_array_equal(said.logits[0, 0], logits.double())
+
+
+def test_what_is_forced_is_left_as_it_was() -> None:
+    """A layer decides where nothing is forced, for itself: the array is the baseline's."""
+    chosen = np.array([[[[UNKNOWN, UNKNOWN], [2, 3]]]])
+    routers = Routers({0: None}, np.ones((1, 2), bool), chosen, left=False)
+    routers.start(0, 2)
+    routers.route(0, torch.zeros(2, 4), torch.ones(2, 2), torch.tensor([[1, 0]] * 2), False)
+    assert chosen.tolist() == [[[[UNKNOWN, UNKNOWN], [2, 3]]]]
+    assert routers.chosen is not None
+    assert routers.chosen.tolist() == [[[[1, 0], [2, 3]]]]
 
 
 @pytest.mark.parametrize("normalised", [False, True])
