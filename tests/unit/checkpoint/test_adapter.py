@@ -57,6 +57,12 @@ def write(folder, stock, modules=None, prefix="base_model.model.", rank=lambda m
     return tensors
 
 
+def on_a_norm(folder, stock):
+    write(folder, stock, [])
+    name = "base_model.model.model.layers.0.input_layernorm.lora_A.weight"
+    save_file({name: torch.ones(4, 256)}, folder / "adapter_model.safetensors")
+
+
 def summed(stock, tensors, scaling=lambda module: 1.5):
     """W + scaling · B · A, float64."""
     expected = {name: tensor.double().numpy() for name, tensor in stock_weights(stock).items()}
@@ -326,6 +332,14 @@ def _cut_off(folder, stock):
         ),
         (lambda folder, stock: write(folder, stock, r=0), CheckpointError, r"r=0 and lora_alpha=6 .*positive integer"),
         (lambda folder, stock: write(folder, stock, lora_alpha="x"), CheckpointError, r"lora_alpha='x'"),
+        (lambda folder, stock: write(folder, stock, lora_alpha=True), CheckpointError, r"lora_alpha=True"),
+        (lambda folder, stock: write(folder, stock, lora_alpha=math.inf), CheckpointError, r"lora_alpha=inf"),
+        (lambda folder, stock: write(folder, stock, rank=lambda module: 1, r=True), CheckpointError, r"r=True and"),
+        (
+            lambda folder, stock: on_a_norm(folder, stock),
+            UnsupportedError,
+            r"input_layernorm\.lora_A\.weight is no part of a LoRA product of this model",
+        ),
         (lambda folder, stock: write(folder, stock, r=8), CheckpointError, r"lora_A \(4, \d+\).* expected \(8, \d+\)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from qwen2_npu.models.inputs import Rows
     ("given", "message"),
     [
         ({"foo": 1}, r"takes no argument foo$"),
+        ({"foo": False}, r"takes no argument foo$"),
+        ({"foo": 0, "bar": ""}, r"takes no argument foo, bar$"),
         (
             {"num_logits_to_keep": 1, "cache_position": 2},
             r"no argument num_logits_to_keep; .*its name is logits_to_keep",
@@ -32,6 +35,17 @@ def test_an_argument_without_effect_is_refused(given, message):
 def test_what_generate_hands_to_every_model_is_taken():
     arguments.check_names({"cache_position": torch.arange(3), "tokenizer": object(), "is_first_iteration": True})
     arguments.check_names({"shift_labels": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("assistant_early_exit", 4), ("assistant_early_exit", 1), ("use_mtp", True)]
+)
+def test_options_that_draft_with_layers_of_the_stock_model_are_refused(name, value):
+    with pytest.raises(UnsupportedError, match=rf"^{name}={value} drafts with layers of the stock model"):
+        arguments.check_generation(SimpleNamespace(**{name: value}))
+    for off in (None, False):
+        arguments.check_generation(SimpleNamespace(**{name: off}))
+    arguments.check_generation(SimpleNamespace())
 
 
 @pytest.mark.parametrize(

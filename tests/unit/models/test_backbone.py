@@ -90,6 +90,20 @@ def test_each_row_counts_its_own_tokens_against_the_positions(short, name):
     assert cache.lengths == [21, 23]
 
 
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@pytest.mark.parametrize("new", [1, 5])
+@torch.no_grad()
+def test_a_continuation_ends_with_the_last_position(short, name, new):
+    """Though the cache has slots beyond it, whose number is that of a bucket."""
+    model = model_of(name, short)
+    cache = model.allocate_cache(1, FEW)
+    model(tokens(1, FEW - new), **{CACHE_NAME: cache})
+    model(tokens(1, new), **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=f"{FEW + new} tokens need as many positions, the model has"):
+        model(tokens(1, new), **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == FEW
+
+
 # ---- slots ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("width", "capacity"), [(300, 512), (100, 384), (512, 512)])
 @torch.no_grad()
@@ -157,6 +171,33 @@ def test_a_generation_that_has_ended_says_nothing_to_later_calls(stock, fails):
     with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
         model.generate(ids, do_sample=False, **call)
     assert cache_of(model(ids)).shape.capacity == usual
+
+
+@pytest.mark.parametrize("name", FIXED)
+@torch.no_grad()
+def test_keys_and_values_are_where_the_cache_says(name):
+    """For callers who look: ``key_cache`` and ``value_cache`` of each layer, of one row's tokens from slot 0 on."""
+    stock, ids, mask = small_stock(small_config(num_hidden_layers=2)), tokens(2, 6), mask_of("111111", "001111")
+    call = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    model = model_of(name, stock)
+    cache = model.allocate_cache(2, 6)
+    model(ids, **call, **{CACHE_NAME: cache})
+    theirs = cache_of(stock(ids, **call, use_cache=True))
+    pairs = [(layer[0], layer[1]) if V4 else (layer.keys, layer.values) for layer in (theirs if V4 else theirs.layers)]
+    for layer, (keys, values) in enumerate(pairs):
+        for found, expected in ((cache.key_cache[layer], keys), (cache.value_cache[layer], values)):
+            slots = found if cache.shape.layout == "BNSD" else found.transpose(1, 2)
+            assert (slots[0, :, :6] - expected[0]).abs().max() < TOLERANCE
+            assert (slots[1, :, :4] - expected[1, :, 2:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["none", "all"])
+@torch.no_grad()
+def test_a_cache_is_made_where_the_call_or_else_the_configuration_says(name):
+    for usual, asked, made in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
+        model = model_of(name, small_stock(small_config(num_hidden_layers=1, use_cache=usual)))
+        output = model(tokens(1, 3), **({} if asked is None else {"use_cache": asked}))
+        assert (output.get(CACHE_NAME) is not None) == made
 
 
 # ---- the rotary table -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import transformers
 import qwen2_npu
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 from qwen2_npu.compat import cache_of
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
@@ -185,6 +185,20 @@ def test_one_label_is_a_regression():
     for labels in (torch.rand(3), torch.rand(3, 1)):
         mine, theirs = (model(ids, attention_mask=mask, labels=labels) for model in (ours_of(stock), stock))
         assert close(mine.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Classification" in name])
+def test_a_loss_to_train_by_is_refused(name):
+    """No parameter requires a gradient: a training loop would run, and learn nothing."""
+    model = ours_of(stock_of(name))
+    ids = ragged("left")[0]
+    labels = ids % 5 if "Token" in name else ids[:, -1] % 5
+    assert model(ids, labels=labels).loss is not None
+    model.train()
+    with pytest.raises(UnsupportedError, match="train the stock model"):
+        model(ids, labels=labels)
+    with torch.no_grad():
+        assert model(ids, labels=labels).loss is not None
 
 
 # ---- get_decoder -----------------------------------------------------------------------------------------------------

@@ -134,5 +134,7 @@ def test_errors() -> None:
     places = torch.tensor([0, 3, -1], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expanded_src_to_dst_row is \[-1, 3\]; supported: numbers from 0 to 2"):
         npu.npu_moe_finalize_routing(x, None, None, None, None, places, None)
+    with pytest.raises(ValueError, match=r"expanded_src_to_dst_row is \[-1, 0\]; supported: numbers from 0 to 2"):
+        npu.npu_moe_finalize_routing(x, None, None, None, None, places.clamp(max=0), None)
     with pytest.raises(ValueError, match=r"scales is .*float32 .*; supported: torch.float16, or torch.float32 beside"):
         npu.npu_moe_finalize_routing(x.half(), None, None, None, torch.ones(3, 1), places.clamp(0, 2), None)

@@ -36,6 +36,32 @@ def test_a_script_of_a_user_joins_its_launcher_s_group(monkeypatch: pytest.Monke
     assert called == [launch.timeout(), (("gloo",), {"timeout": timedelta(seconds=launch.timeout())})]
 
 
+@pytest.mark.parametrize(
+    ("found", "initialized", "available"),
+    [
+        (None, False, True),
+        (launch.Launch(0, 0, 1, None, "localhost", 29500), False, True),
+        (launch.Launch(0, 0, 2, None, "localhost", 29500), True, True),
+        (launch.Launch(0, 0, 2, None, "localhost", 29500), False, False),
+    ],
+    ids=["no launcher", "one rank", "joined already", "no torch.distributed"],
+)
+def test_no_group_is_joined_where_there_is_none_to_join(
+    found: Any, initialized: bool, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = SimpleNamespace(is_available=lambda: available, is_initialized=lambda: initialized)
+    monkeypatch.setattr(collectives, "dist", double)
+    monkeypatch.setattr(launch, "launched", lambda: found)
+    collectives._join(torch.device("cpu"))
+
+
+def test_whoever_says_which_rank_it_wants_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of another rank is looked at, or saved."""
+    monkeypatch.setattr(collectives, "_join", lambda device: pytest.fail("joined"))
+    assert current(2, 1).group is None
+    assert current(1, None) == ALONE
+
+
 @pytest.fixture
 def world_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.distributed says on rank 1 of two."""

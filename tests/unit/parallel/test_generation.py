@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,22 @@ def test_random_numbers_are_those_of_rank_0(facts: list[dict[str, Any]]) -> None
         torch.manual_seed(1)
         generation.start(SecondRank(Shard(1, 2)), {"input_ids": IDS}, CPU)
         assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(41)))
+
+
+def test_random_numbers_are_those_of_the_device_that_samples(
+    facts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own are left alone; the state goes through the device, since the group is one of cards."""
+    moved, taken = [], []
+    own = SimpleNamespace(to=lambda device: moved.append(device) or "on the card")
+    sent = SimpleNamespace(cpu=lambda: "rank 0's, on the host")
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: own)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    ranks = SimpleNamespace(size=2, from_first=lambda state: sent if state == "on the card" else state)
+    before = torch.get_rng_state()
+    generation.start(ranks, {}, torch.device("cuda:1"))  # type: ignore[arg-type]
+    assert (moved, taken) == ([torch.device("cuda:1")], ["rank 0's, on the host"])
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

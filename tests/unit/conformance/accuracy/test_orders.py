@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -160,6 +161,24 @@ def test_the_ranks_of_this_host_are_those_that_its_launcher_started(
     monkeypatch.setattr(orders.launch, "launched", lambda: None if ranks is None else SimpleNamespace(local_size=local))
     assert orders.rank_count() == (ranks or 1)
     assert orders.ranks_of_host() == here
+
+
+def test_a_model_is_gone_before_the_next_one_is_built() -> None:
+    """There is memory for one."""
+    first, other = (Orders(group) for group in groups(2))
+    for steps in ([], ["fixed_kv_cache"]):
+        first.tell("build", steps=steps)
+    first.tell(END, passed=True)
+    built: list[weakref.ref[Any]] = []
+
+    def build(optimizations: Optimizations) -> Any:
+        assert not built or built[-1]() is None
+        model = torch.nn.Module()
+        built.append(weakref.ref(model))
+        return model
+
+    assert follow(other, build)
+    assert len(built) == 2
 
 
 def test_only_what_others_can_do_is_asked() -> None:

@@ -105,6 +105,17 @@ def test_logits_are_taken_down_as_they_are(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(said.logits[0, 0], logits.double())
 
 
+def test_what_is_forced_is_left_as_it_was() -> None:
+    """A layer decides where nothing is forced, for itself: the array is the baseline's."""
+    chosen = np.array([[[[UNKNOWN, UNKNOWN], [2, 3]]]])
+    routers = Routers({0: None}, np.ones((1, 2), bool), chosen, left=False)
+    routers.start(0, 2)
+    routers.route(0, torch.zeros(2, 4), torch.ones(2, 2), torch.tensor([[1, 0]] * 2), False)
+    assert chosen.tolist() == [[[[UNKNOWN, UNKNOWN], [2, 3]]]]
+    assert routers.chosen is not None
+    assert routers.chosen.tolist() == [[[[1, 0], [2, 3]]]]
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_weights_of_other_experts_are_the_model_s_own_and_its_own_choice_stands(normalised: bool) -> None:
     chosen = np.array([[[[0, 1], [2, 3]]]])

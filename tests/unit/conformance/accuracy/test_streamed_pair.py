@@ -273,6 +273,22 @@ def test_of_a_shared_model_the_parts_of_this_memory_count(monkeypatch: pytest.Mo
         assert "beside ours" in why_streamed(weights, "cuda:0", free.get)
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_an_emulated_card_has_the_memory_of_the_host(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of_checkpoint(None, dtype="bfloat16", device="cpu", decode_steps=1)
+    parameters = int(sum(np.prod(shape) for shape in weights.source.shapes().values()))
+    monkeypatch.setattr(module.emulator, "is_active", lambda: emulated)
+    free = {"cpu": 12 * parameters - 1, "npu:0": 4 * parameters}  # 8 for float64, 2 each for the stock model and ours
+    reason = why_streamed(weights, "npu:0", free.get)
+    assert ("its float64 self and ours" in reason) == bool(reason) == emulated
+
+
+def test_the_reference_is_what_it_is_called(random_pairs: tuple[ModelPair, StreamedPair]) -> None:
+    for pair in random_pairs:
+        assert pair.reference_dtype == torch.float64
+        assert pair.traces("one")[1].prefill_logits.dtype == np.float64
+
+
 def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(MemoryError, match=r"one layer .* needs \S+ GiB of host memory, 0\.000977 GiB are free"):
