@@ -238,7 +238,7 @@ class LayerByLayer:
         for index in range(count):
             pace = f", {(time.perf_counter() - started) / index:.2g} s per layer" if index else ""
             self.progress(f"layer {index + 1} of {count}{pace}")
-            parts = self.parts(f"model.layers.{index}.", index)
+            parts = self._parts(f"model.layers.{index}.", index)
             parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
             known = [None if feed.chosen is None else feed.chosen[sparse : sparse + 1] for feed in stock.feeds]
             with ExitStack() as stack:
@@ -262,6 +262,11 @@ class LayerByLayer:
                 [weight[one.ids].to(self.dtype).to(side.device, dtype) for one in feed.passes] for feed in side.feeds
             ]
 
+    def layer(self, index: int) -> tuple[Any, Any]:
+        """Models of that layer alone: the stock one, and the reference."""
+        stock, reference = self._parts(f"model.layers.{index}.", index)
+        return stock, reference
+
     def part(self, prefix: str, *layers: int) -> Any:
         """The stock model of these layers alone (one or none), in ``dtype`` on the device.
 
@@ -271,9 +276,9 @@ class LayerByLayer:
         Raises:
             CheckpointError: a weight is NaN or infinite, naming it.
         """
-        return self.parts(prefix, *layers, exactly=False)[0]
+        return self._parts(prefix, *layers, exactly=False)[0]
 
-    def parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
+    def _parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
         """Stock models of these layers alone (one or none): in ``dtype`` on the device, and in float64."""
         config = self.source.config
         names = [name for name in stock_shapes(config) if name.startswith(prefix)]
@@ -297,7 +302,7 @@ class LayerByLayer:
     def _finish(
         self, stock: _Side, reference: _Side, record: bool
     ) -> tuple[None, list[PassRecorder], list[PassRecorder]]:
-        parts = self.parts(NORM)
+        parts = self._parts(NORM)
         name = EMBEDDING if self.source.config.tie_word_embeddings else HEAD
         weight = self.source.read([name])[name]
         check_finite({name: weight}, self.where, self.dtype)

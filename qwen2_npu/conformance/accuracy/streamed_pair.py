@@ -133,7 +133,7 @@ class StreamedPair(Pair):
 
     def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
         for index in range(self.config.num_hidden_layers):
-            stock, true = self.models.parts(f"model.layers.{index}.", index)
+            stock, true = self.models.layer(index)
             rounding = self.rounding if rounded else None
             yield LayerOfBoth(index, stock, true, 0, self.config, rounding, self.ranks)
 

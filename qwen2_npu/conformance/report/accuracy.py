@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwen2_npu.conformance.machine.verified import Verified
@@ -16,14 +16,13 @@ AREA = "Accuracy"
 EXPECTED_MODES = ("eager",)
 """Modes of `verify` that every run must show; others are shown where a run has them."""
 
-TEXT = "greedy text"
-PERPLEXITY = "perplexity"
+TEXT, PERPLEXITY = "greedy text", "perplexity"
 
 
-def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
-    """What every run should check, without a result yet."""
+def expected(modes: tuple[str, ...] = EXPECTED_MODES, others: Sequence[tuple[str, str]] = ()) -> Iterator[Claim]:
+    """What every run should check, and ``others`` (mode, step) that a run has beyond it, without a result yet."""
     for mode in modes:
-        for step in LADDER:
+        for step in dict.fromkeys((*LADDER, *(step for where, step in others if where == mode))):
             yield Claim(
                 id=f"accuracy/{mode}/{step}",
                 area=AREA,
@@ -39,10 +38,11 @@ def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
 def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's verifications say."""
     modes = dict.fromkeys([*EXPECTED_MODES, *(_mode(content) for content in inputs.verifications.values())])
-    known = {claim.id: claim for claim in expected(tuple(modes))}
+    said = [(_mode(content), str(row["step"])) for content in inputs.verifications.values() for row in content["rows"]]
+    known = {claim.id: claim for claim in expected(tuple(modes), said)}
     for content in inputs.verifications.values():
         for id, facts in _facts(content):
-            if id in known:
+            if known[id].status is not Status.FAIL:  # which another checkpoint of the same mode does not undo
                 known[id] = known[id].found(**facts)
     return list(known.values())
 
@@ -83,9 +83,7 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _noises(error: dict[str, Any]) -> float:
     """``noise.ErrorRatio.ratio``, from its JSON."""
     found, noise = float(error["optimised"]), max(float(error["baseline"]), float(error["floor"]))
-    if noise == 0:
-        return 0.0 if found == 0 else math.inf
-    return found / noise
+    return found / noise if noise else math.inf if found else 0.0
 
 
 def _status(passed: bool) -> Status:
