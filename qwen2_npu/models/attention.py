@@ -178,11 +178,12 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are
         # copied. In a GE graph these copies vanish (qwen2_npu.graph.layout_copies).
-        if inputs.slots is not None:
-            key, value = key.squeeze(1), value.squeeze(1)
+        turned, rows = self.optimizations.one_rotary and phase == "decode", inputs.slots is not None
+        if rows:  # the operator that writes them takes three dimensions; a view of a copy would keep it in the graph
+            key, value = key.squeeze(1) if turned else key, value.squeeze(1)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        if self.optimizations.one_rotary and phase == "decode":
-            pass  # turned before they were split
+        if turned:
+            pass
         elif kept is None:
             query, key = self._rotate_fused(query, key, *cos_sin)
         else:  # npu_apply_rotary_pos_emb takes as many positions of q as of k
@@ -190,7 +191,8 @@ class Attention(nn.Module):
             query = torch.ops.npu.npu_rotary_mul(query, *of_kept, rotary_mode="half")
             key = torch.ops.npu.npu_rotary_mul(key, *cos_sin, rotary_mode="half")
         if cache is not None:
-            if inputs.slots is not None:
+            if rows:
+                key = key if turned else key.squeeze(1)
                 torch.ops.npu.npu_scatter_pa_kv_cache(key, value, *cache, inputs.slots, cache_mode="Norm")
             else:
                 for states, slots in zip((key, value), cache, strict=True):
