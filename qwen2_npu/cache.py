@@ -162,8 +162,14 @@ class FixedKVCache(Cache):
             ) from error
         self.key_cache, self.value_cache = tensors[: shape.layers], tensors[shape.layers :]
         self.write_index = torch.zeros(shape.batch_size, dtype=torch.int64, device=shape.device)
+        self._first_slots = torch.arange(shape.batch_size, device=shape.device) * shape.capacity
         self.drop_mask = torch.ones(shape.batch_size, shape.capacity, dtype=torch.bool, device=shape.device)
         self.sliding_drop_mask = self.drop_mask.clone() if shape.sliding_window is not None else None
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """(batch,) int64 on the device: ``write_index`` counted over all rows, each a block of ``capacity`` slots."""
+        return self._first_slots + self.write_index
 
     # ---- what the model does with it -----------------------------------------------------------------------------
     def check_room(self, batch_size: int, new_tokens: int) -> None:
@@ -200,6 +206,7 @@ class FixedKVCache(Cache):
             new.narrow(self.shape.slot_axis, 0, live).copy_(old.narrow(self.shape.slot_axis, 0, live))
         self.shape, self.key_cache, self.value_cache = larger.shape, larger.key_cache, larger.value_cache
         self.drop_mask, self.sliding_drop_mask = larger.drop_mask, larger.sliding_drop_mask
+        self._first_slots = larger._first_slots
         self._rebuild_masks()
 
     @contextlib.contextmanager

@@ -25,6 +25,8 @@ LADDER: tuple[str, ...] = (
     "fused_gate_up",
     "swiglu",
     "last_layer",
+    "one_rotary",
+    "kv_scatter",
 )
 """The steps in order. Up to ``ifa_tiling`` they are the guide's rows; the rest goes beyond it."""
 
@@ -54,6 +56,10 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "swiglu": ("fused_gate_up",),
     # It computes the positions alone whose logits are kept, against keys and values of all of them.
     "last_layer": ("flash_attention", "last_token_logits"),
+    # It turns the heads of q, k and v where one product left them.
+    "one_rotary": ("flash_attention", "fused_qkv"),
+    # Its cache of blocks is the BSND cache of the fused operators.
+    "kv_scatter": ("flash_attention",),
     # Between the two products of the experts stands npu_swiglu.
     "fused_moe": ("swiglu",),
     # Its product and all-reduce are one operator in the prefill of the fused operators.
@@ -80,6 +86,8 @@ DESCRIPTIONS: dict[str, str] = {
     "fused_gate_up": "one matmul for gate and up",
     "swiglu": "SiLU(gate)·up in one operator",
     "last_layer": "prefill computes the last layer, but for its k and v, on the kept positions only",
+    "one_rotary": "decode: one rotary operator over the heads of q, k and v as one tensor, before they are split",
+    "kv_scatter": "decode: one operator writes k and v; activations are (B, H), so that products are of two dimensions",
     "fused_moe": "mixture of experts: routing, grouped products and the sum over experts as npu:: operators",
     "mm_all_reduce": "prefill on several cards: o_proj and down_proj with their all-reduce in one operator",
     "w8a16": "8-bit weights, multiplied with the activations as they are (npu_weight_quant_batchmatmul)",
@@ -121,6 +129,8 @@ class Optimizations:
     fused_gate_up: bool = False
     swiglu: bool = False
     last_layer: bool = False
+    one_rotary: bool = False
+    kv_scatter: bool = False
     fused_moe: bool = False
     mm_all_reduce: bool = False
     w8a16: bool = False

@@ -41,6 +41,7 @@ class AttentionInputs(NamedTuple):
         mask: True = drop, in the shape the phase needs, None where nothing is to be dropped.
         sliding_mask: the same for layers with a sliding window.
         actual_seq_lengths: live KV tokens per row on the host, None where the operators should look at masks alone.
+        slots: (B,) with kv_scatter, in a decode step: ``write_index`` counted over all rows of the cache.
     """
 
     position_ids: torch.Tensor
@@ -48,6 +49,7 @@ class AttentionInputs(NamedTuple):
     mask: torch.Tensor | None = None
     sliding_mask: torch.Tensor | None = None
     actual_seq_lengths: list[int] | None = None
+    slots: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -96,14 +98,19 @@ class Attention(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor] | Cache | None,
         kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, H) -> (B, S or kept, H), and the attention weights (B, N, S, tokens) of small operators.
+        """(B, S, H) -> (B, S or kept, H), and the attention weights (B, N, S, tokens) of small operators. (B, H) of a
+        decode step as rows -> (B, H).
 
         Args:
-            cos_sin: shared by the layers from the flash_attention step on, (B, S, 1, D) each; None before it.
+            cos_sin: shared by the layers from the flash_attention step on, (B, S, 1, D) each; (B, 1, N + 2·K, D) of a
+                decode step with one_rotary; None before flash_attention.
             cache: this layer's k and v tensor, the growing stock cache, or None.
             kept: (B, kept) new positions whose attention is wanted, with fused operators; None for all.
         """
-        query, key, value = self._project(hidden_states, kept)
+        if self.optimizations.one_rotary and phase == "decode":
+            query, key, value = self._project_and_rotate(hidden_states, cos_sin)
+        else:
+            query, key, value = self._project(hidden_states, kept)
         batch, tokens = query.shape[:2]
         weights: torch.Tensor | None = None
         if self.optimizations.flash_attention:
@@ -117,7 +124,8 @@ class Attention(nn.Module):
         # A decode step goes through o_proj in two dimensions: in three, the graph engine pads the product (the guide's
         # out-of-memory fix).
         if tokens == 1:
-            return self.o_proj(context.reshape(batch, self.widths[0]), phase).unsqueeze(1), weights
+            summed = self.o_proj(context.reshape(batch, self.widths[0]), phase)
+            return summed if len(hidden_states.shape) == 2 else summed.unsqueeze(1), weights
         return self.o_proj(context.reshape(batch, tokens, self.widths[0]), phase), weights
 
     def _project(self, hidden_states: Activations, kept: torch.Tensor | None) -> list[torch.Tensor]:
@@ -131,7 +139,17 @@ class Attention(nn.Module):
         else:
             states = [self.q_proj(asking), self.k_proj(hidden_states), self.v_proj(hidden_states)]
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        return [state.reshape(*state.shape[:2], n, self.head_dim) for state, n in zip(states, heads, strict=True)]
+        batch = hidden_states.shape[0]
+        return [state.reshape(batch, -1, n, self.head_dim) for state, n in zip(states, heads, strict=True)]
+
+    def _project_and_rotate(
+        self, hidden_states: Activations, cos_sin: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """As :meth:`_project`, q and k turned: one operator over all heads, in which those of v stay as they are."""
+        assert cos_sin is not None
+        states = self.qkv_proj(hidden_states).view(hidden_states.shape[0], 1, -1, self.head_dim)
+        turned: torch.Tensor = torch.ops.npu.npu_rotary_mul(states, *cos_sin, rotary_mode="half")
+        return turned.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
 
     def _mask(self, inputs: AttentionInputs) -> torch.Tensor | None:
         return inputs.mask if self.window is None else inputs.sliding_mask
@@ -160,16 +178,25 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         # The operators take contiguous tensors, and the rotary one writes in place: parts of one qkv product are
         # copied. In a GE graph these copies vanish (qwen2_npu.graph.layout_copies).
+        turned, rows = self.optimizations.one_rotary and phase == "decode", inputs.slots is not None
+        if rows:  # the operator that writes them takes three dimensions; a view of a copy would keep it in the graph
+            key, value = key.squeeze(1) if turned else key, value.squeeze(1)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        if kept is None:
+        if turned:
+            pass
+        elif kept is None:
             query, key = self._rotate_fused(query, key, *cos_sin)
         else:  # npu_apply_rotary_pos_emb takes as many positions of q as of k
             of_kept = [take_positions(part, kept) for part in cos_sin]
             query = torch.ops.npu.npu_rotary_mul(query, *of_kept, rotary_mode="half")
             key = torch.ops.npu.npu_rotary_mul(key, *cos_sin, rotary_mode="half")
         if cache is not None:
-            for states, slots in zip((key, value), cache, strict=True):
-                torch.ops.npu.scatter_update_(slots, inputs.write_index, states, 1)
+            if rows:
+                key = key if turned else key.squeeze(1)
+                torch.ops.npu.npu_scatter_pa_kv_cache(key, value, *cache, inputs.slots, cache_mode="Norm")
+            else:
+                for states, slots in zip((key, value), cache, strict=True):
+                    torch.ops.npu.scatter_update_(slots, inputs.write_index, states, 1)
             if phase != "prefill":
                 key, value = cache
         if kept is not None:

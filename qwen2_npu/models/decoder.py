@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Qwen2Config
@@ -14,7 +16,16 @@ from qwen2_npu.checkpoint.quantization import Quantization, quantization_of
 from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.models.layers import FLOAT, MLP, Embedding, Products, RMSNorm, RotaryTable, take_positions
+from qwen2_npu.models.layers import (
+    FLOAT,
+    MLP,
+    Embedding,
+    Products,
+    RMSNorm,
+    RotaryTable,
+    for_all_heads,
+    take_positions,
+)
 from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
@@ -89,6 +100,7 @@ class Network(nn.Module):
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
+        self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
         quantization = quantization_of(config)
         self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
@@ -127,6 +139,13 @@ class Network(nn.Module):
         """
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
+        if cos_sin is not None and self.one_rotary and phase == "decode":
+            attention: Any = self.layers[0].self_attn
+            cos, sin = cos_sin
+            cos_sin = for_all_heads(cos, sin, attention.heads + attention.kv_heads, attention.kv_heads)
+        as_rows = self.rows_alone and phase == "decode" and record is None
+        if as_rows:  # of two dimensions, the graph engine makes plain products
+            hidden_states = hidden_states.squeeze(1)
         residual: torch.Tensor | None = None
         attentions = None if record is None else record[1]
         *_, last = self.layers
@@ -139,4 +158,4 @@ class Network(nn.Module):
         hidden_states, _ = self.norm(hidden_states, residual)
         if record is not None:
             record[0].append(hidden_states)
-        return hidden_states
+        return hidden_states.unsqueeze(1) if as_rows else hidden_states

@@ -253,4 +253,8 @@ def fixed_cache_step(
             yield "extend", AttentionInputs(position_ids, write_index, mask, sliding, lengths)
         else:
             live, sliding = masks.decode(cache)
-            yield "decode", AttentionInputs(position_ids, write_index, live, sliding, cache.lengths if tiling else None)
+            slots = cache.slots if masks.optimizations.kv_scatter else None
+            yield (
+                "decode",
+                AttentionInputs(position_ids, write_index, live, sliding, cache.lengths if tiling else None, slots),
+            )

@@ -228,6 +228,14 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up, phase)
 
 
+def for_all_heads(cos: torch.Tensor, sin: torch.Tensor, turned: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, 1, D) each -> (B, S, turned + kept, D): the angles for the first heads, 1 and 0 for the others, which then
+    stay as they are."""
+    # Two products and a sum, exact: a graph has no cheaper way to fill the rest.
+    turns = torch.cat((cos.new_ones(turned, 1), cos.new_zeros(kept, 1)))
+    return cos * turns + (1 - turns), sin * turns
+
+
 TABLE_ROWS = 131072
 """Positions that a rotary table has at least, unless the model has fewer: as many as a checkpoint usually has."""
 

@@ -44,7 +44,11 @@ class Qwen2ForCausalLM(Backbone, GenerationMixin):  # type: ignore[misc]
         self.lm_head = new_embeddings
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self._of_all_ranks(self.lm_head(hidden_states))
+        if self.optimizations.kv_scatter and hidden_states.shape[1] == 1:  # a product of two dimensions
+            logits = self.lm_head(hidden_states.squeeze(1)).unsqueeze(1)
+        else:
+            logits = self.lm_head(hidden_states)
+        logits = self._of_all_ranks(logits)
         return logits.float() if LOGITS_IN_FLOAT32 else logits
 
     def _of_all_ranks(self, logits: torch.Tensor) -> torch.Tensor:

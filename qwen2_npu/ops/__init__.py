@@ -26,7 +26,12 @@ from qwen2_npu.ops.quantization import (
 from qwen2_npu.ops.registry import register
 from qwen2_npu.ops.rotary import npu_apply_rotary_pos_emb, npu_rotary_mul
 from qwen2_npu.ops.routing import npu_moe_finalize_routing, npu_moe_gating_top_k_softmax, npu_moe_init_routing_v2
-from qwen2_npu.ops.scatter import scatter_update, scatter_update_
+from qwen2_npu.ops.scatter import (
+    npu_scatter_pa_kv_cache,
+    npu_scatter_pa_kv_cache_functional,
+    scatter_update,
+    scatter_update_,
+)
 from qwen2_npu.ops.schemas import SCHEMAS
 from qwen2_npu.ops.swiglu import npu_swiglu
 
@@ -43,6 +48,8 @@ kernels: dict[str, Callable[..., Any]] = {
     "npu_rotary_mul": npu_rotary_mul,
     "scatter_update_": scatter_update_,
     "scatter_update": scatter_update,
+    "npu_scatter_pa_kv_cache": npu_scatter_pa_kv_cache,
+    "npu_scatter_pa_kv_cache_functional": npu_scatter_pa_kv_cache_functional,
     "npu_swiglu": npu_swiglu,
     "npu_mm_all_reduce_base": npu_mm_all_reduce_base,
     "npu_moe_gating_top_k_softmax": npu_moe_gating_top_k_softmax,

@@ -1,11 +1,14 @@
-"""Cache writes: scatter_update_ (in place) and scatter_update (a copy)."""
+"""Cache writes: scatter_update_, npu_scatter_pa_kv_cache (both in place), scatter_update and
+npu_scatter_pa_kv_cache_functional (copies)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen2_npu.ops.checks import INDEX_DTYPES, check_same_dtype, invalid, is_readable
+from qwen2_npu.ops.checks import INDEX_DTYPES, check_same_dtype, invalid, is_readable, reject_unsupported
 
 
 def scatter_update_(input: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
@@ -32,6 +35,95 @@ def scatter_update(input: Tensor, indices: Tensor, updates: Tensor, axis: int) -
     """As `scatter_update_`, on a copy of `input`."""
     _check("scatter_update", input, indices, updates, axis)
     return _write("scatter_update", input.clone(), indices, updates, axis)
+
+
+def npu_scatter_pa_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cache_mode: str | None = "PA_NZ",
+    **unsupported: Any,
+) -> None:
+    """cache[slot // block, slot % block] = states, of k and of v: one slot per token, in a cache of blocks.
+
+    Args:
+        key, value: (T, K, D) and (T, K, Dv), any dtype.
+        key_cache, value_cache: (blocks, block, K, D) and (…, Dv), of that dtype; written in place.
+        slot_mapping: (T,) int32 or int64, no slot twice.
+        cache_mode: 'Norm', which is also None's meaning. The schema's default, NZ blocks, is not supported.
+        unsupported: the schema's remaining arguments.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or an argument that is not supported.
+        IndexError: a slot that is not in the cache. Checked on the CPU in eager mode alone, as in scatter_update_.
+    """
+    op = "npu_scatter_pa_kv_cache"
+    _write_slots(op, key, value, key_cache, value_cache, slot_mapping, cache_mode, unsupported)
+
+
+def npu_scatter_pa_kv_cache_functional(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cache_mode: str | None = "PA_NZ",
+    **unsupported: Any,
+) -> tuple[Tensor, Tensor]:
+    """As `npu_scatter_pa_kv_cache`, on copies of the caches, which are returned."""
+    op, caches = "npu_scatter_pa_kv_cache_functional", (key_cache.clone(), value_cache.clone())
+    _write_slots(op, key, value, *caches, slot_mapping, cache_mode, unsupported)
+    return caches
+
+
+def _write_slots(
+    op: str,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    cache_mode: str | None,
+    unsupported: dict[str, Any],
+) -> None:
+    if unsupported:
+        reject_unsupported(op, unsupported)
+    if cache_mode not in ("Norm", None):
+        raise invalid(op, "cache_mode", cache_mode, "'Norm'")
+    check_same_dtype(op, key, value=value, key_cache=key_cache, value_cache=value_cache)
+    if key.dim() != 3:
+        raise invalid(op, "key", key, "3 dimensions, (tokens, heads, D)")
+    if value.dim() != 3 or value.shape[:2] != key.shape[:2]:
+        raise invalid(op, "value", value, f"(tokens, heads, D) with the key's tokens and heads, {tuple(key.shape[:2])}")
+    if slots.dtype not in INDEX_DTYPES or slots.shape != key.shape[:1]:
+        raise invalid(op, "slot_mapping", slots, f"({key.shape[0]},), one slot per token, int32 or int64")
+    if key_cache.dim() != 4 or key_cache.shape[2:] != key.shape[1:]:
+        raise invalid(
+            op, "key_cache", key_cache, f"(blocks, block, heads, D) of the key's heads and D, {key.shape[1:]}"
+        )
+    blocks, block = key_cache.shape[:2]
+    if value_cache.shape != (blocks, block, *value.shape[1:]):
+        raise invalid(op, "value_cache", value_cache, f"{(blocks, block, *value.shape[1:])}")
+    if is_readable(slots):
+        for token, slot in enumerate(found := slots.tolist()):
+            if not 0 <= slot < blocks * block:
+                raise IndexError(
+                    f"npu::{op}: slot_mapping[{token}] is {slot}; the cache has {blocks} blocks of {block} slots"
+                )
+        if len(found) == 1 and is_readable(key_cache):
+            at = divmod(found[0], block)
+            key_cache[at].copy_(key[0])
+            value_cache[at].copy_(value[0])
+            return
+    slots = slots.to(device=key_cache.device, dtype=torch.int64)
+    # Two indices and no view of the cache: a compiled graph then writes where it lies.
+    where: list[Tensor | None] = [slots // block, slots % block]
+    torch.ops.aten.index_put_(key_cache, where, key)
+    torch.ops.aten.index_put_(value_cache, where, value)
 
 
 def _check(op: str, data: Tensor, indices: Tensor, updates: Tensor, axis: int) -> int:

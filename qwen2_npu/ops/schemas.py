@@ -63,6 +63,16 @@ SCHEMAS: Final = MappingProxyType(
         ),
         "scatter_update_": "scatter_update_(Tensor(a!) input, Tensor indices, Tensor updates, int axis) -> Tensor(a!)",
         "scatter_update": "scatter_update(Tensor input, Tensor indices, Tensor updates, int axis) -> Tensor",
+        "npu_scatter_pa_kv_cache": (
+            "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+            "Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, "
+            'Tensor? seq_lens=None, str? cache_mode="PA_NZ") -> ()'
+        ),
+        "npu_scatter_pa_kv_cache_functional": (
+            "npu_scatter_pa_kv_cache_functional(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, "
+            "Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, "
+            'Tensor? seq_lens=None, str? cache_mode="PA_NZ") -> (Tensor, Tensor)'
+        ),
         "npu_swiglu": "npu_swiglu(Tensor input, int dim=-1) -> Tensor",
         "npu_mm_all_reduce_base": (
             'npu_mm_all_reduce_base(Tensor x1, Tensor x2, str hcom, *, str reduce_op="sum", Tensor? bias=None, '
@@ -130,6 +140,7 @@ SCHEMAS: Final = MappingProxyType(
 
 _QUANTISATION = ("quant_scale1", "quant_scale2", "quant_offset2")
 _ANTIQUANTISATION = ("antiquant_scale", "antiquant_offset")
+_COMPRESSION = ("compress_lens", "compress_seq_offsets", "seq_lens")
 
 
 def _absent(*names: str) -> dict[str, object]:
@@ -158,6 +169,8 @@ UNSUPPORTED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
             "value_antiquant_mode": 0,
         },
         "npu_rotary_mul": _absent("rotate"),
+        "npu_scatter_pa_kv_cache": _absent(*_COMPRESSION),
+        "npu_scatter_pa_kv_cache_functional": _absent(*_COMPRESSION),
         "npu_mm_all_reduce_base": {
             **_absent(
                 *_ANTIQUANTISATION, "dequant_scale", "pertoken_scale", "comm_quant_scale_1", "comm_quant_scale_2"

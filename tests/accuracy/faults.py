@@ -153,6 +153,21 @@ def _position_before(model: Any) -> None:
         layer.forward = forward
 
 
+def _value_turned(model: Any) -> None:
+    """The heads of v get the angles of q and k in a decode step."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+
+        def turned(hidden_states: torch.Tensor, cos_sin: Any, right: Any = attention._project_and_rotate) -> Any:
+            return right(hidden_states, [table[:, :, :1].expand_as(table) for table in cos_sin])
+
+        attention._project_and_rotate = turned
+
+
+def _next_slot_of_block(arguments: Arguments) -> None:
+    arguments["slot_mapping"] = arguments["slot_mapping"] + 1
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "rope_halves_swapped",
@@ -226,5 +241,19 @@ FAULTS: tuple[Fault, ...] = (
         place=r"logits_to_keep=1",
         batch="ragged",
         patch=_position_before,
+    ),
+    Fault(
+        "value_turned",
+        "the rotary operator over the heads of q, k and v turns v, too",
+        step="one_rotary",
+        place=r"layer 0, value \(npu_rotary_mul, scatter_update_\).*decode step 0",
+        patch=_value_turned,
+    ),
+    Fault(
+        "kv_slot_of_another_token",
+        "keys and values of a decode step are written one slot behind their place",
+        step="kv_scatter",
+        place=r"layer 0, key \(.*npu_scatter_pa_kv_cache\).*decode step 0",
+        alter={"npu_scatter_pa_kv_cache": _next_slot_of_block},
     ),
 )

@@ -143,8 +143,8 @@ def _strides_ignored(layer: Any, model: Any) -> None:
     attention = layer.self_attn
     project = attention._project
 
-    def misread(hidden_states: Tensor) -> list[Tensor]:
-        query, key, value = project(hidden_states)
+    def misread(*given: Any) -> list[Tensor]:
+        query, key, value = project(*given)
         if not torch.compiler.is_compiling():
             key = key.as_strided(key.shape, torch.empty(key.shape, device="meta").stride(), key.storage_offset())
         return [query, key, value]

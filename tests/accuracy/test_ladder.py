@@ -50,6 +50,7 @@ OPERATORS: dict[str, set[str]] = {
     "flash_attention": {"npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_rotary_mul"},
     "add_rms_norm": {"npu_rms_norm", "npu_add_rms_norm"},
     "swiglu": {"npu_swiglu"},
+    "kv_scatter": {"npu_scatter_pa_kv_cache"},
 }
 """Step -> the operators that it brings in, and that no step before it calls (head_dim 64)."""
 

@@ -138,7 +138,7 @@ def test_meta_kernel_has_the_same_shapes_and_dtypes(record: OperatorRecord) -> N
             continue
         arguments = record.arguments(sample.parameters, "bfloat16", sample.seed)
         expected = record.golden(arguments, "bfloat16")
-        outputs = call(operator_of(record.name), to_tensors(arguments, "bfloat16", "meta"))
+        outputs = call(operator_of(record.name), to_tensors(arguments, "bfloat16", "meta"), record.writes)
         assert len(outputs) == len(expected), sample.name
         for want, output in zip(expected, outputs, strict=True):
             assert output.device.type == "meta", sample.name

@@ -10,7 +10,7 @@ import torch
 
 from qwen2_npu.conformance.graph.cost import COLLECTIVES, PRODUCTS
 from qwen2_npu.conformance.graph.lowering import Lowered
-from qwen2_npu.conformance.graph.shapes import DATA, LENGTHS, GraphValue, Operation, cache_inputs, operations
+from qwen2_npu.conformance.graph.shapes import DATA, LENGTHS, WRITES, GraphValue, Operation, cache_inputs, operations
 from qwen2_npu.optimizations import Optimizations
 
 Problems = Iterator[str]
@@ -46,15 +46,18 @@ class Graph:
 
 def kv_in_place(graph: Graph) -> Problems:
     """Every layer writes k and v straight into the caller's cache, and nothing copies a cache."""
-    scatters = graph.of_type("Scatter")
-    wanted = 2 * graph.lowered.layers
-    if len(scatters) != wanted:
-        yield f"{len(scatters)} Scatter nodes, expected {wanted}: one for k and one for v per layer"
+    scatters, layers = graph.of_type(*WRITES), graph.lowered.layers
+    wanted = {"Scatter": (2 * layers, "one for k and one for v"), "ScatterPaKvCache": (0, "none")}
+    if graph.optimizations.kv_scatter and graph.lowered.phase == "decode":
+        wanted = {"Scatter": (0, "none"), "ScatterPaKvCache": (layers, "one for k and v")}
+    for name, (count, each) in wanted.items():
+        if (found := len(graph.of_type(name))) != count:
+            yield f"{found} {name} nodes, expected {count}: {each} per layer"
     inputs = cache_inputs(graph.lowered.nodes)
     for op in scatters:
-        target = op.node.inputs[0]
-        if target is None or target.node not in inputs:
-            yield f"{op.node.name} writes {target and target.node}, a copy, not an input of the graph"
+        for target in (op.node.inputs[index] for index in WRITES[op.node.type]):
+            if target is None or target.node not in inputs:
+                yield f"{op.node.name} writes {target and target.node}, a copy, not an input of the graph"
     for op in graph.of_type("Assign"):
         yield f"{op.node.name} copies a result back into an input: the write was not in place"
     if len(inputs) == 0:
@@ -169,6 +172,21 @@ def live_attention(graph: Graph) -> Problems:
             yield f"{op.node.name} is given no actual_seq_lengths and attends the whole cache"
 
 
+def one_rotary_operator(graph: Graph) -> Problems:
+    """One operator turns q and k of a layer."""
+    turning = graph.of_type("RotaryMul", "ApplyRotaryPosEmb")
+    if [op.node.type for op in turning] != ["RotaryMul"] * graph.lowered.layers:
+        types = dict(Counter(op.node.type for op in turning))
+        yield f"{types} turn q and k, expected one RotaryMul in each of {graph.lowered.layers} layers"
+
+
+def plain_products(graph: Graph) -> Problems:
+    """Products of a decode step have two dimensions."""
+    for op in graph.products:
+        if op.node.type.startswith("BatchMatMul"):
+            yield f"{op.node.name} ({op.node.type}) is a product of {op.given[0].shape}, expected rows alone"
+
+
 def last_layer_on_kept_positions(graph: Graph) -> Problems:
     """Of the last layer k and v alone are computed for every token, all other products for one per row."""
     switched, lowered = graph.optimizations, graph.lowered
@@ -274,6 +292,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(activations_quantised_once, since="w8a8"),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
+    Invariant(one_rotary_operator, since="one_rotary", phases=("decode",)),
+    Invariant(plain_products, since="kv_scatter", phases=("decode",)),
 )
 
 

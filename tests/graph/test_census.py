@@ -35,8 +35,8 @@ FINAL = [
     if graph.step == SIZES[graph.size].ladder[-1]
 ]
 
-LAYER_KERNELS = {128: 14, 64: 13}
-"""head_dim -> kernels of one decode layer with every step on, at most: apply_rotary_pos_emb, or rotary_mul."""
+LAYER_KERNELS = {"decode": 11, "prefill": 14}
+"""Phase -> kernels of one layer with every step on, at most."""
 
 
 COLLECTIVE_KERNELS = 4
@@ -75,7 +75,7 @@ def test_invariants(graph: DocumentedGraph) -> None:
 @pytest.mark.parametrize("graph", FINAL)
 def test_kernels_of_a_layer(graph: DocumentedGraph) -> None:
     layer = census_of(graph).layer
-    allowed = LAYER_KERNELS[SIZES[graph.size].head_dim]
+    allowed = LAYER_KERNELS[graph.phase]
     if SIZES[graph.size].shards > 1:
         allowed += COLLECTIVE_KERNELS
     if SIZES[graph.size].experts:

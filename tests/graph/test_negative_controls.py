@@ -48,6 +48,8 @@ def test_without_a_fault_two_graphs(device: str) -> None:
     assert (counter.compiled, counter.runs) == (2, 1 + STEPS), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_a_mask_that_grows_with_the_tokens(device: str) -> None:
     """What the guide's sliding_window does where it is passed though unused: a mask of another shape every step."""
 
@@ -64,6 +66,8 @@ def test_a_mask_that_grows_with_the_tokens(device: str) -> None:
     assert any("size mismatch" in reason for reason in counter.reasons), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_a_growing_cache(device: str) -> None:
     """DynamicCache in place of the fixed one: new shapes, so a new graph, every step."""
     model = build(device, Optimizations.none())
@@ -105,6 +109,8 @@ def test_a_position_that_is_a_python_int(device: str) -> None:
     assert any("position" in reason for reason in counter.reasons), counter.describe()
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_live_lengths_in_a_static_graph(device: str) -> None:
     """actual_seq_lengths with dynamic=False, which compile_model refuses."""
 
@@ -272,8 +278,29 @@ def test_angles_read_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, query, key, cos + again.unsqueeze(2), sin)
 
     monkeypatch.setattr(Attention, "_rotate_fused", rotate)
-    problems = problems_of("decode", Optimizations.all(), Optimizations.all(), lambda model, arguments: None)
-    expect(problems, "nothing_repeated_in_layers")
+    before = Optimizations.up_to("last_layer")
+    expect(problems_of("decode", before, before, lambda model, arguments: None), "nothing_repeated_in_layers")
+
+
+@pytest.mark.parametrize(
+    ("step", "invariant"),
+    [("one_rotary", "one_rotary_operator"), ("kv_scatter", "kv_in_place"), ("kv_scatter", "plain_products")],
+)
+def test_a_step_of_decode_that_is_claimed_and_not_taken(step: str, invariant: str) -> None:
+    without = Optimizations.all().replace(**{step: False})
+    expect(problems_of("decode", without, Optimizations.all(), lambda model, arguments: None), invariant)
+
+
+def test_a_part_of_the_cache_in_place_of_all_of_it() -> None:
+    """The operator that writes k and v gets a view: torchair copies it, and the write goes to the copy."""
+
+    def change(model: Model, arguments: list[Any]) -> Any:
+        def step(tokens: Any, inputs: Any, caches: Any) -> torch.Tensor:
+            return model.decode_step(tokens, inputs, [(key[:, 1:], value) for key, value in caches])
+
+        return step
+
+    expect(problems_of("decode", Optimizations.all(), Optimizations.all(), change), "kv_in_place")
 
 
 def test_attention_over_the_whole_cache() -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torchair
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchair.configs.compiler_config import CompilerConfig
 
 from qwen2_npu.conformance.graph.lowering import DEVICE, lower_call
 from qwen2_npu.emulator.ge.proto import parse
@@ -72,7 +70,9 @@ def test_the_graph_gives_the_numbers_of_eager_mode(function: Callable[..., Any])
     torch.manual_seed(0)
     given = [t.npu() for t in tensors(function, 3, 64, 96)]
     torch._dynamo.reset()
-    backend = torchair.get_npu_backend(compiler_config=CompilerConfig())
+    import torchair
+
+    backend = torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
     graph = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*given)
     eager = function(*given)
     for one, other in zip(*((made if isinstance(made, tuple) else (made,)) for made in (graph, eager)), strict=True):

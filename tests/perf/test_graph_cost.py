@@ -45,6 +45,14 @@ STORY: tuple[tuple[str, Phase, str, Callable[[int, int], bool]], ...] = (
     ("last_layer", "prefill", "nbytes", lt),
     ("last_layer", "decode", "launches", eq),
     ("last_layer", "decode", "nbytes", eq),
+    ("one_rotary", "prefill", "launches", eq),
+    ("one_rotary", "prefill", "nbytes", eq),
+    ("one_rotary", "decode", "launches", lt),
+    ("one_rotary", "decode", "cache_bytes", eq),
+    ("kv_scatter", "prefill", "launches", eq),
+    ("kv_scatter", "prefill", "nbytes", eq),
+    ("kv_scatter", "decode", "launches", lt),
+    ("kv_scatter", "decode", "cache_bytes", eq),
 )
 """Step, phase, what it changes, and how it compares with the step before. fixed_kv_cache is no such step: see below."""
 

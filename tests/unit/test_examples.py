@@ -44,8 +44,8 @@ def test_all_are_here() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    # In a process that has imported everything; compiling takes seconds.
-    [pytest.param(path, marks=SLOW if path.stem == "count_graphs" else ()) for path in EXAMPLES],
+    # In a process that has imported everything; comparing and compiling take seconds.
+    [pytest.param(path, marks=() if path.stem == "generate" else SLOW) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
 def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,18 @@ def test_checks_before_a_commit_are_those_of_lint() -> None:
     assert hooks == lint
 
 
+def test_what_one_environment_leaves_out_another_one_runs() -> None:
+    lanes = set(tox("tox", "env_list")[0].split(", "))
+    left_out = {lane: " ".join(tox("elsewhere", lane)).replace("--ignore=", "").split() for lane in lanes}
+    commands = tox("testenv", "commands")
+    assert {f'{lane}: pytest -m "not slow" -n 2 {{posargs:{{[elsewhere]{lane}}}}}' for lane in lanes} <= set(commands)
+    for path in {path for paths in left_out.values() for path in paths}:
+        assert (ROOT / path).exists(), path
+        assert any(path not in paths for paths in left_out.values()), f"no environment runs {path}"
+    # On the emulated NPU all is run that is about an NPU, and every operator of the model.
+    assert not [path for path in left_out["emulated"] if not re.search(r"/(report|test_layering\.py)$", path)]
+
+
 def test_lint_is_part_of_every_run_of_tox() -> None:
     lanes = [
         name

@@ -24,7 +24,7 @@ from qwen2_npu.parallel.sharding import Shard, Unit
 
 ATTENTION_OPERATORS = ("npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_fused_infer_attention_score")
 ROTARY_OPERATORS = ("npu_apply_rotary_pos_emb", "npu_rotary_mul")
-CACHE_OPERATORS = ("scatter_update_", "scatter_update")
+CACHE_OPERATORS = ("scatter_update_", "scatter_update", "npu_scatter_pa_kv_cache")
 
 IN_INT8 = " in int8"
 """What the name of a point has after it where it is what 8 bits keep of a product's input."""
@@ -205,10 +205,12 @@ class _Watch(TorchFunctionMode):
     def _read(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
         """(B, S, heads, D) each. The operators that ran so far are told apart by what they make."""
         ran = list(self.capture.pending)
+        # One call is one over the heads of q, k and v.
+        of_value = ("npu_rotary_mul",) if ran.count("npu_rotary_mul") == 1 else ()
         for name, tensor, makers in (
             ("query", query, ROTARY_OPERATORS),
             ("key", key, ROTARY_OPERATORS + CACHE_OPERATORS),
-            ("value", value, CACHE_OPERATORS),
+            ("value", value, of_value + CACHE_OPERATORS),
         ):
             if tensor is None:
                 continue

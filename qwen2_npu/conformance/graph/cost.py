@@ -173,6 +173,12 @@ def _scatter(op: Operation) -> Cost:
     return moved([*op.given[1:], GraphValue(updates.shape, updates.dtype, cache.origin)])
 
 
+def _paged_scatter(op: Operation) -> Cost:
+    key, key_cache, slots, value, value_cache = op.given[:5]
+    written = [GraphValue(new.shape, new.dtype, old.origin) for new, old in ((key, key_cache), (value, value_cache))]
+    return moved([key, value, slots, *written])
+
+
 def _incremental_attention(op: Operation) -> Cost:
     """q·k and p·v over the live slots: 4·N·D FLOPs per slot; k and v of those slots are read."""
     query, key = op.given[:2]
@@ -243,6 +249,7 @@ RULES: dict[str, Callable[[Operation], Cost]] = {
     "HcomReduceScatter": _reduce_scatter,
     "HcomBroadcast": _broadcast,
     "Scatter": _scatter,
+    "ScatterPaKvCache": _paged_scatter,
     "IncreFlashAttention": _incremental_attention,
     "PromptFlashAttention": _prompt_attention,
     "FusedInferAttentionScore": _infer_attention,

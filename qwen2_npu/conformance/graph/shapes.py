@@ -128,14 +128,15 @@ def _outputs(made: Any) -> tuple[torch.Tensor, ...]:
     return tuple(made) if isinstance(made, tuple | list) else (made,)
 
 
+WRITES = {"Scatter": (0,), "ScatterPaKvCache": (1, 4)}
+"""GE operator -> its inputs that it writes in place."""
+
+
 def cache_inputs(nodes: list[Node]) -> set[str]:
-    """Names of the Data nodes that a Scatter writes: the KV cache."""
+    """Names of the Data nodes that are written: the KV cache."""
     data = {node.name for node in nodes if node.type in DATA}
-    return {
-        node.inputs[0].node
-        for node in nodes
-        if node.type == "Scatter" and node.inputs[0] is not None and node.inputs[0].node in data
-    }
+    targets = [node.inputs[index] for node in nodes for index in WRITES.get(node.type, ())]
+    return {edge.node for edge in targets if edge is not None and edge.node in data}
 
 
 def _data(node: Node, lowered: Lowered, is_cache: bool) -> tuple[torch.Tensor, Origin]:
@@ -160,7 +161,10 @@ def _live_slots(node: Node, tensors: dict[Edge, torch.Tensor], batch: int) -> in
 
 def _origin_of_result(node: Node, inputs: tuple[GraphValue | None, ...]) -> Origin:
     first = inputs[0] if inputs else None
-    if first is not None and (node.type in VIEWS or (node.type == "Scatter" and first.origin == "cache")):
+    if node.type in WRITES:
+        written = {value.origin for index in WRITES[node.type] if (value := inputs[index]) is not None}
+        return "cache" if written == {"cache"} else "activation"
+    if first is not None and node.type in VIEWS:
         return first.origin
     if first is not None and node.type == "Transpose" and first.origin == "weight":
         return "weight"

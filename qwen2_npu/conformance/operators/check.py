@@ -119,8 +119,13 @@ def operator_of(name: str) -> Implementation:
     return found
 
 
-def call(implementation: Implementation, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def call(
+    implementation: Implementation, tensors: dict[str, Any], writes: Sequence[str] = ()
+) -> tuple[torch.Tensor, ...]:
+    """What it returns; of one that returns nothing, the arguments that it writes."""
     returned = implementation(**tensors)
+    if returned is None:
+        return tuple(tensors[name] for name in writes)
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
@@ -191,7 +196,7 @@ def run_and_compare(
     """``find_problems`` for arguments and a golden that are already there."""
     tensors = to_tensors(arguments, dtype, device, strided)
     before = {name: value.clone() for name, value in by_name(tensors).items()}
-    outputs = call(implementation or operator_of(operator.name), tensors)
+    outputs = call(implementation or operator_of(operator.name), tensors, operator.writes)
     problems = [str(found) for found in compare_all(expected, [to_array(output) for output in outputs])]
     problems += wrong_dtypes(expected, outputs, dtype)
     problems += side_effects(operator, before, by_name(tensors), outputs)

@@ -105,8 +105,7 @@ _NAMES: dict[str, str] = {
         npu::npu_batch_gather_matmul_ npu::npu_ffn_to_attention npu::npu_ffn_worker_batching
         npu::npu_gather_pa_kv_cache npu::npu_gather_pa_kv_cache_functional npu::npu_mrope
         npu::npu_qkv_rms_norm_rope_cache npu::npu_qkv_rms_norm_rope_cache_functional npu::npu_scatter_list
-        npu::npu_scatter_list_ npu::npu_scatter_pa_cache.value npu::npu_scatter_pa_kv_cache
-        npu::npu_scatter_pa_kv_cache_functional npu::npu_top_k_top_p_sample
+        npu::npu_scatter_list_ npu::npu_scatter_pa_cache.value npu::npu_top_k_top_p_sample
     """,
     _SUPERSEDED: """
         npu::npu_fused_attention_layernorm_qkv_fwd npu::npu_fused_attention_qkv_grad npu::npu_fused_attention_score

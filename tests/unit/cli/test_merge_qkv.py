@@ -93,7 +93,12 @@ def test_options_that_do_not_fit(arguments: list[str], message: str, folder: Pat
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("command", ["generate", "verify", "bench"])
+IN_CI = (pytest.mark.slow, pytest.mark.slow_in_ci)
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", pytest.param("verify", marks=IN_CI), pytest.param("bench", marks=IN_CI)]
+)
 def test_the_guide_s_folder_needs_its_tp_size(command: str, by_guide: Path, tmp_path: Path) -> None:
     options = {
         "generate": ["--prompt", "Once upon", "--max-new-tokens", 2],
@@ -108,6 +113,8 @@ def test_the_guide_s_folder_needs_its_tp_size(command: str, by_guide: Path, tmp_
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize("command", ["verify", "bench"])
 def test_a_folder_merged_for_several_ranks_is_compared(command: str, tmp_path: Path) -> None:
     merge_qkv(tiny.path(), tmp_path / "merged", tp_size=2)

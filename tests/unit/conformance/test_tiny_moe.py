@@ -122,6 +122,8 @@ def test_greedy_text_is_sensible(model: Any) -> None:
 
 # ---- compared -------------------------------------------------------------------------------------------------------
 @needs_mixture
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_verify_passes_with_the_operators_of_experts_and_shows_their_choices(tmp_path: Path) -> None:
     report = tmp_path / "verify.json"
     options = ["--model-path", str(tiny_moe.path()), "--device", "cpu", "--steps", "fused_moe", "--json", str(report)]
@@ -130,11 +132,13 @@ def test_verify_passes_with_the_operators_of_experts_and_shows_their_choices(tmp
     (row,) = json.loads(report.read_text())["rows"]
     experts = row["experts"]
     assert experts["agreements"] + experts["excused"] == experts["choices"]
-    # Three layers have experts; hidden states and a prefill with the last logits alone route all prompts again.
-    prompts, decoded = (
-        sum(batch["paths"][path]["positions"] for batch in row["batches"].values()) for path in ("prefill", "decode")
+    # Three layers have experts; hidden states and a prefill with the last logits alone route all prompts again, but for
+    # the last layer of the latter, which has one token per row.
+    prompts, decoded, rows = (
+        sum(batch["paths"][path]["positions"] for batch in row["batches"].values())
+        for path in ("prefill", "decode", "last_token")
     )
-    assert experts["choices"] == 3 * (3 * prompts + decoded)
+    assert experts["choices"] == 3 * (2 * prompts + decoded) + 2 * prompts + rows
     assert experts["left_out"] == 0
     _, table = done.output.split("Experts that the routers would choose")
     assert ["fused_moe", *map(str, experts.values())] in [line.split() for line in table.splitlines()]

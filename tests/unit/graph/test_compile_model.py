@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,13 +64,17 @@ def prompt(batch, tokens, ragged=False):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-IN_FAST_LANE = ("fixed_kv_cache", "flash_attention", LADDER[-1])
-"""Steps whose graphs differ in their inputs; the others change what is inside."""
+IN_CI = ("fixed_kv_cache", "flash_attention")
+"""Steps whose graphs differ in their inputs; the others change what is inside. The last one is in the fast lane."""
 
 
-@pytest.mark.parametrize(
-    "step", [step if step in IN_FAST_LANE else pytest.param(step, marks=pytest.mark.slow) for step in LADDER]
-)
+def lane(step: str) -> Any:
+    if step == LADDER[-1]:
+        return step
+    return pytest.param(step, marks=(pytest.mark.slow, pytest.mark.slow_in_ci) if step in IN_CI else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("step", [lane(step) for step in LADDER])
 def test_one_prefill_and_one_decode_graph_over_many_steps_prompts_and_calls(weights, counter, step):
     model = build(weights, Optimizations.up_to(step))
     calls = [prompt(3, 9), prompt(3, 9, ragged=True), prompt(3, 9)]

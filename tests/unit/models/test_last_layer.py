@@ -40,10 +40,12 @@ def build(weights: Any, optimizations: Optimizations) -> Any:
 
 
 def computed(model: Any) -> list[tuple[int, ...]]:
-    """Shapes that the MLP of each layer is given from now on."""
+    """Rows, and tokens of each, that the MLP of each layer is given from now on."""
     shapes: list[tuple[int, ...]] = []
     for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[:2])))
+        layer.mlp.register_forward_pre_hook(
+            lambda _, given: shapes.append((len(given[0]), given[0].shape[:-1].numel() // len(given[0])))
+        )
     return shapes
 
 

@@ -106,6 +106,75 @@ def test_compiled_mutates_the_cache_and_serves_every_position(axis: int) -> None
     assert counter.frame_count == 1
 
 
+# ---- a cache of blocks ----------------------------------------------------------------------------------------------
+def paged(tokens: int, blocks: int = 3, block: int = 5) -> tuple[Tensor, ...]:
+    """k, v and their caches."""
+    return (
+        torch.randn(tokens, 2, 4), torch.randn(tokens, 2, 4), torch.randn(blocks, block, 2, 4),
+        torch.randn(blocks, block, 2, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["Norm", None])
+@pytest.mark.parametrize("slots", [[7], [14, 0, 5], list(range(15))])
+def test_each_token_is_written_to_its_slot_and_nothing_else(slots: list[int], mode: str | None) -> None:
+    key, value, *caches = paged(len(slots))
+    want = [cache.clone() for cache in caches]
+    for states, cache in zip((key, value), want, strict=True):
+        cache.view(-1, 2, 4)[slots] = states
+    before = [cache.clone() for cache in caches]
+    found = npu.npu_scatter_pa_kv_cache_functional(key, value, *caches, torch.tensor(slots), cache_mode=mode)
+    for cache, other, wanted, old in zip(caches, found, want, before, strict=True):
+        assert torch.equal(other, wanted)
+        assert torch.equal(cache, old)
+    assert npu.npu_scatter_pa_kv_cache(key, value, *caches, torch.tensor(slots), cache_mode=mode) is None
+    assert all(map(torch.equal, caches, want))
+
+
+def test_blocks_write_what_rows_of_a_fixed_cache_write() -> None:
+    """A cache (B, C, K, D) is B blocks of C slots: row b writes at b·C + pos."""
+    key, value, *caches = paged(3)
+    rows = [cache.clone() for cache in caches]
+    at = torch.tensor([4, 0, 2])
+    npu.npu_scatter_pa_kv_cache(key, value, *caches, torch.arange(3) * 5 + at, cache_mode="Norm")
+    for states, cache in zip((key, value), rows, strict=True):
+        npu.scatter_update_(cache, at, states[:, None], 1)
+    assert all(map(torch.equal, caches, rows))
+
+
+@pytest.mark.parametrize("slot", [-1, 15, 1000])
+def test_a_slot_that_is_not_in_the_cache_is_refused_before_anything_is_written(slot: int) -> None:
+    for slots in ([slot], [0, slot]):
+        key, value, *caches = paged(len(slots))
+        before = [cache.clone() for cache in caches]
+        with pytest.raises(IndexError, match=rf"slot_mapping\[{len(slots) - 1}\] is {slot}; .* 3 blocks of 5 slots"):
+            npu.npu_scatter_pa_kv_cache(key, value, *caches, torch.tensor(slots), cache_mode="Norm")
+        assert all(map(torch.equal, caches, before))
+
+
+def test_nz_blocks_are_refused_and_they_are_the_schema_s_default() -> None:
+    with pytest.raises(ValueError, match="npu::npu_scatter_pa_kv_cache: cache_mode is 'PA_NZ'; supported: 'Norm'"):
+        npu.npu_scatter_pa_kv_cache(*paged(1), torch.tensor([0]))
+
+
+def test_compiled_writes_the_blocks_where_they_lie_and_serves_every_position() -> None:
+    def function(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Any:
+        npu.npu_scatter_pa_kv_cache(key, value, key_cache, value_cache, slots, cache_mode="Norm")
+        return key_cache.sum() + value_cache.sum()
+
+    fast, counter = compiled(function)
+    _, _, *caches = paged(2)
+    for step in range(5):
+        key, value, _, _ = paged(2)
+        want = npu.npu_scatter_pa_kv_cache_functional(
+            key, value, *caches, torch.tensor([step, 5 + step]), cache_mode="Norm"
+        )
+        total = fast(key, value, *caches, torch.tensor([step, 5 + step]))
+        assert all(map(torch.equal, caches, want))
+        torch.testing.assert_close(total, caches[0].sum() + caches[1].sum())
+    assert counter.frame_count == 1
+
+
 def test_fake_tensors() -> None:
     with FakeTensorMode():
         data = torch.zeros(2, 6, 3)

@@ -16,7 +16,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("PromptFlashAttention", "IncreFlashAttention", "FusedInferAttentionScore", "SoftmaxV2", "MaskedFill"),
     "norms": ("RmsNorm", "AddRmsNorm", "AddRmsNormDynamicQuant", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
-    "cache writes": ("Scatter", "ScatterUpdate"),
+    "cache writes": ("Scatter", "ScatterUpdate", "ScatterPaKvCache"),
     "activation": ("Swish", "SwiGlu", "DequantSwigluQuant", "Silu", "Sigmoid"),
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (

@@ -21,6 +21,26 @@ def scatter(var: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0) -> 
     return ops.kernels["scatter_update_"](var, indices, updates, axis)
 
 
+@operator("ScatterPaKvCache", fixed={"scatter_mode": "None", "strides": (1, 1), "offsets": (0, 0)})
+def scatter_pa_kv_cache(
+    key: Tensor,
+    key_cache: Tensor,
+    slot_mapping: Tensor,
+    value: Tensor,
+    value_cache: Tensor,
+    compress_lens: Tensor | None = None,
+    compress_seq_offsets: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    *,
+    cache_mode: str = "Norm",
+) -> tuple[Tensor, Tensor]:
+    rest = {"compress_lens": compress_lens, "compress_seq_offsets": compress_seq_offsets, "seq_lens": seq_lens}
+    ops.kernels["npu_scatter_pa_kv_cache"](
+        key, value, key_cache, value_cache, slot_mapping, cache_mode=cache_mode, **rest
+    )
+    return key_cache, value_cache
+
+
 @operator("ScatterNdUpdate", fixed={"use_locking": False})
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     return var.index_put_(tuple(indices.unbind(-1)), updates)

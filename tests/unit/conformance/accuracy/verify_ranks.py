@@ -50,8 +50,8 @@ def wrong_on_the_second(rank: int) -> Iterator[None]:
     """From fused_qkv on, the query heads of the second rank are too large in one layer."""
     right = Attention._project
 
-    def wrong(self: Attention, hidden_states: Any) -> Any:
-        query, *others = right(self, hidden_states)
+    def wrong(self: Attention, *given: Any) -> Any:
+        query, *others = right(self, *given)
         return [query * 1.5 if rank == 1 and self.layer == 1 and self.optimizations.fused_qkv else query, *others]
 
     with patch.object(Attention, "_project", wrong):

@@ -102,6 +102,40 @@ def scatter_update(fault: str, input: torch.Tensor, **rest: Any) -> Any:
     return scatter(fault, input if fault == "in_place" else input.clone(), **rest)
 
 
+def paged(
+    fault: str, key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor, cache_mode: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    block = key_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if fault == "one_slot_off":
+            slot = slot + 1 if slot + 1 < key_cache.shape[0] * block else slot - 1
+        if fault == "slots_of_the_first_block":
+            slot %= block
+        if fault == "last_token_forgotten" and token == len(slot_mapping) - 1:
+            break
+        key_cache[slot // block, slot % block] = key[0 if fault == "first_token_for_every_slot" else token]
+        if fault != "value_forgotten":
+            value_cache[slot // block, slot % block] = value[token]
+    if fault == "clears_the_rest" and int(slot_mapping[0]) > 0:
+        key_cache[0, 0] = 0
+    return key_cache, value_cache
+
+
+def scatter_pa_kv_cache(fault: str, key_cache: torch.Tensor, value_cache: torch.Tensor, **rest: Any) -> None:
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    if fault == "out_of_place":
+        caches = {name: cache.clone() for name, cache in caches.items()}
+    paged(fault, **caches, **rest)
+
+
+def scatter_pa_kv_cache_functional(fault: str, key_cache: torch.Tensor, value_cache: torch.Tensor, **rest: Any) -> Any:
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    if fault != "in_place":
+        caches = {name: cache.clone() for name, cache in caches.items()}
+    return paged(fault, **caches, **rest)
+
+
 def swiglu(fault: str, input: torch.Tensor, dim: int = -1) -> Any:
     gate, up = input.chunk(2, dim=-1 if fault == "dim_ignored" and input.shape[-1] % 2 == 0 else dim)
     if fault == "halves_swapped":
@@ -263,6 +297,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "npu_rotary_mul": rotary_mul,
     "scatter_update": scatter_update,
     "scatter_update_": scatter_update_,
+    "npu_scatter_pa_kv_cache_functional": scatter_pa_kv_cache_functional,
+    "npu_scatter_pa_kv_cache": scatter_pa_kv_cache,
     "npu_swiglu": swiglu,
     "npu_mm_all_reduce_base": mm_all_reduce,
     **plain_experts.PLAIN,

@@ -75,6 +75,14 @@ _ROTATION = (
     "first_half_of_the_table_used_twice",
 )
 _SCATTER = ("one_slot_off", "one_slot_short", "first_index_for_every_row", "clears_the_rest")
+_PAGED = (
+    "one_slot_off",
+    "slots_of_the_first_block",
+    "last_token_forgotten",
+    "first_token_for_every_slot",
+    "value_forgotten",
+    "clears_the_rest",
+)
 _ROWS = ("first_scale_for_every_row", "signed_maximum", "divided_by_128", "truncated")
 _NORM = ("epsilon_changed", "epsilon_outside_the_root", "divided_by_width_minus_one")
 
@@ -97,6 +105,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "npu_rotary_mul": faults(*_ROTATION, "in_place"),
     "scatter_update": faults(*_SCATTER, "in_place"),
     "scatter_update_": faults(*_SCATTER, "out_of_place"),
+    "npu_scatter_pa_kv_cache_functional": faults(*_PAGED, "in_place"),
+    "npu_scatter_pa_kv_cache": faults(*_PAGED, "out_of_place"),
     "npu_swiglu": faults("halves_swapped", "dim_ignored", "gelu", narrow=("rounded_after_silu",)),
     "npu_mm_all_reduce_base": faults(
         "bias_forgotten",
