@@ -77,6 +77,7 @@ class Network(nn.Module):
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
+        self.heads, self.kv_heads = (ranks.shard.count(unit, config) for unit in ("query heads", "kv heads"))
         self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
         self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
@@ -106,8 +107,7 @@ class Network(nn.Module):
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
         if cos_sin is not None and self.one_rotary and phase == "decode":
-            attention = self.layers[0].self_attn
-            cos_sin = for_all_heads(*cos_sin, attention.heads + attention.kv_heads, attention.kv_heads)
+            cos_sin = for_all_heads(cos_sin[0], cos_sin[1], self.heads + self.kv_heads, self.kv_heads)
         as_rows = self.rows_alone and phase == "decode" and record is None
         if as_rows:  # of two dimensions, the graph engine makes plain products
             hidden_states = hidden_states.squeeze(1)
