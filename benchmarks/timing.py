@@ -24,8 +24,13 @@ def seconds(call: Callable[[], object], calls: int = 1, clock: Clock = time.perf
 
 
 def medians(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1, calls: int = 1
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    calls: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
     """Seconds per call of every candidate: its median over ``rounds``, after ``warm_up`` more."""
-    turns = {name: lambda call=call: seconds(call, calls) for name, call in candidates.items()}
+    turns = {name: lambda call=call: seconds(call, calls, clock) for name, call in candidates.items()}
     return {name: statistics.median(found[warm_up:]) for name, found in take_turns(turns, warm_up + rounds).items()}

@@ -18,6 +18,7 @@ from transformers.utils import is_peft_available
 
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, one_line, read_object
 from qwen2_npu.checkpoint.folders import is_file, is_folder
+from qwen2_npu.checkpoint.quantization import quantization_of
 from qwen2_npu.checkpoint.shards import ADAPTER_FILE
 from qwen2_npu.checkpoint.sources import SafetensorsSource, Source, indices, whole
 from qwen2_npu.errors import CheckpointError, UnsupportedError
@@ -47,6 +48,12 @@ MERGE_IT = (
     "merge it with peft (PeftModel.from_pretrained(STOCK_MODEL, ADAPTER).merge_and_unload().save_pretrained(FOLDER)) "
     "and load the merged folder"
 )
+
+FLOAT_FIRST = (
+    "merge the adapter into the checkpoint in floating-point numbers, quantise the merged folder with `qwen2-npu "
+    "quantize`, and load that"
+)
+"""The way out for adapters to weights that are 8-bit integers."""
 
 
 class LowRank(NamedTuple):
@@ -81,10 +88,14 @@ class AdaptedSource:
 
     Raises:
         CheckpointError: the adapter cannot be read, or belongs to another model.
-        UnsupportedError: it is more than plain LoRA.
+        UnsupportedError: it is more than plain LoRA, or the weights of ``inner`` are quantised.
     """
 
     def __init__(self, inner: Source, adapter: Path) -> None:
+        if quantization_of(inner.config) is not None:
+            raise UnsupportedError(
+                f"adapter={str(adapter)!r}: the weights of the model that it is for are 8-bit integers; {FLOAT_FIRST}"
+            )
         self.inner, self.config = inner, inner.config
         self.where = getattr(inner, "where", type(inner).__name__)
         self._added = _read(adapter, inner)

@@ -1,19 +1,20 @@
 """safetensors files put together from byte ranges of others: nothing but a buffer is in memory.
 
 Rows of a tensor are adjacent in a file, so merging and unmerging q, k and v moves ranges of bytes, whatever their
-dtype. safetensors' own ``save_file`` takes whole files of tensors from memory.
+dtype. What is computed of such ranges can stand in their place (:class:`ByteSource`). safetensors' own ``save_file``
+takes whole files of tensors from memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from qwen2_npu.checkpoint.folders import unreadable
 from qwen2_npu.errors import CheckpointError
@@ -24,15 +25,26 @@ CHUNK = 8 * 2**20
 _ALIGNMENT = 8
 """Of the data in a file: the header is filled up with spaces."""
 
-_LARGEST_FIRST = ("F64", "F32", "BF16", "F16")
+_LARGEST_FIRST = ("I64", "F64", "F32", "I32", "BF16", "F16", "I8")
 """The order that safetensors writes tensors in; those of one dtype by name."""
 
 Moved = Callable[[int], None]
 """Told how many more bytes were worked through."""
 
 
+class ByteSource(Protocol):
+    """Bytes that a file is put together from, the same each time they are asked for."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+
+    def content(self) -> Iterator[bytes]:
+        """The bytes, a buffer at a time."""
+
+
 class Range(NamedTuple):
-    """Bytes ``[start, stop)`` of a file."""
+    """Bytes ``[start, stop)`` of a file: a :class:`ByteSource`."""
 
     path: Path
     start: int
@@ -41,6 +53,10 @@ class Range(NamedTuple):
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    def content(self) -> Iterator[bytes]:
+        """See :func:`chunks`."""
+        return chunks(self)
 
 
 class Stored(NamedTuple):
@@ -75,10 +91,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written: these bytes, then those ranges."""
+    """A file to be written: these bytes, then those parts."""
 
     name: str
-    ranges: tuple[Range, ...] = ()
+    ranges: tuple[ByteSource, ...] = ()
     head: bytes = b""
 
     @cached_property
@@ -93,7 +109,7 @@ class NewFile:
         """
         yield from ([self.head] if self.head else [])
         for each in self.ranges:
-            yield from chunks(each)
+            yield from each.content()
 
     def write(self, path: Path, moved: Moved = lambda size: None) -> None:
         """Write it, and have the disk keep it.
@@ -132,7 +148,7 @@ class NewFile:
 
 
 def tensor_file(
-    name: str, metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, ...], list[Range]]]
+    name: str, metadata: dict[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[ByteSource]]]
 ) -> NewFile:
     """A safetensors file.
 
@@ -141,7 +157,7 @@ def tensor_file(
     """
     order = sorted(tensors, key=lambda each: (_LARGEST_FIRST.index(tensors[each][0]), each))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    ranges: list[Range] = []
+    ranges: list[ByteSource] = []
     at = 0
     for each in order:
         dtype, shape, parts = tensors[each]

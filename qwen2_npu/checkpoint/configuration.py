@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import transformers
 from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu.checkpoint.fields import GENERATION, check_numbers, check_values
-from qwen2_npu.checkpoint.folders import MERGING, SAVING, is_file, is_folder, unreadable
+from qwen2_npu.checkpoint.folders import COMMANDS, SAVING, is_file, is_folder, unreadable
+from qwen2_npu.checkpoint.quantization import FIELD, parse, quantization_of
 from qwen2_npu.compat import CONFIGURATIONS, check_config, head_dim, in_own_words, kv_head_count, settled
 from qwen2_npu.errors import CheckpointError
 
@@ -63,8 +66,8 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
         changes: fields that take another value than the file gives, as transformers' ``from_pretrained`` takes them.
 
     Raises:
-        CheckpointError: no such folder or file, unreadable, another model_type, quantised weights, numbers that no
-            model has.
+        CheckpointError: no such folder or file, unreadable, another model_type, weights that are quantised by another
+            scheme than those that are served, numbers that no model has.
         UnsupportedError: what this model does not compute.
     """
     if not is_folder(folder):
@@ -82,12 +85,9 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
         if model_type == "qwen2_moe":
             reason = f"transformers {transformers.__version__} has no such model: pip install transformers==5.24.0"
         raise CheckpointError(f"{path} has model_type={reprlib.repr(model_type)}; {reason}")
-    quantized = values.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(
-            f"{path} describes weights quantised with {reprlib.repr(method)}; use the checkpoint in bf16, fp16 or fp32"
-        )
+    with _in_file(path):
+        if parse(values.get(FIELD)) is None:
+            values.pop(FIELD, None)  # 4.37.0 asks an empty one for its fields
     # Before transformers: it makes lists of the lengths that are given.
     check_values(values, where=f"{path}: ", way_out="correct it")
     check_values(changes, where=f"{path}: ", way_out="correct it", spare=True)
@@ -97,9 +97,20 @@ def read_config(folder: Path, **changes: Any) -> Qwen2Config:
     except Exception as error:  # 5.x validates with exception types of its own
         raise CheckpointError(f"{path} is refused by transformers: {one_line(error)}; correct it") from error
     check_fields(config)
+    with _in_file(path):
+        quantization_of(config)
     config = settled(config)
     check_config(config)
     return config
+
+
+@contextmanager
+def _in_file(path: Path) -> Iterator[None]:
+    """Say which file a fault is in."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _no_config(folder: Path) -> CheckpointError:
@@ -110,8 +121,8 @@ def _no_config(folder: Path) -> CheckpointError:
     reason = "it is no Hugging Face checkpoint folder"
     if any(name.startswith(SAVING) for name in names):
         reason = "a save into it was interrupted, or is under way: save the model again, or wait"
-    if MERGING in names:
-        reason = "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again, or wait"
+    if (command := next((COMMANDS[name] for name in names if name in COMMANDS), None)) is not None:
+        reason = f"qwen2-npu {command} was interrupted, or is under way: run the same command again, or wait"
     return CheckpointError(f"{folder} has no config.json: {reason}")
 
 

@@ -17,9 +17,12 @@ from qwen2_npu.errors import CheckpointError
 SAVING = ".saving-"
 """How the names of folders begin in which a checkpoint is written before it replaces the one there is."""
 
-MERGING = ".merging-qkv.json"
-MERGING_PART = ".merging-qkv.part"
-"""Files that a folder holds while a merge into it is under way: whose it is, and the file that is being written."""
+MERGING, QUANTISING = ".merging-qkv.json", ".quantizing.json"
+MERGING_PART, QUANTISING_PART = ".merging-qkv.part", ".quantizing.part"
+"""Files that a folder holds while a command is writing it: whose it is, and the file that is being written."""
+
+COMMANDS = {MERGING: "merge-qkv", QUANTISING: "quantize"}
+"""Mark -> the command that leaves it."""
 
 LOCK_SECONDS, LOCK_POLL_SECONDS = 300.0, 0.01
 """How long a folder is waited for, and how often it is tried. Nobody keeps one for more than moments."""

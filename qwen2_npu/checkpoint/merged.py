@@ -50,6 +50,9 @@ class Tensors(Protocol):
     def stored_dtype(self) -> torch.dtype:
         """What they are stored in."""
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each of them is stored in."""
+
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """These tensors, as often as they are asked for."""
 

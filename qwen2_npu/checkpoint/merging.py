@@ -1,8 +1,8 @@
-"""Writing a merged or unmerged folder: a run that is killed at any moment is taken up by the next one.
+"""Writing a merged, unmerged or quantised folder: a run that is killed at any moment is taken up by the next one.
 
 Every file is written beside its place, read back and compared with what it comes from, and then moved there. The index
-and config.json come last: until then the folder is no checkpoint. ``.merging-qkv.json`` in it says whose it is, and is
-locked by the process that writes.
+and config.json come last: until then the folder is no checkpoint. ``.merging-qkv.json`` in it, or ``.quantizing.json``,
+says whose it is, and is locked by the process that writes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 
 from qwen2_npu.checkpoint.byte_ranges import NewFile
 from qwen2_npu.checkpoint.configuration import read_object
-from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART, locked, sync, try_lock
-from qwen2_npu.checkpoint.merge_plan import MergePlan, plan_merge, plan_unmerge
+from qwen2_npu.checkpoint.folder_plan import FolderPlan
+from qwen2_npu.checkpoint.folders import locked, sync, try_lock
+from qwen2_npu.checkpoint.merge_plan import plan_merge, plan_unmerge
 from qwen2_npu.errors import CheckpointError
 
 MB = 1_000_000
@@ -58,7 +59,7 @@ def unmerge_qkv(
     run(plan_unmerge(model_path, output_path, assume_tp=assume_tp), progress)
 
 
-def run(plan: MergePlan, progress: Progress = lambda *state: None) -> None:
+def run(plan: FolderPlan, progress: Progress = lambda *state: None) -> None:
     """Write the folder of ``plan``.
 
     Raises:
@@ -72,14 +73,14 @@ def run(plan: MergePlan, progress: Progress = lambda *state: None) -> None:
             for file in plan.files:
                 if file is plan.last[0]:
                     plan.check_inputs()
-                _bring(file, plan.output, meter)
-            (plan.output / MERGING).unlink()
+                _bring(file, plan, meter)
+            (plan.output / plan.mark).unlink()
             sync(plan.output)
     except OSError as error:
         raise _not_written(plan.output, error) from error
 
 
-def check(plan: MergePlan) -> None:
+def check(plan: FolderPlan) -> None:
     """Refuse an output folder that something else is in, and a disk without room for it.
 
     Raises:
@@ -87,9 +88,9 @@ def check(plan: MergePlan) -> None:
         OSError: it cannot be found out.
     """
     there = _entries(plan.output)
-    if MERGING in there:
+    if plan.mark in there:
         _check_own(plan, there)
-    elif others := there - {MERGING_PART}:
+    elif others := there - {plan.part}:
         raise CheckpointError(
             f"output path {plan.output} has files in it ({min(others)}, …): nothing is overwritten; name a new folder, "
             "or remove them"
@@ -109,10 +110,10 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _check_own(plan: MergePlan, there: set[str]) -> None:
-    own = {MERGING, MERGING_PART, *(file.name.split("/")[0] for file in plan.files)}
+def _check_own(plan: FolderPlan, there: set[str]) -> None:
+    own = {plan.mark, plan.part, *(file.name.split("/")[0] for file in plan.files)}
     try:
-        same = read_object(plan.output / MERGING) == _description(plan)
+        same = read_object(plan.output / plan.mark) == _description(plan)
     except CheckpointError:
         same = False
     if not same or there - own:
@@ -122,24 +123,24 @@ def _check_own(plan: MergePlan, there: set[str]) -> None:
         )
 
 
-def _description(plan: MergePlan) -> dict[str, object]:
+def _description(plan: FolderPlan) -> dict[str, object]:
     """What an interrupted run must have in common with the one that goes on."""
     inputs = {name: list(stamp) for name, stamp in plan.inputs.items()}
     return {"source": str(plan.source.resolve()), "options": plan.options, "inputs": inputs}
 
 
 @contextmanager
-def _claimed(plan: MergePlan) -> Iterator[None]:
+def _claimed(plan: FolderPlan) -> Iterator[None]:
     """Make the output folder and hold it: by a file that is locked, so that readers are not kept waiting."""
     plan.output.mkdir(parents=True, exist_ok=True)
-    mark, part = plan.output / MERGING, plan.output / MERGING_PART
+    mark, part = plan.output / plan.mark, plan.output / plan.part
     with ExitStack() as held:
         with locked(plan.output):
             check(plan)  # again: another process may have come first
             if not mark.exists():
                 text = json.dumps(_description(plan), indent=2) + "\n"
                 with _removed_on_error(part):
-                    NewFile(MERGING, head=text.encode()).write(part)
+                    NewFile(plan.mark, head=text.encode()).write(part)
                     os.replace(part, mark)
                 sync(plan.output)
             handle = os.open(mark, os.O_RDWR)
@@ -161,9 +162,10 @@ def _removed_on_error(part: Path) -> Iterator[None]:
         raise
 
 
-def _bring(file: NewFile, output: Path, meter: _Meter) -> None:
+def _bring(file: NewFile, plan: FolderPlan, meter: _Meter) -> None:
     """Have that file in its place: left as it is where an earlier run has brought it there whole."""
-    path, part = output / file.name, output / MERGING_PART
+    output = plan.output
+    path, part = output / file.name, output / plan.part
     meter.label = f"{file.name}, MB"
     if path.is_file():
         done = meter.done

@@ -131,6 +131,9 @@ class Renamed:
     def stored_dtype(self) -> torch.dtype:
         return self.inner.stored_dtype()
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {self.names[name]: dtype for name, dtype in self.inner.dtypes().items()}
+
     def tensors(self, cut: Cutting = lambda name: None) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, or the part of it that ``cut`` says, one at a time."""
         for name, pieces in self.pieces(lambda name: (cut(name),)):

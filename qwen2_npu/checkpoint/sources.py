@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2Config
 
-from qwen2_npu.checkpoint import merged
+from qwen2_npu.checkpoint import merged, quantized
 from qwen2_npu.checkpoint.configuration import one_line, read_config
 from qwen2_npu.checkpoint.folders import check_readable, locked
 from qwen2_npu.checkpoint.naming import Renamed, as_stock
+from qwen2_npu.checkpoint.quantization import quantization_of
+from qwen2_npu.checkpoint.quantized import QuantizedSource, not_floating
 from qwen2_npu.checkpoint.shards import is_safetensors, weights_files
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Cutting, Slice
@@ -40,6 +42,9 @@ STORED: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 """safetensors' names of the same dtypes. What is stored otherwise is quantised."""
+
+STORED_INTEGERS: dict[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""The same for tensors of a checkpoint that says that it is quantised."""
 
 Cuttings = Callable[[str], Sequence[Slice | None]]
 """The same for several parts of a tensor."""
@@ -104,7 +109,8 @@ class StateDictSource:
     """Stock tensors already in memory.
 
     Raises:
-        CheckpointError: something in ``state_dict`` is not a tensor of floating-point numbers.
+        CheckpointError: something in ``state_dict`` is not a tensor of floating-point numbers, or of what ``config``
+            says that there is of integers.
     """
 
     def __init__(
@@ -113,16 +119,20 @@ class StateDictSource:
         self.config = config
         self.where = where
         self._state_dict = state_dict
+        known = [*DTYPES.values(), *(STORED_INTEGERS.values() if quantization_of(config) is not None else ())]
         for name, tensor in state_dict.items():
             stored = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            if stored not in DTYPES.values():
-                raise _not_floating(where, name, stored)
+            if stored not in known:
+                raise not_floating(where, name, stored)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._state_dict.items()}
 
     def stored_dtype(self) -> torch.dtype:
         return next((tensor.dtype for tensor in self._state_dict.values()), torch.float32)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self._state_dict.items()}
 
     def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._state_dict.items():
@@ -143,7 +153,8 @@ class SafetensorsSource:
     They are opened at once and stay so until they are read: what replaces them meanwhile is not met.
 
     Raises:
-        CheckpointError: a file cannot be read, is quantised, or has a tensor that another one has as well.
+        CheckpointError: a file cannot be read, is quantised and ``config`` does not say so, or has a tensor that
+            another one has as well.
     """
 
     def __init__(self, folder: Path, config: Qwen2Config, files: Sequence[str]) -> None:
@@ -153,7 +164,8 @@ class SafetensorsSource:
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtype: torch.dtype | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._known = STORED | (STORED_INTEGERS if quantization_of(config) is not None else {})
         self._versions: dict[str, tuple[int, ...]] = {}
         for file in files:
             path = folder / file
@@ -164,19 +176,22 @@ class SafetensorsSource:
                     self._add(file, name, shard.get_slice(name))
 
     def _add(self, file: str, name: str, tensor: Any) -> None:
-        dtype = STORED.get(tensor.get_dtype())
+        dtype = self._known.get(tensor.get_dtype())
         if dtype is None:
-            raise _not_floating(self._folder / file, name, tensor.get_dtype())
+            raise not_floating(self._folder / file, name, tensor.get_dtype())
         if (first := self._file_of.setdefault(name, file)) != file:
             raise _in_two_files(self.where, name, first, file)
-        self._dtype = self._dtype or dtype
+        self._dtypes[name] = dtype
         self._shapes[name] = tuple(tensor.get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def stored_dtype(self) -> torch.dtype:
-        return self._dtype or torch.float32
+        return next(iter(self._dtypes.values()), torch.float32)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return self._dtypes
 
     def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
         for name, pieces in self.pieces(lambda name: (cut(name),)):
@@ -254,6 +269,10 @@ def indices(part: Slice) -> tuple[slice, ...]:
     return (*(slice(None),) * part.axis, slice(part.start, part.stop))
 
 
+Opened = SafetensorsSource | StateDictSource | Renamed | merged.MergedSource | QuantizedSource
+"""A checkpoint folder whose tensors can be asked for."""
+
+
 def open_checkpoint(
     path: str | Path,
     *,
@@ -262,7 +281,7 @@ def open_checkpoint(
     assume_tp: int | None = None,
     tp_size: int = 1,
     beside_adapter: bool = False,
-) -> SafetensorsSource | StateDictSource | Renamed | merged.MergedSource:
+) -> Opened:
     """Look at a checkpoint folder: configuration and tensor shapes, no weights yet. (Only a tied head that is stored
     beside the embedding is compared with it.)
 
@@ -284,9 +303,7 @@ def open_checkpoint(
     with locked(folder, shared=True):
         config = read_config(folder) if config is None else config
         source = as_stock(open_stored(folder, config, weights_files(folder, weights_file, config, beside_adapter)))
-        found: SafetensorsSource | StateDictSource | Renamed | merged.MergedSource = merged.present(
-            source, folder, assume_tp=assume_tp, tp_size=tp_size
-        )
+        found: Opened = quantized.present(merged.present(source, folder, assume_tp=assume_tp, tp_size=tp_size))
         return found
 
 
@@ -329,13 +346,6 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
 def _in_two_files(where: str | Path, name: str, first: str, second: str) -> CheckpointError:
     return CheckpointError(
         f"{where}: tensor {name} is in {first} and in {second}, which are not of one checkpoint; fetch all files again"
-    )
-
-
-def _not_floating(where: str | Path, name: str, stored: object) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: {name} is stored as {stored}, which is quantised or no weight; use the checkpoint in bf16, fp16 or "
-        "fp32"
     )
 
 

@@ -11,7 +11,7 @@ import copy
 import errno
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +26,8 @@ from qwen2_npu.cache import human_bytes
 from qwen2_npu.checkpoint import merged
 from qwen2_npu.checkpoint.configuration import check_fields
 from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD
+from qwen2_npu.checkpoint.quantization import FIELD, quantization_of
+from qwen2_npu.checkpoint.quantized import Dequantized, scale_in, stored_sizes, stored_tensor
 from qwen2_npu.checkpoint.saving import NotRestoredError, replace_checkpoint
 from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.checkpoint.sources import Source, check_dtype
@@ -40,7 +42,7 @@ from qwen2_npu.compat import (
 )
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.ops.grouped_matmul import empty_weight
-from qwen2_npu.parallel.sharding import Cutting, Shard
+from qwen2_npu.parallel.sharding import OF_SCALE, Cutting, Shard
 
 FUSED: dict[str, tuple[str, ...]] = {
     merged.MODULE: merged.PARTS,
@@ -90,7 +92,7 @@ def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def stock_shapes(config: Any, head: Sequence[str] = CAUSAL_LM) -> dict[str, tuple[int, ...]]:
-    """Every stock tensor of a model with its shape."""
+    """Every stock tensor of a model with its shape; of a checkpoint with 8-bit weights, the scales of those as well."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, kv_head_count(config)))
     layer: dict[str, tuple[int, ...]] = {
@@ -111,7 +113,19 @@ def stock_shapes(config: Any, head: Sequence[str] = CAUSAL_LM) -> dict[str, tupl
         mlp = sparse if is_sparse(config, index) else dense
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (layer | mlp).items()}
     shapes["model.norm.weight"] = (hidden,)
-    return shapes | head_shapes(config, head)
+    return shapes | head_shapes(config, head) | _scale_shapes(config, shapes)
+
+
+def _scale_shapes(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The scales of those tensors that are 8-bit weights."""
+    quantization = quantization_of(config)
+    if quantization is None:
+        return {}
+    return {
+        f"{name}{OF_SCALE}": (shape[0], 1)
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and quantization.covers(name.removesuffix(".weight"))
+    }
 
 
 def _mlp_shapes(scope: str, hidden: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -183,10 +197,11 @@ def check_room(config: Any, shard: Shard) -> None:
         return
     one = copy.copy(config)
     one.num_hidden_layers = 1
-    counts = {name: math.prod(shape) for name, shape in held_shapes(one, shard).items()}
-    layer = sum(count for name, count in counts.items() if name.startswith("model.layers."))
-    parameters = sum(counts.values()) + layer * (config.num_hidden_layers - 1)
-    needed, there = parameters * torch.get_default_dtype().itemsize, psutil.virtual_memory().total
+    shapes, item = held_shapes(one, shard), torch.get_default_dtype().itemsize
+    sizes_of = {name: math.prod(shape) * (1 if name + OF_SCALE in shapes else item) for name, shape in shapes.items()}
+    layer = sum(size for name, size in sizes_of.items() if name.startswith("model.layers."))
+    needed = sum(sizes_of.values()) + layer * (config.num_hidden_layers - 1)
+    there = psutil.virtual_memory().total
     if needed > there:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
         raise MemoryError(
@@ -217,25 +232,32 @@ def build(
 ) -> ModelT:
     """Make the model and read its weights, one tensor at a time.
 
+    8-bit weights are dequantised while they are read where the model does not compute with them.
+
     Args:
         factory: makes the model; called on the meta device, so that nothing is allocated twice.
         dtype: of the weights in memory; None for what they are stored in.
         head: the parameters of the model beyond the network.
 
     Raises:
-        CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is read.
+        CheckpointError: missing, unexpected or mis-shaped tensors; found before anything is read. Or a scale of 8-bit
+            weights that ``dtype`` does not hold.
         UnsupportedError: a dtype that the model does not compute in.
     """
     dtype = dtype or source.stored_dtype()
     check_dtype(dtype, "pass dtype='float32'")
     model = skeleton(factory, source, head)
     layout = stock_layout(model)
+    if any(name.endswith(OF_SCALE) and name not in layout for name in source.shapes()):
+        source = Dequantized(source, dtype)
+        vars(model.config).pop(FIELD, None)  # a copy of the source's: this model has ordinary weights
     _materialise(model, dtype, device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in source.tensors(cut_for(model)):
         if name in layout:
             place = layout[name]
-            place.of(parameters[place.parameter].data).copy_(tensor)
+            stored = scale_in(dtype, tensor, name) if name.endswith(OF_SCALE) else tensor
+            place.of(parameters[place.parameter].data).copy_(stored)
     return model.eval()
 
 
@@ -249,7 +271,8 @@ def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             make = empty_weight if parameter.dim() == 3 else torch.empty  # as in stock_layout: all experts
-            empty = make(parameter.shape, dtype=dtype, device=device)
+            kind = dtype if parameter.is_floating_point() else parameter.dtype
+            empty = make(parameter.shape, dtype=kind, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
     if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -320,15 +343,15 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: int | str) -> 
     """Write config, generation config and shards, and put them in place of what is there; see ``save_pretrained``."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    state_dict = stock_state_dict(model)
-    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state_dict.items()}
+    state_dict, quantization = stock_state_dict(model), quantization_of(model.config)
+    sizes = stored_sizes(state_dict, packed=quantization is not None and quantization.packed)
     plan = split_torch_state_dict_into_shards(
         sizes, max_shard_size=max_shard_size, filename_pattern="model{suffix}.safetensors"
     )
 
     def write(target: Path) -> None:
         for file, names in plan.filename_to_tensors.items():
-            tensors = {name: state_dict[name].to("cpu").contiguous() for name in names}
+            tensors = {name: stored_tensor(name, state_dict) for name in names}
             save_file(tensors, target / file, metadata={"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

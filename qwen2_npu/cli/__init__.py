@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "Compare every optimisation with the stock model, token by token.",
     "generate": "Generate text with the optimised model.",
     "merge-qkv": "Merge q, k and v of a checkpoint on disk, for one or several ranks; or undo it.",
+    "quantize": "Write a checkpoint with 8-bit weights, which runs as w8a16 or w8a8.",
     "emulate": "Run any program on emulated NPUs: the real torch_npu, computing on the CPU.",
     "bench": "Measure prefill and decode latency, beside the documented numbers.",
     "baselines": "Show the documented latencies; write or check pytest-benchmark's file of them.",

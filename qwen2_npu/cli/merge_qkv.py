@@ -10,7 +10,7 @@ import click
 from qwen2_npu.cli import options
 
 if TYPE_CHECKING:
-    from qwen2_npu.checkpoint.merge_plan import MergePlan
+    from qwen2_npu.checkpoint.folder_plan import FolderPlan
 
 
 @click.command("merge-qkv")
@@ -46,32 +46,33 @@ def command(
     )
     if dry_run:
         merging.check(plan)
-        _show(plan)
-        click.echo(f"Free on that disk: {_size(merging.free_bytes(plan.output))}. Nothing was written.")
+        show(plan)
+        click.echo(f"Free on that disk: {size(merging.free_bytes(plan.output))}. Nothing was written.")
         return
     with options.progress(Console(), "checking") as progress:
         merging.run(plan, progress)
     if plan.left_out:
         click.echo(f"Not copied: {', '.join(plan.left_out)}")
-    click.echo(f"Written and compared with {plan.source}: {plan.output}, {len(plan.files)} files, {_size(plan.size)}")
+    click.echo(f"Written and compared with {plan.source}: {plan.output}, {len(plan.files)} files, {size(plan.size)}")
 
 
-def _show(plan: MergePlan) -> None:
+def show(plan: FolderPlan) -> None:
     """Files, bytes, and what each rank reads."""
     width = max(len(file.name) for file in plan.shards)
     for file in plan.shards:
-        click.echo(f"{file.name:<{width}}  {_size(file.size)}")
+        click.echo(f"{file.name:<{width}}  {size(file.size)}")
     others = (*plan.others, *plan.last)
-    click.echo(f"{len(others)} other files: {_size(sum(file.size for file in others))}")
-    click.echo(f"To be written to {plan.output}: {len(plan.files)} files, {_size(plan.size)}")
-    for size in sorted(set(plan.read_by_rank)):
-        ranks = [rank for rank, each in enumerate(plan.read_by_rank) if each == size]
+    click.echo(f"{len(others)} other files: {size(sum(file.size for file in others))}")
+    click.echo(f"To be written to {plan.output}: {len(plan.files)} files, {size(plan.size)}")
+    for read in sorted(set(plan.read_by_rank)):
+        ranks = [rank for rank, each in enumerate(plan.read_by_rank) if each == read]
         said = f"Each of {len(ranks)} ranks" if len(ranks) > 1 else f"Rank {ranks[0]}"
-        click.echo(f"{said} reads {_size(size)} of weights")
+        click.echo(f"{said} reads {size(read)} of weights")
     if plan.left_out:
         click.echo(f"Not copied: {', '.join(plan.left_out)}")
 
 
-def _size(size: int) -> str:
-    unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= each[1]), ("bytes", 1.0))
-    return f"{size / factor:.1f} {unit}" if factor > 1 else f"{size} {unit}"
+def size(count: int) -> str:
+    """A number of bytes in words."""
+    unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= each[1]), ("bytes", 1.0))
+    return f"{count / factor:.1f} {unit}" if factor > 1 else f"{count} {unit}"

@@ -91,19 +91,23 @@ class Size:
         """The steps that this model has."""
         return (*LADDER, *EXPERTS) if self.experts else LADDER
 
-    def config(self, *, layers: int | None = None, max_position_embeddings: int = 32768) -> Qwen2Config:
+    def config(
+        self, *, layers: int | None = None, max_position_embeddings: int = 32768, scheme: str | None = None
+    ) -> Qwen2Config:
         """As transformers writes it (5.x: head_dim apart from the hidden size); of a shard, that of the whole model.
 
         Args:
             layers: fewer layers than the real model has.
+            scheme: with 8-bit weights, made for "w8a16" or "w8a8".
 
         Raises:
             UnsupportedError: a mixture of experts, which the installed transformers does not know.
         """
+        from qwen2_npu.checkpoint.quantization import FIELD, described
         from qwen2_npu.compat import CONFIGURATIONS
 
         if self.whole is not None:
-            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings)
+            return self.whole.config(layers=layers, max_position_embeddings=max_position_embeddings, scheme=scheme)
         values: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -120,6 +124,8 @@ class Size:
             "eos_token_id": None,
             "pad_token_id": None,
         }
+        if scheme is not None:
+            values[FIELD] = described(scheme)
         if not self.experts:
             return CONFIGURATIONS["qwen2"](**values)
         if MIXTURE not in CONFIGURATIONS:

@@ -22,12 +22,12 @@ from torch import fx
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from qwen2_npu.ops import linear
+from qwen2_npu.ops import linear, quantization
 
 MAX_ROWS = 8
 """Rows up to which the loop is bound by reading the weight rather than by arithmetic on 16 vector registers."""
 MAX_ROWS_FAST_BF16 = 4
-"""The same in bf16 where the processor multiplies bf16 itself, and BLAS with it."""
+"""The same in bf16 where the processor multiplies bf16 itself, and BLAS with it; and for weights of 8-bit integers."""
 L1_BYTES = 32 * 1024
 """The rows are read again for every output: in float32 they should stay in the first-level cache."""
 MAX_ROWS_BEYOND_L1 = 3
@@ -43,7 +43,9 @@ class SmallBatchProducts(CustomGraphPass):
         rewrite(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, linear.__file__), extra=str(torch.get_num_threads()))
+        return get_hash_for_files(
+            (__file__, linear.__file__, quantization.__file__), extra=str(torch.get_num_threads())
+        )
 
 
 def rewrite(graph: fx.Graph) -> None:
@@ -63,6 +65,18 @@ def rewrite(graph: fx.Graph) -> None:
                 replacement = build(graph, x, weight, bias[0] if bias else None)
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=quantization.IN_GRAPHS):
+        x, transposed, scale, bias = node.args
+        weight = _weight_of(transposed)
+        rows = x.meta["val"].shape[0]
+        if weight is None or not isinstance(rows, int) or x.meta["val"].device.type != "cpu":
+            continue
+        if rows > _loop_rows(weight.meta["val"]):
+            continue
+        with graph.inserting_before(node):
+            replacement = _unrolled(graph, x, weight, bias, scale)
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
     graph.eliminate_dead_code()
 
 
@@ -89,7 +103,7 @@ def _replacement(x: torch.Tensor, weight: torch.Tensor) -> Builder | None:
 def _loop_rows(weight: torch.Tensor) -> int:
     """Up to how many rows the loop over weight (N, K) is faster than the eager model: see docs/performance.md."""
     in_cache = L1_BYTES // (4 * weight.shape[1])
-    if weight.dtype == torch.bfloat16 and _multiplies_bf16():
+    if weight.dtype == torch.int8 or (weight.dtype == torch.bfloat16 and _multiplies_bf16()):
         return min(MAX_ROWS_FAST_BF16, in_cache // 2)  # measured; the weight streams through that cache too
     if weight.dtype == torch.float32:
         return min(MAX_ROWS, max(MAX_ROWS_BEYOND_L1, in_cache))
@@ -107,7 +121,9 @@ def _call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
     return node
 
 
-def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _unrolled(
+    graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None, scale: fx.Node | None = None
+) -> fx.Node:
     call = partial(_call, graph)
     dtype = x.meta["val"].dtype
     widen = torch.ops.prims.convert_element_type.default
@@ -119,6 +135,8 @@ def _unrolled(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None
         terms = call(aten.mul.Tensor, wide_weight, call(aten.select.int, wide_x, 0, row))
         sums.append(call(aten.unsqueeze.default, call(aten.sum.dim_IntList, terms, [-1]), 0))
     total = call(aten.cat.default, sums, 0) if len(sums) > 1 else sums[0]
+    if scale is not None:
+        total = call(aten.mul.Tensor, total, call(widen, scale, torch.float32))
     if bias is not None:
         total = call(aten.add.Tensor, total, call(widen, bias, torch.float32))
     return call(widen, total, dtype)

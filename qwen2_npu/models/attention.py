@@ -14,8 +14,8 @@ from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
 from qwen2_npu.compat import head_dim
-from qwen2_npu.models.layers import Linear, RotaryTable, RowParallelLinear, take_positions
-from qwen2_npu.ops.linear import linear
+from qwen2_npu.models.layers import FLOAT, Products, RotaryTable, take_positions
+from qwen2_npu.models.quantized import Activations
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -58,6 +58,7 @@ class Attention(nn.Module):
     Args:
         window: the layer's sliding window in tokens, None for full attention.
         ranks: those whose heads are added up after o_proj.
+        products: makes the linear layers.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Attention(nn.Module):
         window: int | None,
         rotary: RotaryTable,
         ranks: Ranks,
+        products: Products = FLOAT,
     ) -> None:
         super().__init__()
         self.optimizations = optimizations
@@ -80,16 +82,16 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if optimizations.fused_qkv:
-            self.qkv_proj = Linear(config.hidden_size, sum(self.widths), bias=True)
+            self.qkv_proj = products.linear("self_attn.q_proj", config.hidden_size, sum(self.widths), bias=True)
         else:
-            self.q_proj = Linear(config.hidden_size, self.widths[0], bias=True)
-            self.k_proj = Linear(config.hidden_size, self.widths[1], bias=True)
-            self.v_proj = Linear(config.hidden_size, self.widths[2], bias=True)
-        self.o_proj = RowParallelLinear(self.widths[0], config.hidden_size, ranks)
+            self.q_proj = products.linear("self_attn.q_proj", config.hidden_size, self.widths[0], bias=True)
+            self.k_proj = products.linear("self_attn.k_proj", config.hidden_size, self.widths[1], bias=True)
+            self.v_proj = products.linear("self_attn.v_proj", config.hidden_size, self.widths[2], bias=True)
+        self.o_proj = products.row_parallel("self_attn.o_proj", self.widths[0], config.hidden_size, ranks)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Activations,
         phase: AttentionPhase,
         inputs: AttentionInputs,
         cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
@@ -123,31 +125,29 @@ class Attention(nn.Module):
         # out-of-memory fix).
         if tokens == 1:
             summed = self.o_proj(context.reshape(batch, self.widths[0]), phase)
-            return summed if hidden_states.dim() == 2 else summed.unsqueeze(1), weights
+            return summed if len(hidden_states.shape) == 2 else summed.unsqueeze(1), weights
         return self.o_proj(context.reshape(batch, tokens, self.widths[0]), phase), weights
 
-    def _project(self, hidden_states: torch.Tensor, kept: torch.Tensor | None) -> list[torch.Tensor]:
+    def _project(self, hidden_states: Activations, kept: torch.Tensor | None) -> list[torch.Tensor]:
         """q (B, S or kept, N, D), k and v (B, S, K, D)."""
         asking = hidden_states if kept is None else take_positions(hidden_states, kept)
         if self.optimizations.fused_qkv and kept is not None:
-            parts = [self.widths[0], 2 * self.widths[1]]  # of the weight: views, not copies
-            weights, biases = self.qkv_proj.weight.split(parts), self.qkv_proj.bias.split(parts)
-            states = [linear(asking, weights[0], biases[0])]
-            states += linear(hidden_states, weights[1], biases[1]).split(self.widths[1:], dim=-1)
+            query, rest = self.qkv_proj.parts([asking, hidden_states], [self.widths[0], 2 * self.widths[1]])
+            states = [query, *rest.split(self.widths[1:], dim=-1)]
         elif self.optimizations.fused_qkv:
             states = list(self.qkv_proj(hidden_states).split(self.widths, dim=-1))
         else:
             states = [self.q_proj(asking), self.k_proj(hidden_states), self.v_proj(hidden_states)]
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        batch = len(hidden_states)
+        batch = hidden_states.shape[0]
         return [state.reshape(batch, -1, n, self.head_dim) for state, n in zip(states, heads, strict=True)]
 
     def _project_and_rotate(
-        self, hidden_states: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor] | None
+        self, hidden_states: Activations, cos_sin: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, ...]:
         """As :meth:`_project`, q and k turned: one operator over all heads, in which those of v stay as they are."""
         assert cos_sin is not None
-        states = self.qkv_proj(hidden_states).view(len(hidden_states), 1, -1, self.head_dim)
+        states = self.qkv_proj(hidden_states).view(hidden_states.shape[0], 1, -1, self.head_dim)
         turned: torch.Tensor = torch.ops.npu.npu_rotary_mul(states, *cos_sin, rotary_mode="half")
         return turned.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
 

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 import qwen2_npu.ops  # noqa: F401 - defines torch.ops.npu where torch_npu does not
 from qwen2_npu.cache import CacheShape, FixedKVCache, round_prompt
 from qwen2_npu.checkpoint.configuration import check_fields
+from qwen2_npu.checkpoint.quantization import quantization_of
 from qwen2_npu.checkpoint.weights import check_room
 from qwen2_npu.compat import (
     CACHE_NAME,
@@ -46,6 +47,7 @@ from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache
 from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear
 from qwen2_npu.models.passes import Pass, Prepared
 from qwen2_npu.models.pretrained import CheckpointIO
+from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import ALONE, Ranks
 
@@ -78,7 +80,8 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         check_fields(config)
         config = settled(config)
         check_config(config)
-        optimizations = (Optimizations.all() if optimizations is None else optimizations).of_model(config)
+        stored = quantization_of(config)
+        optimizations = Optimizations.for_model(optimizations, config, None if stored is None else stored.scheme)
         ranks.check(config, optimizations)
         check_room(config, ranks.shard)
         config._attn_implementation = (
@@ -109,6 +112,8 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, QuantizedLinear):
+            module.reset_parameters(std)
 
     def _make_head(self, config: Qwen2Config) -> None:
         """The modules that ``head`` names the parameters of."""
@@ -186,6 +191,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
             padded: tokens of rows whose padding takes positions, too.
         """
         self._open_communicator(device)
+        self.model.prepare_quantized()
         rotary = self.model.rotary
         needed = max(tokens, cache.shape.capacity) if isinstance(cache, FixedKVCache) else tokens
         if position_ids is not None and rotary.positions > TABLE_ROWS:  # else all are there: nothing to look at
@@ -454,7 +460,10 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
                 logits = self._kept_logits(compact, phase, inputs, caches, index, record)
         if record is not None:
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
-        return logits if index is not None else rows.restore(logits[:, :tokens])
+        if index is not None:
+            return logits
+        restored = rows.restore(logits[:, :tokens])
+        return restored if wanted is None else restored[:, wanted]  # of a decode step: its one position, or none
 
     def _forward_growing(
         self,

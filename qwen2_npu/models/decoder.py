@@ -10,10 +10,21 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.cache_utils import Cache
 
+from qwen2_npu.checkpoint.quantization import Quantization, quantization_of
 from qwen2_npu.compat import is_sparse, sliding_windows
 from qwen2_npu.models.attention import Attention, AttentionInputs, AttentionPhase
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.models.layers import MLP, Embedding, RMSNorm, RotaryTable, for_all_heads, take_positions
+from qwen2_npu.models.layers import (
+    FLOAT,
+    MLP,
+    Embedding,
+    Products,
+    RMSNorm,
+    RotaryTable,
+    for_all_heads,
+    take_positions,
+)
+from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
@@ -35,13 +46,16 @@ class DecoderLayer(nn.Module):
         window: int | None,
         rotary: RotaryTable,
         ranks: Ranks,
+        products: Products = FLOAT,
     ) -> None:
         super().__init__()
-        fused_norm = optimizations.add_rms_norm
-        self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks)
-        self.mlp = (SparseMLP if is_sparse(config, layer) else MLP)(config, optimizations, ranks)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_norm)
+        self.self_attn = Attention(config, optimizations, layer, window, rotary, ranks, products)
+        if is_sparse(config, layer):
+            self.mlp: nn.Module = SparseMLP(config, optimizations, ranks)
+        else:
+            self.mlp = MLP(config, optimizations, ranks, products=products)
+        self.input_layernorm = products.norm("self_attn.q_proj", config, optimizations)
+        self.post_attention_layernorm = products.norm("mlp.gate_proj", config, optimizations)
 
     def forward(
         self,
@@ -71,6 +85,13 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states, phase), residual
 
 
+def _products(optimizations: Optimizations, quantization: Quantization | None, layer: int) -> Products:
+    """What makes the linear layers of that decoder layer."""
+    if quantization is None:
+        return FLOAT
+    return Products(optimizations.scheme, lambda name: quantization.covers(f"model.layers.{layer}.{name}"))
+
+
 class Network(nn.Module):
     """Embedding, decoder layers and final norm."""
 
@@ -79,13 +100,24 @@ class Network(nn.Module):
         self.shared_cos_sin = optimizations.flash_attention
         self.heads, self.kv_heads = (ranks.shard.count(unit, config) for unit in ("query heads", "kv heads"))
         self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
+        quantization = quantization_of(config)
         self.embed_tokens = Embedding(config, ranks)
         self.rotary = RotaryTable(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, optimizations, layer, window, self.rotary, ranks)
+            DecoderLayer(
+                config, optimizations, layer, window, self.rotary, ranks, _products(optimizations, quantization, layer)
+            )
             for layer, window in enumerate(sliding_windows(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm)
+        # In a tuple: not submodules a second time.
+        self.quantized = tuple(module for module in self.layers.modules() if isinstance(module, QuantizedLinear))
+
+    def prepare_quantized(self) -> None:
+        """Have the copies that products of 8-bit weights take. Outside of any graph."""
+        if any(module.wide_scale is None for module in self.quantized):
+            for module in self.quantized:
+                module.prepare()
 
     def forward(
         self,

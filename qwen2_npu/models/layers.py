@@ -6,7 +6,9 @@ Shapes: B batch, S tokens, H hidden, I columns of the MLP on this rank, D head_d
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,13 +16,26 @@ from torch.nn import functional as F
 from transformers import Qwen2Config
 
 from qwen2_npu.compat import head_dim, rope_frequencies
+from qwen2_npu.models.quantized import (
+    Activations,
+    QuantizedLinear,
+    QuantizedRows,
+    RowParallelQuantizedLinear,
+    Scheme,
+    quantise,
+    swiglu_quantised,
+)
 from qwen2_npu.ops.linear import linear
 from qwen2_npu.optimizations import Optimizations
 from qwen2_npu.parallel.collectives import Ranks
 
+ActivationsT = TypeVar("ActivationsT", torch.Tensor, QuantizedRows, Activations)
 
-def take_positions(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+
+def take_positions(values: ActivationsT, index: torch.Tensor) -> ActivationsT:
     """(B, S, …) and positions (B, K) -> (B, K, …)."""
+    if isinstance(values, QuantizedRows):
+        return QuantizedRows(*(take_positions(part, index) for part in values))
     return values.gather(
         1, index.reshape(index.shape + (1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
     )
@@ -32,6 +47,11 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
         return linear(input, self.weight, self.bias)
+
+    def parts(self, inputs: Sequence[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        """What each of ``inputs`` gives with so many outputs of its own, in their order."""
+        weights, biases = self.weight.split(sizes), self.bias.split(sizes)  # views, not copies
+        return [linear(*part) for part in zip(inputs, weights, biases, strict=True)]
 
 
 class Embedding(nn.Embedding):
@@ -110,15 +130,80 @@ class RowParallelLinear(Linear):
         return self.ranks.all_reduce(super().forward(input))
 
 
+class QuantizingRMSNorm(RMSNorm):
+    """The same, its result quantised per token: for products of 8-bit activations.
+
+    Args:
+        separate: normalise and quantise by two operators where one does both.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, fused: bool, separate: bool) -> None:
+        super().__init__(hidden_size, eps, fused)
+        self.separate = separate
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[QuantizedRows, torch.Tensor]:
+        """As of :class:`RMSNorm`."""
+        if self.fused and residual is not None and not self.separate:
+            values, _, total, scale, _ = torch.ops.npu.npu_add_rms_norm_dynamic_quant(
+                residual, hidden_states, self.weight, epsilon=self.eps, output_mask=[True, False]
+            )
+            return QuantizedRows(values, scale), total
+        normed, total = super().forward(hidden_states, residual)
+        return quantise(normed), total
+
+
+@dataclass(frozen=True)
+class Products:
+    """Makes the linear layers of a decoder layer, and its norms: of 8-bit weights where the checkpoint has them.
+
+    Attributes:
+        scheme: of 8-bit weights; None where all weights are floating-point numbers.
+        covers: whether the stock module of that name, within the layer, is quantised.
+    """
+
+    scheme: Scheme | None = None
+    covers: Callable[[str], bool] = lambda name: False
+
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Any:
+        """Of the stock module ``name``, or the fused one that begins with its rows."""
+        if self.scheme is not None and self.covers(name):
+            return QuantizedLinear(inputs, outputs, bias, self.scheme, name)
+        return Linear(inputs, outputs, bias=bias)
+
+    def row_parallel(self, name: str, inputs: int, outputs: int, ranks: Ranks) -> Any:
+        """A product whose input is cut over the ranks."""
+        if self.scheme is not None and self.covers(name):
+            return RowParallelQuantizedLinear(inputs, outputs, ranks, self.scheme, name)
+        return RowParallelLinear(inputs, outputs, ranks)
+
+    def norm(self, before: str, config: Qwen2Config, optimizations: Optimizations) -> RMSNorm:
+        """The norm whose result goes to the stock module ``before``, and to those that share its input."""
+        size, eps, fused = config.hidden_size, config.rms_norm_eps, optimizations.add_rms_norm
+        if self.scheme == "w8a8" and self.covers(before):
+            return QuantizingRMSNorm(size, eps, fused, optimizations.separate_norm_quant)
+        return RMSNorm(size, eps, fused)
+
+
+FLOAT = Products()
+
+
 class MLP(nn.Module):
     """``down(silu(gate(x)) · up(x))``; gate and up are one product with ``fused_gate_up``, stacked [gate; up].
 
     Args:
         intermediate: columns that this rank holds; default: those that the configuration gives it.
+        products: makes the linear layers.
     """
 
     def __init__(
-        self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks, intermediate: int | None = None
+        self,
+        config: Qwen2Config,
+        optimizations: Optimizations,
+        ranks: Ranks,
+        intermediate: int | None = None,
+        products: Products = FLOAT,
     ) -> None:
         super().__init__()
         self.swiglu = optimizations.swiglu
@@ -126,14 +211,17 @@ class MLP(nn.Module):
         hidden = config.hidden_size
         intermediate = ranks.shard.count("columns", config) if intermediate is None else intermediate
         if self.fused:
-            self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
+            self.gate_up_proj = products.linear("mlp.gate_proj", hidden, 2 * intermediate, bias=False)
         else:
-            self.gate_proj = Linear(hidden, intermediate, bias=False)
-            self.up_proj = Linear(hidden, intermediate, bias=False)
-        self.down_proj = RowParallelLinear(intermediate, hidden, ranks)
+            self.gate_proj = products.linear("mlp.gate_proj", hidden, intermediate, bias=False)
+            self.up_proj = products.linear("mlp.up_proj", hidden, intermediate, bias=False)
+        self.down_proj = products.row_parallel("mlp.down_proj", intermediate, hidden, ranks)
+        self.quantised = optimizations.w8a8 and all(map(products.covers, ("mlp.gate_proj", "mlp.down_proj")))
 
-    def forward(self, x: torch.Tensor, phase: str = "decode") -> torch.Tensor:
+    def forward(self, x: Activations, phase: str = "decode") -> torch.Tensor:
         """(B, S, H) -> (B, S, H)."""
+        if self.swiglu and self.quantised:
+            return self.down_proj(swiglu_quantised(self.gate_up_proj, x), phase)
         if self.swiglu:
             return self.down_proj(torch.ops.npu.npu_swiglu(self.gate_up_proj(x), dim=-1), phase)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))

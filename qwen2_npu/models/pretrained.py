@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, Qwen2Config
 
-from qwen2_npu.checkpoint import sources, weights
-from qwen2_npu.checkpoint.adapter import AdaptedSource, base_and_adapter
+from qwen2_npu.checkpoint import quantized, sources, weights
+from qwen2_npu.checkpoint.adapter import FLOAT_FIRST, AdaptedSource, base_and_adapter
 from qwen2_npu.checkpoint.configuration import read_config, read_generation_config
 from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.folders import locked
@@ -47,7 +47,9 @@ LOADING_HARMLESS = (
 
 SAVING_HARMLESS = ("save_peft_format", "save_original_format", "token", "use_auth_token")
 
-_NO_QUANTISATION = Refused("load the checkpoint in bf16, fp16 or fp32")
+_NO_QUANTISATION = Refused(
+    "load the checkpoint in bf16, fp16 or fp32, or write one of 8-bit weights with `qwen2-npu quantize` and load that"
+)
 _ONE_DEVICE = Refused(
     "one process uses one device; choose it with device='npu:0', or start a process per card (docs/parallel.md)"
 )
@@ -141,6 +143,8 @@ class CheckpointIO:
         """Load an ordinary Hugging Face folder, fusing weights while they are read: never two copies of one in memory.
 
         A folder that ``qwen2-npu merge-qkv`` wrote is loaded as well, by one process or by as many as it is merged for.
+        One that ``qwen2-npu quantize`` or llm-compressor wrote runs in 8 bits unless ``optimizations`` says otherwise
+        (docs/quantization.md).
 
         Args:
             pretrained_model_name_or_path: a local folder; nothing is downloaded.
@@ -165,7 +169,7 @@ class CheckpointIO:
 
         Raises:
             CheckpointError: what is wrong with the folder, naming file and tensor.
-            UnsupportedError: a keyword, with its value, that would have to be ignored.
+            UnsupportedError: an adapter to 8-bit weights; a keyword, with its value, that would have to be ignored.
             TypeError: a keyword that is neither transformers' nor a field of the configuration.
         """
         changes = effective("from_pretrained", others, LOADING_HARMLESS, LOADING_REFUSED)
@@ -225,12 +229,15 @@ class CheckpointIO:
     ) -> Any:
         """The model with the weights of a stock state dict (names of the stock class); see :meth:`from_pretrained`.
 
+        Weights that are 8-bit integers by ``config.quantization_config`` are that in ``state_dict``: under the names
+        of a file, or as ``stock_state_dict`` gives them.
+
         Raises:
-            CheckpointError: missing, unexpected or mis-shaped tensors, or quantised ones.
+            CheckpointError: missing, unexpected or mis-shaped tensors, or integers that ``config`` does not speak of.
         """
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
-        source = as_stock(sources.StateDictSource(config, one_by_one(state_dict)))
+        source = quantized.present(as_stock(sources.StateDictSource(config, one_by_one(state_dict))))
         model: Any = weights.build(
             lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
             source,
@@ -293,7 +300,8 @@ class CheckpointIO:
         return module.load_state_dict(state_dict, *args, **kwargs)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
-        """The weights under the stock class's names: fused ones as views of their parts, tied ones once.
+        """The weights under the stock class's names: fused ones as views of their parts, tied ones once; 8-bit ones as
+        ``X.weight`` and ``X.weight_scale``.
 
         Raises:
             UnsupportedError: the model is one part of several, or holds an adapter of peft.
@@ -326,6 +334,8 @@ class CheckpointIO:
         return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def _check_adaptable(self: Any, what: str) -> None:
+        if self.optimizations.scheme is not None:
+            raise UnsupportedError(f"{what}: the weights of this model are 8-bit integers; {FLOAT_FIRST}")
         if self.optimizations.fused_qkv or self.optimizations.fused_gate_up or self.ranks.shard.size > 1:
             raise UnsupportedError(
                 f"{what}: q, k, v, gate and up are fused or cut in this model, so that an adapter would reach only "

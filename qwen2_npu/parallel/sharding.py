@@ -51,6 +51,10 @@ CUTS: dict[str, Cut] = {
 and the gates of a mixture of experts, whose choice all ranks make alike."""
 
 
+OF_SCALE = "_scale"
+"""What the name of the scales of 8-bit weights adds to that of the weights."""
+
+
 def ending(name: str) -> str:
     """The end of a stock tensor's name that tells its kind: module and parameter, and whether an expert's."""
     parts = name.split(".")
@@ -121,9 +125,12 @@ class Shard:
         return len(self.part(unit, config))
 
     def slice_of(self, name: str, config: Any) -> Slice | None:
-        """The part of the stock tensor ``name`` that this rank holds; None for all of it."""
-        cut = CUTS.get(ending(name))
-        if cut is None or self.size == 1:
+        """The part of the stock tensor ``name`` that this rank holds; None for all of it.
+
+        The scales of 8-bit weights, one per row, are cut with the rows.
+        """
+        cut = CUTS.get(ending(name.removesuffix(OF_SCALE)))
+        if cut is None or self.size == 1 or (name.endswith(OF_SCALE) and cut.axis != 0):
             return None
         part = self.part(cut.unit, config)
         if len(part) == _count(cut.unit, config):

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from qwen2_npu.conformance.graph.cost import COLLECTIVES, PRODUCTS
 from qwen2_npu.conformance.graph.lowering import Lowered
-from qwen2_npu.conformance.graph.shapes import DATA, WRITES, Operation, cache_inputs, operations
+from qwen2_npu.conformance.graph.shapes import DATA, LENGTHS, WRITES, GraphValue, Operation, cache_inputs, operations
 from qwen2_npu.optimizations import Optimizations
 
 Problems = Iterator[str]
@@ -165,7 +167,7 @@ def nothing_repeated_in_layers(graph: Graph) -> Problems:
 
 def live_attention(graph: Graph) -> Problems:
     """From ifa_tiling on: incremental attention is told how much of the cache is live."""
-    for op in graph.of_type("IncreFlashAttention"):
+    for op in graph.of_type(*LENGTHS):
         if op.live_slots is None:
             yield f"{op.node.name} is given no actual_seq_lengths and attends the whole cache"
 
@@ -198,6 +200,46 @@ def last_layer_on_kept_positions(graph: Graph) -> Problems:
     grouped = _rows(graph.of_type("GroupedMatmul"))
     if grouped and (grouped[min(grouped)] != 2 or min(grouped) * every != max(grouped) * one_each):
         yield f"grouped products by rows: {dict(grouped)}, expected 2 of {one_each / every} times the others'"
+
+
+EIGHT_BIT_PRODUCTS = {"w8a16": "WeightQuantBatchMatmulV2", "w8a8": "QuantBatchMatmulV3"}
+
+
+def eight_bit_weights(graph: Graph) -> Problems:
+    """With w8a16 or w8a8 every product of the layers, and not the head, reads its weight as 8-bit integers."""
+    scheme = graph.optimizations.scheme
+    wanted = EIGHT_BIT_PRODUCTS.get(scheme or "")
+    heads = {op.node.name for op in graph.heads}
+    for op in graph.of_type(*PRODUCTS):
+        weights = [value for value in op.given if value.origin == "weight" and len(value.shape) > 1]
+        name, layers = f"{op.node.name} ({op.node.type})", op.node.name not in heads
+        if wanted is not None and layers and op.node.type != wanted and weights:
+            yield f"{name} multiplies with a weight, expected {wanted}"
+        if any((value.dtype == torch.int8) != (wanted is not None and layers) for value in weights if _is_wide(value)):
+            yield f"{name} reads a weight {weights[0].shape} of {weights[0].dtype} with {scheme or 'ordinary weights'}"
+        if op.node.type == "QuantBatchMatmulV3" and op.given[0].dtype != torch.int8:
+            yield f"{name} is given activations of {op.given[0].dtype}"
+
+
+def _is_wide(value: GraphValue) -> bool:
+    """A weight, not the scales of one."""
+    return min(value.shape) > 1
+
+
+QUANTISATIONS = ("DynamicQuant", "AddRmsNormDynamicQuant", "DequantSwigluQuant")
+
+
+def activations_quantised_once(graph: Graph) -> Problems:
+    """With w8a8: once for q, k and v, once for o_proj, once for gate and up, and once for down_proj."""
+    found, expected = len(graph.of_type(*QUANTISATIONS)), 4 * graph.lowered.layers
+    if found != expected:
+        yield f"activations are quantised {found} times in {graph.lowered.layers} layers, expected {expected}"
+    if graph.optimizations.swiglu and (apart := graph.of_type("SwiGlu")):
+        yield f"{len(apart)} SwiGlu, expected none: DequantSwigluQuant does its work"
+    fused = graph.optimizations.add_rms_norm and not graph.optimizations.separate_norm_quant
+    norms = len(graph.of_type("AddRmsNormDynamicQuant"))
+    if norms != fused * (2 * graph.lowered.layers - 1):
+        yield f"{norms} AddRmsNormDynamicQuant in {graph.lowered.layers} layers: all norms but the first and the last"
 
 
 def _rows(ops: list[Operation]) -> Counter[int]:
@@ -246,6 +288,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(fused_products),
     Invariant(last_layer_on_kept_positions, since="last_layer", phases=("prefill",)),
     Invariant(grouped_experts),
+    Invariant(eight_bit_weights),
+    Invariant(activations_quantised_once, since="w8a8"),
     Invariant(nothing_repeated_in_layers, since="flash_attention"),
     Invariant(live_attention, since="ifa_tiling", phases=("decode",)),
     Invariant(one_rotary_operator, since="one_rotary", phases=("decode",)),

@@ -11,7 +11,7 @@ from qwen2_npu.conformance.graph.baselines import BATCH, PAST, DocumentedGraph
 from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
 from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import EXPERTS, LADDER
+from qwen2_npu.optimizations import EXPERTS, LADDER, QUANTIZED
 from tests.graph import invariants
 
 LAST = LADDER[-1]
@@ -21,6 +21,7 @@ FAST = {
     f"7B-prefill-b4-{LAST}",
     f"0.5B-decode-b4-{LAST}",
     f"57B-A14B-decode-b4-{EXPERTS[-1]}",
+    *(f"7B-decode-b4-{scheme}" for scheme in QUANTIZED),
 }
 
 GRAPHS = [

@@ -13,6 +13,7 @@ from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.baselines import DocumentedGraph
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import QUANTIZED
 
 CODE = """
 import json, resource, sys, time
@@ -38,7 +39,11 @@ PEAK_GB = 4
 
 ROOT = Path(__file__).parents[2]
 
-FINAL = [graph for graph in baselines.documented() if graph.step == SIZES[graph.size].ladder[-1]]
+FINAL = [
+    graph
+    for graph in baselines.documented()
+    if graph.step == SIZES[graph.size].ladder[-1] or (graph.step in QUANTIZED and graph.phase == "decode")
+]
 
 
 @pytest.mark.slow

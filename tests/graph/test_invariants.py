@@ -14,6 +14,7 @@ from qwen2_npu.conformance.graph.cost import COLLECTIVES
 from qwen2_npu.conformance.graph.lowering import Lowered, Phase
 from qwen2_npu.conformance.graph.shapes import GraphValue, Operation, Origin
 from qwen2_npu.emulator.ge.proto import Edge, Node
+from qwen2_npu.optimizations import QUANTIZED
 from tests.graph import invariants
 from tests.graph.invariants import Graph, graph_problems, static_inputs
 
@@ -30,6 +31,8 @@ WEIGHT, TABLE, CACHE = (
     value(64, 8, origin="weight"),
     value(BATCH, 64, 2, 4, origin="cache"),
 )
+INTEGERS, SCALES = value(8, 16, origin="weight", dtype=torch.int8), value(16, origin="weight")
+QUANTISED = value(BATCH, 1, 8, dtype=torch.int8)
 HIDDEN, LOGITS = value(BATCH, 1, 8), value(BATCH, 1, VOCABULARY)
 LIVE = 10
 PROMPT = value(BATCH, LIVE, 8)
@@ -80,6 +83,11 @@ class Written:
         return graph_problems(Graph(lowered, self.ops, self.optimizations, VOCABULARY))
 
 
+def _given(states: GraphValue, graph: Written) -> GraphValue:
+    """What products of a graph are given in place of these hidden states."""
+    return replace(states, dtype=torch.int8) if graph.optimizations.w8a8 else states
+
+
 def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, ranks: int = 1) -> Written:
     """The graph that the invariants ask for."""
     made = Written(phase, Optimizations.all() if optimizations is None else optimizations, ranks)
@@ -93,19 +101,26 @@ def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, r
     paged = phase == "decode" and made.optimizations.kv_scatter
     if kept := phase == "prefill" and made.optimizations.last_layer:
         made.op("Less", [HIDDEN], HIDDEN)  # the mask of the kept positions
+    product = invariants.EIGHT_BIT_PRODUCTS.get(made.optimizations.scheme or "", "MatMul")
+    apart = "MatMulV2" if product == "MatMul" else product
+    operands = {"MatMul": [WEIGHT]}.get(product, [INTEGERS, SCALES])
     for layer in range(LAYERS):
+        if made.optimizations.w8a8:
+            norm = "DynamicQuant" if made.optimizations.separate_norm_quant else "AddRmsNormDynamicQuant"
+            for kind in ("DynamicQuant" if layer == 0 else norm, "DynamicQuant", norm, "DequantSwigluQuant"):
+                made.op(kind, [HIDDEN], QUANTISED)
         states, few = PROMPT if phase == "prefill" else HIDDEN, kept and layer == LAYERS - 1
         if few:  # k and v of all positions; they and q are products with parts of a weight
-            made.op("MatMulV2", [PROMPT, value(8, 16)], PROMPT)
+            made.op(apart, [_given(PROMPT, made), value(8, 16)], PROMPT)
             states = HIDDEN
-            made.op("MatMulV2", [HIDDEN, value(8, 16)], HIDDEN)
+            made.op(apart, [_given(HIDDEN, made), value(8, 16)], HIDDEN)
         for _ in range(5 - 2 * made.optimizations.fused_qkv - made.optimizations.fused_gate_up - few):
-            made.op("MatMul", [states, WEIGHT], states)
+            made.op(product, [_given(states, made), *operands], states)
         for _ in range(2):  # o_proj and down_proj, whose results are summed over the ranks
             if fused and not few:
                 made.op("MatmulAllReduce", [states, WEIGHT], states)
             else:
-                made.op("MatMul", [states, WEIGHT], states)
+                made.op(product, [_given(states, made), *operands], states)
                 if ranks > 1:
                     made.op("HcomAllReduce", [HIDDEN], HIDDEN)
             if not paged:
@@ -127,7 +142,7 @@ def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, r
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("step", [*LADDER, "mm_all_reduce"])
+@pytest.mark.parametrize("step", [*LADDER, "mm_all_reduce", *QUANTIZED])
 def test_a_sound_graph_has_no_problem(step: str, phase: Phase, ranks: int) -> None:
     assert sound(phase, Optimizations.up_to(step), ranks).problems() == []
 
@@ -262,6 +277,69 @@ FAULTS: dict[str, tuple[Change, str]] = {
         for type_ in sorted(COLLECTIVES)
     },
 }  # fmt: skip
+
+
+SEPARATE = Optimizations.up_to("w8a8").replace(separate_norm_quant=True)
+
+EIGHT_BIT_FAULTS: dict[str, tuple[str, Change, str]] = {
+    # name -> scheme, what is done, what is said of it
+    "eight_bit_weights-float_product": (
+        "w8a16", lambda graph: graph.change("WeightQuantBatchMatmulV2", node=graph.node("MatMul")),
+        "(MatMul) multiplies with a weight, expected WeightQuantBatchMatmulV2",
+    ),
+    "eight_bit_weights-float_weight": (
+        "w8a8", lambda graph: graph.change("QuantBatchMatmulV3", inputs=(QUANTISED, WEIGHT, SCALES)),
+        "reads a weight (8, 16) of torch.bfloat16 with w8a8",
+    ),
+    "eight_bit_weights-head": (
+        "w8a8", lambda graph: graph.change("MatMul", inputs=(HIDDEN, INTEGERS)),
+        "reads a weight (8, 16) of torch.int8 with w8a8",
+    ),
+    "eight_bit_weights-float_activations": (
+        "w8a8", lambda graph: graph.change("QuantBatchMatmulV3", inputs=(HIDDEN, INTEGERS, SCALES)),
+        "is given activations of torch.bfloat16",
+    ),
+    "activations_quantised_once-one_more": (
+        "w8a8", lambda graph: graph.op("DynamicQuant", [HIDDEN], QUANTISED),
+        "activations are quantised 13 times in 3 layers, expected 12",
+    ),
+    "activations_quantised_once-one_fewer": (
+        "w8a8", lambda graph: graph.without("DequantSwigluQuant"),
+        "activations are quantised 11 times in 3 layers, expected 12",
+    ),
+    "activations_quantised_once-swiglu": (
+        "w8a8", lambda graph: graph.op("SwiGlu", [HIDDEN], HIDDEN), "1 SwiGlu, expected none",
+    ),
+    "activations_quantised_once-norm": (
+        "w8a8", lambda graph: graph.change("AddRmsNormDynamicQuant", node=graph.node("DynamicQuant")),
+        "4 AddRmsNormDynamicQuant in 3 layers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", EIGHT_BIT_FAULTS)
+def test_each_fault_of_8_bit_weights_is_the_one_problem(fault: str) -> None:
+    scheme, change, message = EIGHT_BIT_FAULTS[fault]
+    graph = sound(optimizations=Optimizations.up_to(scheme))
+    change(graph)
+    (problem,) = graph.problems()
+    assert problem.startswith(f"{fault.partition('-')[0]}: ")
+    assert message in problem
+
+
+def test_8_bit_weights_that_nobody_asked_for() -> None:
+    graph = sound()
+    graph.ops[graph.of_type("MatMul")[0]] = replace(graph.ops[graph.of_type("MatMul")[0]], inputs=(HIDDEN, INTEGERS))
+    (problem,) = graph.problems()
+    assert "reads a weight (8, 16) of torch.int8 with ordinary weights" in problem
+
+
+def test_a_norm_that_quantises_where_two_operators_should() -> None:
+    graph = sound(optimizations=SEPARATE)
+    assert graph.problems() == []
+    graph.change("DynamicQuant", node=graph.node("AddRmsNormDynamicQuant"))
+    (problem,) = graph.problems()
+    assert "1 AddRmsNormDynamicQuant in 3 layers" in problem
 
 
 @pytest.mark.parametrize("fault", FAULTS)

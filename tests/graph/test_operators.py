@@ -7,9 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen2_npu.conformance.graph.census import take
-from qwen2_npu.conformance.graph.lowering import DEVICE, Lowered, lower_call
+from qwen2_npu.conformance.graph.lowering import DEVICE, Lowered, lower, lower_call
+from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.emulator.ge.proto import parse
 from qwen2_npu.ops import SCHEMAS
+from qwen2_npu.optimizations import Optimizations
 
 IN_GRAPHS = sorted(SCHEMAS.keys() - {"scatter_update_", "npu_scatter_pa_kv_cache"})
 """Operators that write in place are functionalised: graphs hold their other forms."""
@@ -52,3 +54,17 @@ def test_a_row_parallel_layer_lowers_to_one_kernel() -> None:
     census = take(Lowered("prefill", 2, 3, 1, nodes, weights, frozenset(), ranks=2))
     assert census.operators == {"MatmulAllReduce": 1}
     assert (census.cost.flops, census.cost.weight_bytes, census.cost.link_bytes) == (2 * 6 * 8 * 16, 256, 192)
+
+
+def test_one_attention_operator_is_charged_what_the_two_are() -> None:
+    """fused_infer_attention is told the live length as well, in one layer of each phase."""
+    config, every = SIZES["1.5B"].config(layers=1), Optimizations.up_to("swiglu")
+    for phase, other in (("decode", "IncreFlashAttention"), ("prefill", "PromptFlashAttention")):
+        two, one = (
+            take(lower(config, phase, 2, 256, switched, prompt=128)).costs
+            for switched in (every, every.replace(fused_infer_attention=True))
+        )
+        expected, found = two[other], one["FusedInferAttentionScore"]
+        assert (found.flops, found.cache_bytes, found.launches) == (expected.flops, expected.cache_bytes, 1)
+        # It gives the logarithms of its sums, too, where they are asked for; here it is one number.
+        assert 0 <= found.activation_bytes - expected.activation_bytes <= 4

@@ -21,7 +21,7 @@ from qwen2_npu.conformance.graph.cost import Cost, ExpertsRead, experts_read
 from qwen2_npu.conformance.graph.lowering import Lowered, lower_size
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL, PHASES, Optimizations, Phase
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL, PHASES, QUANTIZED, Optimizations, Phase
 
 FOLDER = BASELINES / "graphs"
 
@@ -45,6 +45,10 @@ GRAPH_SIZES = ("0.5B", "1.5B", "7B", "7B-tp2", "7B-tp4", "72B-tp8")
 MIXTURES: dict[str, tuple[int, ...]] = {"57B-A14B": (1,), "57B-A14B-tp2": (1,), "57B-A14B-tp4": (1, 8, 16, 32)}
 """Size -> batches beside 4. Their graphs need the last step of the ladder: all others look at the host for the experts
 of each token."""
+
+
+EIGHT_BIT_SIZES: dict[str, tuple[int, ...]] = {"0.5B": (), "7B": (1,), "72B-tp8": ()}
+"""Size with 8-bit weights -> batches of decode beside 4, where the ordinary weights' last step has a graph as well."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class DocumentedGraph:
 
 def documented() -> Iterator[DocumentedGraph]:
     """The ladder at batch 4 for every dense size, then the sweeps; the sizes with tables from ``original`` on. Then the
-    mixtures."""
+    mixtures, and 8-bit weights.
+    """
     phases: tuple[Phase, ...] = PHASES
     for size in GRAPH_SIZES:
         for phase in phases:
@@ -121,6 +126,11 @@ def documented() -> Iterator[DocumentedGraph]:
             yield from (DocumentedGraph(size, phase, batch, EXPERTS[-1]) for batch in (BATCH, *batches))
             if SIZES[size].shards > 1 and phase == "prefill":
                 yield from (DocumentedGraph(size, phase, BATCH, step) for step in PARALLEL)
+
+    for size, batches in EIGHT_BIT_SIZES.items():
+        yield from (DocumentedGraph(size, phase, BATCH, step) for phase in phases for step in QUANTIZED)
+        for batch in batches:
+            yield from (DocumentedGraph(size, "decode", batch, step) for step in (LADDER[-1], *QUANTIZED))
 
 
 def path_of(size: str, folder: Path = FOLDER) -> Path:

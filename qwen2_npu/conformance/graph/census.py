@@ -54,13 +54,24 @@ class Census:
         return self._combine(other, -times)
 
     def plus(self, other: Census, times: int = 1) -> Census:
-        """This and ``times`` the other."""
+        """This and ``times`` the other.
+
+        Raises:
+            ValueError: this has negative numbers, and the other does not make up for them.
+        """
         return self._combine(other, times)
 
-    def _combine(self, other: Census, times: int) -> Census:
+    def without(self, other: Census, times: int) -> Census:
+        """This less ``times`` the other, where it may have fewer of something: the number is negative then.
+
+        The norm of the first layer has no residual to add, and so is another operator than that of all others.
+        """
+        return self._combine(other, -times, signed=True)
+
+    def _combine(self, other: Census, times: int, *, signed: bool = False) -> Census:
         def number(name: str, mine: int, theirs: int) -> int:
             result = mine + times * theirs
-            if result < 0:
+            if result < 0 and not signed:
                 raise ValueError(f"{name}: cannot take {theirs} {-times} times from {mine}")
             return result
 
@@ -165,4 +176,6 @@ def of_layers(few: Lowered, more: Lowered) -> LayeredCensus:
     """
     smaller = take(few)
     layer = take(more).minus(smaller).halved()
-    return LayeredCensus(smaller.minus(layer, FEW - few.unlike), layer, peak_activation_bytes(few), few.unlike)
+    smaller.minus(layer, FEW - 1 - few.unlike)  # raises where even one layer is not in it
+    outside = smaller.without(layer, FEW - few.unlike)
+    return LayeredCensus(outside, layer, peak_activation_bytes(few), few.unlike)

@@ -26,7 +26,8 @@ class CommittedGraph:
     """One graph's census.
 
     Attributes:
-        layer, outside: GE operator -> how many launch a kernel, in one layer and outside of the layers.
+        layer, outside: GE operator -> how many launch a kernel, in one layer and outside of the layers. Negative
+            outside where not every layer has all that ``layer`` says: see ``Census.without``.
         flops, nbytes, launches: of the whole graph, all layers.
     """
 

@@ -94,6 +94,12 @@ def _elementwise(op: Operation) -> Cost:
     return Cost(flops=sum(value.elements for value in op.outputs)) + moved([*op.given, *op.outputs])
 
 
+def _quantisation(op: Operation) -> Cost:
+    """As other element-wise operators; a scale is computed of a row that is there already."""
+    values = [value for value in op.outputs if len(value.shape) == len(op.given[0].shape)]
+    return Cost(flops=sum(value.elements for value in values)) + moved([*op.given, *op.outputs])
+
+
 def _movement(op: Operation) -> Cost:
     return moved([*op.given, *op.outputs])
 
@@ -194,6 +200,11 @@ def _prompt_attention(op: Operation) -> Cost:
     return Cost(flops=4 * batch * heads * head_dim * pairs) + moved([query, key, *rest, *op.outputs])
 
 
+def _infer_attention(op: Operation) -> Cost:
+    """One operator for both: of one token per row against the cache, or of a prompt."""
+    return (_incremental_attention if op.given[0].shape[1] == 1 else _prompt_attention)(op)
+
+
 def _seen(value: GraphValue, pairs: int) -> GraphValue:
     """Of a mask larger than the (Sq, Skv) it stands for, as the compressed one is for short prompts, that much."""
     if value.dtype == torch.bool and value.elements > pairs:
@@ -215,6 +226,7 @@ PRODUCTS = frozenset(
     [
         *("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
         *("MatmulAllReduce", "GroupedMatmul"),
+        *("WeightQuantBatchMatmulV2", "QuantBatchMatmulV3"),
     ]
 )
 
@@ -240,6 +252,10 @@ RULES: dict[str, Callable[[Operation], Cost]] = {
     "ScatterPaKvCache": _paged_scatter,
     "IncreFlashAttention": _incremental_attention,
     "PromptFlashAttention": _prompt_attention,
+    "FusedInferAttentionScore": _infer_attention,
+    "AddRmsNormDynamicQuant": _quantisation,
+    "DynamicQuant": _quantisation,
+    "DequantSwigluQuant": _quantisation,
 }
 """GE operator -> its cost; all others are element-wise."""
 

@@ -119,7 +119,7 @@ def lower_size(
     Args:
         layers: fewer than the size has.
     """
-    config = size.config(layers=layers)
+    config = size.config(layers=layers, scheme=optimizations.scheme)
     return lower(config, phase, batch, capacity, optimizations, prompt=prompt, tp_size=size.shards)
 
 

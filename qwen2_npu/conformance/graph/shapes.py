@@ -29,7 +29,8 @@ VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "ExpandDims"})
 """Operators that change a shape and move nothing."""
 
 
-LENGTHS = "actual_seq_lengths"
+LENGTHS = {"IncreFlashAttention": "actual_seq_lengths", "FusedInferAttentionScore": "actual_seq_lengths_kv"}
+"""Operator of incremental attention -> its input of the live lengths."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ def _data(node: Node, lowered: Lowered, is_cache: bool) -> tuple[torch.Tensor, O
 
 def _live_slots(node: Node, tensors: dict[Edge, torch.Tensor], batch: int) -> int | None:
     """The lengths an incremental attention is given, summed; one length serves all rows."""
-    if node.type != "IncreFlashAttention" or LENGTHS not in node.input_names:
+    name = LENGTHS.get(node.type)
+    if name not in node.input_names:
         return None
-    edge = node.inputs[node.input_names.index(LENGTHS)]
+    edge = node.inputs[node.input_names.index(name)]
     if edge is None:
         return None
     lengths = tensors[edge].tolist()

@@ -1,6 +1,6 @@
 """npu_quant_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype): int8 x1 @ x2 · scale · pertoken_scale + bias.
 
-An int32 bias is added before the scales, others after. The sums are exact integers.
+An int32 bias is added before the scales, others after. The sums are exact integers; an int32 result is these.
 
 Tolerance. float32: the sum rounds once when it is converted, each scale multiplies with one rounding and the bias adds
 with one: 3·u32 of the product and one of the result before the single rounding to the output's dtype.
@@ -20,8 +20,8 @@ from qwen2_npu.conformance.operators.tolerance import SECOND_ORDER
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-FLOAT16, BFLOAT16 = 5, 15
-NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
+FLOAT16, BFLOAT16, INT32 = 5, 15, 3
+NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", INT32: "int32"}
 
 
 def build(
@@ -55,6 +55,8 @@ def golden(arguments: Arguments, dtype: str) -> tuple[Expected, ...]:
     bias = arguments.get("bias", np.zeros(1, np.float32))
     if bias.dtype == np.int32:
         sums, bias = sums + bias, np.zeros(1)
+    if arguments["output_dtype"] == INT32:
+        return (Expected("y", sums, np.zeros_like(sums), dtype="int32"),)
     scaled = sums * arguments["scale"].astype(np.float64)
     if "pertoken_scale" in arguments:
         scaled = scaled * arguments["pertoken_scale"].astype(np.float64)[:, None]
@@ -67,9 +69,9 @@ def strategy() -> SearchStrategy[dict[str, Any]]:
     from hypothesis import strategies as st
 
     sizes = {"rows": st.integers(1, 9), "inner": st.integers(1, 70), "columns": st.integers(1, 40)}
-    return st.fixed_dictionaries(
-        {**sizes, "token": st.booleans(), "output_dtype": st.sampled_from([FLOAT16, BFLOAT16])}
-    )
+    scaled = {"token": st.booleans(), "output_dtype": st.sampled_from([FLOAT16, BFLOAT16])}
+    integers = {"token": st.just(False), "output_dtype": st.just(INT32), "bias": st.sampled_from(["", "int32"])}
+    return st.one_of(*(st.fixed_dictionaries({**sizes, **kind}) for kind in (scaled, integers)))
 
 
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -81,6 +83,16 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "integer_bias": {"rows": 4, "inner": 64, "columns": 48, "bias": "int32"},
     "float_bias": {"rows": 4, "inner": 64, "columns": 48, "bias": "float32"},
     "three_dimensional": {"rows": 4, "inner": 64, "columns": 48, "batch": 2},
+    "integers": {"rows": 4, "inner": 896, "columns": 48, "output_dtype": INT32, "token": False},
+    "integers_with_bias": {
+        "rows": 3,
+        "inner": 64,
+        "columns": 48,
+        "output_dtype": INT32,
+        "token": False,
+        "bias": "int32",
+    },
+    "largest_integers": {"rows": 1, "inner": 65535, "columns": 2, "output_dtype": INT32, "token": False},
     "one_scale": {"rows": 4, "inner": 64, "columns": 48, "one_scale": True},
 }
 PORTABLE = ("cpu", "cuda")
@@ -108,6 +120,11 @@ OPERATOR = OperatorRecord(
         Invalid("bias_of_int64", {"bias": np.ones(4, np.int64)}, "bias", _BASE),
         Invalid("default_result", {"output_dtype": None}, "output_dtype", _BASE, only_on=PORTABLE),
         Invalid("float32_result", {"output_dtype": 6}, "output_dtype", _BASE, only_on=PORTABLE),
+        Invalid("float_bias_of_integers", {"output_dtype": INT32, "pertoken_scale": None}, "bias", _BASE),
+        Invalid(
+            "token_scale_of_integers", {"output_dtype": INT32, "bias": None}, "pertoken_scale", _BASE, only_on=PORTABLE
+        ),
+        Invalid("scale_of_integers_left_out", {"output_dtype": INT32, "scale": np.ones(3)}, "scale", _BASE),
         Invalid("offset", {"offset": np.ones(4, np.float32)}, "offset", _BASE, only_on=PORTABLE),
         Invalid("scale_of_the_result", {"y_scale": np.ones(4, np.float32)}, "y_scale", _BASE),
         Invalid("groups", {"group_sizes": [1, 1, 32]}, "group_sizes", _BASE),

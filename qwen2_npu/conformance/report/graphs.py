@@ -56,7 +56,7 @@ def _place(graph: CommittedGraph) -> Place:
     return Place("ladder", graph.step, AREA, graph.size)
 
 
-_LINE = re.compile(r'(?:E\s+)?(?P<sign>[-+])?\s*"(?P<key>\w+)": (?:(?P<opens>\{)|(?P<number>\d+),?)')
+_LINE = re.compile(r'(?:E\s+)?(?P<sign>[-+])?\s*"(?P<key>\w+)": (?:(?P<opens>\{)|(?P<number>-?\d+),?)')
 """Of a census diff, as pytest writes it into a failure."""
 
 

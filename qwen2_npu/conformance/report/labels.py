@@ -6,9 +6,9 @@ from functools import cache
 
 from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.perf.documented import BaselineError
-from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, PARALLEL, QUANTIZED
 
-STEPS = (ORIGINAL, *LADDER, *EXPERTS, *PARALLEL)
+STEPS = (ORIGINAL, *LADDER, *EXPERTS, *PARALLEL, *QUANTIZED)
 """Rows of every table of the ladder."""
 
 

@@ -8,7 +8,7 @@ from qwen2_npu import ops
 from qwen2_npu.emulator.ge.operators.table import Tensor, operator
 
 GE_INT8 = 2
-GE_DTYPES = {1: torch.float16, 27: torch.bfloat16}
+GE_DTYPES = {1: torch.float16, 3: torch.int32, 27: torch.bfloat16}
 """GE's numbers of the dtypes that a quantised product has."""
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qwen2_npu.conformance.graph.census import FEW, MORE, Census, LayeredCensus, of_layers, take
 from qwen2_npu.conformance.graph.cost import Cost
+from qwen2_npu.conformance.graph.lowering import Lowered
 from tests.unit.conformance.graph.build import Graph
 
 
@@ -118,3 +119,32 @@ def test_a_census_is_what_stands_once_and_what_stands_in_every_layer() -> None:
     with pytest.raises(ValueError, match="is not twice anything; the layers differ"):
         of_layers(layered_graph(FEW), layered_graph(MORE, odd=True))
     assert [take(layered_graph(count)).nodes for count in (1, 2)] == [8, 13]
+
+
+def first_differs(layers: int) -> Lowered:
+    """The first layer has another operator where the others have theirs; each has two of it but for that."""
+    graph = Graph(layers=layers)
+    value = graph.data((4,))
+    for layer in range(layers):
+        value = graph.op("Exp" if layer == 0 else "Relu", "x", value)
+        value = graph.op("Relu", "x", value)
+    return graph.lowered(value)
+
+
+def test_a_layer_that_lacks_an_operator_is_told_outside_of_the_layers() -> None:
+    found = of_layers(first_differs(FEW), first_differs(MORE))
+    assert found.layer.operators == {"Relu": 2}
+    assert found.outside.operators == {"Exp": 1, "Relu": -1}
+    assert LayeredCensus.from_json(json.loads(json.dumps(found.to_json()))) == found
+    for layers in (1, 2, 7):
+        assert found.of(layers) == take(first_differs(layers))
+
+
+def test_layers_of_which_not_even_one_is_there_are_refused() -> None:
+    few, more = Graph(layers=FEW), Graph(layers=MORE)
+    value = few.op("Relu", "x", few.data((4,)))
+    last = more.data((4,))
+    for _ in range(9):
+        last = more.op("Relu", "x", last)
+    with pytest.raises(ValueError, match=r"nodes: cannot take|Relu: cannot take"):
+        of_layers(few.lowered(value), more.lowered(last))

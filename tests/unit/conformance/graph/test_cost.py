@@ -216,7 +216,7 @@ MOVES = (
 def test_the_table_holds_what_it_held() -> None:
     """One that is gone from a list is charged as element-wise, and reads as a fused operator where it was none."""
     products = {"MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatmulAllReduce"}
-    products |= {"GroupedMatmul"}
+    products |= {"GroupedMatmul", "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3"}
     collectives = {"MatmulAllReduce", "HcomAllReduce", "HcomAllGather", "HcomReduceScatter", "HcomBroadcast"}
     assert set(MOVES) == rules.MOVEMENT
     assert products == rules.PRODUCTS
@@ -356,3 +356,45 @@ def test_a_view_costs_nothing_and_a_sum_is_of_all_operators() -> None:
     ops = [Operation(node, (X,), (X,)) for _ in range(3)]
     assert total(ops) == Cost(flops=18, activation_bytes=72, launches=3)
     assert total([]) == Cost()
+
+
+# ---- 8-bit weights --------------------------------------------------------------------------------------------------
+def test_products_of_8_bit_weights_read_a_byte_each() -> None:
+    weight, scale = value(3, 5, dtype=torch.int8, origin="weight"), value(5, origin="weight")
+    x, out = value(2, 3), value(2, 5)
+    found = cost("WeightQuantBatchMatmulV2", [x, weight, scale], out)
+    assert found == Cost(flops=2 * 2 * 3 * 5, weight_bytes=15 + 10, activation_bytes=12 + 20, launches=1)
+    rows, token = value(2, 3, dtype=torch.int8), value(2, dtype=torch.float32)
+    wide = value(5, dtype=torch.float32, origin="weight")
+    found = cost("QuantBatchMatmulV3", [rows, weight, wide, token], out)
+    assert found == Cost(flops=2 * 2 * 3 * 5, weight_bytes=15 + 20, activation_bytes=6 + 8 + 20, launches=1)
+    assert {"WeightQuantBatchMatmulV2", "QuantBatchMatmulV3"} <= rules.PRODUCTS
+
+
+QUANTISING = {
+    # operator -> what it reads and writes of (2, 8), and its FLOPs
+    "DynamicQuant": ([(2, 8)], [(2, 8), (2,)], 16),
+    "AddRmsNormDynamicQuant": ([(2, 8), (2, 8), (8,)], [(2, 8), (0,), (2, 8), (2,), (0,)], 32),
+    "DequantSwigluQuant": ([(2, 16), (16,), (2,)], [(2, 8), (2,)], 16),
+}
+
+
+@pytest.mark.parametrize("operator", QUANTISING)
+def test_quantising_moves_everything_once(operator: str) -> None:
+    given, made, flops = QUANTISING[operator]
+    found = cost(operator, [value(*shape) for shape in given], *(value(*shape) for shape in made))
+    elements = sum(math.prod(shape) for shape in (*given, *made))
+    assert found == Cost(flops=flops, activation_bytes=2 * elements, launches=1)
+    assert operator in rules.RULES
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_one_attention_operator_costs_what_the_two_cost(tokens: int) -> None:
+    query, cache = value(2, tokens, 4, 16), value(2, 64, 2, 16, origin="cache")
+    options = {"live": 20} if tokens == 1 else {"sparse_mode": 2}
+    other = "IncreFlashAttention" if tokens == 1 else "PromptFlashAttention"
+    found, expected = (
+        cost(name, [query, cache, cache], query, **options) for name in ("FusedInferAttentionScore", other)
+    )
+    assert found == expected
+    assert found.cache_bytes == (2 * 20 * 2 * 16 * 2 if tokens == 1 else 2 * 2 * 64 * 2 * 16 * 2)

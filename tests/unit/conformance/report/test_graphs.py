@@ -71,6 +71,10 @@ def test_bytes_are_said_where_no_launch_changed() -> None:
     assert graphs.changes(changed("TensorMove", flops=7)) == "TensorMove flops 0 → 7"
 
 
+def test_a_number_may_be_negative() -> None:
+    assert graphs.changes(changed("Exp", launches=-1)) == "Exp launches 0 → -1"
+
+
 def test_no_diff_no_changes() -> None:
     assert graphs.changes("AssertionError: no baseline") == ""
 

@@ -184,7 +184,7 @@ def quant_matmul(
 ) -> Tensor:
     """(x1 @ x2 + bias) · scale · pertoken_scale of int8 matrices; + offset for an int8 result."""
     wanted = _dtype("npu_quant_matmul", "output_dtype", output_dtype, torch.int8)
-    if offset is None and wanted in HALVES and x1.dtype is not torch.int32 and x2.dim() == 2:
+    if offset is None and wanted in (*HALVES, torch.int32) and x1.dtype is not torch.int32 and x2.dim() == 2:
         return ops.kernels["npu_quant_matmul"](
             x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype, **others
         )
