@@ -66,17 +66,19 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             "message": row["explanation"],
         }
         yield f"accuracy/{mode}/{row['step']}", common | facts
-    samples = content.get("samples") or []
-    if samples:
+    if samples := content.get("samples"):
         divergences = [sample["divergence"] for sample in samples if not sample["passed"]]
         facts = {"status": _status(not divergences), "reference": f"{len(samples)} prompts"}
         yield f"accuracy/{mode}/{TEXT}", common | facts | {"message": "; ".join(divergences)}
-    if content.get("perplexity"):
-        perplexity, error = content["perplexity"], content["perplexity"]["error"]
+    if perplexity := content.get("perplexity"):
         failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
         shown = f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
         # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
-        facts = {"status": _status(not failure), "value": Value(_noises(error), "× noise"), "reference": shown}
+        facts = {
+            "status": _status(not failure),
+            "value": Value(_noises(perplexity["error"]), "× noise"),
+            "reference": shown,
+        }
         yield f"accuracy/{mode}/{PERPLEXITY}", common | facts | {"message": failure}
 
 
