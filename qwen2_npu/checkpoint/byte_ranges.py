@@ -1,8 +1,8 @@
 """safetensors files put together from byte ranges of others: nothing but a buffer is in memory.
 
 Rows of a tensor are adjacent in a file, so merging and unmerging q, k and v moves ranges of bytes, whatever their
-dtype. What is computed of such ranges can stand in their place (:class:`Part`). safetensors' own ``save_file`` takes
-whole files of tensors from memory.
+dtype. What is computed of such ranges can stand in their place (:class:`ByteSource`). safetensors' own ``save_file``
+takes whole files of tensors from memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Moved = Callable[[int], None]
 """Told how many more bytes were worked through."""
 
 
-class Part(Protocol):
+class ByteSource(Protocol):
     """Bytes that a file is put together from, the same each time they are asked for."""
 
     @property
@@ -44,7 +44,7 @@ class Part(Protocol):
 
 
 class Range(NamedTuple):
-    """Bytes ``[start, stop)`` of a file: a :class:`Part`."""
+    """Bytes ``[start, stop)`` of a file: a :class:`ByteSource`."""
 
     path: Path
     start: int
@@ -94,7 +94,7 @@ class NewFile:
     """A file to be written: these bytes, then those parts."""
 
     name: str
-    ranges: tuple[Part, ...] = ()
+    ranges: tuple[ByteSource, ...] = ()
     head: bytes = b""
 
     @cached_property
@@ -148,7 +148,7 @@ class NewFile:
 
 
 def tensor_file(
-    name: str, metadata: dict[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[Part]]]
+    name: str, metadata: dict[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[ByteSource]]]
 ) -> NewFile:
     """A safetensors file.
 
@@ -157,7 +157,7 @@ def tensor_file(
     """
     order = sorted(tensors, key=lambda each: (_LARGEST_FIRST.index(tensors[each][0]), each))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    ranges: list[Part] = []
+    ranges: list[ByteSource] = []
     at = 0
     for each in order:
         dtype, shape, parts = tensors[each]

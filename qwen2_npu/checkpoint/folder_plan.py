@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.checkpoint.byte_ranges import NewFile, Part, Range, Stored, equal, tensor_file
+from qwen2_npu.checkpoint.byte_ranges import ByteSource, NewFile, Range, Stored, equal, tensor_file
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_object
 from qwen2_npu.checkpoint.folders import (
     MERGING,
@@ -38,7 +38,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "p
 MARKS = (MERGING, MERGING_PART, QUANTISING, QUANTISING_PART)
 """Files of a run that was interrupted: not copied."""
 
-Spec = tuple[str, tuple[int, ...], Sequence[Part]]
+Spec = tuple[str, tuple[int, ...], Sequence[ByteSource]]
 """A tensor to be written: dtype, shape, bytes."""
 
 

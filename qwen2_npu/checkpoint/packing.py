@@ -46,8 +46,7 @@ def scales_of(weight: torch.Tensor) -> torch.Tensor:
     Of a row that holds NaN or infinity it is one of them.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    lowest, highest = torch.aminmax(weight, dim=1, keepdim=True)
-    scale = (torch.maximum(-lowest.to(wide), highest.to(wide)) / LARGEST).to(weight.dtype)
+    scale = (weight.abs().amax(dim=1, keepdim=True).to(wide) / LARGEST).to(weight.dtype)
     return scale.masked_fill(scale == 0, torch.finfo(weight.dtype).eps)
 
 

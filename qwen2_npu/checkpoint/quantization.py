@@ -52,10 +52,6 @@ class Served(NamedTuple):
     default: Any
     text: str
 
-    def takes(self, value: Any) -> bool:
-        """Whether it is one of them; 1 is not true."""
-        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values)
-
 
 EIGHT_BITS = "integers of 8 bits are"
 NO_ZERO_POINT = Served((True,), True, "symmetric integers, which have no zero point, are")
@@ -104,11 +100,10 @@ ARGUMENTS: dict[str, dict[str, Served]] = {
 }
 """Fields of what is said about weights, and about the activations that they are multiplied with."""
 
-WITHOUT_EFFECT = {
-    "": ("version", "global_compression_ratio", "run_compressed", "dequantize", "use_optimized_inference"),
-    "arguments": ("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
-}
-"""Fields that may have any value: how the scales were found, and what transformers does with them."""
+WITHOUT_EFFECT = ("version", "global_compression_ratio", "run_compressed", "dequantize", "use_optimized_inference")
+HOW_FOUND = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+"""Fields of all of it, and of :data:`ARGUMENTS`, that may have any value: what transformers does with the weights, and
+how the scales were found."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ def parse(said: Any) -> Quantization | None:
         raise CheckpointError(f"{FIELD} describes weights quantised with {reprlib.repr(method)}; {WAY_OUT}")
     if (sparsity := values.get("sparsity_config")) and isinstance(sparsity, Mapping):
         values = {**values, "sparsity_config": None} if sparsity.get("format") == "dense" else values
-    _check(values, WHOLE, "", known=("quant_method", "config_groups", "ignore", *WITHOUT_EFFECT[""]))
+    _check(values, WHOLE, "", known=("quant_method", "config_groups", "ignore", *WITHOUT_EFFECT))
     groups = values.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise _not_valid("config_groups", groups, "an object with one group of modules")
@@ -210,7 +205,7 @@ def _group(group: Any, where: str) -> tuple[str, str | None, tuple[str, ...]]:
             raise _not_valid(f"{where}.{name}", arguments, "an object")
         channels = arguments.get("strategy") is None and arguments.get("group_size") == -1
         completed = {**arguments, "strategy": "channel"} if channels else arguments
-        _check(completed, table, f"{where}.{name}", known=WITHOUT_EFFECT["arguments"])
+        _check(completed, table, f"{where}.{name}", known=HOW_FOUND)
     scheme = "w8a16" if group.get("input_activations") is None else "w8a8"
     return scheme, group.get("format"), _listed(group.get("targets"), f"{where}.targets")
 
@@ -221,13 +216,12 @@ def _check(values: Mapping[str, Any], table: Mapping[str, Served], where: str, k
     for name, served in table.items():
         value = values.get(name, served.default)
         value = served.default if value is None else value
-        if not served.takes(value):
+        if value not in served.values:
             raise CheckpointError(
                 f"{FIELD}: {scope}{name}={reprlib.repr(value)} is not served, only {served.text}; {WAY_OUT}"
             )
-    empty = Served((None, False, "", [], {}), None, "")
     for name, value in values.items():
-        if name not in table and name not in known and not empty.takes(value):
+        if name not in table and name not in known and value not in (None, False, "", [], {}):
             raise CheckpointError(f"{FIELD}: {scope}{name}={reprlib.repr(value)} is not known here; {WAY_OUT}")
 
 

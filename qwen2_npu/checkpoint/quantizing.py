@@ -39,7 +39,7 @@ HEAD_MODULE = HEAD.removesuffix(f".{WEIGHT}")
 # ---- what is computed ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Computed:
-    """Bytes that follow from a stored weight: a :class:`~qwen2_npu.checkpoint.byte_ranges.Part`.
+    """Bytes that follow from a stored weight: a :class:`~qwen2_npu.checkpoint.byte_ranges.ByteSource`.
 
     Attributes:
         name: of the weight, for messages.
@@ -86,7 +86,7 @@ class Computed:
 
 
 class Bytes(NamedTuple):
-    """Bytes in memory: a :class:`~qwen2_npu.checkpoint.byte_ranges.Part`."""
+    """Bytes in memory: a :class:`~qwen2_npu.checkpoint.byte_ranges.ByteSource`."""
 
     held: bytes
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2_npu.cli import interrupts, options, ranks
-from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, QUANTIZED
 from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from qwen2_npu.conformance.machine.provenance import Provenance
     from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
+    from qwen2_npu.conformance.perf.builds import Weights
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ def _threads(ctx: click.Context, param: click.Parameter, value: int | None) -> i
 
 
 def _steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else options.names_of(value, (ORIGINAL, *LADDER, *EXPERTS))
+    return None if value is None else options.names_of(value, (ORIGINAL, *LADDER, *EXPERTS, *QUANTIZED))
 
 
 SIZES_HERE = "0.5B, 1.5B, 7B, 72B or 57B-A14B"
@@ -58,7 +59,8 @@ SIZES_HERE = "0.5B, 1.5B, 7B, 72B or 57B-A14B"
     callback=_steps,
     metavar="STEP,…",
     help=f"{ORIGINAL} is the stock model; each other includes the steps before it: {', '.join(LADDER)}; {EXPERTS[0]} "
-    f"of a mixture of experts.  [default: {ORIGINAL} and the model's last]",
+    f"of a mixture of experts, {' and '.join(QUANTIZED)} of 8-bit weights.  [default: {ORIGINAL}, which 8-bit weights "
+    "do not have, and the model's last]",
 )
 @options.mode_option()
 @options.device_option()
@@ -112,10 +114,10 @@ def command(
     weights = Weights.of(str(random_weights), model_path, assume_tp)
     if json_path is not None:
         check_writable(json_path)
-    ladder = (ORIGINAL, *weights.size.ladder)
-    steps = steps or (ORIGINAL, ladder[-1])
-    if missing := set(steps) - set(ladder):
-        raise click.UsageError(f"--steps {', '.join(missing)}: {weights.size.name} is no mixture of experts")
+    ladder = weights.ladder
+    steps = steps or tuple(dict.fromkeys((ladder[0] if ladder[0] == ORIGINAL else ladder[-1], ladder[-1])))
+    if missing := [step for step in steps if step not in ladder]:
+        raise click.UsageError(f"--steps {', '.join(missing)}: {_lacking(missing[0], weights)}")
     todo = bench.cases(steps, batches)
     group = launch.current()
     cards = 1 if group is None else group.world_size
@@ -125,6 +127,17 @@ def command(
     _measure(setup, todo, json_path, console)
     if breakdown:
         _show_breakdown(setup, todo[-1], console)
+
+
+def _lacking(step: str, weights: Weights) -> str:
+    """Why that model does not have a step."""
+    if step == ORIGINAL:
+        return f"the weights of {weights.size.name} are 8-bit integers; measure the checkpoint that they were made of"
+    if step not in QUANTIZED:
+        return f"{weights.size.name} is no mixture of experts"
+    return (
+        f"the weights of {weights.size.name} are not made for that; write some with qwen2-npu quantize --scheme {step}"
+    )
 
 
 def _measure(setup: Setup, todo: Sequence[BenchCase], json_path: Path | None, console: Console) -> None:

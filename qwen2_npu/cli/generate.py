@@ -55,7 +55,10 @@ def _probability(ctx: click.Context, param: click.Parameter, value: float | None
 @click.option("--chat", is_flag=True, help="Put each prompt through the checkpoint's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
-    "--steps", callback=options.parse_steps, metavar="STEP,…", help="Only these steps of the ladder.  [default: all]"
+    "--steps",
+    callback=options.parse_steps,
+    metavar="STEP,…",
+    help="Only these steps of the ladder.  [default: all, and of 8-bit weights the one that they are made for]",
 )
 @options.device_option()
 @options.dtype_option()
@@ -160,11 +163,13 @@ def _loaded(
 
     from qwen2_npu import Qwen2ForCausalLM, graph
     from qwen2_npu.checkpoint.configuration import read_config
+    from qwen2_npu.checkpoint.quantization import quantization_of
     from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
 
-    optimizations = Optimizations.of(steps, with_requirements=True) if steps else Optimizations.all()
     # First: transformers reads config.json for the tokenizer, too.
     config = read_config(folder)
+    asked, stored = Optimizations.of(steps, with_requirements=True) if steps else None, quantization_of(config)
+    optimizations = Optimizations.for_model(asked, config, None if stored is None else stored.scheme)
     graph.check_mode(mode, torch.device(device), optimizations, config)
     tokenizer = load_tokenizer(folder)
     texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat and tokenizer is not None else list(prompts)

@@ -16,7 +16,7 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts
-from qwen2_npu.optimizations import EXPERTS, LADDER, MODES
+from qwen2_npu.optimizations import EXPERTS, LADDER, MODES, QUANTIZED
 from qwen2_npu.parallel import launch
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def names_of(value: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """``a,b`` -> steps of the ladder.
+    """``a,b`` -> steps of the ladder, of experts or of 8-bit weights.
 
     Raises:
         click.BadParameter: an unknown step.
     """
-    return None if value is None else names_of(value, (*LADDER, *EXPERTS))
+    return None if value is None else names_of(value, (*LADDER, *EXPERTS, *QUANTIZED))
 
 
 class FiniteFloat(click.FloatRange):

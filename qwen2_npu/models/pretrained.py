@@ -300,7 +300,8 @@ class CheckpointIO:
         return module.load_state_dict(state_dict, *args, **kwargs)
 
     def stock_state_dict(self: Any) -> dict[str, torch.Tensor]:
-        """The weights under the stock class's names: fused ones as views of their parts, tied ones once.
+        """The weights under the stock class's names: fused ones as views of their parts, tied ones once; 8-bit ones as
+        ``X.weight`` and ``X.weight_scale``.
 
         Raises:
             UnsupportedError: the model is one part of several, or holds an adapter of peft.

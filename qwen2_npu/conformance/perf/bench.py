@@ -26,7 +26,7 @@ from qwen2_npu.conformance.perf.rank import of_slowest_rank
 from qwen2_npu.conformance.perf.rows import Configuration, Mode
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.graph import compile_model
-from qwen2_npu.optimizations import ORIGINAL, PHASES, Phase
+from qwen2_npu.optimizations import ORIGINAL, PHASES, QUANTIZED, Phase
 from qwen2_npu.parallel.sharding import Shard
 
 Progress = Callable[[str, int, int], None]
@@ -149,7 +149,8 @@ def least_bytes(setup: Setup, case: BenchCase) -> int:
     small_operators = "flash_attention" not in steps_on(case.step)
     scores = case.batch * size.heads * setup.input_tokens**2 if small_operators else 0
     # The cache is still empty of new tokens while the prompt's scores are there: the larger of the two counts.
-    return size.parameters * dtype.itemsize + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
+    item = 1 if case.step in QUANTIZED else dtype.itemsize
+    return size.parameters * item + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
 
 
 def run(
@@ -196,6 +197,7 @@ def build(setup: Setup, step: str) -> Any:
 
 def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware | None) -> BenchResult:
     size, decode = setup.weights.size, Summary.of(measured.decode_ms)
+    card = None if case.step in QUANTIZED else card  # the least work is counted of 16-bit weights
     numbers = {phase: documented.find(_measured(setup, case, measured, phase)) for phase in PHASES}
     prefill_work = work(size, "prefill", case.batch, measured.input_tokens, setup.cards)
     decode_work = work(size, "decode", case.batch, measured.mean_context, setup.cards)

@@ -12,6 +12,7 @@ import torch
 
 from qwen2_npu import graph
 from qwen2_npu.checkpoint import weights
+from qwen2_npu.checkpoint.quantization import quantization_of
 from qwen2_npu.checkpoint.sources import open_checkpoint, part_of, read_config, whole
 from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance.accuracy.stock import stock_class, stock_from_pretrained, uninitialised, with_eager_attention
@@ -20,7 +21,7 @@ from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
-from qwen2_npu.optimizations import ORIGINAL, Optimizations
+from qwen2_npu.optimizations import ORIGINAL, QUANTIZED, Optimizations
 from qwen2_npu.parallel.collectives import Ranks, current
 from qwen2_npu.parallel.sharding import Cutting
 from qwen2_npu.parallel.stock import filled, hollow, stock_sharded
@@ -112,6 +113,15 @@ class Weights:
     def description(self) -> str:
         """ "random", or the checkpoint's folder: part of what is recorded."""
         return "random" if self.path is None else self.path.name
+
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """The steps that can be measured: of 8-bit weights those of 8 bits come last, and the stock model is none."""
+        stored = quantization_of(self.config())
+        if stored is None:
+            return (ORIGINAL, *self.size.ladder)
+        schemes = () if self.size.experts else QUANTIZED[: QUANTIZED.index(stored.scheme) + 1]
+        return (*self.size.ladder, *schemes)
 
     def config(self) -> Qwen2Config:
         return self.size.config() if self.path is None else read_config(self.path)

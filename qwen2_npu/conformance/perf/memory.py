@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qwen2_npu.conformance.perf.lower_bound import kv_per_token
 from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL
+from qwen2_npu.optimizations import ORIGINAL, Optimizations
 
 BYTES = 2  # bf16
 CAPACITY_BUCKET = 128
@@ -64,7 +64,7 @@ class MemoryFormula:
 
 def steps_on(step: str) -> tuple[str, ...]:
     """The switches of a row's step."""
-    return (*LADDER, *EXPERTS)[: (ORIGINAL, *LADDER, *EXPERTS).index(step)]
+    return () if step == ORIGINAL else Optimizations.up_to(step).names()
 
 
 def memory_of(

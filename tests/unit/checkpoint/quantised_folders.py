@@ -11,9 +11,22 @@ import torch
 
 from qwen2_npu.checkpoint.weights import stock_shapes
 from tests.unit.checkpoint.merges import config_of, write_folder
-from tests.unit.quantised import quantization_config
 
 SCHEMES = ("w8a16", "w8a8")
+
+
+def quantization_config(scheme: str, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
+    """As llm-compressor writes it, but for what may be left out."""
+    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": token if scheme == "w8a8" else None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+    }
 
 
 def quantised_config(scheme: str, heads: int = 4, kv_heads: int = 2, **changes: Any) -> Any:

@@ -105,6 +105,14 @@ def test_a_row_of_zeros(dtype: torch.dtype) -> None:
     assert integers_of(weight, scale).tolist() == [[0, 0], [64, 127]]
 
 
+def test_numbers_close_to_the_smallest_keep_their_sign() -> None:
+    """There float16 has few scales: 1.4 of the smallest becomes 1, and more than 127 steps are asked for."""
+    smallest = torch.finfo(torch.float16).smallest_normal / 1024
+    weight = torch.tensor([[127 * 1.4 * smallest, -127 * 1.4 * smallest, 10 * smallest]]).to(torch.float16)
+    assert scales_of(weight).item() == smallest
+    assert integers_of(weight, scales_of(weight)).tolist() == [[127, -127, 10]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_scale_for_what_is_not_finite(dtype: torch.dtype, value: float) -> None:

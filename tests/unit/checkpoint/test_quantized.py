@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.checkpoint import quantized, weights
 from qwen2_npu.checkpoint.sources import FirstLayers, StateDictSource, open_checkpoint, part_of
 from qwen2_npu.checkpoint.weights import check_source, held_shapes, stock_shapes
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.compat import IS_V4
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.parallel.sharding import Shard, Slice
 from tests.unit.checkpoint.merges import digest, same_bits, tensors_of
 from tests.unit.checkpoint.quantised_folders import (
@@ -26,8 +28,10 @@ from tests.unit.checkpoint.quantised_folders import (
     in_float64,
     quantised_config,
     quantised_weights,
+    quantization_config,
     write_quantised,
 )
+from tests.unit.parallel.test_sharding import mixture
 
 DOWN = "model.layers.0.mlp.down_proj"
 SHARD = "model-00002-of-00003.safetensors"
@@ -186,6 +190,26 @@ def test_a_state_dict_as_the_model_gives_it(scheme: str, folders: dict[str, Path
     again.load_state_dict(model.state_dict())
 
 
+@every_scheme
+def test_a_configuration_of_transformers(scheme: str, folders: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(folders[scheme])
+    assert Qwen2ForCausalLM.from_pretrained(folders[scheme], config=config).optimizations.scheme == scheme
+    del config.quantization_config
+    message = r"is stored as I(8|32), which is quantised or no weight; .* whose quantization_config says how it is"
+    with pytest.raises(CheckpointError, match=message):
+        Qwen2ForCausalLM.from_pretrained(folders[scheme], config=config)
+
+
+@every_scheme
+def test_the_network_alone(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = Qwen2Model.from_pretrained(folders[scheme])
+    expected = quantised_weights(quantised_config(scheme))
+    assert same_bits(model.stock_state_dict()["layers.0.mlp.down_proj.weight"], expected[f"{DOWN}.weight"])
+    model.save_pretrained(tmp_path)
+    again = Qwen2Model.from_pretrained(tmp_path).stock_state_dict()
+    assert all(same_bits(again[name], tensor) for name, tensor in model.stock_state_dict().items())
+
+
 def test_integers_that_the_configuration_does_not_speak_of(folders: dict[str, Path]) -> None:
     model = Qwen2ForCausalLM.from_pretrained(folders["w8a8"])
     state = model.stock_state_dict()
@@ -221,6 +245,22 @@ def test_a_scale_that_a_dtype_does_not_hold(value: float, fault: str, optimizati
     message = rf"down_proj\.weight_scale in torch\.float16 is {fault} in row 3 .*; load the checkpoint with dtype='bfl"
     with pytest.raises(CheckpointError, match=message):
         Qwen2ForCausalLM.from_pretrained(folder, dtype="float16", optimizations=optimizations)
+
+
+@pytest.mark.skipif(IS_V4, reason="this transformers has no Qwen2Moe")
+@every_scheme
+def test_a_mixture_of_experts_is_dequantised(scheme: str) -> None:
+    """It is not computed in 8 bits: asked for by default, that is refused with the way out."""
+    config = mixture(quantization_config=quantization_config(scheme, ("lm_head", "re:.*gate$")))
+    tensors = quantised_weights(config)
+    assert tensors["model.layers.0.mlp.experts.2.down_proj.weight"].dtype == torch.int8
+    stored = as_stored(tensors, scheme)
+    with pytest.raises(UnsupportedError, match=rf"{scheme}: a mixture of experts .* pass optimizations=Optimizations"):
+        Qwen2ForCausalLM.from_state_dict(config, stored)
+    for optimizations in (Optimizations.all(), Optimizations.none()):
+        model = Qwen2ForCausalLM.from_state_dict(config, stored, optimizations=optimizations)
+        expected = in_bfloat16(tensors)
+        assert all(same_bits(tensor, expected[name]) for name, tensor in model.stock_state_dict().items())
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------

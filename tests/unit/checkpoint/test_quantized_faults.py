@@ -167,12 +167,12 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] 
     "zero points": (
         "w8a8",
         added(f"{DOWN}.weight_zero_point", torch.zeros(8, 1, dtype=torch.int8)),
-        r"weight_zero_point holds zero points, .* which are not served",
+        r"weight_zero_point holds zero points of integers that are not symmetric, which is not s",
     ),
     "an order of columns": (
         "w8a16",
         added(f"{DOWN}.weight_g_idx", torch.zeros(168, dtype=torch.int32)),
-        r"weight_g_idx holds the order of columns \(actorder\) which are not served",
+        r"weight_g_idx holds the order of columns \(actorder\), which is not served",
     ),
     "static activations": ("w8a8", added(f"{DOWN}.input_scale", torch.ones(1)), "input_scale holds scales of activati"),
     "a KV cache": ("w8a8", added("model.layers.0.self_attn.k_scale", torch.ones(1)), "k_scale holds scales of the KV"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from tests.unit.checkpoint.merges import same_bits
@@ -59,7 +60,6 @@ def by_package(folder: Path, scheme: str) -> tuple[dict[str, torch.Tensor], dict
 def dequantised_by_package(folder: Path) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors import decompress_module
     from compressed_tensors.quantization.utils import is_module_quantized
-    from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     for module in model.modules():
@@ -91,3 +91,16 @@ def test_the_package_reads_what_is_written_here(scheme: str, folders: dict[str, 
     expected = in_float64(quantised_weights(quantised_config(scheme)))
     for name, tensor in expected.items():
         assert same_bits(dequantised[name], tensor.to(torch.bfloat16)), name
+
+
+@every_scheme
+def test_the_stock_model_s_configuration_and_tensors(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers makes an object of its own of quantization_config, and writes it as one."""
+    stock: Any = AutoModelForCausalLM.from_pretrained(folders[scheme], dtype="auto")
+    assert not isinstance(stock.config.quantization_config, dict)
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock.state_dict())
+    assert model.optimizations.scheme == scheme
+    model.save_pretrained(tmp_path)
+    again = Qwen2ForCausalLM.from_pretrained(tmp_path).stock_state_dict()
+    expected = quantised_weights(quantised_config(scheme))
+    assert all(same_bits(tensor, expected[name]) for name, tensor in again.items())

@@ -97,9 +97,10 @@ def test_columns_that_do_not_fill_an_int32(scheme: str, tmp_path: Path) -> None:
 
 
 @every_scheme
-def test_what_it_writes_is_what_the_model_saves(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_it_writes_is_what_the_model_saves(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """One format, byte for byte, with its header."""
-    folder = write_folder(tmp_path / "ordinary", CONFIG, weights_of(CONFIG))
+    folder = write_folder(tmp_path / "ordinary", CONFIG, weights_of(CONFIG, dtype))
     quantize(folder, tmp_path / "written", scheme=scheme)
     Qwen2ForCausalLM.from_pretrained(tmp_path / "written").save_pretrained(tmp_path / "saved")
     files = [tmp_path / name / "model.safetensors" for name in ("written", "saved")]

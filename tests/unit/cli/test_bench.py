@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from qwen2_npu.checkpoint.quantizing import quantize
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import bench, breakdown, documented, protocol
@@ -23,6 +24,7 @@ from qwen2_npu.conformance.perf.measurement import Summary
 from qwen2_npu.conformance.report.bench import tables
 from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER, ORIGINAL, QUANTIZED
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
 
@@ -51,6 +53,44 @@ def test_measures_every_step_and_batch(tmp_path: Path) -> None:
         assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["decode"]["mean"] * 1e3)
         assert r["decode_memory_share"] is None  # no roofline is known of a CPU
         assert r["documented_decode_ms"] is None  # no table has the tiny model
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny checkpoint with 8-bit weights."""
+    path = tmp_path_factory.mktemp("quantised")
+    for scheme in QUANTIZED:
+        quantize(tiny.path(), path / scheme, scheme=scheme)
+    return {scheme: path / scheme for scheme in QUANTIZED}
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_8_bit_weights_are_measured_in_8_bits(scheme: str, in_8_bits: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    folder = ["--model-path", str(in_8_bits[scheme])]
+    result = run(*TINY, *folder, "--batch", "1", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert [r["step"] for r in json.loads(path.read_text(encoding="utf-8"))["results"]] == [scheme]
+    result = run(*TINY, *folder, "--batch", "1", "--steps", "original")
+    assert result.exit_code == 2
+    assert f"the weights of {scheme} are 8-bit integers; measure the checkpoint that they were made of" in words(result)
+
+
+def test_which_steps_8_bit_weights_have(in_8_bits: dict[str, Path]) -> None:
+    ladders = {name: Weights.of_checkpoint(path).ladder for name, path in in_8_bits.items()}
+    assert ladders == {"w8a16": (*LADDER, "w8a16"), "w8a8": (*LADDER, "w8a16", "w8a8")}
+    assert Weights.of_checkpoint(tiny.path()).ladder == (ORIGINAL, *LADDER)
+    result = run(*TINY, "--steps", "w8a8")
+    assert result.exit_code == 2
+    assert "the weights of tiny are not made for that; write some with qwen2-npu quantize --scheme w8a8" in words(
+        result
+    )
+
+
+def test_8_bit_weights_take_less_memory(in_8_bits: dict[str, Path]) -> None:
+    setup = bench.Setup(Weights.of_checkpoint(in_8_bits["w8a8"]), "eager", "cpu", torch.bfloat16, 16, 5, 1)
+    needed = [bench.least_bytes(setup, bench.BenchCase(step, 1)) for step in ("swiglu", "w8a8")]
+    assert needed[0] - needed[1] == setup.weights.size.parameters
 
 
 def words(result: Result) -> str:

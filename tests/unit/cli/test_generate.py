@@ -6,15 +6,18 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.checkpoint.quantizing import quantize
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
+from qwen2_npu.optimizations import QUANTIZED
 
 
 def generate(*arguments: object) -> Result:
@@ -43,6 +46,29 @@ def quantise(folder: Path) -> None:
 
 def spoil_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_8_bit_weights(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits unless other steps are asked for."""
+    quantize(tiny.path(), tmp_path / "written", scheme=scheme)
+    models = []
+    load = Qwen2ForCausalLM.from_pretrained
+
+    def loaded(*arguments: Any, **named: Any) -> Any:
+        models.append(load(*arguments, **named))
+        return models[-1]
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", loaded)
+    words = ("--model-path", tmp_path / "written", "--prompt", "The cat", "--max-new-tokens", 3, "--device", "cpu")
+    for steps, expected in (((), scheme), (("--steps", "w8a16"), "w8a16"), (("--steps", "swiglu"), None)):
+        result = generate(*words, *steps)
+        assert result.exit_code == 0, result.output
+        assert models[-1].optimizations.scheme == expected
+    assert models[0].optimizations == Optimizations.up_to(scheme).of_model(models[0].config, scheme)
+    result = generate(*words, "--model-path", tiny.path(), "--steps", scheme)
+    assert result.exit_code == 2
+    assert f"error: {scheme}: the weights of this checkpoint are not quantised" in result.output
 
 
 @pytest.mark.parametrize("option", [["--chat"], []])
