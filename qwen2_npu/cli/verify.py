@@ -11,18 +11,19 @@ import click
 
 from qwen2_npu import emulator
 from qwen2_npu.cli import interrupts, options, ranks
-from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL
+from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL, QUANTIZED
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from qwen2_npu.conformance.accuracy.pair import GreedyText
+    from qwen2_npu.conformance.accuracy.quantising_cost import QuantisingCost
     from qwen2_npu.conformance.accuracy.verify import StepResult, Verification
 
 
 def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else options.names_of(value, (*LADDER, *EXPERTS, *PARALLEL))
+    return None if value is None else options.names_of(value, (*LADDER, *EXPERTS, *PARALLEL, *QUANTIZED))
 
 
 @click.command("verify")
@@ -35,7 +36,8 @@ def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) 
     callback=_parse_steps,
     metavar="STEP,…",
     help=f"Rows to run; each includes the steps before it.  [default: {','.join(LADDER)}; of a mixture of "
-    f"experts {','.join(EXPERTS)}, and under a launcher with 2, 4 or 8 ranks {','.join(PARALLEL)} as well]",
+    f"experts {','.join(EXPERTS)}, under a launcher with 2, 4 or 8 ranks {','.join(PARALLEL)}, and of 8-bit weights "
+    f"the one of {', '.join(QUANTIZED)} that they are made for as well]",
 )
 @options.mode_option()
 @click.option(
@@ -43,6 +45,13 @@ def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) 
     default=None,
     help="Take the stock model and its float64 self layer by layer, or whole.  [default: layer by layer where the "
     "whole does not fit the free memory]",
+)
+@click.option(
+    "--against",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The checkpoint in floating point that --model-path was quantised from: show what the 8 bits cost, in all and "
+    "by each module alone.",
 )
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=Path("report/verify.json"), show_default=True
@@ -56,6 +65,7 @@ def command(
     steps: tuple[str, ...] | None,
     mode: str,
     stream: bool | None,
+    against: Path | None,
     json_path: Path,
 ) -> None:
     """Compare every step of the optimisation ladder with the stock transformers model, at every position.
@@ -92,6 +102,7 @@ def command(
             mode=mode,
             stream=stream,
             assume_tp=assume_tp,
+            against=against,
             progress=progress,
         )
         interrupts.check()
@@ -117,6 +128,8 @@ def show(result: Verification, console: Console) -> None:
             f"{perplexity.optimised:.4f}",
             highlight=False,
         )
+    if result.cost is not None:
+        _cost(result.cost, console)
     if result.streamed:
         console.print(
             f"The stock model and its float64 self went layer by layer ({result.streamed}); decode was forced to the "
@@ -124,12 +137,13 @@ def show(result: Verification, console: Console) -> None:
             highlight=False,
         )
     if result.ranks > 1:
-        left_out = f"; left out: {result.left_out}" if result.left_out else ""
         console.print(
             f"{result.ranks} ranks shared the optimised model; the stock model and its float64 self were on rank 0 "
-            f"alone{left_out}",
+            "alone",
             highlight=False,
         )
+    if result.left_out:
+        console.print(f"Left out: {result.left_out}", highlight=False)
     environment = result.environment
     console.print(
         f"Verified with {environment.verified} on {environment.device}: torch {environment.versions['torch']}, "
@@ -201,3 +215,33 @@ def _experts(result: Verification) -> Table:
     for row in result.rows:
         table.add_row(row.step, *(str(row.experts[key]) for key in ("choices", "agreements", "excused", "left_out")))
     return table
+
+
+COSTLIEST = 8
+"""Modules that are shown; the file has all."""
+
+
+def _cost(cost: QuantisingCost, console: Console) -> None:
+    """What 8 bits cost, in all and by module."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    console.print(
+        f"{cost.scheme} against {cost.against}, both in float32, {cost.tokens} held-out tokens: perplexity "
+        f"{cost.perplexity:.4f} → {cost.whole.perplexity:.4f}, KL {cost.whole.kl:.2e} (at most "
+        f"{cost.whole.kl_max:.2e}), same top-1 {cost.whole.agreement:.2%}",
+        highlight=False,
+    )
+    if cost.left_out:
+        console.print(f"No module is shown alone: {cost.left_out}", highlight=False)
+        return
+    table = Table(title=f"The {COSTLIEST} costliest modules, each alone in 8 bits", box=SIMPLE_HEAD, padding=0)
+    table.add_column("module", no_wrap=True)
+    for heading in ("KL", "loss", "same top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, effect in cost.costliest(COSTLIEST):
+        cells = f"{effect.kl:.1e}", f"{effect.loss:+.1e}", f"{effect.agreement:.2%}"
+        table.add_row(name.removeprefix("model.layers."), *cells)
+    console.print(table)
+    kinds = ", ".join(f"{kind} {kl:.1e}" for kind, kl in cost.by_kind().items())
+    console.print(f"KL alone, summed over the layers: {kinds}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,6 +25,10 @@ from qwen2_npu.parallel.collectives import ALONE, Ranks
 if TYPE_CHECKING:
     from qwen2_npu.graph import GraphOptions
     from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
+
+
+_OF_MODEL = re.compile(r"\bself\b")
+"""In the names of guards on the model and on what is in it: ``self._modules['norm'].eps``, ``type(self.ranks)``."""
 
 
 def check_installed(mode: str, others: Sequence[str]) -> None:
@@ -56,7 +61,7 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
         _let_torchair_register_first()
         _let_npugraph_ex_take_8_bit_weights()
         return lambda step: torch.compile(
-            step,
+            _with_own_code(step),
             backend="npugraph_ex",
             dynamic=options.dynamic,
             fullgraph=True,
@@ -73,7 +78,11 @@ def compiler(mode: str, model: Qwen2ForCausalLM, options: GraphOptions) -> Calla
     # Weights stay where they are: the model holds them as long as its compiled steps. After torchair's own filters.
     warnings.filterwarnings("ignore", message="When enable frozen_parameter", category=UserWarning)
     return lambda step: torch.compile(
-        step, backend=backend, dynamic=options.dynamic, fullgraph=True, options={"guard_filter_fn": keep_input_guards}
+        _with_own_code(step),
+        backend=backend,
+        dynamic=options.dynamic,
+        fullgraph=True,
+        options={"guard_filter_fn": keep_input_guards},
     )
 
 
@@ -114,13 +123,13 @@ def compiler_config(options: GraphOptions, ranks: Ranks = ALONE) -> Any:
 def keep_input_guards(guards: Sequence[Any]) -> list[bool]:
     """Guards as few as possible: on the inputs and their shapes, not on the hundreds of attributes of the model.
 
-    The model does not change under a compiled step: ``compile_model`` makes new ones where it is called again. Only its
-    rotary table may grow.
+    The model does not change under a compiled step: ``compile_model`` makes new ones where it is called again, and
+    those of another model have other code (:func:`_with_own_code`). Only its rotary table may grow.
     """
     return [
         guard.guard_type == "SHAPE_ENV"
         or guard.name.endswith(("._buffers['cos']", "._buffers['sin']"))
-        or not (guard.is_global or guard.name.startswith("L['self']"))
+        or not (guard.is_global or _OF_MODEL.search(guard.name))
         for guard in guards
     ]
 
@@ -131,7 +140,7 @@ def fingerprint(model: Qwen2ForCausalLM) -> str:
 
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    folders = (package, *(package / name for name in ("models", "graph", "parallel")))
+    folders = (package, *(package / name for name in ("models", "graph", "parallel", "ops")))
     for source in sorted(source for folder in folders for source in folder.glob("*.py")):
         digest.update(source.read_bytes())
     described = {
@@ -163,18 +172,21 @@ class CachedStep:
 
             # Readable by others, a folder of code is an invitation.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.graphs[name] = cache_compile(
-                _renamed(self.step, name), config=self.config, dynamic=self.dynamic, cache_dir=str(self.folder / name)
-            )
+            own, folder = _with_own_code(self.step, f"_{name}"), str(self.folder / name)
+            self.graphs[name] = cache_compile(own, config=self.config, dynamic=self.dynamic, cache_dir=folder)
         return self.graphs[name](*arguments)
 
 
-def _renamed(step: Any, name: str) -> Any:
-    """The method ``step`` with a code object of its own: torchair takes a code that is compiled twice for a failure."""
-    function = step.__func__
-    code = function.__code__.replace(co_name=f"{function.__name__}_{name}")
+def _with_own_code(step: Any, suffix: str = "") -> Any:
+    """The method ``step`` with a code object of its own, whose name ends in ``suffix``.
+
+    Dynamo keeps graphs with the code, which all models share; and without guards on the model, one model would run the
+    graphs of another, with its constants. torchair takes a code that is compiled twice for a failure.
+    """
+    function = getattr(step, "__func__", step)
+    code = function.__code__.replace(co_name=f"{function.__name__}{suffix}")
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return MethodType(own, step.__self__)
+    return own if function is step else MethodType(own, step.__self__)
 
 
 def shape_name(arguments: Any) -> str:

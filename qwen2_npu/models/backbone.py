@@ -460,7 +460,10 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
                 logits = self._kept_logits(compact, phase, inputs, caches, index, record)
         if record is not None:
             record[0][:] = [rows.restore(hidden) for hidden in record[0]]
-        return logits if index is not None else rows.restore(logits[:, :tokens])
+        if index is not None:
+            return logits
+        restored = rows.restore(logits[:, :tokens])
+        return restored if wanted is None else restored[:, wanted]  # of a decode step: its one position, or none
 
     def _forward_growing(
         self,

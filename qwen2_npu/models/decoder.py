@@ -5,8 +5,6 @@ Shapes: B batch, S new tokens, N heads, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import Qwen2Config
@@ -100,6 +98,7 @@ class Network(nn.Module):
     def __init__(self, config: Qwen2Config, optimizations: Optimizations, ranks: Ranks) -> None:
         super().__init__()
         self.shared_cos_sin = optimizations.flash_attention
+        self.heads, self.kv_heads = (ranks.shard.count(unit, config) for unit in ("query heads", "kv heads"))
         self.one_rotary, self.rows_alone = optimizations.one_rotary, optimizations.kv_scatter
         quantization = quantization_of(config)
         self.embed_tokens = Embedding(config, ranks)
@@ -140,9 +139,7 @@ class Network(nn.Module):
         hidden_states = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         cos_sin = self.rotary(inputs.position_ids, head_axis=2) if self.shared_cos_sin else None
         if cos_sin is not None and self.one_rotary and phase == "decode":
-            attention: Any = self.layers[0].self_attn
-            cos, sin = cos_sin
-            cos_sin = for_all_heads(cos, sin, attention.heads + attention.kv_heads, attention.kv_heads)
+            cos_sin = for_all_heads(cos_sin[0], cos_sin[1], self.heads + self.kv_heads, self.kv_heads)
         as_rows = self.rows_alone and phase == "decode" and record is None
         if as_rows:  # of two dimensions, the graph engine makes plain products
             hidden_states = hidden_states.squeeze(1)

@@ -131,10 +131,12 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's int8 product computes it.
 
     That product is the faster one for few rows alone. It takes a transposed weight; and where K or N is no multiple of
-    :data:`BLOCK` it may read beyond the end of the weight (it does with one column).
+    :data:`BLOCK` it may read beyond the end of the weight (it does with one column). It adds up in float32, one term
+    after the other, which errs twice as much as an ordinary product does: too much for a result in float32.
     """
     blocks = weight.numel() > 0 and weight.shape[0] % BLOCK == 0 and weight.shape[1] % BLOCK == 0
-    return blocks and 0 < x.shape[0] <= MAX_ROWS and weight.stride() == (1, weight.shape[0])
+    few = x.dtype != torch.float32 and 0 < x.shape[0] <= MAX_ROWS
+    return blocks and few and weight.stride() == (1, weight.shape[0])
 
 
 def npu_quant_matmul(

@@ -25,6 +25,8 @@ from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import PairWeights
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, position_ids_of, to_numpy
+from qwen2_npu.optimizations import QUANTIZED
+from tests.accuracy import quantised
 from tests.unit.small import small_config
 
 VOCABULARY = 256
@@ -44,6 +46,14 @@ if not IS_V4:  # 4.37.0 has neither
         "yarn": {"rms_norm_eps": 1e-5, "rope_parameters": YARN, "max_position_embeddings": 256},
     }
 """Name -> settings of the configuration."""
+
+QUANTISED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{scheme}_{name}": (scheme, settings)
+    for scheme, names in (("w8a16", ("eps_1e-5", "window")), ("w8a8", ("eps_1e-5", "yarn")))
+    for name, settings in MODELS.items()
+    if name in names
+}
+"""The same with 8-bit weights -> their scheme, and settings."""
 
 LONG_MODELS: dict[str, dict[str, Any]] = {"long": {"rope_theta": 1e6}}
 if not IS_V4:
@@ -93,6 +103,15 @@ PRESETS: dict[str, Optimizations] = {
     "all": Optimizations.all(),
     "all_with_fused_infer_attention": Optimizations.all().replace(fused_infer_attention=True),
 }
+QUANTISED_PRESETS: dict[str, dict[str, Optimizations]] = {
+    scheme: {
+        f"{scheme}_all": Optimizations.up_to(scheme),
+        f"{scheme}_masks": Optimizations.only("fixed_kv_cache").replace(**{scheme: True}),
+        f"{scheme}_alone": Optimizations.only(scheme),
+    }
+    for scheme in QUANTIZED
+}
+"""Scheme -> the same of models that compute with 8-bit weights."""
 DTYPES = ("float32", "bfloat16")
 
 LONG, LONG_WAY = 1020, (1, 3)
@@ -102,12 +121,14 @@ LONG, LONG_WAY = 1020, (1, 3)
 @cache
 def pair_of(model: str, dtype: str) -> ModelPair:
     """The stock model and its exact self of random weights for that model."""
-    settings = (MODELS | LONG_MODELS)[model]
+    scheme, settings = QUANTISED[model] if model in QUANTISED else ("", (MODELS | LONG_MODELS)[model])
     config = small_config(
         **{"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 2048} | settings
     )
     parsed = getattr(torch, dtype)
     state = random_state_dict(config, dtype=parsed)
+    if scheme:
+        return ModelPair.of(quantised.weights_of(model, config, state, scheme, parsed, "cpu"), "cpu", 0)
 
     def build(optimizations: Optimizations) -> Any:
         return Qwen2ForCausalLM.from_state_dict(config, state, dtype=parsed, optimizations=optimizations).eval()
@@ -175,19 +196,22 @@ def walk(model: Any, batch: Batch, way: tuple[int | Crop | Reorder, ...], *, pos
 
 
 @cache
-def _stock_traces(model: str, dtype: str, batch: str, way: str) -> tuple[Trace, Trace, dict[str, KnownPath]]:
-    pair = pair_of(model, dtype)
+def _stock_traces(
+    model: str, dtype: str, batch: str, way: str, rounded: bool
+) -> tuple[Trace, Trace, dict[str, KnownPath]]:
     positions = BATCHES[batch][1] == 0
-    baseline = walk(pair.baseline, batch_of(batch), WAYS[way], positions=positions)
-    with exact(pair.reference):
-        return baseline, walk(pair.reference, batch_of(batch), WAYS[way], positions=positions), {}
+    with pair_of(model, dtype).stock(rounded) as (stock, reference):
+        baseline = walk(stock, batch_of(batch), WAYS[way], positions=positions)
+        with exact(reference):
+            return baseline, walk(reference, batch_of(batch), WAYS[way], positions=positions), {}
 
 
 def compare(ours: Any, model: str, dtype: str, batch: str, way: str) -> Comparison:
     """``ours``, a model of ``pair_of(model, dtype)``, through that batch on that way."""
-    baseline, reference, known = _stock_traces(model, dtype, batch, way)
+    pair = pair_of(model, dtype)
+    baseline, reference, known = _stock_traces(model, dtype, batch, way, pair.rounds(ours))
     trace = walk(ours, batch_of(batch), WAYS[way], positions=BATCHES[batch][1] == 0)
-    return compare_traces(trace, baseline, reference, pair_of(model, dtype).dtype, known)
+    return compare_traces(trace, baseline, reference, pair.dtype, known, pooled=bool(pair.scheme))
 
 
 @cache

@@ -18,6 +18,7 @@ from qwen2_npu.conformance.accuracy.compare import Comparison, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.parallel.collectives import Ranks
+from tests.accuracy import quantised
 from tests.accuracy.pairs import TINY
 from tests.unit.parallel.virtual import Run, sharded
 
@@ -49,7 +50,7 @@ class Shared:
     ) -> teacher_forcing.Trace:
         """One rank's trace. Call :meth:`ModelPair.traces` before, outside of any rank: they share its models."""
         model = alter(self.build(ranks, optimizations, device))
-        forced = self.pair.traces(shape)[0].forced
+        forced = self.pair.traces(shape, self.pair.rounds(model))[0].forced
         # Hidden states are never computed by a graph: a fault that only they show is not one that a graph shows.
         return teacher_forcing.run(
             model,
@@ -64,13 +65,29 @@ class Shared:
         self, run: Run, optimizations: Optimizations, shape: str, alter: Alter = lambda model: model
     ) -> Comparison:
         """What all ranks compute together, against the stock model at every position."""
-        baseline, reference = self.pair.traces(shape)
+        baseline, reference = self.pair.traces(shape, self.pair.rounding is not None and optimizations.w8a8)
         traces = run(lambda ranks: self.trace(ranks, optimizations, shape, alter))
         for trace in traces[1:]:
             same = np.array_equal(trace.prefill_logits[trace.valid], traces[0].prefill_logits[trace.valid])
             assert same, "ranks that have other logits choose other tokens"
             assert np.array_equal(trace.decode_logits, traces[0].decode_logits)
-        return compare_traces(traces[0], baseline, reference, self.pair.dtype)
+        return compare_traces(traces[0], baseline, reference, self.pair.dtype, pooled=bool(self.pair.scheme))
+
+
+@cache
+def shared_in_8_bits(weights: str, scheme: str, dtype: str, ranks: int) -> Shared:
+    """Random weights of a small shape, in 8 bits.
+
+    Args:
+        ranks: how many the stock side rounds activations as.
+    """
+    parsed = getattr(torch, dtype)
+    config = small_config(weights)
+    given = quantised.weights_of(weights, config, random_state_dict(config, dtype=parsed), scheme, parsed, "cpu", ranks)
+    return Shared(
+        ModelPair.of(given, "cpu", DECODE_STEPS),
+        *quantised.in_8_bits(config, random_state_dict(config, dtype=parsed), scheme),
+    )
 
 
 @cache

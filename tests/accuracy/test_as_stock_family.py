@@ -16,6 +16,7 @@ from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
 from qwen2_npu.errors import UnsupportedError
 from tests.accuracy.test_as_stock_model import differences
 from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B-Instruct": {
@@ -84,8 +85,9 @@ def test_logits_and_text_are_the_stock_model_s(name: str, tmp_path: Path, pytest
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         expected = stock(**given).logits[mask.bool()]
-        text = stock.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+        text = stock.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)
         for optimizations in (Optimizations.none(), Optimizations.all()):
             model = Qwen2ForCausalLM.from_pretrained(folder, device=device, optimizations=optimizations)
             assert not list(differences(model(**given).logits[mask.bool()], expected))
-            assert model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist() == text
+            found = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            assert_same_tokens(found, text, stock, given)

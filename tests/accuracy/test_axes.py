@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.accuracy import quantised
 from tests.accuracy.axes import (
     BATCHES,
     DTYPES,
     LONG_MODELS,
     MODELS,
     PRESETS,
+    QUANTISED,
+    QUANTISED_PRESETS,
     WAYS,
     batch_of,
     compare,
@@ -23,6 +26,7 @@ from tests.accuracy.axes import (
 )
 from tests.accuracy.matrix import pairwise
 
+EVERY_PRESET = PRESETS | {name: each for presets in QUANTISED_PRESETS.values() for name, each in presets.items()}
 KINDS = tuple(product(PRESETS, MODELS))
 DEFAULT = set(pairwise(KINDS, DTYPES, tuple(BATCHES), tuple(WAYS)))
 CASES = [
@@ -35,6 +39,26 @@ CASES = [
 
 @pytest.mark.parametrize(("preset", "model", "dtype", "batch", "way"), CASES)
 def test_agrees_at_every_position(preset: str, model: str, dtype: str, batch: str, way: str) -> None:
+    assert not compare(built(model, dtype, preset), model, dtype, batch, way).failures()
+
+
+def quantised_cases() -> list[Any]:
+    """Each scheme in the dtypes that it is compared in; all pairs of what differs by default."""
+    found: list[Any] = []
+    for scheme, presets in QUANTISED_PRESETS.items():
+        models = tuple(name for name, (of, _) in QUANTISED.items() if of == scheme)
+        dtypes = tuple(dtype for dtype in quantised.DTYPES[scheme] if dtype != "float16")
+        axes = tuple(presets), models, dtypes, tuple(BATCHES), tuple(WAYS)
+        default = set(pairwise(*axes))
+        found += [
+            pytest.param(*case, id="-".join(case), marks=() if case in default else pytest.mark.slow)
+            for case in product(*axes)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("preset", "model", "dtype", "batch", "way"), quantised_cases())
+def test_8_bit_weights_agree_at_every_position(preset: str, model: str, dtype: str, batch: str, way: str) -> None:
     assert not compare(built(model, dtype, preset), model, dtype, batch, way).failures()
 
 
@@ -56,14 +80,23 @@ def test_beams_are_those_of_the_stock_model(preset: str, model: str, batch: str)
     assert torch.equal(beams(built(model, "float32", preset), batch), stock_beams(model, batch))
 
 
+@pytest.mark.parametrize("batch", ["one", "ragged"])
+@pytest.mark.parametrize("model", QUANTISED)
+def test_beams_of_8_bit_weights_are_those_of_the_stock_model(model: str, batch: str) -> None:
+    scheme, _ = QUANTISED[model]
+    for preset, optimizations in QUANTISED_PRESETS[scheme].items():
+        assert torch.equal(beams(built(model, "float32", preset), batch), stock_beams(model, batch, optimizations.w8a8))
+
+
 @cache
 def built(model: str, dtype: str, preset: str) -> Any:
-    return pair_of(model, dtype).build(PRESETS[preset])
+    return pair_of(model, dtype).build(EVERY_PRESET[preset])
 
 
 @cache
-def stock_beams(model: str, batch: str) -> torch.Tensor:
-    return beams(pair_of(model, "float32").baseline, batch)
+def stock_beams(model: str, batch: str, rounded: bool = False) -> torch.Tensor:
+    with pair_of(model, "float32").stock(rounded) as (stock, _):
+        return beams(stock, batch)
 
 
 def beams(model: Any, batch: str) -> torch.Tensor:

@@ -37,6 +37,8 @@ LAUNCHES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "fused_gate_up": ((16, 13), (16, 8)),
     "swiglu": ((15, 13), (15, 8)),
     "last_layer": ((15, 19), (15, 8)),
+    "one_rotary": ((15, 19), (14, 15)),
+    "kv_scatter": ((15, 19), (13, 16)),
 }
 
 

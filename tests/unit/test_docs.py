@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 import unicodedata
 from pathlib import Path
 
@@ -82,6 +83,21 @@ def test_every_test_that_a_page_names_exists() -> None:
         for name in (path.stem, *re.findall(r"^(?:async )?def (test_\w+)\(", read(path), re.MULTILINE))
     }
     assert not named - there
+
+
+def test_every_judge_of_accuracy_has_a_control_in_the_table_of_rules() -> None:
+    """The files that scripts/mutants.py weakens."""
+    table = read(ROOT / "docs" / "accuracy.md").split("### The control of each rule")[1].split("\n### ")[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    judges = tomllib.loads(read(ROOT / "scripts" / "mutants.toml"))
+    without = [
+        judge
+        for judge, entry in judges.items()
+        if judge.startswith("qwen2_npu/conformance/accuracy/")
+        and not any(named & set(re.findall(r"^def (test_\w+)\(", read(ROOT / path), re.M)) for path in entry["tests"])
+    ]
+    assert len(judges) > 10
+    assert not without
 
 
 def test_both_readmes_have_the_same_commands() -> None:

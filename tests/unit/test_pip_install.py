@@ -16,7 +16,7 @@ from qwen2_npu.emulator import cuda_build
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "pip_install.py"
 RELEASE = "2.13.0"
-pytestmark = (pytest.mark.slow, pytest.mark.slow_in_ci)
+pytestmark = [pytest.mark.slow, pytest.mark.slow_in_ci]
 
 
 def wheel(folder: Path, name: str, version: str) -> None:

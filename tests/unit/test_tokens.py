@@ -43,6 +43,13 @@ def test_another_length_is_a_difference(found: torch.Tensor) -> None:
         assert_same_tokens(found, TEXT)
 
 
+def test_it_says_whose_tokens_they_are() -> None:
+    with pytest.raises(AssertionError, match=r"^rank 1: row 0, position 2: token 99, expected 3; 1 of 3 rows differ$"):
+        assert_same_tokens(changed((0, 2)), TEXT, where="rank 1")
+    with pytest.raises(AssertionError, match=r"^rank 1: tokens \[2, 4\], expected \[3, 4\]$"):
+        assert_same_tokens(TEXT[:2], TEXT, where="rank 1")
+
+
 @pytest.mark.parametrize("padded", [0, 2])
 def test_the_margin_is_what_the_model_knew_there(padded: int) -> None:
     config = small_config(num_hidden_layers=1)

@@ -9,25 +9,32 @@ import torch
 
 
 def assert_same_tokens(
-    found: torch.Tensor, expected: torch.Tensor, model: Any = None, call: Mapping[str, torch.Tensor] | None = None
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    model: Any = None,
+    call: Mapping[str, torch.Tensor] | None = None,
+    *,
+    where: str = "",
 ) -> None:
     """(B, T) token ids that must be the same; prompts included or not.
 
     Args:
         model: to ask, eagerly, for the margin between the two tokens where the texts part.
         call: what ``generate`` was given: its ``attention_mask`` is continued with ones.
+        where: whose tokens ``found`` are, for the message.
 
     Raises:
         AssertionError: says row, position, both tokens, the margin if there is a model, and how many rows differ.
     """
     found, expected = found.cpu(), expected.cpu()
-    assert found.shape == expected.shape, f"tokens {list(found.shape)}, expected {list(expected.shape)}"
+    prefix = f"{where}: " if where else ""
+    assert found.shape == expected.shape, f"{prefix}tokens {list(found.shape)}, expected {list(expected.shape)}"
     differing = (found != expected).nonzero().tolist()
     if not differing:
         return
     row, position = differing[0]
     theirs, ours = int(expected[row, position]), int(found[row, position])
-    text = f"row {row}, position {position}: token {ours}, expected {theirs}"
+    text = f"{prefix}row {row}, position {position}: token {ours}, expected {theirs}"
     if model is not None and position > 0:
         text += f", margin {_margin(model, expected[row, :position], theirs, ours, call, row):.3g}"
     rows = len({index for index, _ in differing})

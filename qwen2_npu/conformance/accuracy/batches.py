@@ -39,6 +39,10 @@ class Batch:
         """Tokens in each row."""
         return self.attention_mask.sum(dim=1).tolist()
 
+    def nothing_forced(self) -> npt.NDArray[np.int64]:
+        """The tokens forced after the prompts, where there are none."""
+        return np.empty((len(self.input_ids), 0), np.int64)
+
     def rows(self) -> list[Batch]:
         """Each row alone, without its padding."""
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -189,12 +189,13 @@ PIECE = 1 << 19
 
 @dataclass(frozen=True)
 class KnownPath:
-    """What one path asks of the baseline and the reference alone: the same for every model that is compared with them.
+    """What ``path`` asks of the baseline and the reference alone: the same for every model that is compared with them.
 
     Of N positions: ``best`` the baseline's tokens, ``noise``, and what ``log_softmax`` takes off the baseline's logits;
     the RMS errors of the baseline and of float64 rounded once.
     """
 
+    path: str
     best: npt.NDArray[np.int64]
     noise: Array
     largest: Array
@@ -209,6 +210,7 @@ def compare_traces(
     reference: Trace,
     dtype: torch.dtype,
     known: dict[str, KnownPath] | None = None,
+    pooled: bool = False,
 ) -> Comparison:
     """Every position of every path. All three traces are of the same batch and the same forced tokens.
 
@@ -216,6 +218,7 @@ def compare_traces(
 
     Args:
         known: filled at the first comparison with these two traces in this dtype, and used by later ones.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
 
     Raises:
         ValueError: the traces are of different tokens, or the baseline itself is not finite.
@@ -243,7 +246,8 @@ def compare_traces(
     ) -> PathComparison:
         ours, stock, true = (_Rows(each, where) for each in logits)
         if path not in known:
-            known[path] = _known_path(path, stock, true, dtype)
+            found = _known_path(path, stock, true, dtype)
+            known[path] = _pooled(found, known.get("prefill")) if pooled else found
         return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
 
     paths: list[PathComparison] = []
@@ -311,7 +315,17 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
         largest[part], log_sum[part] = normalisers(baseline)
     for squares in (errors, floor):
         np.square(squares, out=squares)
-    return KnownPath(best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
+    return KnownPath(path, best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
+
+
+def _pooled(path: KnownPath, prefill: KnownPath | None) -> KnownPath:
+    """With the noise of a position at least what is usual on its path, or in the pass that its path is of."""
+    whole = prefill if prefill is not None and path.path == "last_token" else path
+    return replace(
+        path,
+        noise=np.maximum(path.noise, root_mean(np.square(whole.noise))),
+        rms_baseline=max(path.rms_baseline, whole.rms_baseline),
+    )
 
 
 def _compare_logits(

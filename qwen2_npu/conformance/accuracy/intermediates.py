@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,20 @@ from torch.overrides import TorchFunctionMode
 
 from qwen2_npu.conformance.accuracy.expert_points import expert_hooks
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.models.quantized import Activations, QuantizedRows
 from qwen2_npu.parallel.sharding import Shard, Unit
 
 ATTENTION_OPERATORS = ("npu_prompt_flash_attention", "npu_incre_flash_attention", "npu_fused_infer_attention_score")
 ROTARY_OPERATORS = ("npu_apply_rotary_pos_emb", "npu_rotary_mul")
 CACHE_OPERATORS = ("scatter_update_", "scatter_update", "npu_scatter_pa_kv_cache")
 
+IN_INT8 = " in int8"
+"""What the name of a point has after it where it is what 8 bits keep of a product's input."""
+
 CUT_POINTS: dict[str, Unit] = {
     **dict.fromkeys(("q_proj", "query", "attention"), "query heads"),
     **dict.fromkeys(("k_proj", "v_proj", "key", "value"), "kv heads"),
-    **dict.fromkeys(("gate_proj", "up_proj", "mlp activation"), "columns"),
+    **dict.fromkeys(("gate_proj", "up_proj", "mlp activation", f"mlp activation{IN_INT8}"), "columns"),
     **dict.fromkeys(("shared gate_proj", "shared up_proj", "shared mlp activation"), "shared columns"),
     "lm_head": "vocabulary",
 }
@@ -97,6 +102,13 @@ class PassRecorder:
         self.points.append(Point(layer, name, values, tuple(dict.fromkeys(self.pending)), heads))
         self.pending.clear()
 
+    def add_input(self, layer: int | None, name: str, input: Activations) -> None:
+        """The input of a product, which 8-bit activations may be."""
+        if isinstance(input, QuantizedRows):
+            self.add(layer, name + IN_INT8, input.values.float() * input.scale.unsqueeze(-1))
+        else:
+            self.add(layer, name, input)
+
     def by_place(self) -> dict[tuple[int | None, str], Point]:
         return {(point.layer, point.name): point for point in self.points}
 
@@ -154,6 +166,8 @@ class _Watch(TorchFunctionMode):
         self.layer: int | None = None
         """The layer whose attention is running, between its projections and its o_proj."""
         self.products = 0
+        self.mlp_layer: int | None = None
+        """The layer whose MLP ran last."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,9 +183,24 @@ class _Watch(TorchFunctionMode):
                 self._read(query, key, None)
             elif self.products == 2:
                 self._read(None, None, args[1].transpose(1, 2)[:, :, :: self.groups])
+        elif name == "npu_dequant_swiglu_quant":
+            self._read_gate_and_up(*args, **kwargs)
         if name is not None:
             self.capture.pending.append(name)
         return func(*args, **kwargs)
+
+    def enter_mlp(self, layer: int, *_: Any) -> None:
+        self.mlp_layer = layer
+
+    def _read_gate_and_up(
+        self, sums: torch.Tensor, *, weight_scale: torch.Tensor, activation_scale: torch.Tensor, **others: Any
+    ) -> None:
+        """The product of integers that becomes them inside of the operator; gate is on the left."""
+        both = sums.float() * weight_scale.reshape(1, -1) * activation_scale.reshape(-1, 1)
+        for name, half in zip(("gate_proj", "up_proj"), both.chunk(2, dim=-1), strict=True):
+            ran = list(self.capture.pending)
+            self.capture.add(self.mlp_layer, name, half)
+            self.capture.pending[:] = ran if name == "gate_proj" else []
 
     def _read(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
         """(B, S, heads, D) each. The operators that ran so far are told apart by what they make."""
@@ -198,10 +227,12 @@ def _hooks(model: Any, capture: PassRecorder, watch: _Watch, first_layer: int) -
     """Registers the hooks; yields their handles."""
     for index, layer in enumerate(model.model.layers, first_layer):
         attention, mlp = layer.self_attn, layer.mlp
-        yield from _norm(layer.input_layernorm, index, "input_layernorm", capture)
+        yield from _norm(layer.input_layernorm, index, "input_layernorm", capture, _first(attention, "q", "qkv"))
         yield from _projections(attention, index, capture, watch)
         yield from _output_projection(attention.o_proj, index, capture, watch)
-        yield from _norm(layer.post_attention_layernorm, index, "post_attention_layernorm", capture)
+        yield mlp.register_forward_pre_hook(partial(watch.enter_mlp, index))
+        after_norm = _first(mlp, "gate", "gate_up")
+        yield from _norm(layer.post_attention_layernorm, index, "post_attention_layernorm", capture, after_norm)
         if hasattr(mlp, "experts"):
             yield from expert_hooks(mlp, index, capture, _mlp)
         else:
@@ -216,22 +247,22 @@ def _mlp(mlp: Any, layer: int, capture: PassRecorder, prefix: str = "") -> Itera
     else:
         yield _on_output(mlp.gate_proj, capture, layer, (f"{prefix}gate_proj",))
         yield _on_output(mlp.up_proj, capture, layer, (f"{prefix}up_proj",))
-    yield mlp.down_proj.register_forward_pre_hook(
-        lambda module, args: capture.add(layer, f"{prefix}mlp activation", args[0])
-    )
+    yield from _on_input(mlp.down_proj, capture, layer, f"{prefix}mlp activation")
     yield _on_output(mlp.down_proj, capture, layer, (f"{prefix}down_proj",))
 
 
-def _norm(module: Any, layer: int | None, name: str, capture: PassRecorder) -> Iterator[Any]:
+def _norm(module: Any, layer: int | None, name: str, capture: PassRecorder, next_product: Any = None) -> Iterator[Any]:
     def hook(module: Any, args: Any, output: Any) -> None:
         # Ours returns (normed, sum); the stock norm is given the sum.
         normed, total = output if isinstance(output, tuple) else (output, args[0])
         ran = list(capture.pending)
         capture.add(layer, f"residual into {name}", total)
         capture.pending[:] = ran
-        capture.add(layer, name, normed)
+        capture.add_input(layer, name, normed)
 
     yield module.register_forward_hook(hook)
+    if next_product is not None:
+        yield from _on_input(next_product, capture, layer, name, again=False)
 
 
 def _projections(attention: Any, layer: int, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
@@ -250,9 +281,9 @@ def _projections(attention: Any, layer: int, capture: PassRecorder, watch: _Watc
 def _output_projection(module: Any, layer: int, capture: PassRecorder, watch: _Watch) -> Iterator[Any]:
     def before(module: Any, args: Any) -> None:
         watch.layer = None
-        capture.add(layer, "attention", args[0])
 
-    yield module.register_forward_pre_hook(before)
+    yield module.register_forward_pre_hook(before, prepend=True)
+    yield from _on_input(module, capture, layer, "attention")
     yield _on_output(module, capture, layer, ("o_proj",))
 
 
@@ -267,3 +298,29 @@ def _on_output(
             capture.add(layer, name, part)
 
     return module.register_forward_hook(hook)
+
+
+def _first(module: Any, *names: str) -> Any:
+    """The one of its products that there is; None where it has other ones."""
+    return next((getattr(module, f"{name}_proj") for name in names if hasattr(module, f"{name}_proj")), None)
+
+
+def _on_input(module: Any, capture: PassRecorder, layer: int | None, name: str, again: bool = True) -> Iterator[Any]:
+    """Takes down a linear's input; and what the stock model, where its inputs are rounded to 8 bits, makes of it.
+
+    Args:
+        again: also before it is rounded.
+    """
+    given: list[Any] = []
+
+    def before(module: Any, args: Any) -> None:
+        given[:] = args[:1]
+        if again:
+            capture.add_input(layer, name, args[0])
+
+    def after(module: Any, args: Any) -> None:
+        if args[0] is not given.pop():  # what stands between the two hooks has rounded it
+            capture.add(layer, name + IN_INT8, args[0])
+
+    yield module.register_forward_pre_hook(before, prepend=True)
+    yield module.register_forward_pre_hook(after)

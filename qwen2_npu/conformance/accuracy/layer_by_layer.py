@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ from qwen2_npu.compat import CACHE_NAME, cache_of, is_sparse
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, capturing
 from qwen2_npu.conformance.accuracy.noise import Array
+from qwen2_npu.conformance.accuracy.quantised import Dequantised, InputRounding
 from qwen2_npu.conformance.accuracy.routing import Choices, Routers, stacked, watching
 from qwen2_npu.conformance.accuracy.stock import check_finite, exact, exact_reference, stock_from_state_dict
 from qwen2_npu.conformance.accuracy.teacher_forcing import position_ids_of, prompt_and_forced, to_numpy
@@ -186,6 +188,7 @@ class LayerByLayer:
 
     Attributes:
         where: the checkpoint, for messages.
+        rounding: what 8-bit activations are, where a question is asked with them.
         progress: called before each layer, with words that name it.
     """
 
@@ -193,36 +196,41 @@ class LayerByLayer:
     dtype: torch.dtype
     device: str = "cpu"
     where: str = "the weights"
+    rounding: InputRounding | None = None
     progress: Callable[[str], None] = lambda label: None
 
     def run(
-        self, stock: Sequence[Feed], reference: Sequence[Feed]
+        self, stock: Sequence[Feed], reference: Sequence[Feed], rounded: bool = False
     ) -> tuple[list[list[LayerAnswer]], list[list[LayerAnswer]]]:
         """What the stock model and the reference answer, per feed and pass. Reads every weight once.
+
+        Args:
+            rounded: with 8-bit activations.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, naming it; or the files changed since they were opened.
         """
         sides = _Side(stock, self.device), _Side(reference, "cpu")
-        for _ in self._layers(*sides, record=False):
+        for _ in self._layers(*sides, record=False, rounded=rounded):
             pass
         return sides[0].answers, sides[1].answers
 
     def points(
-        self, passes: Passes, chosen: Array | None = None
+        self, passes: Passes, chosen: Array | None = None, rounded: bool = False
     ) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
         """The intermediate tensors of ``passes``, layer after layer: its number, and per pass those of the stock model
         and of the reference. Last what belongs to no layer, with None.
 
         Args:
             chosen: the experts to force on a mixture, as ``Trace.chosen`` has them.
+            rounded: with 8-bit activations.
         """
         feed = Feed(passes, keep=lambda logits: logits[:0], chosen=chosen)
-        yield from self._layers(_Side([feed], self.device), _Side([feed], "cpu"), record=True)
+        yield from self._layers(_Side([feed], self.device), _Side([feed], "cpu"), record=True, rounded=rounded)
 
     @torch.no_grad()
     def _layers(
-        self, stock: _Side, reference: _Side, *, record: bool
+        self, stock: _Side, reference: _Side, *, record: bool, rounded: bool
     ) -> Iterator[tuple[int | None, list[PassRecorder], list[PassRecorder]]]:
         self._embed(stock, reference)
         count, sparse = self.source.config.num_hidden_layers, 0
@@ -233,8 +241,12 @@ class LayerByLayer:
             parts = self._parts(f"model.layers.{index}.", index)
             parts[0].model.norm = parts[1].model.norm = nn.Identity()  # the layer's output is asked for, as it is
             known = [None if feed.chosen is None else feed.chosen[sparse : sparse + 1] for feed in stock.feeds]
-            ours = stock.through(parts.pop(0), index, record, known)
-            true = reference.through(parts.pop(0), index, record, stock.chosen)
+            with ExitStack() as stack:
+                for part in parts if rounded else ():
+                    assert self.rounding is not None
+                    stack.enter_context(self.rounding.of(part, index))
+                ours = stock.through(parts.pop(0), index, record, known)
+                true = reference.through(parts.pop(0), index, record, stock.chosen)
             sparse += is_sparse(self.source.config, index)
             yield index, ours, true
             del ours, true
@@ -250,12 +262,34 @@ class LayerByLayer:
                 [weight[one.ids].to(self.dtype).to(side.device, dtype) for one in feed.passes] for feed in side.feeds
             ]
 
-    def _parts(self, prefix: str, *layers: int) -> list[Any]:
+    def layer(self, index: int) -> tuple[Any, Any]:
+        """Models of that layer alone: the stock one, and the reference."""
+        stock, reference = self._parts(f"model.layers.{index}.", index)
+        return stock, reference
+
+    def part(self, prefix: str, *layers: int) -> Any:
+        """The stock model of these layers alone (one or none), in ``dtype`` on the device.
+
+        Args:
+            prefix: what the names of its tensors begin with.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite, naming it.
+        """
+        return self._parts(prefix, *layers, exactly=False)[0]
+
+    def _parts(self, prefix: str, *layers: int, exactly: bool = True) -> list[Any]:
         """Stock models of these layers alone (one or none): in ``dtype`` on the device, and in float64."""
         config = self.source.config
         names = [name for name in stock_shapes(config) if name.startswith(prefix)]
+
+        def as_first(name: str) -> str:
+            return name.replace(prefix, "model.layers.0.") if layers else name
+
         weights = self.source.read(names)
-        renamed = {name.replace(prefix, "model.layers.0.") if layers else name: weights.pop(name) for name in names}
+        scaled = self.source.scaled if exactly and isinstance(self.source, Dequantised) else ()
+        meant = {as_first(name): weights[name] for name in names if name in scaled}
+        renamed = {as_first(name): weights.pop(name) for name in names}
         # What every stock model has, and these do not use.
         for name, shape in ((EMBEDDING, (1, config.hidden_size)), (NORM, (config.hidden_size,))):
             renamed.setdefault(name, torch.zeros(shape))
@@ -263,7 +297,7 @@ class LayerByLayer:
         del renamed
         state = {name.replace("model.layers.0.", prefix): tensor for name, tensor in stock.state_dict().items()}
         check_finite(state, self.where)
-        return [stock, exact_reference(stock, torch.float64)]
+        return [stock, exact_reference(stock, torch.float64, meant.items())] if exactly else [stock]
 
     def _finish(
         self, stock: _Side, reference: _Side, record: bool

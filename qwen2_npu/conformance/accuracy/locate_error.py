@@ -20,7 +20,7 @@ from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import Comparison
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing, of_all_ranks
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, rms
 from qwen2_npu.conformance.accuracy.routing import Routers, live_columns, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
@@ -84,14 +84,19 @@ class ErrorLocation:
     error: ErrorRatio
     heads_moved: bool = False
     """Every head is that of some head of the reference, at another place: computed rightly, and mixed up."""
+    channel: int | None = None
+    """The output of a product of 8-bit weights that is wrong; None where the tensor as a whole is."""
+    allowed: float = RMS_FACTOR
+    """How many times the noise the error may be."""
 
     def __str__(self) -> str:
         place = self.name if self.layer is None else f"layer {self.layer}, {self.name}"
+        place = place if self.channel is None else f"{place} channel {self.channel}"
         what = ", ".join(self.operators) or SMALL_OPERATORS.get(self.name, "add, norm")
         if self.heads_moved:
             what = "heads in the wrong places: the mapping of query heads to kv heads, or a split into heads"
         return (
-            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {RMS_FACTOR} × noise "
+            f"{place} ({what}): RMS error {self.error.optimised:.3g} exceeds {self.allowed:.3g} × noise "
             f"{self.error.noise:.3g}, in {self.path}"
         )
 
@@ -337,15 +342,28 @@ class Divergence:
         )
 
 
-def divergences(chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace) -> list[Divergence]:
+def divergences(
+    chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace, pooled: bool = False
+) -> list[Divergence]:
     """First divergence of every row whose free-running greedy tokens differ.
 
     Args:
         chosen: (B, T) tokens that the optimised model chose for itself.
         baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
             contexts are the same, so their logits there say what either knew.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
     """
     found: list[Divergence] = []
+    usual = 0.0
+    if pooled:
+        errors = [
+            np.abs(stock - true).max(axis=-1)
+            for stock, true in (
+                (baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]),
+                (baseline.decode_logits, reference.decode_logits),
+            )
+        ]
+        usual = rms(np.concatenate(errors, axis=1))
     for row in range(baseline.forced.shape[0]):
         differ = np.flatnonzero(chosen[row] != baseline.forced[row])
         if not differ.size:
@@ -363,7 +381,7 @@ def divergences(chosen: Array, baseline: teacher_forcing.Trace, reference: teach
                 baseline_token=tokens[0],
                 optimised_token=tokens[1],
                 baseline_logits=(float(logits[tokens[0]]), float(logits[tokens[1]])),
-                noise=float(np.abs(logits - true).max()),
+                noise=max(float(np.abs(logits - true).max()), usual),
             )
         )
     return found

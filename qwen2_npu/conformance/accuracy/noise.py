@@ -11,6 +11,16 @@ baseline itself cannot tell which is larger: the mismatch is excused. Beyond it,
 cannot explain the mismatch. (b's deficit is at least the top-1/top-2 margin, so this is never laxer than testing that
 margin.)
 
+**8-bit weights and activations.** What the baseline errs at one position is chance. A model that rounds otherwise may
+err where the baseline was lucky, so of a checkpoint with 8-bit weights the noise of a position is at least the RMS of
+those of its path, and that of the last tokens, one or four positions, at least that of the prefill which they are of.
+8-bit activations make it necessary: a value whose quotient by its row's scale lies close to a half goes to one integer
+or to its neighbour, by whatever rounding came before it. Such a step is larger than all other rounding: in the logits
+of the tiny checkpoint the noise is 3 times that of the same weights without it in bfloat16, and 20 times in float16.
+
+In float32 such steps are too rare to be measured: a whole pass has none or a few, and its noise is 10^-6 or 10^-2. No
+NPU operator scales a product of 8-bit activations to float32 either, so ``w8a8`` is not compared there.
+
 **Overall error.** RMS(optimised − float64) ≤ 1.5 · RMS(baseline − float64). A baseline can come out closer to float64
 than its dtype lets anyone be expected to: no result written in a dtype can be relied on to be nearer to the exact one
 than that one rounded once. So the baseline's RMS counts as at least that of ``round_to_dtype(float64) − float64``: a

@@ -7,7 +7,7 @@ are in memory (``model_pair``) or pass through it layer by layer (``streamed_pai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,13 +20,14 @@ from qwen2_npu.checkpoint.sources import NamedSource, StateDictSource, open_chec
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.checkpoint.weights import skeleton
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
+from qwen2_npu.conformance.accuracy import channels, locate_error, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_batch, text_batch
 from qwen2_npu.conformance.accuracy.compare import Comparison, KnownPath, compare_traces
 from qwen2_npu.conformance.accuracy.configs import random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.locate_error import BuildModel, Divergence, ErrorLocation, Explanation
 from qwen2_npu.conformance.accuracy.noise import Array
 from qwen2_npu.conformance.accuracy.orders import Orders, rank_count
+from qwen2_npu.conformance.accuracy.quantised import InputRounding, as_meant
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
@@ -59,6 +60,9 @@ class Pair(ABC):
         config, generation_config: of the stock model.
         build: this project's model of the same weights, with the given switches.
         orders: to the other ranks that share that model; None where it is this process's alone.
+        scheme: that of 8-bit weights; empty of ordinary ones.
+        rounding: what a model that computes with 8-bit activations does to them; None where there is none.
+        ranks: how many share this project's model.
     """
 
     name: str
@@ -69,8 +73,11 @@ class Pair(ABC):
     tokenizer: Any = None
     decode_steps: int = DECODE_STEPS
     orders: Orders | None = None
+    scheme: str = ""
+    rounding: InputRounding | None = None
+    ranks: int = 1
     _batches: dict[str, Batch] = field(default_factory=dict)
-    _known: dict[str, dict[str, KnownPath]] = field(default_factory=dict)
+    _known: dict[tuple[str, bool], dict[str, KnownPath]] = field(default_factory=dict)
 
     @classmethod
     @abstractmethod
@@ -105,14 +112,18 @@ class Pair(ABC):
             self.orders.tell(function.__name__, **arguments)
         return function(model, **arguments)
 
-    # ---- what the stock model and its exact self say ----------------------------------------------------------------
+    def rounds(self, model: Any) -> bool:
+        """Whether ``model`` computes with 8-bit activations: so does what it is compared with."""
+        return self.rounding is not None and bool(model.optimizations.w8a8)
+
+    # ---- what the stock model and its exact self say, with 8-bit activations where ``rounded`` ----------------------
     @property
     @abstractmethod
     def reference_dtype(self) -> torch.dtype:
         """What the exact reference computes in."""
 
     @abstractmethod
-    def traces(self, shape: str) -> tuple[Trace, Trace]:
+    def traces(self, shape: str, rounded: bool = False) -> tuple[Trace, Trace]:
         """The baseline's trace of the batch of that shape, with the tokens that are forced on everyone, and the
         reference's.
 
@@ -125,13 +136,17 @@ class Pair(ABC):
         """Where ``model`` first leaves what rounding explains, on the batch of that shape; None if nowhere."""
 
     @abstractmethod
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
+    def layers(self, rounded: bool) -> Iterator[channels.LayerOfBoth]:
+        """Each layer of both, one after the other; ``rounded`` as everywhere."""
+
+    @abstractmethod
+    def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
         """Losses of the tokens of ``windows`` under the baseline and the reference, and per window the experts of the
         baseline, which were forced on the reference: none of a dense model."""
 
     @abstractmethod
     def stock_texts(
-        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
+        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
     ) -> tuple[list[list[int]], list[Divergence], tuple[Trace, Trace] | None]:
         """The stock model's greedy continuations of ``batch``, where those of the optimised model part from them, and
         the traces of the baseline and the reference that tell it, if there are any.
@@ -154,10 +169,11 @@ class Pair(ABC):
 
     def compare(self, model: Any, shape: str) -> tuple[Comparison, Trace]:
         """``model`` forced through the batch of that shape, and its trace."""
-        baseline, reference = self.traces(shape)
+        rounded = self.rounds(model)
+        baseline, reference = self.traces(shape, rounded)
         trace = locate_error.trace_model(model, self.batch(shape), baseline, self.ask)
-        known = self._known.setdefault(shape, {})
-        return compare_traces(trace, baseline, reference, self.dtype, known), trace
+        known = self._known.setdefault((shape, rounded), {})
+        return compare_traces(trace, baseline, reference, self.dtype, known, bool(self.scheme)), trace
 
     def explain(
         self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None
@@ -171,18 +187,34 @@ class Pair(ABC):
             build or self.build,
             optimizations,
             compare=lambda model: self.compare(model, shape)[0],
-            find=lambda model: self.locate(model, shape),
+            find=lambda model: self.wrong_channel(model) or self.locate(model, shape),
         )
 
     def failure(self, optimizations: Optimizations, shape: str, *, build: BuildModel | None = None) -> str:
         """Empty if ``optimizations`` agree with the baseline on that batch; else what :meth:`explain` says."""
-        comparison, _ = self.compare((build or self.build)(optimizations), shape)
+        model = (build or self.build)(optimizations)
+        comparison, _ = self.compare(model, shape)
         if comparison.passed:
-            return ""
+            wrong = self.wrong_channel(model)
+            return "" if wrong is None else f"step {optimizations.scheme}, {wrong}"
+        del model
         found = self.explain(optimizations, shape, build=build)
         if found is not None:
             return str(found)
         return f"failed once and passed when repeated, which is a fault in itself: {'; '.join(comparison.failures())}"
+
+    def wrong_channel(self, model: Any) -> ErrorLocation | None:
+        """The first channel of a product of 8-bit weights that ``model`` computes wrongly; see ``channels``. None if
+        there is none, or no such product."""
+        if model.optimizations.scheme is None:
+            return None
+        batch = self.batch(channels.SHAPE)
+        (ours,) = self.ask(locate_error.captures, model, batch=batch, forced=batch.nothing_forced())
+        for layer in self.layers(self.rounds(model)):
+            points = [point for point in ours.points if point.layer == layer.number]
+            if (found := layer.first_wrong(points, self.dtype)) is not None:
+                return found
+        return None
 
     # ---- text ------------------------------------------------------------------------------------------------------
     def perplexity(self, model: Any) -> text.Perplexity | None:
@@ -190,7 +222,7 @@ class Pair(ABC):
         windows = self.windows()
         if not windows:
             return None
-        baseline, reference, chosen = self.losses(windows)
+        baseline, reference, chosen = self.losses(windows, self.rounds(model))
         ours = self.ask(text.token_losses, model, windows=windows, **({"chosen": chosen} if chosen else {}))
         return text.perplexity(ours, baseline, reference, self.dtype)
 
@@ -200,7 +232,7 @@ class Pair(ABC):
             return []
         batch = Batch.of([self.encode(prompt) for prompt in prompts], pad_token_id=self.pad_token_id)
         got = self.greedy(model, batch, max_new_tokens, self.ask)
-        expected, found, traces = self.stock_texts(batch, got, max_new_tokens)
+        expected, found, traces = self.stock_texts(batch, got, max_new_tokens, self.rounds(model))
         if traces is not None and traces[0].routing and not all(divergence.excused for divergence in found):
             found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces)
         by_row = {divergence.row: divergence for divergence in found}
@@ -291,7 +323,11 @@ class Pair(ABC):
 
 @dataclass(frozen=True)
 class PairWeights:
-    """A source of stock tensors that was found fit to be compared, and how this project's model is made of it."""
+    """A source of stock tensors that was found fit to be compared, and how this project's model is made of it.
+
+    Attributes:
+        scheme, rounding, ranks: see ``Pair``.
+    """
 
     name: str
     source: NamedSource
@@ -300,6 +336,9 @@ class PairWeights:
     folder: Path | None = None
     tokenizer: Any = None
     assume_tp: int | None = None
+    scheme: str = ""
+    rounding: InputRounding | None = None
+    ranks: int = 1
 
 
 def weights_of_checkpoint(
@@ -325,6 +364,7 @@ def weights_of_checkpoint(
     check_texts(source.config, tokenizer, decode_steps, str(folder))
     read_generation_config(folder, source.config.vocab_size)
     parsed = parse_dtype(dtype) or source.stored_dtype()
+    meant, scheme, rounding = as_meant(source, parsed, rank_count())
 
     def build(optimizations: Optimizations) -> Any:
         model = Qwen2ForCausalLM.from_pretrained(
@@ -333,7 +373,7 @@ def weights_of_checkpoint(
         return model.eval()
 
     name = str(path) if path is not None else "tiny checkpoint"
-    return PairWeights(name, source, parsed, build, folder, tokenizer, assume_tp)
+    return PairWeights(name, meant, parsed, build, folder, tokenizer, assume_tp, scheme, rounding, rank_count())
 
 
 def weights_of_shape(shape: str, *, dtype: torch.dtype, device: str, seed: int) -> PairWeights:

@@ -5,7 +5,7 @@ Differences between transformers 4.37 and 5.x that concern the stock model live 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwen2_npu.checkpoint.configuration import read_generation_config
 from qwen2_npu.checkpoint.experts import one_by_one, stacked
 from qwen2_npu.checkpoint.merged import MergedSource
 from qwen2_npu.checkpoint.naming import as_stock
-from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint, parse_dtype
+from qwen2_npu.checkpoint.sources import Source, StateDictSource, open_checkpoint, parse_dtype
 from qwen2_npu.checkpoint.weights import check_source
 from qwen2_npu.compat import expert_count, head_dim, settled
 from qwen2_npu.errors import CheckpointError, UnsupportedError
@@ -103,7 +103,7 @@ def stock_from_pretrained(
     source = open_checkpoint(path, assume_tp=assume_tp)
     check_source(source)
     if isinstance(source, MergedSource):
-        unmerged: Any = _unmerged(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
+        unmerged: Any = stock_from_source(source, Path(path), parse_dtype(dtype) or source.stored_dtype())
         return cast("PreTrainedModel", unmerged.to(device))
     dtype_argument: dict[str, Any] = {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
     model = stock_class(source.config).from_pretrained(
@@ -116,8 +116,8 @@ def stock_from_pretrained(
     return model.eval().to(device)
 
 
-def _unmerged(source: MergedSource, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The stock model of a merged folder, read one tensor at a time."""
+def stock_from_source(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The stock model of a folder whose tensors ``source`` presents as stock ones, read one at a time."""
     model = uninitialised(with_eager_attention(source.config), dtype)
     parameters = one_by_one(dict(model.named_parameters(remove_duplicate=False)))
     with torch.no_grad():
@@ -151,7 +151,9 @@ def reference_dtype(parameters: int, dtype: torch.dtype, available: int) -> torc
     )
 
 
-def exact_reference(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def exact_reference(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, exactly: Iterable[tuple[str, torch.Tensor]] = ()
+) -> PreTrainedModel:
     """The stock model's exact self on the CPU: the same weights, upcast to ``dtype`` without rounding.
 
     Call it inside :func:`exact`; ``teacher.run_reference`` does. Rotary tables are recomputed in float64 from the
@@ -159,11 +161,16 @@ def exact_reference(model: PreTrainedModel, dtype: torch.dtype | None = None) ->
 
     Args:
         dtype: float64 or float32; None for what fits, see :func:`reference_dtype`.
+        exactly: stock tensors that are meant as they are here, of which ``model`` has roundings.
     """
     if dtype is None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         dtype = reference_dtype(parameters, model.dtype, psutil.virtual_memory().available)
     reference = stock_from_state_dict(cast("Qwen2Config", model.config), model.state_dict(), dtype=dtype)
+    named = one_by_one(dict(reference.named_parameters()))
+    with torch.no_grad():
+        for name, tensor in exactly:
+            named[name].copy_(tensor)
     if dtype != torch.float64:
         return reference
     rotary: Any

@@ -15,7 +15,7 @@ part, with the same logits as if it had run by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from qwen2_npu import emulator
 from qwen2_npu.checkpoint.configuration import read_generation_config
 from qwen2_npu.conformance.accuracy import locate_error, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch, random_continuation, text_continuation
+from qwen2_npu.conformance.accuracy.channels import LayerOfBoth
 from qwen2_npu.conformance.accuracy.layer_by_layer import (
     Feed,
     LayerAnswer,
@@ -59,8 +60,8 @@ ASKED_FOR = "asked for"
 class StreamedPair(Pair):
     """See the module's text and ``Pair``.
 
-    The first question reads all weights once, and answers it for all batches and the held-out text; each greedy text
-    and each explanation of a failure reads them once more.
+    The first question reads all weights once, and answers it for all batches and the held-out text; the first one with
+    8-bit activations, each greedy text and each explanation of a failure read them once more.
 
     Attributes:
         reason: why layer by layer, in words.
@@ -68,8 +69,8 @@ class StreamedPair(Pair):
 
     models: LayerByLayer
     reason: str = ASKED_FOR
-    _traces: dict[str, tuple[Trace, Trace]] = field(default_factory=dict)
-    _losses: tuple[Array, Array, list[Array]] | None = None
+    _traces: dict[tuple[str, bool], tuple[Trace, Trace]] = field(default_factory=dict)
+    _losses: dict[bool, tuple[Array, Array, list[Array]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: PairWeights, device: str, decode_steps: int, reason: str = ASKED_FOR) -> StreamedPair:
@@ -89,7 +90,10 @@ class StreamedPair(Pair):
             build=weights.build,
             tokenizer=weights.tokenizer,
             decode_steps=decode_steps,
-            models=LayerByLayer(source, weights.dtype, device, str(folder or weights.name)),
+            scheme=weights.scheme,
+            rounding=weights.rounding,
+            ranks=weights.ranks,
+            models=LayerByLayer(source, weights.dtype, device, str(folder or weights.name), weights.rounding),
             reason=reason,
         )
 
@@ -97,26 +101,26 @@ class StreamedPair(Pair):
     def reference_dtype(self) -> torch.dtype:
         return torch.float64
 
-    def traces(self, shape: str) -> tuple[Trace, Trace]:
-        if not self._traces:
-            self._read_once()
-        return self._traces[shape]
+    def traces(self, shape: str, rounded: bool = False) -> tuple[Trace, Trace]:
+        if (shape, rounded) not in self._traces:
+            self._read_once(rounded)
+        return self._traces[shape, rounded]
 
-    def losses(self, windows: Sequence[Sequence[int]]) -> tuple[Array, Array, list[Array]]:
-        if self._losses is None:
-            self._read_once()
-        assert self._losses is not None
+    def losses(self, windows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[Array, Array, list[Array]]:
+        if rounded not in self._losses:
+            self._read_once(rounded)
         assert [list(window) for window in windows] == self.windows(), "other text than the held-out one was not read"
-        return self._losses
+        return self._losses[rounded]
 
     def locate(self, model: Any, shape: str) -> ErrorLocation | None:
-        batch, trace = self.batch(shape), self.traces(shape)[0]
+        batch, rounded = self.batch(shape), self.rounds(model)
+        trace = self.traces(shape, rounded)[0]
         forced, chosen = trace.forced, trace.chosen
         forcing = {} if chosen is None else {"chosen": chosen}
         ours = self.ask(locate_error.captures, model, batch=batch, forced=forced, **forcing)
         first: ErrorLocation | None = None
         steps = len(ours)  # a later layer matters only in the forward passes before the first one with an error
-        for layer, stock, true in self.models.points(step_by_step(batch, forced), chosen):
+        for layer, stock, true in self.models.points(step_by_step(batch, forced), chosen, rounded):
             for step in range(steps):
                 points = [point for point in ours[step].points if point.layer == layer]
                 found = locate_error.first_beyond(points, stock[step], true[step], self.dtype, step)
@@ -127,33 +131,39 @@ class StreamedPair(Pair):
                 break
         return first
 
+    def layers(self, rounded: bool) -> Iterator[LayerOfBoth]:
+        for index in range(self.config.num_hidden_layers):
+            stock, true = self.models.layer(index)
+            rounding = self.rounding if rounded else None
+            yield LayerOfBoth(index, stock, true, 0, self.config, rounding, self.ranks)
+
     def stock_texts(
-        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int
+        self, batch: Batch, got: Sequence[Sequence[int]], max_new_tokens: int, rounded: bool = False
     ) -> tuple[list[list[int]], list[Divergence], tuple[Trace, Trace]]:
         length = max(map(len, got))
         chosen = np.array([[*row, *[0] * (length - len(row))] for row in got])
-        baseline, reference = self._forced([(batch, chosen)])[0]
+        baseline, reference = self._forced([(batch, chosen)], rounded=rounded)[0]
         preferred = np.concatenate((baseline.prefill_logits[:, -1:], baseline.decode_logits[:, :-1]), 1).argmax(-1)
         ended = np.arange(length) >= np.array([[len(row)] for row in got])
         expected = np.where(ended, chosen, preferred)
-        found = divergences(chosen, replace(baseline, forced=expected), reference)
+        found = divergences(chosen, replace(baseline, forced=expected), reference, bool(self.scheme))
         parted = {divergence.row: divergence.position for divergence in found}
         # Beyond where they part the stock model's own text is not known: it was not asked with those tokens before.
         texts = [expected[row, : parted.get(row, len(tokens) - 1) + 1].tolist() for row, tokens in enumerate(got)]
         return texts, found, (baseline, reference)
 
     # ---- readings of all the weights --------------------------------------------------------------------------------
-    def _read_once(self) -> None:
+    def _read_once(self, rounded: bool) -> None:
         """What does not depend on the optimised model: all batches, and the held-out text."""
         windows = self.windows()
         todo = [(self.batch(shape), self._continuation(shape)) for shape in BATCH_SHAPES]
-        found = self._forced(todo, windows)
+        found = self._forced(todo, windows, rounded)
         for shape, (baseline, reference) in zip(BATCH_SHAPES, found, strict=True):
             self.check_finite_logits(baseline)
-            self._traces[shape] = baseline, reference
+            self._traces[shape, rounded] = baseline, reference
 
     def _forced(
-        self, todo: Sequence[tuple[Batch, Array]], windows: Sequence[Sequence[int]] = ()
+        self, todo: Sequence[tuple[Batch, Array]], windows: Sequence[Sequence[int]] = (), rounded: bool = False
     ) -> list[tuple[Trace, Trace]]:
         """The traces of both models over batches and the tokens forced after them; and the losses of ``windows``."""
         texts = [
@@ -163,11 +173,12 @@ class StreamedPair(Pair):
         stock, true = self.models.run(
             [*(Feed(step_by_step(batch, forced)) for batch, forced in todo), *texts],
             [*(Feed(at_once(batch, forced)) for batch, forced in todo), *texts],
+            rounded,
         )
         if windows:
             served = [passes[0].choices for passes in stock[len(todo) :]]
             chosen = [choices.wanted for choices in served if choices is not None]
-            self._losses = _joined(stock[len(todo) :]), _joined(true[len(todo) :]), chosen
+            self._losses[rounded] = _joined(stock[len(todo) :]), _joined(true[len(todo) :]), chosen
         return [
             (
                 _stock_trace(batch, forced, ours),

@@ -149,12 +149,14 @@ def compare_texts(
     baseline: Any,
     reference: Any,
     logits: Sequence[Array] = (),
+    pooled: bool = False,
 ) -> tuple[list[Divergence], tuple[Trace, Trace] | None]:
     """Where the greedy continuations of ``batch`` part, with what baseline and reference knew there.
 
     Args:
         logits: those that the baseline chose ``expected`` by, as :func:`last_logits` keeps them; computed where they
             are not given.
+        pooled: the noise of a position is at least what is usual, see ``noise``.
 
     Returns:
         The places; and of a mixture the traces of both models over ``expected``, with their experts, None where nothing
@@ -166,20 +168,20 @@ def compare_texts(
     if np.array_equal(ours, theirs):
         return [], None
     if not expert_count(baseline.config):
-        return _divergences_of_dense(ours, theirs, batch, baseline, reference, logits), None
+        return _divergences_of_dense(ours, theirs, batch, baseline, reference, logits, pooled), None
     stock = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
     true = teacher_forcing.run_reference(reference, batch, theirs, stock.chosen)
     return divergences(ours, stock, true), (stock, true)
 
 
 def _divergences_of_dense(
-    ours: Array, theirs: Array, batch: Batch, baseline: Any, reference: Any, logits: Sequence[Array]
+    ours: Array, theirs: Array, batch: Batch, baseline: Any, reference: Any, logits: Sequence[Array], pooled: bool
 ) -> list[Divergence]:
-    """No more passes than it takes: of the rows that part, up to there."""
+    """No more passes than it takes: of the rows that part, up to there. Of all, where their noise is pooled."""
     differ = ours != theirs
-    rows = np.flatnonzero(differ.any(axis=1))
+    rows = np.arange(len(ours)) if pooled else np.flatnonzero(differ.any(axis=1))
     # Nothing after the last place where two texts part is asked for.
-    steps = int(differ[rows].argmax(axis=1).max()) + 1
+    steps = ours.shape[1] if pooled else int(differ[rows].argmax(axis=1).max()) + 1
     ours, theirs = ours[rows, :steps], theirs[:, :steps]
     if logits:
         known = np.stack(logits[:steps], axis=1)
@@ -189,7 +191,7 @@ def _divergences_of_dense(
     parted, theirs, known = Batch(batch.input_ids[rows], batch.attention_mask[rows]), theirs[rows], known[rows]
     stock = Trace(known[:, :1], known[:, 1:], theirs, parted.attention_mask.bool().numpy())
     true = teacher_forcing.run_reference(reference, parted, theirs[:, :-1])
-    return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true)]
+    return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true, pooled)]
 
 
 def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace) -> list[Divergence]:

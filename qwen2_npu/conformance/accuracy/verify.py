@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen2_npu.checkpoint.quantization import quantization_of
 from qwen2_npu.checkpoint.sources import open_checkpoint, parse_dtype
 from qwen2_npu.compat import expert_count
 from qwen2_npu.conformance import tiny
@@ -26,12 +27,13 @@ from qwen2_npu.conformance.accuracy.locate_error import BuildModel
 from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR
 from qwen2_npu.conformance.accuracy.orders import END, Orders, follow, rank_count
 from qwen2_npu.conformance.accuracy.pair import DECODE_STEPS, GreedyText, Pair, weights_of_checkpoint
+from qwen2_npu.conformance.accuracy.quantising_cost import QuantisingCost, comparable, measure
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.environment import Environment
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import check_mode, compile_model
-from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL, Optimizations
+from qwen2_npu.optimizations import EXPERTS, LADDER, PARALLEL, QUANTIZED, Optimizations
 from qwen2_npu.parallel.collectives import FUSED_SIZES
 
 SCHEMA = 1
@@ -54,7 +56,7 @@ class StepResult:
 
     @property
     def passed(self) -> bool:
-        return all(comparison.passed for comparison in self.comparisons.values())
+        return not self.explanation and all(comparison.passed for comparison in self.comparisons.values())
 
     @property
     def positions(self) -> int:
@@ -136,7 +138,11 @@ class Verification:
     ranks: int = 1
     """How many shared the optimised model."""
     left_out: str = ""
-    """Why several ranks did not run the steps that only they have; empty if they did, or were not asked to."""
+    """Which steps were not run that by default would be, and why; empty if all were, or some were asked for."""
+    scheme: str = ""
+    """Of a checkpoint with 8-bit weights."""
+    cost: QuantisingCost | None = None
+    """What the 8 bits cost, where a checkpoint in floating point was given to tell it."""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -167,10 +173,13 @@ class Verification:
             "mode": self.mode,
             "reference_dtype": self.reference_dtype,
             "streamed": self.streamed,
-            **({"ranks": self.ranks, "left_out": self.left_out} if self.ranks > 1 else {}),
+            **({"ranks": self.ranks} if self.ranks > 1 else {}),
+            **({"left_out": self.left_out} if self.ranks > 1 or self.left_out else {}),
+            **({"scheme": self.scheme} if self.scheme else {}),
             "rows": [row.to_dict() for row in self.rows],
             "samples": [asdict(sample) for sample in self.samples],
             "perplexity": None if self.perplexity is None else asdict(self.perplexity),
+            **({} if self.cost is None else {"cost": asdict(self.cost)}),
         }
 
 
@@ -183,6 +192,7 @@ def verify(
     mode: str = "eager",
     stream: bool | None = None,
     assume_tp: int | None = None,
+    against: Path | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Verification:
     """The ladder, cumulatively, on one checkpoint. Of several ranks the first calls it, and the others
@@ -191,11 +201,13 @@ def verify(
     Args:
         model_path: a Hugging Face folder; None for the tiny checkpoint of the package.
         steps: which rows to run; each includes all steps of the ladder before it. None for the ladder, and what only
-            a mixture of experts and several ranks have; of a mixture that is compiled, what graphs can hold.
+            a mixture of experts, several ranks and 8-bit weights have; of a mixture that is compiled, what graphs can
+            hold.
         mode: how the optimised model is compiled, see ``compile_model``.
         stream: the stock model and its float64 self layer by layer, or whole; None for whole where that fits the free
             memory.
         assume_tp: for how many ranks the folder was merged, where it was and does not record it.
+        against: the checkpoint in floating point that one with 8-bit weights was made of, to tell what they cost.
         progress: called before each part, and before each layer of one that goes layer by layer.
 
     Raises:
@@ -208,7 +220,8 @@ def verify(
     presets = {step: Optimizations.up_to(step) for step in steps}
     for optimizations in presets.values():
         check_mode(mode, torch.device(device), optimizations)
-    total = len(presets) + 2
+    compared = None if against is None else comparable(model_path, against, parse_dtype(dtype))
+    total = len(presets) + 2 + (compared is not None)
     part, done = "stock model and float64 reference", 0
     progress(part, done, total)
     pair = pair_of_checkpoint(model_path, dtype=dtype, device=device, stream=stream, assume_tp=assume_tp)
@@ -230,23 +243,32 @@ def verify(
         model = None  # there is memory for one
         row, model = _row(pair, part, optimizations, baseline_rate, eager)
         rows.append(row)
-    part, done = "perplexity and greedy text", total - 1
+    part, done = "perplexity and greedy text", len(presets) + 1
     progress(part, done, total)
     if model is None:
         model = pair.build(next(reversed(presets.values()), Optimizations.all()))
     prompts = tiny.prompts()
+    samples = pair.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS])
+    perplexity = pair.perplexity(model)
+    cost = None
+    if compared is not None:
+        model, part, done = None, "what 8 bits cost", total - 1
+        progress(part, done, total)
+        cost = measure(compared, device, lambda layer: progress(f"{part}, {layer}", done, total))
     result = Verification(
         environment=Environment.of(device),
         model=pair.name,
         dtype=str(pair.dtype).removeprefix("torch."),
         reference_dtype=str(pair.reference_dtype).removeprefix("torch."),
         rows=rows,
-        samples=pair.samples(model, prompts[:: max(1, len(prompts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]),
-        perplexity=pair.perplexity(model),
+        samples=samples,
+        perplexity=perplexity,
         mode=mode,
         streamed=streamed,
         ranks=rank_count(),
         left_out=left_out,
+        scheme=pair.scheme,
+        cost=cost,
     )
     if orders is not None:
         orders.tell(END, passed=result.passed)
@@ -281,13 +303,13 @@ def _steps(
     assume_tp: int | None = None,
     mode: str = "eager",
 ) -> tuple[Sequence[str], str]:
-    """The rows to run, and why several ranks do not run all that there are.
+    """The rows to run, and why not all are that there are.
 
     Args:
         asked: None for all.
 
     Raises:
-        UnsupportedError: a step of several ranks was asked for, and cannot be had.
+        UnsupportedError: a step was asked for that this model or these ranks cannot have.
     """
     missing, way_out, ranks = "", "", rank_count()
     source = open_checkpoint(model_path or tiny.path(), assume_tp=assume_tp)
@@ -303,6 +325,7 @@ def _steps(
             f"--steps {','.join(asked or ())} --mode {mode}: without {EXPERTS[0]} the host looks up which experts the "
             f"tokens go to, which no graph can; take --steps {EXPERTS[0]}, or --mode eager"
         )
+    scheme, why_float = _scheme(asked, source, dtype, mixture)
     if ranks not in FUSED_SIZES:
         sizes = ", ".join(map(str, FUSED_SIZES))
         missing = f"mm_all_reduce takes {sizes} ranks, and there {'is 1' if ranks == 1 else f'are {ranks}'}"
@@ -313,10 +336,40 @@ def _steps(
         way_out = "leave it out, or take --dtype bfloat16"
     if asked is None:
         ladder = LADDER if not mixture else (*LADDER, *EXPERTS) if mode == "eager" else EXPERTS
-        return ((*ladder, *PARALLEL), "") if not missing else (ladder, missing if ranks > 1 else "")
+        parallel = () if missing else PARALLEL
+        reasons = [missing] if missing and ranks > 1 else []
+        return (*ladder, *parallel, *scheme), "; ".join([*reasons, *why_float])
     if missing and set(asked) & set(PARALLEL):
         raise UnsupportedError(f"--steps {','.join(asked)}: {missing}; {way_out}")
     return asked, ""
+
+
+def _scheme(asked: Sequence[str] | None, source: Any, dtype: str, mixture: bool) -> tuple[list[str], list[str]]:
+    """The step of the checkpoint's 8-bit weights, and why it is not run: none of a checkpoint in floating point.
+
+    Raises:
+        UnsupportedError: one that was asked for and cannot be had.
+    """
+    found = quantization_of(source.config)
+    computed = parse_dtype(dtype) or source.stored_dtype()
+    too_rare = (
+        "w8a8 is not compared in float32, where steps of 8-bit activations are too rare to be measured and too large "
+        "for rounding (docs/accuracy.md)"
+    )
+    for step in [step for step in asked or () if step in QUANTIZED]:
+        try:
+            Optimizations.for_model(Optimizations.up_to(step), source.config, found.scheme if found else None)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"--steps {','.join(asked or ())}: {error}") from None
+        if step == "w8a8" and computed == torch.float32:
+            raise UnsupportedError(f"--steps {','.join(asked or ())}: {too_rare}; take --dtype bfloat16 or float16")
+    if found is None:
+        return [], []
+    if mixture:
+        return [], [f"{found.scheme} is of no mixture of experts: its weights are dequantised while they are read"]
+    if found.scheme == "w8a8" and computed == torch.float32:
+        return ["w8a16"], [f"{too_rare}; with --dtype bfloat16 or float16 it is"]
+    return [found.scheme], []
 
 
 def _row(
@@ -335,6 +388,11 @@ def _row(
         model = None
         reason = pair.explain(optimizations, failed, build=eager) or "; ".join(results[failed][0].failures())
         explanation = f"{step}: batch {failed}: {reason}"
+    elif optimizations.scheme is not None:
+        if eager is not pair.build:  # operators are followed in an uncompiled model
+            model = None  # there is memory for one
+        wrong = pair.wrong_channel(model or eager(optimizations))
+        explanation = "" if wrong is None else f"{step}: {wrong}"
     row = StepResult(
         step=step,
         comparisons={shape: comparison for shape, (comparison, _) in results.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwen2_npu.conformance.machine.verified import Verified
@@ -16,14 +16,13 @@ AREA = "Accuracy"
 EXPECTED_MODES = ("eager",)
 """Modes of `verify` that every run must show; others are shown where a run has them."""
 
-TEXT = "greedy text"
-PERPLEXITY = "perplexity"
+TEXT, PERPLEXITY = "greedy text", "perplexity"
 
 
-def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
-    """What every run should check, without a result yet."""
+def expected(modes: tuple[str, ...] = EXPECTED_MODES, others: Sequence[tuple[str, str]] = ()) -> Iterator[Claim]:
+    """What every run should check, and ``others`` (mode, step) that a run has beyond it, without a result yet."""
     for mode in modes:
-        for step in LADDER:
+        for step in dict.fromkeys((*LADDER, *(step for where, step in others if where == mode))):
             yield Claim(
                 id=f"accuracy/{mode}/{step}",
                 area=AREA,
@@ -39,10 +38,11 @@ def expected(modes: tuple[str, ...] = EXPECTED_MODES) -> Iterator[Claim]:
 def claims(inputs: RunInputs) -> list[Claim]:
     """What the run's verifications say."""
     modes = dict.fromkeys([*EXPECTED_MODES, *(_mode(content) for content in inputs.verifications.values())])
-    known = {claim.id: claim for claim in expected(tuple(modes))}
+    said = [(_mode(content), str(row["step"])) for content in inputs.verifications.values() for row in content["rows"]]
+    known = {claim.id: claim for claim in expected(tuple(modes), said)}
     for content in inputs.verifications.values():
         for id, facts in _facts(content):
-            if id in known:
+            if known[id].status is not Status.FAIL:  # which another checkpoint of the same mode does not undo
                 known[id] = known[id].found(**facts)
     return list(known.values())
 
@@ -66,26 +66,26 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             "message": row["explanation"],
         }
         yield f"accuracy/{mode}/{row['step']}", common | facts
-    samples = content.get("samples") or []
-    if samples:
+    if samples := content.get("samples"):
         divergences = [sample["divergence"] for sample in samples if not sample["passed"]]
         facts = {"status": _status(not divergences), "reference": f"{len(samples)} prompts"}
         yield f"accuracy/{mode}/{TEXT}", common | facts | {"message": "; ".join(divergences)}
-    if content.get("perplexity"):
-        perplexity, error = content["perplexity"], content["perplexity"]["error"]
+    if perplexity := content.get("perplexity"):
         failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
         shown = f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
         # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
-        facts = {"status": _status(not failure), "value": Value(_noises(error), "× noise"), "reference": shown}
+        facts = {
+            "status": _status(not failure),
+            "value": Value(_noises(perplexity["error"]), "× noise"),
+            "reference": shown,
+        }
         yield f"accuracy/{mode}/{PERPLEXITY}", common | facts | {"message": failure}
 
 
 def _noises(error: dict[str, Any]) -> float:
     """``noise.ErrorRatio.ratio``, from its JSON."""
     found, noise = float(error["optimised"]), max(float(error["baseline"]), float(error["floor"]))
-    if noise == 0:
-        return 0.0 if found == 0 else math.inf
-    return found / noise
+    return found / noise if noise else math.inf if found else 0.0
 
 
 def _status(passed: bool) -> Status:

@@ -57,6 +57,12 @@ def write(folder, stock, modules=None, prefix="base_model.model.", rank=lambda m
     return tensors
 
 
+def on_a_norm(folder, stock):
+    write(folder, stock, [])
+    name = "base_model.model.model.layers.0.input_layernorm.lora_A.weight"
+    save_file({name: torch.ones(4, 256)}, folder / "adapter_model.safetensors")
+
+
 def summed(stock, tensors, scaling=lambda module: 1.5):
     """W + scaling · B · A, float64."""
     expected = {name: tensor.double().numpy() for name, tensor in stock_weights(stock).items()}
@@ -133,14 +139,42 @@ def test_what_the_configuration_of_an_adapter_says(base, stock, tmp_path, change
     check(Qwen2ForCausalLM.from_pretrained(base, adapter=tmp_path / "lora"), summed(stock, tensors, scaling))
 
 
-def test_the_sum_is_rounded_once(base, stock, tmp_path):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_sum_is_rounded_once(stored, tmp_path):
     """Not the stored weights first, nor what is added."""
+    stock, base = small_stock(dtype=stored), tmp_path / "base"
+    stock.save_pretrained(base, safe_serialization=True)
     tensors = write(tmp_path / "lora", stock)
     model = Qwen2ForCausalLM.from_pretrained(base, adapter=tmp_path / "lora", dtype="bfloat16")
     wanted = {name: torch.from_numpy(value).bfloat16() for name, value in summed(stock, tensors).items()}
     found = model.stock_state_dict()
     same = [(found[name] == wanted[name]).double().mean() for name in wanted]
     assert min(same) > 0.999  # float32 and float64 differ beside a tie
+
+
+@pytest.mark.parametrize(
+    ("names", "module", "targeted"),
+    [
+        (["gate"], "model.layers.0.mlp.gate", True),
+        (["gate"], "model.layers.0.mlp.shared_expert_gate", False),
+        (["proj"], "model.layers.0.self_attn.q_proj", False),
+        (["self_attn.q_proj"], "model.layers.0.self_attn.q_proj", True),
+        (["attn.q_proj"], "model.layers.0.self_attn.q_proj", False),
+        (["lm_head"], "lm_head", True),
+    ],
+)
+def test_a_target_is_named_by_whole_parts_of_its_name(names, module, targeted):
+    assert adapters._targeted({"target_modules": names}, module) is targeted
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rank"),
+    [("q_proj", 2), (r"layers\.1\..*", 2), ("self_attn", 4), ("proj", 4), ("1.self_attn.q_proj", 2)],
+)
+def test_a_pattern_is_of_the_end_of_a_name(pattern, rank):
+    """As in peft."""
+    config = {"r": 4, "rank_pattern": {pattern: 2}}
+    assert adapters._of_module(config, "r", "rank_pattern", "model.layers.1.self_attn.q_proj") == rank
 
 
 def test_an_adapter_trained_on_the_model_without_its_head(base, stock, tmp_path):
@@ -298,6 +332,14 @@ def _cut_off(folder, stock):
         ),
         (lambda folder, stock: write(folder, stock, r=0), CheckpointError, r"r=0 and lora_alpha=6 .*positive integer"),
         (lambda folder, stock: write(folder, stock, lora_alpha="x"), CheckpointError, r"lora_alpha='x'"),
+        (lambda folder, stock: write(folder, stock, lora_alpha=True), CheckpointError, r"lora_alpha=True"),
+        (lambda folder, stock: write(folder, stock, lora_alpha=math.inf), CheckpointError, r"lora_alpha=inf"),
+        (lambda folder, stock: write(folder, stock, rank=lambda module: 1, r=True), CheckpointError, r"r=True and"),
+        (
+            lambda folder, stock: on_a_norm(folder, stock),
+            UnsupportedError,
+            r"input_layernorm\.lora_A\.weight is no part of a LoRA product of this model",
+        ),
         (lambda folder, stock: write(folder, stock, r=8), CheckpointError, r"lora_A \(4, \d+\).* expected \(8, \d+\)"),
     ],
 )

@@ -61,6 +61,11 @@ def test_what_is_one_by_one_stays() -> None:
     assert one_by_one(dense) == stacked(dense) == dense
 
 
+def test_what_only_has_the_name_of_stacked_experts_stays_for_the_check_of_shapes() -> None:
+    given = {"model.layers.0.mlp.experts.down_proj": torch.ones(4, 6), "model.layers.0.mlp.experts.gate_up_proj": None}
+    assert one_by_one(given) == given  # type: ignore[arg-type]
+
+
 def test_one_by_one_takes_no_memory() -> None:
     found = stacked(alone())
     for name, tensor in one_by_one(found).items():

@@ -63,6 +63,13 @@ def test_parts_of_renamed_tensors(base):
         assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in read.items())
 
 
+def test_parts_are_asked_for_by_the_stock_names(base):
+    asked: list[str] = []
+    source = open_checkpoint(base)
+    found = dict(source.tensors(lambda name: asked.append(name)))
+    assert sorted(asked) == sorted(found) == sorted(WEIGHTS)
+
+
 def test_usual_names_cost_nothing():
     source = StateDictSource(CONFIG, WEIGHTS)
     assert as_stock(source) is source
@@ -77,6 +84,7 @@ def test_usual_names_cost_nothing():
         ([f"model.{LAYER}", "norm.weight"], [f"model.{LAYER}", "model.norm.weight"], [f"model.{LAYER}", "norm.weight"]),
         ([f"model.model.{LAYER}"], [f"model.{LAYER}"], [f"model.model.{LAYER}"]),
         ([f"model.{HEAD}", f"model.{LAYER}"], [HEAD, f"model.{LAYER}"], [f"model.{HEAD}", f"model.{LAYER}"]),
+        (["score.weight", LAYER], ["score.weight", f"model.{LAYER}"], ["score.weight", f"model.{LAYER}"]),
         (["modelled", LAYER], ["modelled", f"model.{LAYER}"], ["modelled", LAYER]),
         (["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"]),
         ([f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"]),

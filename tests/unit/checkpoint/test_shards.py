@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import merging, sources
-from qwen2_npu.checkpoint.shards import INDEX_FILE, weights_files
+from qwen2_npu.checkpoint import shards as shards_module
+from qwen2_npu.checkpoint.shards import INDEX_FILE, SINGLE_FILE, weights_files
+from qwen2_npu.compat import WEIGHTS_FIELD
 from qwen2_npu.conformance.accuracy.stock import stock_from_pretrained
 from qwen2_npu.errors import CheckpointError
-from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 CONFIG = small_config(num_hidden_layers=1, hidden_size=64, intermediate_size=32, vocab_size=61)
 WEIGHTS = stock_weights(small_stock(CONFIG))
@@ -252,12 +254,44 @@ def test_an_index_has_files_of_its_own_kind_read(folder, index, file, message):
         Qwen2ForCausalLM.from_pretrained(folder, weights_file=index)
 
 
-@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "weights.index.json", "2.instruct.index.json"])
-def test_an_index_of_any_name(folder, index):
-    save_file({name: tensor + 1 for name, tensor in WEIGHTS.items()}, folder / "all.safetensors")
-    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, "all.safetensors")}))
+@pytest.mark.parametrize(
+    ("index", "file"),
+    [
+        ("model.safetensors.index.fp16.json", "all.safetensors"),
+        ("weights.index.json", "all.safetensors"),
+        ("2.instruct.index.json", "all.safetensors"),
+        ("pytorch_model.bin.index.json", "all.bin"),
+        ("pytorch_model.bin.index.fp16.json", "all.bin"),
+    ],
+)
+def test_an_index_of_any_name(folder, index, file):
+    other = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+    (torch.save if file.endswith(".bin") else save_file)(other, folder / file)
+    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, file)}))
     model = Qwen2ForCausalLM.from_pretrained(folder, weights_file=index)
     assert torch.equal(model.model.norm.weight, WEIGHTS["model.norm.weight"] + 1)
+
+
+# ---- which of several ----------------------------------------------------------------------------------------------
+def test_one_file_goes_before_an_index_and_what_the_caller_names_before_both(folder):
+    """As in transformers; what config.json names (5.x) is in between."""
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert weights_files(folder) == shards
+    for name in (SINGLE_FILE, "named.safetensors"):
+        save_file(WEIGHTS, folder / name)
+    assert weights_files(folder) == [SINGLE_FILE]
+    config = small_config(**{WEIGHTS_FIELD: "named.safetensors"})
+    assert weights_files(folder, config=config) == ([SINGLE_FILE] if V4 else ["named.safetensors"])
+    assert weights_files(folder, INDEX_FILE, config=config) == shards
+
+
+def test_an_adapter_beside_the_weights_is_the_caller_s_to_decide(folder, monkeypatch):
+    monkeypatch.setattr(shards_module, "is_peft_available", lambda: True)
+    shards = weights_files(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    assert weights_files(folder, beside_adapter=True) == weights_files(folder, INDEX_FILE) == shards
+    with pytest.raises(CheckpointError, match="transformers applies that adapter to the weights"):
+        weights_files(folder)
 
 
 # ---- pickles --------------------------------------------------------------------------------------------------------

@@ -6,17 +6,22 @@ import errno
 import json
 import re
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
 from qwen2_npu.checkpoint import sources, weights
+from qwen2_npu.checkpoint.naming import HEAD
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models import backbone
+from qwen2_npu.parallel.sharding import WHOLE
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -98,10 +103,31 @@ def test_loading_reads_one_tensor_at_a_time(folder, monkeypatch):
     assert len(alive) == len(sources.open_checkpoint(folder).shapes())
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_stay_in_the_dtype_they_are_stored_in(stored):
+    weights = stock_weights(small_stock(dtype=stored))
+    model = Qwen2ForCausalLM.from_state_dict(small_config(), weights)
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+
+
 @pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
 def test_dtype_by_value_and_by_name(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, dtype=given).dtype == torch.bfloat16
     assert Qwen2ForCausalLM.from_pretrained(folder, torch_dtype=given, device_map="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", ["folder", "state dict"])
+def test_what_was_loaded_is_for_inference(folder, way):
+    """No gradients, which would keep the values of every layer, and no training mode."""
+    if way == "folder":
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+    else:
+        model = Qwen2ForCausalLM.from_state_dict(small_config(), stock_weights(small_stock()))
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name, module in model.named_modules() if module.training]
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert not logits.requires_grad
+    assert logits.grad_fn is None
 
 
 def test_old_extras_are_accepted(folder):
@@ -164,6 +190,37 @@ def test_a_configuration_of_other_sizes_builds_nothing(folder, changes, message,
     assert "does not fit its configuration" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("head", "tied", "more", "fits"),
+    [
+        (weights.CAUSAL_LM, True, [HEAD], True),
+        (weights.CAUSAL_LM, False, ["score.weight"], False),
+        (("score.weight",), False, ["score.weight", HEAD], True),
+        (("score.weight",), False, [HEAD], False),
+        ((), False, ["score.weight", "score.bias", HEAD], True),
+        ((), False, ["other.weight"], False),
+    ],
+)
+def test_heads_of_other_classes_are_left_where_they_are(head, tied, more, fits):
+    """Every class of the family reads the checkpoints of the others, where it has no head of its own to find."""
+    config = small_config(num_hidden_layers=1, num_labels=3, tie_word_embeddings=tied)
+    shapes = weights.stock_shapes(config, ()) | {name: (3, 256) for name in more}
+    if head == weights.CAUSAL_LM and not tied:
+        shapes[HEAD] = (199, 256)
+    source = SimpleNamespace(config=config, shapes=lambda: shapes)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=r"tensors (missing|unexpected)"):
+        weights.check_source(source, head)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_model_of_all_memory_is_built_and_one_of_a_byte_more_is_not(short, monkeypatch):
+    config = small_config(num_hidden_layers=5)
+    needed = sum(parameter.nbytes for parameter in Qwen2ForCausalLM(config).parameters())
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - short))
+    with nullcontext() if not short else pytest.raises(MemoryError, match="the weights of this configuration take"):
+        weights.check_room(config, WHOLE)
+
+
 def test_a_state_dict_of_a_fused_model_is_named_as_such(folder):
     model = Qwen2ForCausalLM.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"\.(qkv|gate_up)_proj\.\w+ is fused: .* with stock_state_dict\(\)"):
@@ -224,6 +281,9 @@ def test_a_saved_folder_is_whole(folder, tmp_path, size):
         assert written["metadata"]["total_size"] == held
     else:
         assert list(names) == ["model.safetensors"]
+    for file in names:  # transformers 4.37 refuses a file that does not say so
+        with safe_open(tmp_path / "ours" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}, file
     again = type(small_stock()).from_pretrained(tmp_path / "ours")
     assert (again.generation_config.max_length, again.generation_config.eos_token_id) == (77, [5, 6])
     for name, tensor in model.stock_state_dict().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.layer_by_layer import LayerByLayer
+from tests.accuracy import quantised
 from tests.accuracy.faults import FAULTS
 from tests.unit.cli.test_cli import small_folder
 
@@ -90,3 +92,71 @@ def test_a_line_for_each_step_without_a_terminal(tmp_path: Path) -> None:
     lines = [line.rpartition(":")[0] for line in result.stderr.splitlines() if line.endswith(" s")]
     parts = ("stock model and float64 reference", "fixed_kv_cache", "swiglu", "perplexity and greedy text")
     assert lines == [f"{part} ({done}/4)" for done, part in enumerate(parts, start=1)]
+
+
+# ---- 8-bit weights ---------------------------------------------------------------------------------------------------
+def test_what_8_bits_cost_is_shown_and_written(tmp_path: Path) -> None:
+    report = tmp_path / "verify.json"
+    options = ["--model-path", str(quantised.folder("w8a8")), "--device", "cpu", "--steps", "w8a8"]
+    options += ["--against", str(tiny.path()), "--json", str(report)]
+    result = CliRunner().invoke(main, ["verify", *options])
+    assert result.exit_code == 0, result.output
+    shown, cost = " ".join(result.output.split()), json.loads(report.read_text())["cost"]
+    whole = cost["whole"]
+    assert f"w8a8 against {tiny.path()}, both in float32, 508 held-out tokens" in shown
+    assert f"perplexity {cost['perplexity']:.4f} → {whole['perplexity']:.4f}, KL {whole['kl']:.2e}" in shown
+    costliest = max(cost["modules"], key=lambda name: cost["modules"][name]["kl"])
+    assert shown.index("The 8 costliest modules, each alone in 8 bits") < shown.index(
+        costliest.removeprefix("model.layers.")
+    )
+    assert "KL alone, summed over the layers: " in shown
+
+
+def test_a_step_that_is_left_out_is_said(tmp_path: Path) -> None:
+    report = tmp_path / "verify.json"
+    options = ["--model-path", str(quantised.folder("w8a8")), "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner().invoke(main, ["verify", *options, "--json", str(report)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    assert found["rows"][-1]["step"] == "w8a16"
+    assert found["left_out"].startswith("w8a8 is not compared in float32, ")
+    assert "Left out: w8a8 is not compared in float32" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "against", "message"),
+    [
+        ("", "tiny", "the tiny checkpoint is not quantised, so there is nothing that 8 bits cost; give the quantised"),
+        ("w8a16", "w8a8", "its weights are quantised, too; give the folder in floating point that "),
+        ("w8a16", "other", r"was not made of it: model.embed_tokens.weight has shape \(2048, 256\) there, and \(199, "),
+        ("w8a16", "nothing", "does not exist"),
+    ],
+)
+def test_another_folder_than_the_one_it_was_made_of(model: str, against: str, message: str, tmp_path: Path) -> None:
+    """One line, before any work."""
+    report = tmp_path / "verify.json"
+    folders = {"tiny": tiny.path(), "other": tmp_path / "model", "nothing": tmp_path / "nothing"}
+    if against == "other":
+        small_folder(folders["other"])
+    folder = folders.get(against) or quantised.folder(against)
+    options = ["--model-path", str(quantised.folder(model))] if model else []
+    result = CliRunner().invoke(
+        main, ["verify", "--device", "cpu", *options, "--against", str(folder), "--json", str(report)]
+    )
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.output.split())), result.output
+    assert not report.exists()
+    if against != "nothing":
+        (line,) = filter(None, result.output.splitlines())
+        assert line.startswith(f"error: --against {folder}: ")
+
+
+def test_no_tokenizer_and_no_text(tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(of, tmp_path / of.name)) for of in (quantised.folder("w8a16"), tiny.path())]
+    for folder in folders:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+    options = ["--model-path", str(folders[0]), "--against", str(folders[1]), "--json", str(tmp_path / "verify.json")]
+    result = CliRunner().invoke(main, ["verify", "--device", "cpu", *options])
+    assert result.exit_code == 2
+    assert "neither folder has a tokenizer, and the cost is measured on text" in " ".join(result.output.split())

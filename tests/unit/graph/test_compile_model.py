@@ -141,7 +141,7 @@ def test_more_prompt_buckets_than_dynamo_would_allow(weights, counter):
 
 def test_the_count_can_fail(weights, counter):
     """Negative control: a cache that grows with the tokens is a new shape, so a new graph, every step."""
-    model = build(weights, Optimizations.all())
+    model = build(weights, Optimizations.all().replace(kv_scatter=False))  # which numbers slots over all rows
     compile_model(model, "inductor")
     step = model.compiled_steps["decode"]
 
@@ -205,7 +205,8 @@ def test_one_decode_graph_serves_every_routing(counter):
     chosen.remove()
     assert len(routings) > 16
     compile_model(model, "inductor")
-    assert torch.equal(model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False), expected)
+    found = model.generate(**call, max_new_tokens=65, min_new_tokens=65, do_sample=False)
+    assert_same_tokens(found, expected, model, call)
     assert counter.graphs == 2
 
 
@@ -228,7 +229,7 @@ def test_inductor_generates_the_eager_tokens_of_a_mixture():
     call = prompt(2, 9, ragged=True)
     expected = model.generate(**call, max_new_tokens=16, do_sample=False)
     compile_model(model, "inductor")
-    assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
+    assert_same_tokens(model.generate(**call, max_new_tokens=16, do_sample=False), expected, model, call)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "npu", "xpu", "meta"])

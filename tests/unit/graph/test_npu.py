@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, compile_model, graph
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import npu
+from qwen2_npu.parallel.collectives import Ranks
+from qwen2_npu.parallel.sharding import Shard
 from tests.unit.small import small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 needs_torch_npu = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="needs torch_npu")
 
@@ -77,8 +81,15 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
         guard("L['self']._modules['norm'].eps"),
         guard("", "SHAPE_ENV"),
         guard("G['torch']", is_global=True),
+        guard("self._modules['norm'].eps"),
+        guard("type(self._modules['layers']._modules['0']._modules['self_attn']).forward"),
+        guard("self._modules['rotary']._buffers['sin']"),
+        guard("tokens"),
+        guard("inputs.actual_seq_lengths[0]"),
+        guard("caches[0][1]"),
     ]
-    assert npu.keep_input_guards(guards) == [True, False, True, False]
+    kept = [True, False, True, False, False, False, True, True, True, True]
+    assert npu.keep_input_guards(guards) == kept
 
 
 @needs_torch_npu
@@ -121,11 +132,97 @@ def test_equal_shapes_have_one_name():
     assert npu.shape_name(arguments()) != npu.shape_name((torch.zeros(2, 1), None))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(2, 8).t(),
+        torch.zeros(8, 2, dtype=torch.int64),
+        torch.zeros(8, 2, device="meta"),
+        torch.zeros(8, 3),
+        [torch.zeros(8, 2)],
+        None,
+        3,
+    ],
+    ids=["strides", "dtype", "device", "shape", "structure", "none", "a number"],
+)
+def test_other_inputs_have_other_names(other):
+    """A graph that is read back has no guards: its name is all that tells it from another one."""
+    names = [npu.shape_name((given, 5)) for given in (torch.zeros(8, 2), torch.ones(8, 2), other)]
+    assert names[0] == names[1] != names[2]
+
+
 @needs_torch_npu
-def test_a_fingerprint_tells_models_apart(model):
-    other = Qwen2ForCausalLM(model.config, Optimizations.up_to("fused_qkv"))
-    assert npu.fingerprint(model) == npu.fingerprint(model)
-    assert npu.fingerprint(model) != npu.fingerprint(other)
+def test_a_graph_on_disk_is_of_one_shape_and_one_rotary_table(tmp_path, monkeypatch):
+    import torch_npu  # noqa: F401 - puts torchair on the path
+    import torchair.inference
+
+    made = []
+    monkeypatch.setattr(
+        torchair.inference, "cache_compile", lambda step, **given: made.append((step.__name__, given)) or step
+    )
+
+    class Model:
+        model = SimpleNamespace(rotary=SimpleNamespace(cos=torch.zeros(64, 4)))
+
+        def step(self, tokens):
+            return tokens + 1
+
+    owner, folder = Model(), tmp_path / "graphs"
+    step = npu.CachedStep(owner.step, "a configuration", True, folder)
+    for rows in (64, 128):
+        Model.model.rotary.cos = torch.zeros(rows, 4)
+        for width in (8, 8, 16):
+            assert torch.equal(step(torch.ones(1, width)), torch.full((1, width), 2.0))
+    assert len(made) == len({given["cache_dir"] for _, given in made}) == len({name for name, _ in made}) == 4
+    for name, given in made:
+        assert given == {"config": "a configuration", "dynamic": True, "cache_dir": given["cache_dir"]}
+        assert Path(given["cache_dir"]).parent == folder
+        assert name == f"step_{Path(given['cache_dir']).name}"
+    assert folder.stat().st_mode & 0o777 == 0o700, "a folder of code that others may write"
+
+
+@needs_torch_npu
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_run_their_collectives_in_one_order(size):
+    """Else they wait for each other for ever."""
+    config = npu.compiler_config(graph.GraphOptions(True, True, True, None), Ranks(Shard(0, size)))
+    strategy = config.experimental_config.topology_sorting_strategy.value
+    assert (strategy == "StableRDFS") == (size > 1)
+
+
+@needs_torch_npu
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, patch: setattr(model, "optimizations", Optimizations.up_to("fused_qkv")),
+        lambda model, patch: setattr(model.config, "rms_norm_eps", 0.5),
+        lambda model, patch: model.bfloat16(),
+        lambda model, patch: setattr(model, "ranks", Ranks(Shard(1, 2))),
+        lambda model, patch: patch.setattr(npu.torch, "__version__", "0"),
+        lambda model, patch: patch.setattr(npu, "transformers", SimpleNamespace(__version__="0")),
+    ],
+    ids=["optimizations", "a constant", "dtype", "rank", "torch", "transformers"],
+)
+def test_a_fingerprint_tells_models_and_versions_apart(change, monkeypatch):
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=1))
+    before = npu.fingerprint(model)
+    assert npu.fingerprint(model) == before
+    change(model, monkeypatch)
+    assert npu.fingerprint(model) != before
+
+
+@needs_torch_npu
+@pytest.mark.parametrize(
+    "source",
+    ["cache.py", "models/attention.py", "graph/layout_copies.py", "parallel/collectives.py", "ops/linear.py"],
+)
+def test_a_fingerprint_tells_sources_apart(model, source, monkeypatch):
+    """All that a graph is traced from."""
+    before, right = npu.fingerprint(model), Path.read_bytes
+    changed = Path(npu.__file__).parents[1] / source
+    assert changed.exists()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: right(path) + (b" " if path == changed else b""))
+    assert npu.fingerprint(model) != before
 
 
 SCRIPT = """
@@ -162,4 +259,5 @@ def test_a_restart_compiles_nothing_that_is_on_disk(tmp_path):
     first, second = run(), run()
     assert first["traced"] == 4  # prefill and decode of two batches
     assert second["traced"] == 0
-    assert second["tokens"] == first["tokens"]
+    for found, expected in zip(second["tokens"], first["tokens"], strict=True):
+        assert_same_tokens(torch.tensor(found), torch.tensor(expected))

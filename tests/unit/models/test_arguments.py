@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qwen2_npu.compat import growing_cache
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.inputs import Rows
 
@@ -14,6 +18,8 @@ from qwen2_npu.models.inputs import Rows
     ("given", "message"),
     [
         ({"foo": 1}, r"takes no argument foo$"),
+        ({"foo": False}, r"takes no argument foo$"),
+        ({"foo": 0, "bar": ""}, r"takes no argument foo, bar$"),
         (
             {"num_logits_to_keep": 1, "cache_position": 2},
             r"no argument num_logits_to_keep; .*its name is logits_to_keep",
@@ -29,6 +35,17 @@ def test_an_argument_without_effect_is_refused(given, message):
 def test_what_generate_hands_to_every_model_is_taken():
     arguments.check_names({"cache_position": torch.arange(3), "tokenizer": object(), "is_first_iteration": True})
     arguments.check_names({"shift_labels": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("assistant_early_exit", 4), ("assistant_early_exit", 1), ("use_mtp", True)]
+)
+def test_options_that_draft_with_layers_of_the_stock_model_are_refused(name, value):
+    with pytest.raises(UnsupportedError, match=rf"^{name}={value} drafts with layers of the stock model"):
+        arguments.check_generation(SimpleNamespace(**{name: value}))
+    for off in (None, False):
+        arguments.check_generation(SimpleNamespace(**{name: off}))
+    arguments.check_generation(SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -105,6 +122,7 @@ def test_a_mask_of_any_dtype(dtype):
         ([[0, 1, 2]], r"^position_ids is a list: pass a tensor \(batch or 1, new tokens\) = \(2 or 1, 3\)$"),
         (torch.arange(2)[None], r"^position_ids of shape \(1, 2\): pass \(batch or 1, new tokens\) = \(2 or 1, 3\)$"),
         (torch.arange(9).view(3, 3), r"^position_ids of shape \(3, 3\): pass"),
+        (torch.arange(0).view(0, 3), r"^position_ids of shape \(0, 3\): pass"),
         (torch.arange(3).view(1, 1, 3), r"^position_ids of shape \(1, 1, 3\): pass"),
         (torch.arange(3.0)[None], r"^position_ids holds torch.float32: pass torch.int64 or torch.int32$"),
         (torch.arange(3, device="meta"), r"^position_ids is on meta, the model on cpu: pass position_ids.to"),
@@ -131,6 +149,8 @@ def test_positions_of_padding_do_not_count():
         (IDS[0], r"^labels of shape \(3,\) and torch.int64: pass a tensor"),
         (IDS.float(), r"^labels of shape \(2, 3\) and torch.float32: pass a tensor"),
         (IDS + 9, r"^label 10 is outside the vocabulary of 9"),
+        (IDS.clamp(max=0) + 9, r"^label 9 is outside the vocabulary of 9"),
+        (IDS.clamp(max=0) - 1, r"^label -1 is outside the vocabulary of 9"),
         (IDS - 5, r"^label -4 is outside the vocabulary of 9"),
     ],
 )
@@ -192,6 +212,66 @@ def test_masks_that_fit():
 def test_positions_without_a_row_in_the_table(total, positions, message):
     with pytest.raises(ValueError, match=message):
         arguments.check_positions(8, total, None if positions is None else torch.tensor(positions))
+
+
+def test_all_positions_of_the_table_may_be_taken():
+    arguments.check_positions(8, 8, torch.tensor([[0, 7]]))
+    arguments.check_capacity(8, 8)
+    with pytest.raises(ValueError, match="need 9 positions, the model has max_position_embeddings=8"):
+        arguments.check_capacity(8, 9)
+
+
+@pytest.mark.parametrize(("token", "fits"), [(0, True), (8, True), (9, False), (-1, False)])
+def test_the_vocabulary_ends_with_its_last_token(token, fits):
+    ids = torch.tensor([[3, token]])
+    calls = {
+        "of forward": lambda: arguments.check_vocabulary(ids, 9),
+        "of generate": lambda: prompt_checked(input_ids=ids),
+        "of guidance": lambda: prompt_checked(input_ids=IDS, negative_prompt_ids=ids),
+    }
+    for call in calls.values():
+        with nullcontext() if fits else pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary"):
+            call()
+
+
+def prompt_checked(past=None, **call):
+    arguments.check_prompt(call, torch.device("cpu"), 9, past)
+
+
+@pytest.mark.parametrize(("past", "fits"), [(None, True), (0, True), (2, True), (3, False), (4, False)])
+def test_a_prompt_that_the_cache_holds_already_is_none(past, fits):
+    """Of three tokens per row: with two in the cache the third is new."""
+    with nullcontext() if fits else pytest.raises(ValueError, match=rf"3 tokens per row, and the cache holds {past}"):
+        prompt_checked(past, input_ids=IDS)
+    prompt_checked(past, input_ids=IDS, attention_mask=torch.ones(2, 3 + (past or 0)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 2), r"^attention_mask covers 2 tokens, but 0 are in the cache and 3 are new"),
+        (torch.ones(2, 4), r"^attention_mask covers 4 tokens, but 0 are in the cache and 3 are new"),
+        (torch.ones(3, 3), r"^attention_mask of shape \(3, 3\): pass"),
+        (torch.ones(2, 1, 3), r"^attention_mask of shape \(2, 1, 3\): pass"),
+        (torch.full((2, 3), 2), r"^attention_mask holds 2"),
+        (torch.ones(2, 3, device="meta"), r"^attention_mask is on meta, the model on cpu"),
+    ],
+)
+def test_masks_of_a_prompt_that_do_not_fit(mask, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_checked(input_ids=IDS, attention_mask=mask)
+
+
+def test_another_dtype_by_autocast_is_refused():
+    """The operators compute in that of the weights: a user would believe otherwise."""
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(UnsupportedError, match=r"autocast\(.cpu., dtype=torch.bfloat16\) around a model of"),
+    ):
+        arguments.check_precision(TABLE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        arguments.check_precision(TABLE.bfloat16())
+    arguments.check_precision(TABLE)
 
 
 @pytest.mark.parametrize(

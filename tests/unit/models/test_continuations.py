@@ -19,6 +19,7 @@ from qwen2_npu.models import backbone
 from qwen2_npu.models.inputs import Rows
 from tests.unit.models.test_inputs import state_of
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.tokens import assert_same_tokens
 
 SWITCHES = {
     "none": Optimizations.none(),
@@ -311,12 +312,43 @@ def test_a_full_cache_names_the_calls_that_work(full):
         full(tokens(1, 9), **{CACHE_NAME: cache})
 
 
+@torch.no_grad()
+def test_a_cache_that_generate_filled_takes_one_token_more(full):
+    """125 tokens and 4 new ones, of which the last is not computed, are 128 slots: a bucket, and nothing left."""
+    done = full.generate(tokens(1, 125), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    cache = cache_of(done)
+    assert cache.lengths == [128]
+    full(done.sequences[:, -1:], **{CACHE_NAME: cache})
+    assert cache.lengths == [129]
+
+
+@torch.no_grad()
+def test_a_compiled_prompt_is_never_longer_than_its_cache():
+    """Of 1100 tokens the bucket ends at 1280, and the cache at 1152."""
+    config = small_config(num_hidden_layers=1, max_position_embeddings=2048)
+    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)))
+    lengths: list[int] = []
+
+    def prefill(given, *rest):
+        lengths.append(given.shape[1])
+        return model.prefill_step(given, *rest)
+
+    model.compiled_steps = {"prefill": prefill}
+    for width, computed in ((1000, 1024), (1100, 1152)):
+        ids, cache = tokens(1, width), model.allocate_cache(1, width)
+        found = model(ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        assert lengths.pop() == computed <= cache.shape.capacity
+        assert cache.lengths == [width]
+        expected = model(ids, logits_to_keep=1, use_cache=False).logits
+        assert (found - expected).abs().max() < TOLERANCE
+
+
 def test_guidance_has_a_cache_of_its_own_for_as_many_tokens(full, stock, monkeypatch):
     """The processor calls forward within generate, and forward allocates: for how many, it cannot know otherwise."""
     monkeypatch.setattr(backbone, "DEFAULT_HEADROOM", 1)
     ids, other = tokens(1, 5), tokens(1, 125)
     call = {"max_new_tokens": 10, "do_sample": False, "guidance_scale": 1.2, "negative_prompt_ids": other}
-    assert torch.equal(full.generate(ids, **call), stock.generate(ids, **call))
+    assert_same_tokens(full.generate(ids, **call), stock.generate(ids, **call))
 
 
 def test_positions_that_a_caller_gives_to_generate_go_on(model):

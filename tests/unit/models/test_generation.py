@@ -111,16 +111,14 @@ def test_embeddings_as_prompt(model, stock, prompt):
     embeds = stock.get_input_embeddings()(prompt["input_ids"]).detach()
     # 4.37.0 asks for a bos_token_id, though it does not use it.
     arguments = {"attention_mask": prompt["attention_mask"], "max_new_tokens": 8, "do_sample": False, "bos_token_id": 1}
-    assert torch.equal(
-        model.generate(inputs_embeds=embeds, **arguments), stock.generate(inputs_embeds=embeds, **arguments)
-    )
+    theirs = stock.generate(inputs_embeds=embeds, **arguments)
+    assert_same_tokens(model.generate(inputs_embeds=embeds, **arguments), theirs)
 
 
 def test_without_a_mask(model, stock, prompt):
     ids = prompt["input_ids"]
-    assert torch.equal(
-        model.generate(ids, max_new_tokens=8, do_sample=False), stock.generate(ids, max_new_tokens=8, do_sample=False)
-    )
+    theirs = stock.generate(ids, max_new_tokens=8, do_sample=False)
+    assert_same_tokens(model.generate(ids, max_new_tokens=8, do_sample=False), theirs, stock)
 
 
 @pytest.mark.skipif(V4, reason="4.37.0's generate does not continue from a Cache object")
@@ -170,6 +168,15 @@ def test_a_cache_the_caller_keeps_is_never_handed_out_again(full, prompt):
     assert all(torch.equal(old, new) for old, new in zip(contents, kept.key_cache, strict=True))
 
 
+def test_one_idle_cache_is_kept_at_most(full):
+    """Of calls at the same time, each of which gives its own back."""
+    caches = [full.allocate_cache(1, 64) for _ in range(3)]
+    for cache in caches:
+        full._pool.give_back(cache)
+    assert full._pool.take(caches[2].shape) is caches[2]
+    assert full._pool.take(caches[2].shape) not in caches
+
+
 def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     arguments = {"do_sample": False, "return_dict_in_generate": True}
     cache = cache_of(full.generate(**prompt, max_new_tokens=4, **arguments))
@@ -189,7 +196,9 @@ def test_threads_do_not_share_a_cache(full, prompt):
 
     with ThreadPoolExecutor(3) as threads:
         answers = list(threads.map(repeat, range(3)))
-    assert all(torch.equal(answer, alone[row]) for row, own in enumerate(answers) for answer in own)
+    for row, own in enumerate(answers):
+        for count, answer in enumerate(own):
+            assert_same_tokens(answer, alone[row], full, rows[row], where=f"thread {row}, call {count}")
 
 
 def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prompt):
@@ -198,7 +207,7 @@ def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prom
     with torch.inference_mode():
         kept = model.generate(**arguments)
         pooled = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.generate(**arguments).sequences, pooled)
+    assert_same_tokens(model.generate(**arguments).sequences, pooled, model, prompt)
     mask = torch.cat((prompt["attention_mask"], torch.ones(3, 4, dtype=torch.int64)), dim=1)
     with torch.no_grad():
         model(pooled[:, -1:], attention_mask=mask, **{CACHE_NAME: cache_of(kept)})
@@ -281,7 +290,7 @@ def followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch
     if room > 0:
         with pytest.warns(UserWarning, match=rf"^{new} new tokens after this prompt need {live + new - 1} positions"):
             cut = short.generate(**call)
-        assert torch.equal(cut, short_stock.generate(**{**call, "max_new_tokens": room}))
+        assert_same_tokens(cut, short_stock.generate(**{**call, "max_new_tokens": room}))
     no_forward(short, monkeypatch)
     least = max(new, room + 1)
     call = {**call, "max_new_tokens": least, "min_new_tokens": least}
@@ -316,7 +325,8 @@ def test_a_limit_beyond_all_positions_is_no_obstacle_where_generation_ends_early
     theirs = short_stock.generate(**call, max_new_tokens=15)
     for limit in ({"max_new_tokens": 32768}, {"max_length": 32768}):
         with pytest.warns(UserWarning, match=r"20 are generated at most"):
-            assert torch.equal(short.generate(**call, **limit), theirs)
+            found = short.generate(**call, **limit)
+        assert_same_tokens(found, theirs, short_stock)
 
 
 # ---- bad input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import transformers
 import qwen2_npu
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 from qwen2_npu.compat import cache_of
-from qwen2_npu.errors import CheckpointError
+from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
@@ -129,6 +130,31 @@ def test_the_loss_of_tokens():
 
 
 @torch.no_grad()
+@pytest.mark.skipif("Qwen2ForTokenClassification" not in NAMES, reason="transformers 4.37.0 has no such class")
+def test_the_loss_of_tokens_after_a_cache_is_masked_by_the_last_columns():
+    model = ours_of(stock_of("Qwen2ForTokenClassification"))
+    ids, mask = ragged("right")
+    mask = torch.cat((torch.ones(3, 4, dtype=torch.int64), mask[:, 4:]), dim=1)
+    cache, labels = model.allocate_cache(3, 12), ids[:, 4:] % 5
+    model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+    found = model(ids[:, 4:], attention_mask=mask, past_key_values=cache, labels=labels)
+    live = mask[:, 4:].bool()
+    assert close(found.loss, torch.nn.functional.cross_entropy(found.logits[live], labels[live]))
+
+
+@torch.no_grad()
+@pytest.mark.skipif("Qwen2ForTokenClassification" not in NAMES, reason="transformers 4.37.0 has no such class")
+def test_the_loss_of_tokens_is_summed_in_float32():
+    """As the stock class does: in bfloat16 a mean over many tokens has three digits."""
+    stock = stock_of("Qwen2ForTokenClassification")
+    ids = ragged("left")[0]
+    found = ours_of(stock).bfloat16()(ids, labels=ids % 5)
+    assert found.loss.dtype == stock.bfloat16()(ids, labels=ids % 5).loss.dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(found.logits.double().flatten(0, 1), (ids % 5).flatten())
+    assert abs(float(found.loss) - float(expected)) < 1e-5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("problem", "labels"),
     [
@@ -159,6 +185,20 @@ def test_one_label_is_a_regression():
     for labels in (torch.rand(3), torch.rand(3, 1)):
         mine, theirs = (model(ids, attention_mask=mask, labels=labels) for model in (ours_of(stock), stock))
         assert close(mine.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Classification" in name])
+def test_a_loss_to_train_by_is_refused(name):
+    """No parameter requires a gradient: a training loop would run, and learn nothing."""
+    model = ours_of(stock_of(name))
+    ids = ragged("left")[0]
+    labels = ids % 5 if "Token" in name else ids[:, -1] % 5
+    assert model(ids, labels=labels).loss is not None
+    model.train()
+    with pytest.raises(UnsupportedError, match="train the stock model"):
+        model(ids, labels=labels)
+    with torch.no_grad():
+        assert model(ids, labels=labels).loss is not None
 
 
 # ---- get_decoder -----------------------------------------------------------------------------------------------------
@@ -213,6 +253,16 @@ def test_a_model_without_a_head_is_read_from_any_checkpoint(tmp_path, name):
     theirs = transformers.Qwen2Model.from_pretrained(tmp_path).eval()
     ids = ragged("left")[0]
     assert close(Qwen2Model.from_pretrained(tmp_path)(ids)[0], theirs(ids)[0])
+
+
+def test_a_saved_folder_names_the_class_that_wrote_it(tmp_path):
+    """Auto classes and servers look there; what was read may have been another class's."""
+    stock_of("Qwen2ForSequenceClassification").save_pretrained(tmp_path / "stock", safe_serialization=True)
+    for ours in (Qwen2ForSequenceClassification, Qwen2Model):
+        model = ours.from_pretrained(tmp_path / "stock")
+        model.save_pretrained(tmp_path / ours.__name__)
+        config = json.loads((tmp_path / ours.__name__ / "config.json").read_text(encoding="utf-8"))
+        assert config["architectures"] == [ours.__name__]
 
 
 def test_a_head_that_is_not_in_the_checkpoint(tmp_path):

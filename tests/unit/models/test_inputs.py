@@ -14,7 +14,7 @@ from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
-from qwen2_npu.models.inputs import Rows, check_window
+from qwen2_npu.models.inputs import MaskFactory, Rows, check_window
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 masks = st.integers(1, 4).flatmap(
@@ -46,6 +46,17 @@ def test_no_mask_moves_nothing():
     rows = Rows.of(None, 2, 5)
     assert rows.order is None
     assert rows.find(slice(-2, None), 5, torch.device("cpu")).tolist() == [[3, 4], [3, 4]]
+
+
+def test_the_compressed_mask_is_made_once_for_a_device_and_outlives_the_call():
+    masks = MaskFactory(Optimizations.all(), window=4)
+    with torch.inference_mode():
+        made, sliding = masks.prefill(3, torch.device("cpu"))
+    assert not made.is_inference()
+    assert made is sliding
+    assert torch.equal(made, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    assert masks.prefill(5, torch.device("cpu"))[0] is made
+    assert masks.prefill(5, torch.device("meta"))[0].device.type == "meta"
 
 
 def test_only_the_new_columns_count():

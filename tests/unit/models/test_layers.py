@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.models import backbone, layers
-from qwen2_npu.models.layers import RotaryTable, RowParallelLinear
+from qwen2_npu.models.layers import RMSNorm, RotaryTable, RowParallelLinear
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -28,6 +29,45 @@ def test_every_weight_is_multiplied_by_the_project_s_linear(optimizations, monke
     model(torch.ones(1, 3, dtype=torch.int64))
     weights = [module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Linear)]
     assert sorted(multiplied) == sorted(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_an_unfused_norm_is_the_stock_norm_bit_for_bit(dtype):
+    """Squares and their mean are in float32, whatever the dtype: in float16 those of 300 are infinite."""
+    x, residual = torch.randn(2, 2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x * torch.tensor([1e-3, 0.1, 1.0, 30.0, 300.0]).to(dtype)[:, None]
+    stock, ours = Qwen2RMSNorm(64, eps=1e-6).to(dtype), RMSNorm(64, 1e-6, fused=False).to(dtype)
+    for norm in (stock, ours):
+        norm.weight.copy_(torch.linspace(-2, 2, 64))
+    normed, total = ours(x)
+    assert torch.equal(normed, stock(x))
+    assert total is x
+    normed, total = ours(x, residual)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(normed, stock(residual + x))
+
+
+@pytest.mark.parametrize("step", ["flash_attention", "add_rms_norm"])
+def test_every_norm_is_one_operator_from_its_step_on_and_none_before(step):
+    config = small_config(num_hidden_layers=2)
+    model = Qwen2ForCausalLM(config, optimizations=Optimizations.up_to(step)).eval()
+    with Operators() as called:
+        model(torch.ones(1, 3, dtype=torch.int64))
+    norms = called.names.count("npu_rms_norm"), called.names.count("npu_add_rms_norm")
+    assert norms == ((1, 4) if step == "add_rms_norm" else (0, 0))
+
+
+class Operators(TorchFunctionMode):
+    """The names of the operators that are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("through", [torch.bfloat16, torch.float16])

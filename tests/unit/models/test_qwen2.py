@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -59,6 +61,26 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 def assert_close(ours, theirs, where=None):
     difference = (ours - theirs).abs()
     assert (difference if where is None else difference[where.bool()]).max() < TOLERANCE
+
+
+PAIRS = {
+    named(Optimizations.of(pair, with_requirements=True)): Optimizations.of(pair, with_requirements=True)
+    for pair in itertools.combinations(LADDER + VARIANTS, 2)
+}
+
+
+@pytest.mark.parametrize("optimizations", PAIRS.values(), ids=PAIRS)
+@torch.no_grad()
+def test_any_two_steps_go_together(optimizations, stock, ids, left_padding):
+    """With what they need and nothing else: prompt, and the step after it."""
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+    found, call = [], {"attention_mask": left_padding[:, :-1], "position_ids": positions(left_padding)[:, :-1]}
+    for candidate in (model, stock):
+        first = candidate(ids[:, :-1], **call, use_cache=True)
+        more = {"attention_mask": left_padding, "position_ids": positions(left_padding)[:, -1:]}
+        second = candidate(ids[:, -1:], **more, **{CACHE_NAME: cache_of(first)})
+        found.append(torch.cat((first.logits, second.logits), dim=1))
+    assert_close(*found, left_padding)
 
 
 @torch.no_grad()
@@ -278,6 +300,18 @@ def test_loss_over_kept_logits(full, stock, ids):
     assert_close(*(m(ids, labels=ids[:, -4:], logits_to_keep=4).loss for m in (full, stock)))
     with pytest.raises(ValueError, match=r"labels of shape \(3, 2\) for logits of \(3, 4\)"):
         full(ids, labels=ids[:, -2:], logits_to_keep=4)
+
+
+def test_loss_over_kept_logits_leaves_out_what_follows_padding(full, ids, left_padding):
+    mask, kept = left_padding.flip(1), slice(-6, None)  # padding at the end: within what is kept
+    losses = [
+        full(ids, attention_mask=mask, labels=labels[:, kept], logits_to_keep=6).loss
+        for labels in (ids, torch.cat((ids[:, :-1].masked_fill(mask[:, 1:] == 0, 3), ids[:, -1:]), dim=1))
+    ]
+    logits = full(ids, attention_mask=mask).logits[:, kept]
+    counted = mask[:, kept][:, :-1].bool()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, kept][:, 1:][counted])
+    assert_close(losses[0], expected)
 
 
 def test_loss_leaves_out_what_follows_padding(full, ids, left_padding):

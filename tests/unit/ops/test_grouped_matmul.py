@@ -81,6 +81,22 @@ def test_lists_of_tensors() -> None:
         torch.testing.assert_close(y, part @ matrix)
 
 
+def test_one_weight_of_all_groups_and_an_x_for_each() -> None:
+    x, weight = [torch.randn(2, 3, 8), torch.randn(4, 8)], torch.randn(2, 8, 6)
+    made = npu.npu_grouped_matmul(x, [weight], group_type=-1)
+    for y, part, matrix in zip(made, x, weight, strict=True):
+        torch.testing.assert_close(y, part @ matrix)
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_products_that_a_gradient_is_wanted_of() -> None:
+    """Below autograd they are ordinary products, unless they are written to their places."""
+    x, weight = torch.randn(7, 8, requires_grad=True), torch.randn(3, 8, 6)
+    grouped(x, weight, [2, 0, 5]).sum().backward()
+    expected = torch.cat((weight[0].sum(1).expand(2, -1), weight[2].sum(1).expand(5, -1)))
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_a_group_list_of_integers() -> None:
     """The operator's other overload, which is an NPU's alone."""
     x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)

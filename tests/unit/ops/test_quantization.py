@@ -24,7 +24,22 @@ def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.d
     size = (x.double().abs() @ weight.double().abs().T) * scale.double()
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size).all()
-    assert _takes_packed(x, weight.mT) == (inner >= 64 and rows <= 16)
+    assert _takes_packed(x, weight.mT) == (inner >= 64 and rows <= 16 and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_few_rows_in_float32_err_no_more_than_an_ordinary_product(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 896), torch.randint(-127, 128, (512, 896), dtype=torch.int8)
+    scale, added = torch.rand(512) / 127, torch.randn(512) if bias else None
+    exact = torch.nn.functional.linear(
+        x.double(), weight * scale.double()[:, None], None if added is None else added.double()
+    )
+    plain = torch.nn.functional.linear(x, weight * scale[:, None], added)
+    ours = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale, bias=added)
+    ours_error, plain_error = ((y.double() - exact).square().mean().sqrt() for y in (ours, plain))
+    assert ours_error <= 1.5 * plain_error
 
 
 def test_fake_tensors_tell_the_shape() -> None:

@@ -62,6 +62,9 @@ def test_ties_go_to_the_lower_expert() -> None:
     assert experts.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert numbers.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     torch.testing.assert_close(values, torch.full((2, 5), 1 / 300))
+    for made in (values, experts, numbers):  # of their own size, not a view of what every expert has
+        assert made.is_contiguous()
+        assert made.untyped_storage().nbytes() == made.numel() * made.itemsize
 
 
 def test_logits_of_16_bits_are_widened() -> None:
@@ -131,5 +134,7 @@ def test_errors() -> None:
     places = torch.tensor([0, 3, -1], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expanded_src_to_dst_row is \[-1, 3\]; supported: numbers from 0 to 2"):
         npu.npu_moe_finalize_routing(x, None, None, None, None, places, None)
+    with pytest.raises(ValueError, match=r"expanded_src_to_dst_row is \[-1, 0\]; supported: numbers from 0 to 2"):
+        npu.npu_moe_finalize_routing(x, None, None, None, None, places.clamp(max=0), None)
     with pytest.raises(ValueError, match=r"scales is .*float32 .*; supported: torch.float16, or torch.float32 beside"):
         npu.npu_moe_finalize_routing(x.half(), None, None, None, torch.ones(3, 1), places.clamp(0, 2), None)

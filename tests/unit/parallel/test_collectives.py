@@ -36,6 +36,32 @@ def test_a_script_of_a_user_joins_its_launcher_s_group(monkeypatch: pytest.Monke
     assert called == [launch.timeout(), (("gloo",), {"timeout": timedelta(seconds=launch.timeout())})]
 
 
+@pytest.mark.parametrize(
+    ("found", "initialized", "available"),
+    [
+        (None, False, True),
+        (launch.Launch(0, 0, 1, None, "localhost", 29500), False, True),
+        (launch.Launch(0, 0, 2, None, "localhost", 29500), True, True),
+        (launch.Launch(0, 0, 2, None, "localhost", 29500), False, False),
+    ],
+    ids=["no launcher", "one rank", "joined already", "no torch.distributed"],
+)
+def test_no_group_is_joined_where_there_is_none_to_join(
+    found: Any, initialized: bool, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = SimpleNamespace(is_available=lambda: available, is_initialized=lambda: initialized)
+    monkeypatch.setattr(collectives, "dist", double)
+    monkeypatch.setattr(launch, "launched", lambda: found)
+    collectives._join(torch.device("cpu"))
+
+
+def test_whoever_says_which_rank_it_wants_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of another rank is looked at, or saved."""
+    monkeypatch.setattr(collectives, "_join", lambda device: pytest.fail("joined"))
+    assert current(2, 1).group is None
+    assert current(1, None) == ALONE
+
+
 @pytest.fixture
 def world_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.distributed says on rank 1 of two."""
@@ -121,6 +147,15 @@ def test_one_rank_talks_to_nobody() -> None:
 def test_a_part_alone_computes_nothing(collective: str) -> None:
     with pytest.raises(AssertionError, match="join a process group"):
         getattr(Ranks(Shard(0, 2)), collective)(torch.ones(2))
+
+
+def test_what_is_gathered_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HCCL takes nothing else; gloo takes anything."""
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_gather_single", lambda out, tensor, group: given.extend((out, tensor)))
+    Ranks(Shard(0, 2), "the group").all_gather(torch.arange(12.0).view(3, 4)[:, :2], axis=1)
+    assert all(tensor.is_contiguous() for tensor in given)
+    assert [tuple(tensor.shape) for tensor in given] == [(6, 2), (3, 2)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])

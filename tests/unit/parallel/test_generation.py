@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qwen2_npu.parallel.sharding import Shard
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import small_config, small_stock, stock_weights
 from tests.unit.test_cache import shape
+from tests.unit.tokens import assert_same_tokens
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 5, 7]])
@@ -43,16 +45,33 @@ def test_random_numbers_are_those_of_rank_0(facts: list[dict[str, Any]]) -> None
         assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(41)))
 
 
+def test_random_numbers_are_those_of_the_device_that_samples(
+    facts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own are left alone; the state goes through the device, since the group is one of cards."""
+    moved, taken = [], []
+    own = SimpleNamespace(to=lambda device: moved.append(device) or "on the card")
+    sent = SimpleNamespace(cpu=lambda: "rank 0's, on the host")
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: own)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    ranks = SimpleNamespace(size=2, from_first=lambda state: sent if state == "on the card" else state)
+    before = torch.get_rng_state()
+    generation.start(ranks, {}, torch.device("cuda:1"))  # type: ignore[arg-type]
+    assert (moved, taken) == ([torch.device("cuda:1")], ["rank 0's, on the host"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"input_ids": IDS + 1},
         {"input_ids": IDS.to(torch.int32)},
+        {"input_ids": IDS.view(torch.float64)},
         {"input_ids": IDS.T},
         {"input_ids": IDS, "do_sample": True},
         {"input_ids": IDS, "generation_config": GenerationConfig(top_k=3)},
     ],
-    ids=["ids", "dtype", "shape", "an option more", "configuration"],
+    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration"],
 )
 def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     ranks = SecondRank(Shard(1, 2))
@@ -120,4 +139,6 @@ def test_on_all_ranks_a_cache_grows_and_what_is_too_long_is_cut() -> None:
     with virtual_ranks(2) as on_all, pytest.warns(UserWarning, match="41 are generated at most"):
         answers = on_all(run)
     expected = stock.generate(ids, max_new_tokens=41, do_sample=False)
-    assert all(torch.equal(answer, expected) and capacity == 256 for answer, capacity in answers)
+    for rank, (answer, capacity) in enumerate(answers):
+        assert_same_tokens(answer, expected, stock, where=f"rank {rank}")
+        assert capacity == 256

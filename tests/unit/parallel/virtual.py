@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.checkpoint import weights
+from qwen2_npu.checkpoint import quantized, weights
 from qwen2_npu.checkpoint.sources import StateDictSource
 from qwen2_npu.parallel.collectives import Ranks
 from qwen2_npu.parallel.sharding import Shard
@@ -81,7 +81,7 @@ def sharded(
     device: str = "cpu",
 ) -> Any:
     """The part of a model that ``ranks`` say, from the stock tensors in ``state``."""
-    source = StateDictSource(config, state)
+    source = quantized.present(StateDictSource(config, state))
     target = torch.device(device)
     return weights.build(
         lambda: Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks), source, dtype=dtype, device=target

@@ -17,8 +17,7 @@ BAR = 0.3
 
 @dataclass(frozen=True)
 class LadderMark:
-    """Milliseconds of one row, predicted ones from the least to the most; None where there are none. ``bad``: the
-    measured value fails."""
+    """Milliseconds of one row, predicted from the least to the most; None where none are. ``bad``: it fails."""
 
     documented: float | None = None
     measured: float | None = None

@@ -29,12 +29,12 @@ def scatter_pa_kv_cache(
     value: Tensor,
     value_cache: Tensor,
     compress_lens: Tensor | None = None,
-    compress_seq_offsets: Tensor | None = None,
+    compress_seq_offset: Tensor | None = None,
     seq_lens: Tensor | None = None,
     *,
     cache_mode: str = "Norm",
 ) -> tuple[Tensor, Tensor]:
-    rest = {"compress_lens": compress_lens, "compress_seq_offsets": compress_seq_offsets, "seq_lens": seq_lens}
+    rest = {"compress_lens": compress_lens, "compress_seq_offsets": compress_seq_offset, "seq_lens": seq_lens}
     ops.kernels["npu_scatter_pa_kv_cache"](
         key, value, key_cache, value_cache, slot_mapping, cache_mode=cache_mode, **rest
     )

@@ -413,3 +413,55 @@ def test_the_floor_of_a_path_is_the_rounding_of_its_reference() -> None:
         shifted = replace(exact_trace, prefill_logits=exact_trace.prefill_logits + factor * RMS_FACTOR * floor)
         result = compare_traces(shifted, exact_trace, exact_trace, torch.bfloat16)
         assert result.passed == passed, result.failures()
+
+
+# ---- 8-bit weights: the noise of a position is at least what is usual ------------------------------------------------
+def uneven(prefill: Array, decode: Array) -> tuple[Trace, Trace]:
+    """Baseline and reference whose noise at each position is that (rows, positions)."""
+    reference = exact_traces()[2]
+    baseline = replace(
+        reference,
+        prefill_logits=reference.prefill_logits + prefill[..., None],
+        decode_logits=reference.decode_logits + decode[..., None],
+    )
+    return replace(baseline, hidden=None), replace(reference, hidden=None)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_another_token_where_the_baseline_was_lucky(pooled: bool) -> None:
+    """It is excused up to twice the RMS of the noise of the path's positions; and without pooling not at all."""
+    decode = np.full((ROWS, STEPS), NOISE)
+    decode[1, 1] = 0
+    baseline, reference = uneven(np.zeros((ROWS, WIDTH)), decode)
+    usual = NOISE * np.sqrt(1 - 1 / decode.size)
+    for beyond in (-(2.0**-40), 2.0**-40):
+        given = [replace(each, decode_logits=each.decode_logits.copy()) for each in (baseline, baseline, reference)]
+        for each in given:
+            each.decode_logits[1, 1, 1] = each.decode_logits[1, 1, 0] - 2 * usual - beyond
+        given[0].decode_logits[1, 1, 1] = given[0].decode_logits[1, 1, 0] + 2.0**-41
+        ours = replace(given[0], last_logits=None)
+        found = compare_traces(ours, *given[1:], torch.float32, pooled=pooled)
+        decoded = next(path for path in found.paths if path.path == "decode")
+        assert len(decoded.mismatches) == 1
+        assert bool(decoded.excused) is (pooled and beyond < 0)
+
+
+@pytest.mark.parametrize(("beyond", "within"), [(1 - 1e-9, True), (1 + 1e-9, False)])
+def test_last_tokens_have_at_least_the_noise_of_their_prefill(beyond: float, within: bool) -> None:
+    prefill = np.full((ROWS, WIDTH), NOISE)
+    prefill[:, -1] = 0
+    baseline, reference = uneven(prefill, np.zeros((ROWS, STEPS)))
+    usual = NOISE * np.sqrt(prefill[VALID].astype(bool).mean())
+    ours = replace(baseline, last_logits=reference.prefill_logits[:, -1] + beyond * RMS_FACTOR * usual)
+    for pooled in (False, True):
+        found = compare_traces(ours, baseline, reference, torch.float32, pooled=pooled)
+        last = next(path for path in found.paths if path.path == "last_token")
+        assert last.error.within is (pooled and within)
+
+
+def test_where_all_positions_have_the_same_noise_pooling_changes_nothing() -> None:
+    baseline, reference = uneven(np.full((ROWS, WIDTH), NOISE), np.full((ROWS, STEPS), NOISE))
+    ours = replace(baseline, last_logits=baseline.prefill_logits[:, -1] + NOISE / 3)
+    one, other = (compare_traces(ours, baseline, reference, torch.float32, pooled=each) for each in (False, True))
+    assert [path.error.ratio for path in one.paths] == pytest.approx([path.error.ratio for path in other.paths])
+    assert other.positions == one.positions

@@ -92,7 +92,11 @@ def test_several_experts_are_judged_by_the_pair_that_is_furthest_apart() -> None
     assert found.unexcused[0].margin == 4.0
 
 
-@pytest.mark.parametrize("experts", [[0, 0], [0, 5], [0, -1]], ids=["twice", "beyond the last", "before the first"])
+@pytest.mark.parametrize(
+    "experts",
+    [[0, 0], [0, 5], [0, -1], [2, 2], [2, 5], [-1, 2]],
+    ids=["twice", "beyond the last", "before the first", "another twice", "another and none", "none and another"],
+)
 def test_what_is_no_choice_is_never_excused(experts: list[int]) -> None:
     stock = routing(100.0)
     found = compare_routing(choosing(experts), stock, routing(), VALID)
@@ -118,6 +122,20 @@ def test_a_failure_names_path_layer_row_position_experts_margin_and_noise(
     assert found.to_dict()["agreements"] == found.choices - 1
 
 
+def test_where_nothing_is_compared_nothing_passes() -> None:
+    found = compare_routing({}, routing(), routing(), VALID)
+    assert (found.choices, found.passed) == (0, False)
+    assert found.failures() == ["no routing was compared"]
+
+
+@pytest.mark.parametrize(("path", "layer"), [("prefill", 0), ("prefill", 1), ("decode", 0)])
+def test_the_largest_error_may_be_in_any_layer_and_is_not_that_of_padding(path: str, layer: int) -> None:
+    ours = routing()
+    ours[path].logits[layer, 0, 1, 2] += 3
+    ours["prefill"].logits[:, ~VALID] += 100
+    assert compare_routing(ours, routing(), routing(), VALID).max_error == 3
+
+
 def test_nan_in_the_router_is_not_excused() -> None:
     ours, stock = choosing([0, 2]), routing(NOISE)
     stock["prefill"].logits[1, 1, 2, 2] = np.nan
@@ -127,6 +145,8 @@ def test_nan_in_the_router_is_not_excused() -> None:
 def test_only_what_follows_a_choice_of_its_own_in_the_same_row_is_left_out() -> None:
     same = same_so_far(choosing([0, 2], row=1, column=1), routing(), VALID)
     assert same.tolist() == [[False, True, True, True, True], [True, False, False, False, False]]
+    at_padding = choosing([0, 2], row=0, column=0)
+    assert same_so_far(at_padding, routing(), VALID).tolist() == [[False, True, True, True, True], [True] * 5]
     same = same_so_far(choosing([0, 2], path="decode", row=0, column=1), routing(), VALID)
     assert same.tolist() == [[False, True, True, True, False], [True] * 5]
 

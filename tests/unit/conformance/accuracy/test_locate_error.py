@@ -286,6 +286,27 @@ def test_each_row_parts_at_its_first_other_token_and_is_excused_up_to_twice_the_
     assert [each.row for each in locate_error.divergences(everywhere, baseline, reference)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_text_that_parts_where_the_baseline_was_lucky(step: int) -> None:
+    """Of 8-bit weights the noise there is at least the RMS of all positions of the texts."""
+    rows, steps, width, vocabulary = 2, 3, 2, 6
+    logits = [np.zeros((rows, count, vocabulary)) for count in (width, steps)]
+    usual = NOISE * np.sqrt(1 - 1 / (rows * (steps + 1)))
+    for values in logits:
+        values[..., 0], values[..., 3] = 1.0, 1.0 - 2 * usual + 2.0**-40
+    forced = np.zeros((rows, steps), np.int64)
+    reference = Trace(logits[0], logits[1], forced, np.ones((rows, width), bool))
+    baseline = replace(reference, prefill_logits=logits[0] + NOISE, decode_logits=logits[1] + NOISE)
+    lucky = (baseline.prefill_logits, 0, -1) if step == 0 else (baseline.decode_logits, 0, step - 1)
+    lucky[0][lucky[1:]] -= NOISE
+    chosen = forced.copy()
+    chosen[0, step] = 3
+    for pooled, noise in ((False, 0.0), (True, usual)):
+        (found,) = locate_error.divergences(chosen, baseline, reference, pooled)
+        assert found.noise == pytest.approx(noise)
+        assert found.excused is pooled
+
+
 def test_the_optimised_model_is_traced_on_the_baseline_s_paths() -> None:
     """Forced to its tokens, with hidden states where it has them, and the last token's logits where a switch asks."""
     batch = Batch.of([[5], [1, 2, 3]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,24 @@ SHAPE, DECODE_STEPS = "qwen2-0.5b", 2
 BATCH = Batch.of([[5, 6, 7], [8]])
 
 Damage = Callable[[Any, Ranks], None]
+
+
+PATIENCE = 10
+"""Seconds after which a rank that is told nothing fails its test: in a real job ``parallel.monitor`` ends it."""
+
+
+@pytest.fixture(autouse=True)
+def nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: dict[int, int] = {}
+
+    def sleep(seconds: float) -> None:
+        thread = threading.get_ident()
+        waited[thread] = waited.get(thread, 0) + 1
+        assert waited[thread] * orders.POLL < PATIENCE, "no order came"
+        own(seconds)
+
+    own = time.sleep
+    monkeypatch.setattr(orders, "time", SimpleNamespace(sleep=sleep))
 
 
 def groups(count: int) -> list[RankGroup]:
@@ -107,8 +128,12 @@ def test_a_second_comparison_has_orders_of_its_own() -> None:
     Orders(both[0]).tell("build", steps=[])
     Orders(both[1])
     first, other = (Orders(group) for group in both)
-    first.tell(END, passed=True)
-    assert follow(other, lambda optimizations: pytest.fail("an order of the first one"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(follow, other, lambda optimizations: pytest.fail("an order of the first one"))
+        time.sleep(2 * orders.POLL)
+        assert not waiting.done()
+        first.tell(END, passed=True)
+        assert waiting.result(5) is True
 
 
 def test_an_order_is_waited_for_beyond_the_timeout() -> None:
@@ -122,6 +147,38 @@ def test_an_order_is_waited_for_beyond_the_timeout() -> None:
         assert not waiting.done()
         first.tell("build", steps=["fixed_kv_cache"])
         assert waiting.result(5) == ("build", {"steps": ["fixed_kv_cache"]})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local", "here"), [(None, None, 1), (4, None, 4), (4, 2, 2), (4, 4, 4), (2, 8, 2), (1, 1, 1)]
+)
+def test_the_ranks_of_this_host_are_those_that_its_launcher_started(
+    ranks: int | None, local: int | None, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All where it does not say; never more than there are in the group."""
+    group = None if ranks is None else SimpleNamespace(world_size=ranks)
+    monkeypatch.setattr(orders.launch, "current", lambda: group)
+    monkeypatch.setattr(orders.launch, "launched", lambda: None if ranks is None else SimpleNamespace(local_size=local))
+    assert orders.rank_count() == (ranks or 1)
+    assert orders.ranks_of_host() == here
+
+
+def test_a_model_is_gone_before_the_next_one_is_built() -> None:
+    """There is memory for one."""
+    first, other = (Orders(group) for group in groups(2))
+    for steps in ([], ["fixed_kv_cache"]):
+        first.tell("build", steps=steps)
+    first.tell(END, passed=True)
+    built: list[weakref.ref[Any]] = []
+
+    def build(optimizations: Optimizations) -> Any:
+        assert not built or built[-1]() is None
+        model = torch.nn.Module()
+        built.append(weakref.ref(model))
+        return model
+
+    assert follow(other, build)
+    assert len(built) == 2
 
 
 def test_only_what_others_can_do_is_asked() -> None:

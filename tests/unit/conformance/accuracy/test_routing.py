@@ -86,6 +86,34 @@ def test_the_reference_is_forced_too_and_in_float64(pair: ModelPair, others: Any
         logits = torch.randn(3, 4, dtype=torch.float64)
         weights, _ = routers.route(0, logits, weights[0], torch.zeros(3, 2, dtype=torch.int64), False)
     np.testing.assert_array_equal(weights, torch.softmax(logits, -1)[:, 1:3])
+    said = routers.taken()
+    assert said is not None
+    np.testing.assert_array_equal(said.logits[0, 0], logits)  # the noise is measured by them
+    routers.start(0, 3)
+    assert routers.taken() is None, "what a pass before it said"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_are_taken_down_as_they_are(dtype: torch.dtype) -> None:
+    """The noise is measured by them."""
+    routers = Routers({0: None}, np.ones((1, 3), bool), None, left=False)
+    routers.start(0, 3)
+    logits = torch.randn(3, 4, dtype=torch.float64).to(dtype)
+    routers.route(0, logits, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), False)
+    said = routers.taken()
+    assert said is not None
+    np.testing.assert_array_equal(said.logits[0, 0], logits.double())
+
+
+def test_what_is_forced_is_left_as_it_was() -> None:
+    """A layer decides where nothing is forced, for itself: the array is the baseline's."""
+    chosen = np.array([[[[UNKNOWN, UNKNOWN], [2, 3]]]])
+    routers = Routers({0: None}, np.ones((1, 2), bool), chosen, left=False)
+    routers.start(0, 2)
+    routers.route(0, torch.zeros(2, 4), torch.ones(2, 2), torch.tensor([[1, 0]] * 2), False)
+    assert chosen.tolist() == [[[[UNKNOWN, UNKNOWN], [2, 3]]]]
+    assert routers.chosen is not None
+    assert routers.chosen.tolist() == [[[[1, 0], [2, 3]]]]
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -180,6 +208,7 @@ def test_layer_by_layer_says_the_same(pair: ModelPair) -> None:
     for theirs, ours, bound in zip(pair.traces("four"), layered.traces("four"), (0, 1e-12), strict=True):
         # The prompts are the same, the forced tokens are not: in the reference an expert meets other rows with them.
         whole, parts = (trace.routing["prefill"] for trace in (theirs, ours))
+        assert whole.layers == parts.layers == (0, 1)
         np.testing.assert_array_equal(whole.wanted, parts.wanted)
         np.testing.assert_allclose(whole.logits, parts.logits, rtol=0, atol=bound)
         assert ours.routing["decode"].wanted.shape == theirs.routing["decode"].wanted.shape

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,15 @@ import torch
 import qwen2_npu.conformance.accuracy.streamed_pair as module
 from qwen2_npu import LADDER, Optimizations
 from qwen2_npu.conformance import tiny
-from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
+from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES, Batch
+from qwen2_npu.conformance.accuracy.layer_by_layer import LayerAnswer
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import weights_of_checkpoint
+from qwen2_npu.conformance.accuracy.routing import Choices
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair, pair_of_checkpoint, why_streamed
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from qwen2_npu.conformance.machine.memory import peak_of
+from qwen2_npu.errors import CheckpointError
 from qwen2_npu.parallel.sharding import Shard
 from tests.accuracy.faults import FAULTS, Fault
 from tests.accuracy.pairs import pair_of, streamed
@@ -117,6 +123,103 @@ def test_greedy_texts_part_where_they_do_with_the_whole_model(dtype: str, damage
         assert theirs.baseline.startswith(ours.baseline) if ours.divergence else theirs.baseline == ours.baseline
 
 
+def test_texts_of_several_lengths_part_at_the_first_other_token_and_not_after_their_end() -> None:
+    """The stock model's text ends with the token that it would have chosen there."""
+    got, preferred = [[1, 2, 3, 4], [1, 2], [1, 2]], [[1, 2, 0, 4], [1, 2, 4, 3], [1, 3, 0, 0]]
+    logits = np.eye(5)[np.array(preferred)]
+    last = logits[:, :1]  # after the last token, which no one asks
+    told = Trace(
+        logits[:, :1], np.concatenate((logits[:, 1:], last), axis=1), np.array(preferred)[:, :0], np.ones((3, 1), bool)
+    )
+    pair = SimpleNamespace(_forced=lambda todo: [(told, told)])
+    texts, found, _ = StreamedPair.stock_texts(pair, Batch.of([[3]] * 3), got, 4)  # type: ignore[arg-type]
+    assert texts == [[1, 2, 0], [1, 2], [1, 3]]
+    assert [(each.row, each.position, each.baseline_token, each.optimised_token) for each in found] == [
+        (0, 2, 0, 3),
+        (2, 1, 3, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("errors", "first", "layers"),
+    [
+        ([(0, 2), (1, 1), (2, 1)], (1, 1), 3),
+        ([(0, 2), (2, 0)], (2, 0), 3),
+        ([(1, 0), (2, 0)], (1, 0), 2),
+        ([], None, 3),
+    ],
+    ids=str,
+)
+def test_the_first_pass_with_an_error_counts_and_in_it_the_first_layer(
+    errors: list[tuple[int, int]], first: Any, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are outside and passes inside here; no layer is read that cannot matter."""
+    read: list[int] = []
+    point = SimpleNamespace
+
+    def points(*given: Any) -> Any:
+        for layer in range(3):
+            read.append(layer)
+            yield layer, range(3), range(3)
+
+    def first_beyond(points: Any, stock: int, true: int, dtype: Any, step: int) -> Any:
+        (found,) = points
+        return (found.layer, step) if (found.layer, step) in errors else None
+
+    monkeypatch.setattr(module.locate_error, "first_beyond", first_beyond)
+    monkeypatch.setattr(module, "step_by_step", lambda *given: None)
+    ours = [point(points=[point(layer=layer) for layer in range(3)]) for _ in range(3)]
+    pair = point(
+        batch=lambda shape: None,
+        traces=lambda shape: (point(forced=None, chosen=None), None),
+        ask=lambda *given, **more: ours,
+        models=point(points=points),
+        dtype=torch.float32,
+    )
+    assert StreamedPair.locate(pair, None, "one") == first  # type: ignore[arg-type]
+    assert len(read) == layers
+
+
+@pytest.mark.parametrize("shape", BATCH_SHAPES)
+def test_a_stock_model_whose_logits_are_not_finite_is_no_baseline(
+    shape: str, random_pairs: tuple[ModelPair, StreamedPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of the layers before them is; at padding they are nobody's."""
+    pair = StreamedPair.of_shape(SHAPE, decode_steps=DECODE_STEPS)
+    right = {shape: random_pairs[1].traces(shape) for shape in BATCH_SHAPES}
+
+    def traces(value: float, *, padding: bool) -> list[tuple[Trace, Trace]]:
+        baseline, reference = right[shape]
+        logits = baseline.prefill_logits.copy()
+        places = np.argwhere(~baseline.valid if padding else baseline.valid)
+        for row, column in places[-1:]:
+            logits[row, column, 3] = value
+        return list((right | {shape: (replace(baseline, prefill_logits=logits), reference)}).values())
+
+    monkeypatch.setattr(pair, "_forced", lambda *given: traces(np.inf, padding=True))
+    pair.traces(shape)
+    pair._traces = {}
+    monkeypatch.setattr(pair, "_forced", lambda *given: traces(np.inf, padding=False))
+    with pytest.raises(CheckpointError, match=r"the stock model's own logits are not finite in torch\.float32"):
+        pair.traces(shape)
+
+
+def test_losses_are_of_the_text_that_was_read_and_of_the_experts_that_served_it() -> None:
+    def answer(loss: float, expert: int) -> list[LayerAnswer]:
+        served = Choices((0,), np.zeros((1, 1, 2, 4)), np.full((1, 1, 2, 1), expert))
+        return [LayerAnswer(np.array([loss]), None, served)]  # type: ignore[arg-type]
+
+    answers = [answer(2.0, 1), answer(3.0, 2)], [answer(2.5, 3), answer(3.5, 3)]
+    windows = [[5, 6], [7, 8]]
+    pair = SimpleNamespace(models=SimpleNamespace(run=lambda stock, true: answers), windows=lambda: windows)
+    assert StreamedPair._forced(pair, [], windows) == []  # type: ignore[arg-type]
+    stock, true, experts = StreamedPair.losses(pair, windows)  # type: ignore[arg-type]
+    assert (stock.tolist(), true.tolist()) == ([2.0, 3.0], [2.5, 3.5])
+    assert [each.ravel().tolist() for each in experts] == [[1, 1], [2, 2]]
+    with pytest.raises(AssertionError, match="other text than the held-out one"):
+        StreamedPair.losses(pair, [[5, 6], [7, 9]])  # type: ignore[arg-type]
+
+
 def test_weights_are_read_once_for_all_batches(layered: StreamedPair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = StreamedPair.of_shape(SHAPE, decode_steps=1)
     runs: list[int] = []
@@ -168,6 +271,22 @@ def test_of_a_shared_model_the_parts_of_this_memory_count(monkeypatch: pytest.Mo
         assert why_streamed(weights, "cuda:0", free.get) == ""
         free["cuda:0"] -= 1
         assert "beside ours" in why_streamed(weights, "cuda:0", free.get)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_an_emulated_card_has_the_memory_of_the_host(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of_checkpoint(None, dtype="bfloat16", device="cpu", decode_steps=1)
+    parameters = int(sum(np.prod(shape) for shape in weights.source.shapes().values()))
+    monkeypatch.setattr(module.emulator, "is_active", lambda: emulated)
+    free = {"cpu": 12 * parameters - 1, "npu:0": 4 * parameters}  # 8 for float64, 2 each for the stock model and ours
+    reason = why_streamed(weights, "npu:0", free.get)
+    assert ("its float64 self and ours" in reason) == bool(reason) == emulated
+
+
+def test_the_reference_is_what_it_is_called(random_pairs: tuple[ModelPair, StreamedPair]) -> None:
+    for pair in random_pairs:
+        assert pair.reference_dtype == torch.float64
+        assert pair.traces("one")[1].prefill_logits.dtype == np.float64
 
 
 def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from qwen2_npu.conformance.accuracy.pair import DECODE_STEPS, PERPLEXITY_TOKENS,
 from qwen2_npu.conformance.accuracy.verify import verify
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.layers import MLP
+from qwen2_npu.models.quantized import QuantizedLinear
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import LADDER, Optimizations
+from tests.accuracy import quantised
 from tests.unit.small import small_stock
 
 
@@ -180,3 +183,84 @@ def test_passes_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert [bool(sample.divergence) for sample in samples] == [False, True, False]
     assert samples[1].divergence.startswith("row 1 diverges after 3 tokens: ")
+
+
+# ---- 8-bit weights ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "ranks", "steps", "left_out"),
+    [
+        ("w8a16", "auto", 1, (*LADDER, "w8a16"), ""),
+        ("w8a8", "auto", 1, (*LADDER, "w8a8"), ""),
+        ("w8a16", "float32", 1, (*LADDER, "w8a16"), ""),
+        ("w8a8", "float32", 1, (*LADDER, "w8a16"), "w8a8 is not compared in float32, "),
+        ("w8a8", "float16", 2, (*LADDER, "mm_all_reduce", "w8a8"), ""),
+        ("w8a16", "auto", 3, (*LADDER, "w8a16"), "mm_all_reduce takes 2, 4, 8 ranks, and there are 3"),
+    ],
+)
+def test_the_steps_of_8_bit_weights_by_default(
+    scheme: str, dtype: str, ranks: int, steps: tuple[str, ...], left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "rank_count", lambda: ranks)
+    found, why = module._steps(None, quantised.folder(scheme), "cpu", dtype)
+    assert tuple(found) == steps
+    assert why.startswith(left_out)
+    assert bool(why) is bool(left_out)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "asked", "dtype", "message"),
+    [
+        ("", ["w8a16"], "auto", "w8a16: the weights of this checkpoint are not quantised; write one with qwen2-npu"),
+        ("w8a16", ["swiglu", "w8a8"], "auto", "w8a8: this checkpoint is quantised for w8a16"),
+        ("w8a8", ["w8a8"], "float32", "w8a8 is not compared in float32, .*; take --dtype bfloat16 or float16"),
+    ],
+)
+def test_a_scheme_that_cannot_be_had_is_refused_before_any_work(
+    scheme: str, asked: list[str], dtype: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pair_of_checkpoint", lambda *_, **__: pytest.fail("the stock model was made first"))
+    with pytest.raises(UnsupportedError, match=f"^--steps {','.join(asked)}: {message}"):
+        verify(quantised.folder(scheme) if scheme else None, device="cpu", dtype=dtype, steps=asked)
+
+
+@pytest.mark.parametrize(("scheme", "stream"), [("w8a16", False), ("w8a8", True)])
+def test_a_quantised_checkpoint_and_what_it_costs(scheme: str, stream: bool) -> None:
+    said: list[tuple[str, int, int]] = []
+    result = verify(
+        quantised.folder(scheme), device="cpu", steps=["last_token_logits", scheme], stream=stream,
+        against=tiny.path(), progress=lambda *what: said.append(what),
+    )  # fmt: skip
+    assert result.passed, result.failures
+    found = result.to_dict()
+    assert (found["scheme"], [row["step"] for row in found["rows"]]) == (scheme, ["last_token_logits", scheme])
+    assert "left_out" not in found
+    cost = found["cost"]
+    assert (cost["scheme"], cost["against"], cost["left_out"]) == (scheme, str(tiny.path()), "")
+    assert len(cost["modules"]) == 4 * 7
+    assert 0 < cost["whole"]["kl"] < 1e-3
+    assert cost["whole"]["agreement"] > 0.95
+    # The weights of one module alone cost less than all together.
+    assert max(each["kl"] for each in cost["modules"].values()) < cost["whole"]["kl"]
+    assert said[-1] == ("done", 5, 5)
+    assert any(label.startswith("what 8 bits cost, layer 2 of 4") and done == 4 for label, done, _ in said)
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_wrong_scale_fails_the_step_of_the_scheme_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hides in the rounding of the logits: no other rule sees it."""
+    right, prepared = QuantizedLinear.prepare, count()
+
+    def prepare(self: QuantizedLinear) -> None:
+        if self.out_features == 2 * 448 and next(prepared) % 4 == 0:  # of the first of four layers
+            self.weight_scale.data[7] = self.weight_scale.data[8]
+        right(self)
+
+    monkeypatch.setattr(QuantizedLinear, "prepare", prepare)
+    torch._dynamo.reset()
+    result = verify(quantised.folder("w8a16"), device="cpu", steps=["last_layer", "w8a16"], mode=mode)
+    ladder, step = result.rows
+    assert ladder.passed
+    assert all(comparison.passed for comparison in step.comparisons.values())
+    assert not step.passed
+    assert step.explanation.startswith("w8a16: layer 0, gate_proj channel 7 (npu_weight_quant_batchmatmul): RMS error")
+    assert result.failures == [step.explanation]

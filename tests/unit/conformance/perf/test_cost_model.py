@@ -15,6 +15,7 @@ from qwen2_npu.conformance.perf import cost_model
 from qwen2_npu.conformance.perf.cost_model import Efficiencies
 from qwen2_npu.conformance.perf.documented import read
 from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import LADDER
 
 CARD = HARDWARE[DOCUMENTED_SOC]
 PERFECT = Efficiencies(1, 1, 1, 1, launch_us=0, host_us=0, collective_us=10, link=1)
@@ -95,7 +96,7 @@ def test_what_bounds_an_operator():
 
 def of_size(size: str) -> Census:
     """The decode graph of a size at batch 4 with every step on."""
-    layered = baselines.load(baselines.DocumentedGraph(size, "decode", 4, "swiglu"))
+    layered = baselines.load(baselines.DocumentedGraph(size, "decode", 4, LADDER[-1]))
     assert layered is not None
     return layered.of(SIZES[size].layers)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from qwen2_npu.conformance.report import accuracy
 from qwen2_npu.conformance.report.claims import Status
 from qwen2_npu.conformance.report.inputs import RunInputs
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, QUANTIZED
 from tests.unit.conformance.report.synthetic import Night
 
 
@@ -60,3 +62,24 @@ def test_an_excused_divergence_of_text_passes() -> None:
     content = Night(0).verification()
     content["samples"][0] |= {"divergence": "near-tie", "passed": True}
     assert claims(content)["accuracy/eager/greedy text"].status is Status.PASS
+
+
+def test_steps_beyond_the_ladder_are_shown_where_a_run_has_them() -> None:
+    """Those of 8-bit weights, of experts, of several ranks; a step that this version does not know as well."""
+    content = Night(0).verification()
+    for step in (*QUANTIZED, "fused_moe", "of_another_version"):
+        content["rows"].append({**content["rows"][0], "step": step})
+    found = claims(content, {**Night(0).verification(), "mode": "torchair"})
+    for step in (*QUANTIZED, "fused_moe", "of_another_version"):
+        claim = found[f"accuracy/eager/{step}"]
+        assert (claim.status, claim.step, claim.place.row) == (Status.PASS, step, step)  # type: ignore[union-attr]
+        assert f"accuracy/torchair/{step}" not in found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_is_not_hidden_by_another_checkpoint_of_the_same_mode(failing: int) -> None:
+    """The quantised one beside the one that it was made of."""
+    nights = [Night(0).verification(), Night(0).verification()]
+    nights[failing] = Night(0, wrong_steps=frozenset({"swiglu"})).verification()
+    assert claims(*nights)["accuracy/eager/swiglu"].status is Status.FAIL
+    assert claims(*nights)["accuracy/eager/fused_qkv"].status is Status.PASS

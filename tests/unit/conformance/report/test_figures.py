@@ -11,6 +11,7 @@ from qwen2_npu.conformance.perf import documented
 from qwen2_npu.conformance.report import figures
 from qwen2_npu.conformance.report.inputs import RunInputs
 from qwen2_npu.conformance.report.results import Results
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 from tests.unit.conformance.report.synthetic import IDENTITY, SLOW, WRONG_STEP, Night
 
 
@@ -47,11 +48,12 @@ def test_shares_of_the_roof(night) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_census_shows_what_each_step_changes() -> None:
     census = figures.censuses()
-    swiglu, last = census.rows[-2:]
-    assert (swiglu[0], last[0]) == ("swiglu", "last_layer")
-    counts = dict(zip(census.operators, swiglu[2], strict=True))
-    assert counts["SwiGlu"] == ("1", "more")
-    assert counts["Swish"] == ("", "less")
+    assert [row[0] for row in census.rows] == [ORIGINAL, *LADDER]
+    counts = {row[0]: dict(zip(census.operators, row[2], strict=True)) for row in census.rows}
+    assert counts["swiglu"]["SwiGlu"] == ("1", "more")
+    assert counts["swiglu"]["Swish"] == ("", "less")
+    assert counts["kv_scatter"]["ScatterPaKvCache"] == ("1", "more")
+    assert counts["kv_scatter"]["Scatter"] == counts["kv_scatter"]["BatchMatMul"] == ("", "less")
 
 
 def test_unexcused_mismatches_are_counted() -> None:

@@ -44,7 +44,7 @@ def window(lengths: list[int] | None, padding: int | None) -> Tensor:
 
 @pytest.mark.parametrize("layout", ["BSH", "BSND", "BNSD"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [None, [7], [5, 9, 32], [9, 9, 9], [0, 3, 1], [0]])
+@pytest.mark.parametrize("lengths", [None, [7], [5, 9, 32], [9, 9, 9], [9, 5, 9], [0, 3, 1], [0]])
 def test_lengths_are_live_cache_slots(layout: str, dtype: torch.dtype, lengths: list[int] | None) -> None:
     q, k, v = random_qkv(3, 1, CACHE, dtype)
     keep = window(lengths, None).expand(3, 1, 1, CACHE)
