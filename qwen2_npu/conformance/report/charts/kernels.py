@@ -9,10 +9,8 @@ from qwen2_npu.conformance.report.charts.canvas import color
 from qwen2_npu.conformance.report.charts.rows import canvas, heading, number
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": (
-        "GroupedMatmul", "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3",
-        *(f"{b}MatMul{v}" for b in ("", "Batch") for v in ("", "V2", "V3")),
-    ),
+    "matrix products": ("GroupedMatmul", "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3", *(
+        f"{b}MatMul{v}" for b in ("", "Batch") for v in ("", "V2", "V3"))),
     "attention": ("PromptFlashAttention", "IncreFlashAttention", "FusedInferAttentionScore", "SoftmaxV2", "MaskedFill"),
     "norms": ("RmsNorm", "AddRmsNorm", "AddRmsNormDynamicQuant", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
@@ -21,8 +19,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
         "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "MoeInitRoutingV3",
-        "Pack", "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
-    ),
+        "Pack", "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile"),
 }  # fmt: skip
 """Kind -> GE operators; everything else is arithmetic of small operators."""
 
