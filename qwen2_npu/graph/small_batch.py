@@ -82,7 +82,8 @@ def rewrite(graph: fx.Graph) -> None:
 
 def _weight_of(node: fx.Node) -> fx.Node | None:
     """``w`` (N, K) where ``node`` is its transpose."""
-    is_transpose = node.target is aten.t.default or (node.target is aten.permute.default and node.args[1] == [1, 0])
+    swapped = {aten.permute.default: ([1, 0],), aten.transpose.int: (-2, -1)}.get(node.target)  # type: ignore[call-overload]
+    is_transpose = node.target is aten.t.default or (swapped is not None and tuple(node.args[1:]) == swapped)
     weight = node.args[0] if is_transpose else None
     return weight if isinstance(weight, fx.Node) and weight.meta["val"].is_contiguous() else None
 

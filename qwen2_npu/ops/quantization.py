@@ -182,7 +182,7 @@ def npu_quant_matmul(
         if bias.dim() != 1:
             raise invalid(op, "bias", bias, f"shape ({columns},)")
         _check_vector(op, "bias", bias, columns, BIASES[target])
-    sums = _integer_product(x1, x2)
+    sums = INTEGERS_IN_GRAPHS(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums = sums + bias
     if target == torch.int32:
@@ -195,11 +195,15 @@ def npu_quant_matmul(
     return y.to(target)
 
 
-def _integer_product(x1: Tensor, x2: Tensor) -> Tensor:
+def integer_product(x1: Tensor, x2: Tensor) -> Tensor:
     """Exact sums: at most 65,535 products of 2^14 each fit int32, and float64."""
-    if x1.is_cpu and x1.numel() and x2.numel():
-        return torch._int_mm(x1.reshape(-1, x1.shape[-1]), x2).view(*x1.shape[:-1], x2.shape[1])
-    return (x1.double() @ x2.double()).int()
+    if not (x1.is_cpu and x1.numel() and x2.numel()):
+        return (x1.double() @ x2.double()).int()
+    inner = x1.shape[-1]
+    rows = x1.reshape(-1, inner).contiguous()
+    # A single row may have any stride, and PyTorch's product reads it wrong where that is 1: compiled graphs make such.
+    rows = rows.as_strided((rows.shape[0], inner), (inner, 1))
+    return torch._int_mm(rows, x2).view(*x1.shape[:-1], x2.shape[1])
 
 
 def npu_dynamic_quant(
@@ -359,10 +363,16 @@ def _check_vector(op: str, name: str, vector: Tensor, size: int, dtypes: tuple[t
         raise invalid(op, name, vector, f"{wanted} of shape ({size},) or (1, {size})")
 
 
-# One node in a traced graph, so that a compiled graph reads int8, too.
+# One node each in a traced graph, so that a compiled graph reads int8, too, and calls what is called here.
 _library = torch.library.Library("qwen2_npu", "FRAGMENT")
 _library.define("dequantising_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
 for _key in ("CPU", "CUDA"):
     _library.impl("dequantising_product", dequantising_product, _key)
 _library.impl("dequantising_product", lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[1]), "Meta")
 IN_GRAPHS = torch.ops.qwen2_npu.dequantising_product.default
+
+_library.define("integer_product(Tensor x1, Tensor x2) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("integer_product", integer_product, _key)
+_library.impl("integer_product", lambda x1, x2: x1.new_empty(*x1.shape[:-1], x2.shape[1], dtype=torch.int32), "Meta")
+INTEGERS_IN_GRAPHS = torch.ops.qwen2_npu.integer_product.default

@@ -9,12 +9,15 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
+from qwen2_npu import compile_model
 from qwen2_npu.graph import small_batch
 from qwen2_npu.graph.small_batch import MAX_ROWS, SmallBatchProducts, rewrite
+from qwen2_npu.ops import quantization
 from qwen2_npu.ops.linear import IN_GRAPHS
 from qwen2_npu.ops.linear import MAX_ROWS as MAX_CUT_ROWS
 from qwen2_npu.ops.linear import linear as eager_product
 from tests.unit.products import assert_exact
+from tests.unit.quantised import quantised_config, quantised_model
 
 aten = torch.ops.aten
 
@@ -133,3 +136,45 @@ def test_a_graph_for_other_threads_is_another_graph():
     two = SmallBatchProducts().uuid()
     torch.set_num_threads(1)
     assert SmallBatchProducts().uuid() != two
+
+
+# ---- weights of 8-bit integers --------------------------------------------------------------------------------------
+def quantised(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+    return torch.ops.npu.npu_weight_quant_batchmatmul(x, weight.mT, scale, bias=bias[0] if bias else None)
+
+
+def left(graph: torch.fx.Graph) -> int:
+    return len(graph.find_nodes(op="call_function", target=quantization.IN_GRAPHS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_8_bit_weights_become_loops_with_the_numbers_of_eager_mode(dtype, rows, bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 96).to(dtype), torch.randint(-127, 128, (64, 96), dtype=torch.int8)
+    arguments = [x, weight, (torch.rand(64) / 100).to(dtype), *([torch.randn(64)] if bias else [])]
+    traced = graph_of(quantised, *arguments)
+    assert left(traced.graph) == 1
+    rewrite(traced.graph)
+    traced.recompile()
+    assert left(traced.graph) == 0
+    found, expected = traced(*arguments), quantised(*arguments)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(5, 96), (1, 8192), (64, 96)])
+def test_more_rows_or_wider_8_bit_weights_stay_with_the_eager_product(rows, inputs):
+    arguments = torch.randn(rows, inputs), torch.zeros(64, inputs, dtype=torch.int8), torch.ones(64)
+    traced = graph_of(quantised, *arguments)
+    rewrite(traced.graph)
+    assert left(traced.graph) == 1
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_compiled_model_of_8_bit_weights_generates_the_tokens_of_the_eager_one(scheme):
+    model = quantised_model(quantised_config(scheme, num_hidden_layers=1))
+    ids = torch.arange(1, 9)[None]
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(compile_model(model, "inductor").generate(ids, max_new_tokens=5, do_sample=False), expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.ops import quantization
 from qwen2_npu.ops.quantization import _takes_packed
 
 npu = torch.ops.npu
@@ -62,3 +63,65 @@ def test_a_bias_is_added_before_rounding() -> None:
     y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale, bias=bias)
     exact = (x.double() @ weight.double().T) * scale.double() + bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("size", [1.0, 2.0**90, 2.0**-100, 2.0**-126])
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_a_product_by_digits_is_as_exact_as_one_in_float32(
+    rows: int, size: float, vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the sizes within a row: a few activations of real models are hundreds of times the others."""
+    monkeypatch.setattr(quantization, "_has_vnni", lambda: vnni)
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 96), torch.randint(-127, 128, (64, 96), dtype=torch.int8)
+    x[:, 3] *= 300
+    x, scale = x * size, torch.ones(64)
+    y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
+    exact = x.double() @ weight.double().T
+    bound = x.double().abs() @ weight.double().abs().T
+    assert ((y.double() - exact).abs() <= 16 * torch.finfo(torch.float32).eps * bound + 2.0**-140).all()
+
+
+def test_a_row_of_zeros_and_one_that_is_not_finite() -> None:
+    x, weight = torch.ones(4, 64), torch.ones(32, 64, dtype=torch.int8)
+    x[0] = 0
+    x[1, 5], x[2, 5] = torch.inf, torch.nan
+    y = npu.npu_weight_quant_batchmatmul(x, weight.mT, torch.ones(32))
+    assert torch.equal(y[0], torch.zeros(32))
+    assert not y[1:3].isfinite().any()
+    assert torch.equal(y[3], torch.full((32,), 64.0))
+
+
+def test_int32_is_not_scaled() -> None:
+    x, weight = (
+        torch.randint(-127, 128, (3, 64), dtype=torch.int8),
+        torch.randint(-127, 128, (40, 64), dtype=torch.int8),
+    )
+    bias = torch.randint(-9, 9, (40,), dtype=torch.int32)
+    exact = x.int() @ weight.int().T
+    for scale in (torch.full((40,), 5.0), torch.ones(1, dtype=torch.bfloat16)):
+        y = npu.npu_quant_matmul(x, weight.mT, scale, bias=bias, output_dtype=torch.int32)
+        assert y.dtype == torch.int32
+        assert torch.equal(y, exact + bias)
+
+
+@pytest.mark.parametrize("strides", [(64, 1), (1, 1), (7, 1)])
+def test_one_row_of_any_stride(strides: tuple[int, int]) -> None:
+    memory = torch.randint(-127, 128, (64,), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
+    y = npu.npu_quant_matmul(memory.as_strided((1, 64), strides), weight.mT, torch.ones(32), output_dtype=torch.int32)
+    assert torch.equal(y[0], weight.int() @ memory.int())
+
+
+def test_one_position_of_several_in_a_compiled_graph() -> None:
+    """What last_layer does with rows that the norm has quantised."""
+    values, weight = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((1, 8, 64), (32, 64)))
+    index = torch.tensor([[7]])
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        one = values.gather(1, index[:, :, None].expand(1, 1, 64))
+        return npu.npu_quant_matmul(one.reshape(-1, 64), weight.mT, torch.ones(32), output_dtype=3)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function)(values), function(values))

@@ -9,20 +9,17 @@ from qwen2_npu.conformance.report.charts.canvas import color
 from qwen2_npu.conformance.report.charts.rows import canvas, heading, number
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": (
-        "GroupedMatmul", "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3",
-        *(f"{b}MatMul{v}" for b in ("", "Batch") for v in ("", "V2", "V3")),
-    ),
+    "matrix products": ("GroupedMatmul", "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3", *(
+        f"{b}MatMul{v}" for b in ("", "Batch") for v in ("", "V2", "V3"))),
     "attention": ("PromptFlashAttention", "IncreFlashAttention", "FusedInferAttentionScore", "SoftmaxV2", "MaskedFill"),
     "norms": ("RmsNorm", "AddRmsNorm", "AddRmsNormDynamicQuant", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
     "cache writes": ("Scatter", "ScatterUpdate", "ScatterPaKvCache"),
-    "activation": ("Swish", "SwiGlu", "DequantSwigluQuant", "Silu", "Sigmoid"),
+    "activation": ("Swish", "SwiGlu", "DequantSwigluQuant", "DynamicQuant", "Silu", "Sigmoid"),
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
         "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "MoeInitRoutingV3",
-        "Pack", "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile",
-    ),
+        "Pack", "BroadcastTo", "Expand", "Fill", "Slice", "StridedSliceV2", "Cast", "ZerosLike", "Assign", "Tile"),
 }  # fmt: skip
 """Kind -> GE operators; everything else is arithmetic of small operators."""
 
