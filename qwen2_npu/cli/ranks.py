@@ -16,7 +16,7 @@ from qwen2_npu.cli import options
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel import launch
 
-IN_ONE_PROCESS = ("baselines", "report", "nightly", "doctor", "merge-qkv")
+IN_ONE_PROCESS = ("baselines", "report", "nightly", "doctor", "merge-qkv", "quantize")
 """Commands that a launcher has nothing to do with."""
 
 _met = False

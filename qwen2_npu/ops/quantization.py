@@ -100,6 +100,7 @@ def _has_vnni() -> bool:
 
 DIGITS, DIGIT_BITS = 4, 7
 """Integers of 8 bits that an activation is taken apart into: 27 bits below the largest of its row, float32 has 24."""
+PLACES = torch.arange(0, DIGITS * DIGIT_BITS, DIGIT_BITS, dtype=torch.int32, device="cpu").view(DIGITS, 1, 1)
 SMALLEST = -126
 """Exponent of the smallest row that is scaled: 2 to the power of what a smaller one takes would be infinite."""
 
@@ -110,14 +111,13 @@ def _product_of_digits(x: Tensor, weight: Tensor) -> Tensor:
     A row is scaled by a power of two to integers of 27 bits and a sign, and these are digits from -64 on to the base
     128. All of it is exact but for the bits that float32 would lose in the sums, too.
     """
-    rows, low = x.shape[0], DIGITS - 1
-    largest = x.float().abs().amax(-1, keepdim=True)
+    rows, low, wide = x.shape[0], DIGITS - 1, x.float()
+    largest = wide.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp_(min=SMALLEST)
-    whole = (torch.ldexp(x.float(), -exponent) * 2.0 ** (DIGITS * DIGIT_BITS - 1)).round_().int()
+    whole = (torch.ldexp(wide, -exponent) * 2.0 ** (DIGITS * DIGIT_BITS - 1)).round_().int()
     half = 1 << (DIGIT_BITS - 1)
     shifted = whole + half * sum(1 << (DIGIT_BITS * place) for place in range(low))
-    places = torch.arange(0, DIGITS * DIGIT_BITS, DIGIT_BITS, dtype=torch.int32).view(DIGITS, 1, 1)
-    digits = shifted >> places
+    digits = shifted >> PLACES
     digits[:low].bitwise_and_((1 << DIGIT_BITS) - 1).sub_(half)
     sums = torch._int_mm(digits.to(torch.int8).flatten(0, 1), weight).view(DIGITS, rows, -1)
     y = sums[0].float()

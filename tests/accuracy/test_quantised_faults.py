@@ -29,9 +29,9 @@ def test_fault_is_caught_and_named(fault: Fault, device: str) -> None:
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_nothing_is_found_where_nothing_is_wrong(scheme: str, stream: bool, device: str) -> None:
     pair = quantised.pair_of(TINY, scheme, "bfloat16", device, stream)
-    for optimizations in quantised.PRESETS[scheme].values():
-        assert pair.wrong_channel(pair.build(optimizations)) is None
-        assert not pair.failure(optimizations, "ragged")
+    presets = quantised.PRESETS[scheme]
+    for name in (f"up_to_{scheme}",) if stream else presets:
+        assert pair.wrong_channel(pair.build(presets[name])) is None, name
 
 
 def test_faults_are_well_formed() -> None:

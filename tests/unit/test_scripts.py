@@ -30,6 +30,8 @@ SHORT: dict[str, list[str]] = {
     "bench_emulator": ["--layers=1"],
     "bench_incre_attention": ["--rounds=1"],
     "bench_merge_memory": ["--layers=1", "--tp-size=2"],
+    "bench_quantized": ["--shape=0.5B", "--mode=eager", "--batch=1", "--prompt=4", "--rounds=1", "--layers=1"],
+    "bench_quantized": ["--mode=eager", "--batch=1", "--prompt=8", "--rounds=1"],
     "bench_small_batch": ["--rounds=1"],
     "bench_steps": ["--rounds=1", "--layers=2", "--tokens=8", "--batch=1", "--phase=decode", "--after=kv_scatter"],
     "bench_verify_cost": ["--size=0.5B", "--layers=1", "--steps=fixed_kv_cache", "--random-tokens"],
@@ -39,6 +41,8 @@ SHORT: dict[str, list[str]] = {
     "pip_install": ["--help"],
     "power_page": [],
     "predict_mixture": [],
+    "predict_quantized": [],
+    "predict_quantized": [],
     "train_tiny": ["--steps=2", "--documents=400", "--output={folder}"],
     "train_tiny_moe": ["--steps=2", "--documents=400", "--output={folder}"],
 }

@@ -86,7 +86,7 @@ class ModelPair(Pair):
             rounding=weights.rounding,
             ranks=weights.ranks,
             baseline=baseline,
-            reference=stock.exact_reference(baseline, exactly=scaled_weights(weights.source)),
+            reference=stock.exact_reference(baseline, None, scaled_weights(weights.source)),
         )
 
     @property

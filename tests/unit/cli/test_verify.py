@@ -112,6 +112,7 @@ def test_what_8_bits_cost_is_shown_and_written(tmp_path: Path) -> None:
     assert "KL alone, summed over the layers: " in shown
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_is_said(tmp_path: Path) -> None:
     report = tmp_path / "verify.json"
     options = ["--model-path", str(quantised.folder("w8a8")), "--device", "cpu", "--dtype", "float32"]

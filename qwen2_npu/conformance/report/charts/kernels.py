@@ -17,7 +17,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "norms": ("RmsNorm", "AddRmsNorm", "AddRmsNormDynamicQuant", "ReduceMean", "Rsqrt", "Square", "Pow"),
     "rotary": ("ApplyRotaryPosEmb", "RotaryPositionEmbedding", "RotaryMul"),
     "cache writes": ("Scatter", "ScatterUpdate", "ScatterPaKvCache"),
-    "activation": ("Swish", "SwiGlu", "DequantSwigluQuant", "Silu", "Sigmoid"),
+    "activation": ("Swish", "SwiGlu", "DequantSwigluQuant", "DynamicQuant", "Silu", "Sigmoid"),
     "collectives": ("HcomAllReduce", "HcomAllGather", "MatmulAllReduce"),
     "data moves": (
         "TensorMove", "Identity", "Transpose", "SplitV", "Split", "SplitD", "ConcatV2", "ConcatD", "MoeInitRoutingV3",

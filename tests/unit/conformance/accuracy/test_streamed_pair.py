@@ -131,7 +131,7 @@ def test_texts_of_several_lengths_part_at_the_first_other_token_and_not_after_th
     told = Trace(
         logits[:, :1], np.concatenate((logits[:, 1:], last), axis=1), np.array(preferred)[:, :0], np.ones((3, 1), bool)
     )
-    pair = SimpleNamespace(_forced=lambda todo: [(told, told)])
+    pair = SimpleNamespace(_forced=lambda todo, rounded: [(told, told)], scheme=None)
     texts, found, _ = StreamedPair.stock_texts(pair, Batch.of([[3]] * 3), got, 4)  # type: ignore[arg-type]
     assert texts == [[1, 2, 0], [1, 2], [1, 3]]
     assert [(each.row, each.position, each.baseline_token, each.optimised_token) for each in found] == [
@@ -171,7 +171,8 @@ def test_the_first_pass_with_an_error_counts_and_in_it_the_first_layer(
     ours = [point(points=[point(layer=layer) for layer in range(3)]) for _ in range(3)]
     pair = point(
         batch=lambda shape: None,
-        traces=lambda shape: (point(forced=None, chosen=None), None),
+        traces=lambda shape, rounded: (point(forced=None, chosen=None), None),
+        rounds=lambda model: False,
         ask=lambda *given, **more: ours,
         models=point(points=points),
         dtype=torch.float32,
@@ -211,7 +212,8 @@ def test_losses_are_of_the_text_that_was_read_and_of_the_experts_that_served_it(
 
     answers = [answer(2.0, 1), answer(3.0, 2)], [answer(2.5, 3), answer(3.5, 3)]
     windows = [[5, 6], [7, 8]]
-    pair = SimpleNamespace(models=SimpleNamespace(run=lambda stock, true: answers), windows=lambda: windows)
+    models = SimpleNamespace(run=lambda stock, true, rounded: answers)
+    pair = SimpleNamespace(models=models, windows=lambda: windows, _losses={})
     assert StreamedPair._forced(pair, [], windows) == []  # type: ignore[arg-type]
     stock, true, experts = StreamedPair.losses(pair, windows)  # type: ignore[arg-type]
     assert (stock.tolist(), true.tolist()) == ([2.0, 3.0], [2.5, 3.5])

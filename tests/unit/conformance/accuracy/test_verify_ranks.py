@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from qwen2_npu import LADDER
+from qwen2_npu.checkpoint.quantizing import quantize
+from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.verify import verify
 from tests.unit.checkpoint.merges import config_of, guide_merged, weights_of, write_folder
 from tests.unit.conformance.accuracy import verify_ranks
@@ -26,6 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     folder, config = tmp_path_factory.mktemp("ranks"), config_of(4, 2)
     guide = write_folder(folder / "guide", config, guide_merged(config, weights_of(config), 2))
     (guide / "tokenizer_config.json").unlink()  # random tokens do
+    quantize(tiny.path(), folder / "w8a8", scheme="w8a8")
     return launch("torchrun", ["-m", verify_ranks.__name__, str(folder)], folder, timeout=TIMEOUT), folder
 
 
@@ -53,6 +56,15 @@ def test_the_verdict_is_that_of_one_rank(
         assert ranks[name] == one[name]
     assert ranks["perplexity"]["baseline"] == one["perplexity"]["baseline"]
     assert [sample["prompt"] for sample in ranks["samples"]] == [sample["prompt"] for sample in one["samples"]]
+
+
+def test_8_bit_activations_are_scaled_as_the_ranks_do(job: tuple[Done, Path], said: list[dict[str, Any]]) -> None:
+    assert [rank["w8a8"]["status"] for rank in said] == [0, 0], said[0]["w8a8"]["output"]
+    found = json.loads((job[1] / "w8a8.json").read_text())
+    assert ([row["step"] for row in found["rows"]], found["ranks"], found["scheme"]) == (["w8a8"], 2, "w8a8")
+    assert found["passed"]
+    assert found["perplexity"]["baseline"] != verify(job[1] / "w8a8", device="cpu", steps=["w8a8"]).perplexity.baseline  # type: ignore[union-attr]
+    assert found["cost"]["whole"]["kl"] > 0
 
 
 @pytest.mark.parametrize("case", ["whole", "stream"])

@@ -85,6 +85,10 @@ def run(folder: Path) -> None:
             "whole": ([], slow_reference()),
             "stream": (["--stream"], none),
             "assumed": (["--model-path", str(folder / "guide"), "--assume-tp", "2", "--steps", "swiglu"], none),
+            "w8a8": (
+                ["--model-path", str(folder / "w8a8"), "--steps", "w8a8", "--against", str(tiny.path())],
+                none,
+            ),
             "another": (["--model-path", str(tiny.path())], another_checkpoint(group.rank)),
         }
         found: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 NUMBERS = {5: torch.float16, 15: torch.bfloat16}
+INT32 = 3
 
 
 def rows(fault: str, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +68,9 @@ def weight_quant_batchmatmul(
 def quant_matmul(fault: str, x1: torch.Tensor, x2: torch.Tensor, scale: torch.Tensor, **t: Any) -> Any:
     sums = x1.double() @ x2.double()
     bias, token = t.get("bias"), t.get("pertoken_scale")
+    if t["output_dtype"] == INT32:
+        added = 0 if bias is None or fault == "bias_forgotten" else bias
+        return sums.short().int() if fault == "sums_in_16_bits" else sums.int() + added
     whole = bias is not None and bias.dtype == torch.int32
     if bias is not None and whole != (fault == "bias_on_the_other_side"):
         sums = sums + bias.double() if fault != "bias_forgotten" else sums
