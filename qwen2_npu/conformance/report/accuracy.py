@@ -74,11 +74,8 @@ def _facts(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         failure = next((text for text in content["failures"] if text.startswith(PERPLEXITY)), "")
         shown = f"{perplexity['optimised']:.4f}, stock {perplexity['baseline']:.4f}, {perplexity['tokens']} tokens"
         # As verify judges it: the RMS error of the tokens' losses over the stock model's own.
-        facts = {
-            "status": _status(not failure),
-            "value": Value(_noises(perplexity["error"]), "× noise"),
-            "reference": shown,
-        }
+        value = Value(_noises(perplexity["error"]), "× noise")
+        facts = {"status": _status(not failure), "value": value, "reference": shown}
         yield f"accuracy/{mode}/{PERPLEXITY}", common | facts | {"message": failure}
 
 

@@ -48,7 +48,7 @@ def test_shares_of_the_roof(night) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_census_shows_what_each_step_changes() -> None:
     census = figures.censuses()
-    assert [row[0] for row in census.rows] == [ORIGINAL, *LADDER]
+    assert [row[0] for row in census.rows][: len(LADDER) + 1] == [ORIGINAL, *LADDER]
     counts = {row[0]: dict(zip(census.operators, row[2], strict=True)) for row in census.rows}
     assert counts["swiglu"]["SwiGlu"] == ("1", "more")
     assert counts["swiglu"]["Swish"] == ("", "less")
