@@ -13,6 +13,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import os
 import select
 import signal
@@ -27,11 +28,8 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from mutations import Mutation, mutations  # noqa: E402
-from reached import FAST_LANE, Record  # noqa: E402
+from mutations import Mutation, mutations
+from reached import FAST_LANE, Record
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=native"]
 SLOWER = 10
@@ -89,7 +87,7 @@ def index_of(source: bytes, mutation: Mutation) -> int | None:
 
 
 def changed_codes(source: bytes, mutation: Mutation, file: str) -> list[tuple[CodeType, CodeType]]:
-    """Codes of the function with the fault and of those in it, before and after; none where no function's body has it."""
+    """Codes of the function with the fault and of those within, before and after; none where no function has it."""
     index = index_of(source, mutation)
     if index is None:
         return []
@@ -234,9 +232,8 @@ class Lane:
         seconds = dict(zip(self.record.tests, self.record.seconds, strict=True))
         swap = None if work.fresh else self.swap(file, source, mutation)
         if swap is None and tests and not self.fresh_works:
-            ran = next((ran for test in tests[:3] if (ran := interpreted([test], [PATIENCE])).outcome == "passed"), None)
-            assert ran is not None, f"no new interpreter runs {tests[:3]}"
-            self.fresh_works = True
+            self.fresh_works = any(interpreted([test], [PATIENCE]).outcome == "passed" for test in tests[:FEW])
+            assert self.fresh_works, f"a new interpreter does not run {tests[:FEW]}"
         while tests:
             limits = limits_of([seconds[test] for test in tests])
             file.write_bytes(mutation.apply(source))
@@ -375,8 +372,9 @@ def _lane(record: Path, work: Path, results: Path) -> None:
     raise SystemExit(status)
 
 
-def lane(folder: Path, record: Path, plan: Sequence[Work]) -> Iterator[dict[str, Any]]:
-    """Results of a process of its own in the copy ``folder``, as they come."""
+def lane(folder: Path, record: Path, plan: Sequence[Work], minutes: float | None = None) -> Iterator[dict[str, Any]]:
+    """Results of a process of its own in the copy ``folder``, as they come: up to its end, or that of the minutes."""
+    ends = math.inf if minutes is None else time.monotonic() + 60 * minutes
     work, results = folder.parent / "work.json", folder.parent / "lane.jsonl"
     work.write_text(json.dumps([vars(each) for each in plan]), encoding="utf-8")
     results.unlink(missing_ok=True)
@@ -394,13 +392,15 @@ def lane(folder: Path, record: Path, plan: Sequence[Work]) -> Iterator[dict[str,
             read += len(complete)
             for line in complete.splitlines():
                 yield json.loads(line)
-            if ended:
+            if ended or time.monotonic() > ends:
                 break
             time.sleep(0.1)
     finally:
-        child.terminate()
-        child.wait()
-    if child.returncode:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+            ended = False
+    if ended and child.returncode:
         raise SystemExit(f"the tests cannot run: {(folder.parent / 'lane.log').read_text(errors='replace')[-3000:]}")
 
 

@@ -1,27 +1,22 @@
 """Faults in the model, the cache, checkpoints, operators and graphs: which of them, by which tests.
 
 There are thousands, and thousands of tests: a test is run against a fault only if it reaches the fault's line
-(``reached.py``), and a run takes one slice of the faults. Slices are made by a hash of the fault's name, so that they
-stay what they are when other lines change.
+(``reached.py``), and a run takes one part of the faults.
 """
 
 from __future__ import annotations
 
 import ast
 import fnmatch
-import hashlib
-import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from lane import Work, index_of, outer_functions  # noqa: E402
-from mutations import Mutation  # noqa: E402
-from reached import Record  # noqa: E402
+from lane import Work, index_of, outer_functions
+from mutations import Mutation
+from reached import Record
 
 TABLE = Path("scripts", "library.toml")
 
@@ -45,25 +40,21 @@ class Library:
         return sorted(found)
 
 
-def slice_of(path: str, name: str, slices: int) -> int:
-    """Which of the slices a fault belongs to."""
-    return int.from_bytes(hashlib.sha256(f"{path}: {name}".encode()).digest()[:8], "big") % slices
-
-
 # ---- tests for a fault ----------------------------------------------------------------------------------------------
 def lines_of(source: bytes, mutation: Mutation) -> list[int]:
     """The lines of the statement that has the fault: of ``if``, ``for`` and the like up to their bodies."""
-    best: ast.stmt | None = None
     line = mutation.line
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
-            if best is None or (node.lineno, -(node.end_lineno or 0)) >= (best.lineno, -(best.end_lineno or 0)):
-                best = node
-    if best is None:
+    around = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    if not around:
         return [line]
-    body = getattr(best, "body", None)
-    last = max(best.lineno, body[0].lineno - 1) if isinstance(body, list) else best.end_lineno or best.lineno
-    return list(range(best.lineno, last + 1))
+    inner = max(around, key=lambda node: (node.lineno, -(node.end_lineno or 0)))
+    body = getattr(inner, "body", None)
+    last = max(inner.lineno, body[0].lineno - 1) if isinstance(body, list) else inner.end_lineno or inner.lineno
+    return list(range(inner.lineno, last + 1))
 
 
 def needs_import(source: bytes, mutation: Mutation, imported: Sequence[int]) -> bool:
