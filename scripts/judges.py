@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-TABLE = Path("scripts", "mutants.toml")
-
 from mutations import Mutation, in_order, mutations
+
+TABLE = Path("scripts", "mutants.toml")
 
 FRESH = ("qwen2_npu.conformance", "qwen2_npu.cli", "tests", "conftest")
 """Packages that every mutant imports anew: what judges, and what uses it. The rest is the baseline's."""

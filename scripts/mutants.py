@@ -29,18 +29,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-
 from judges import NOTICED, Judge, Result, judge_alone, judges, noticed_in
 from lane import lane
 from library import Library, nearness, work_for
 from mutations import Mutation, in_order, mutations, part_of
 from reached import Record, record
 
+ROOT = Path(__file__).resolve().parents[1]
+
 CHANGED_MINUTES = 4.0
 """For ``--changed``: with the copy and the last test that runs, five."""
 
 TONIGHT = "tonight"
+
+Left = Callable[[float], float | None]
+"""A share of the minutes that are left; None: no end."""
 
 
 def files_of(root: Path) -> list[str]:
@@ -175,10 +178,6 @@ def _library_result(table: Library, path: str, mutation: Mutation, outcome: dict
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
-Left = Callable[[float], float | None]
-"""A share of the minutes that are left; None: no end."""
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Weakens rules one at a time: does a test notice?")
     add = parser.add_argument

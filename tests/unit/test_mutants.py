@@ -166,8 +166,8 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("mutants.py", "mutations.py"):
-            (folder / "scripts").mkdir(parents=True, exist_ok=True)
+        (folder / "scripts").mkdir(parents=True)
+        for name in ("mutants.py", "mutations.py", "judges.py", "library.py", "lane.py", "reached.py"):
             shutil.copy(SCRIPTS / name, folder / "scripts")
         self.write("tests/__init__.py", "")
         self.write("tests/rules.py", RULES)
