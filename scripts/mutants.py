@@ -226,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found[path] = {
                     "group": group,
                     "slices": given.slices,
+                    "budget": given.budget,
                     "mutants": len(mutations((ROOT / path).read_bytes())),
                     "score": score(results),
                     "results": list(map(asdict, results)),
