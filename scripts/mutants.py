@@ -126,7 +126,7 @@ def recorded(folder: Path, given: argparse.Namespace, paths: Sequence[str], chan
     if not file.exists():
         tests: list[str] = []
         if changed is not None:
-            every = [name for name in files_of(folder) if Path(name).name.startswith("test_")]
+            every = [name for name in files_of(ROOT) if Path(name).name.startswith("test_")]
             tests = [name for name in every if name in changed or any(nearness(path, name) < 2 for path in paths)]
         work = folder.parent / "recording"
         work.mkdir()
@@ -185,7 +185,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", default="", metavar="TEXT", help="only files with this in their path")
     add("--group", choices=["judges", "library"], help="only these (default: both)")
     add("--slice", default="0", metavar="K", help=f"of the library: the part to take, or {TONIGHT} (default: 0)")
-    add("--slices", type=int, default=10, metavar="N", help="of how many (default: 10)")
+    add("--slices", type=int, default=14, metavar="N", help="of how many (default: 14)")
     add("--again", type=Path, metavar="FILE", help="only mutants that survived in that result")
     add("--json", type=Path, metavar="FILE", help="write every result")
     add("--record", type=Path, metavar="FILE", help="of the library: read which tests reach what, or write it there")

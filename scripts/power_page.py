@@ -30,11 +30,11 @@ notices needs a test, or a reason why it changes no rule. Texts, types, `__str__
 score says that a rule cannot be weakened unseen by one such change, not more.
 
 ```bash
-tox -e mutants                                              # every judge, and a tenth of the library
+tox -e mutants                                              # every judge, and one slice of 14 of the library
 tox -e mutants -- --changed main                            # what a branch changed, in less than five minutes
 tox -e mutants -- --only accuracy/compare
-tox -e mutants -- --group library --slices 10 --slice 3     # another tenth
-tox -e mutants -- --group library --slice tonight           # the tenth of this day: all of them in ten nights
+tox -e mutants -- --group library --slice 3                 # another slice
+tox -e mutants -- --group library --slice tonight           # that of this day: all of them in two weeks
 ```
 
 `--json RESULT.json` writes every result. After tests were added, `--again RESULT.json` tries what had survived and
