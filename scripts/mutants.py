@@ -120,17 +120,24 @@ def wanted(path: str, given: argparse.Namespace) -> list[Mutation]:
     return [mutation for mutation in every if part_of(path, mutation.name, given.slices) == number]
 
 
-def recorded(folder: Path, given: argparse.Namespace, paths: Sequence[str], changed: set[str] | None) -> Path:
-    """What the tests reach: of all, kept in ``--record``; of those near to what changed."""
+def recorded(
+    folder: Path, given: argparse.Namespace, paths: Sequence[str], changed: set[str] | None, minutes: float | None
+) -> Path:
+    """What the tests reach: of all, kept in ``--record``; of those near to what changed, the nearest first."""
     file = folder.parent / "record.json.gz" if given.record is None else given.record
     if not file.exists():
         tests: list[str] = []
         if changed is not None:
-            every = [name for name in files_of(ROOT) if Path(name).name.startswith("test_")]
-            tests = [name for name in every if name in changed or any(nearness(path, name) < 2 for path in paths)]
+            distance = {
+                name: 0 if name in changed else min(nearness(path, name) for path in paths)
+                for name in files_of(ROOT)
+                if Path(name).name.startswith("test_")
+            }
+            tests = sorted((name for name, far in distance.items() if far < 2), key=lambda name: distance[name])
         work = folder.parent / "recording"
         work.mkdir()
-        record(folder, paths if changed is not None else Library.load(ROOT).paths(ROOT), tests, work).save(file)
+        watched = paths if changed is not None else Library.load(ROOT).paths(ROOT)
+        record(folder, watched, tests, work, minutes).save(file)
     return file
 
 
@@ -144,7 +151,7 @@ def run_library(
     new = {path: [m for m in tries[path] if m.name not in known[path]] for path in paths}
     outcomes: dict[tuple[str, str], dict[str, Any]] = {}
     if any(new.values()):
-        file = recorded(folder, given, paths, changed)
+        file = recorded(folder, given, paths, changed, left(0.5) if changed is not None else None)
         found = Record.load(file)
         plan = [w for p in paths for w in work_for(p, (ROOT / p).read_bytes(), new[p], found, given.budget)]
         for outcome in lane(folder, file, plan, left(1.0)):

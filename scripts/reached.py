@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -86,8 +87,8 @@ def hash_of(source: bytes) -> str:
 class Recorder:
     """The plugin of the run: contexts, times, and what failed."""
 
-    def __init__(self, result: Path) -> None:
-        self.result = result
+    def __init__(self, result: Path, minutes: float) -> None:
+        self.result, self.ends = result, time.monotonic() + 60 * minutes
         self.seconds: dict[str, float] = {}
         self.not_passed: set[str] = set()
 
@@ -103,6 +104,8 @@ class Recorder:
         yield
         self.seconds[item.nodeid] = time.perf_counter() - started
         measured.switch_context("")
+        if time.monotonic() > self.ends:
+            item.session.shouldstop = "no time is left"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.passed:  # skipped and expected failures notice nothing
@@ -115,20 +118,24 @@ class Recorder:
         self.result.write_text(json.dumps(content), encoding="utf-8")
 
 
-def record(folder: Path, files: Sequence[str], tests: Sequence[str], work: Path) -> Record:
+def record(
+    folder: Path, files: Sequence[str], tests: Sequence[str], work: Path, minutes: float | None = None
+) -> Record:
     """Run the tests in the copy ``folder``.
 
     Args:
         files: what is watched, relative to the folder.
         tests: arguments of pytest beside those of the fast lane; none: all of them.
         work: an empty folder for coverage's data.
+        minutes: no test is begun later: what it would reach is not known then.
     """
     configuration, data, result = work / "coverage.ini", work / "data", work / "tests.json"
     include = "\n".join(f"    {folder / file}" for file in files)
     configuration.write_text(CONFIGURATION.format(include=include, test=TEST, data=data), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", TEST: ""}
     environment["COVERAGE_PROCESS_START"] = str(configuration)
-    command = [sys.executable, __file__, str(result), *FAST_LANE, "-q", "-p", "no:cacheprovider", *tests]
+    limit = str(math.inf if minutes is None else minutes)
+    command = [sys.executable, __file__, str(result), limit, *FAST_LANE, "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if not result.exists():
         raise SystemExit(f"the tests cannot be recorded: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -155,4 +162,4 @@ def _read(folder: Path, files: Sequence[str], found: dict[str, Any], data: Path)
 
 
 if __name__ == "__main__":
-    raise SystemExit(pytest.main(sys.argv[2:], plugins=[Recorder(Path(sys.argv[1]).resolve())]))
+    raise SystemExit(pytest.main(sys.argv[3:], plugins=[Recorder(Path(sys.argv[1]).resolve(), float(sys.argv[2]))]))

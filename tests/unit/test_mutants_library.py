@@ -402,7 +402,8 @@ def test_lines_that_changed_are_tried_by_tests_nearby(project: Project) -> None:
     project.git("commit", "--quiet", "-m", "first")
     assert project.run("--changed", "HEAD")[1] == ""
     project.write("lib/rules.py", RULES.replace("value + 1", "value + 2"))
-    project.write("tests/unit/test_rules.py", "import lib.rules\n\n\ndef test_it():\n    assert lib.rules.unseen(1) == 3\n")
+    test = "import lib.rules\n\n\ndef test_it():\n    assert lib.rules.unseen(1) == 3\n"
+    project.write("tests/unit/test_rules.py", test)
     status, _, found = project.run("--changed", "HEAD")
     assert {name.partition(":")[0] for name in found} == {"unseen"}
     assert {each["outcome"] for each in found.values()} == {"killed"}
