@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from mutations import Mutation
 from reached import Record
 
 TABLE = Path("scripts", "library.toml")
+
+QUICK = 0.05
+"""Seconds: unit tests of the file itself that take no longer go first, with whatever parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ def needs_import(source: bytes, mutation: Mutation, imported: Sequence[int]) -> 
     return any(line in inside for line in imported)
 
 
-def nearness(path: str, test: str) -> int:
+@functools.cache
+def nearness(path: str, file: str) -> int:
     """0 for the unit tests of the file, 1 for those of its folder, 2 for the rest."""
     parts = Path(path).with_suffix("").parts[1:]
     folder = "/".join(("tests", "unit", *parts[:-1]))
-    file = test.partition("::")[0]
     if fnmatch.fnmatch(file, f"{folder}/test_{parts[-1]}*.py"):
         return 0
     return 1 if len(parts) > 1 and file.startswith(f"{folder}/") else 2
@@ -82,16 +86,17 @@ def chosen(path: str, source: bytes, mutation: Mutation, record: Record, budget:
 
     Those that reach its statement, or any function of the file where it is in none; then others of their files, for
     what a fixture or a cache keeps is built by the first test alone. One of each function goes before its siblings
-    with other parameters, near files before others, short ones before long ones.
+    with other parameters, unless they are quick, near files before others, short ones before long ones.
     """
     if index_of(source, mutation) is None:
         lines = [line for line in record.lines.get(path, {}) if line not in record.imported.get(path, ())]
     else:
         lines = lines_of(source, mutation)
     reaching = record.reaching(path, lines)
-    files = {record.tests[index].partition("::")[0] for index in reaching}
-    rest = set(range(len(record.tests))) - set(reaching)
-    beside = [i for i in rest if record.tests[i].partition("::")[0] in files or not nearness(path, record.tests[i])]
+    reached = set(reaching)
+    files = {record.file(index) for index in reaching}
+    files |= {file for file in map(record.file, range(len(record.tests))) if not nearness(path, file)}
+    beside = [i for i in range(len(record.tests)) if record.file(i) in files and i not in reached]
     ordered = _ordered(path, reaching, record) + _ordered(path, beside, record)
     taken, spent = [], 0.0
     for index in ordered:
@@ -106,14 +111,15 @@ def _ordered(path: str, tests: Sequence[int], record: Record) -> list[int]:
     passes: dict[int, bool] = {}
     for index in sorted(tests, key=lambda index: record.seconds[index]):
         function = record.tests[index].partition("[")[0]
-        passes[index] = function in seen
+        quick = record.seconds[index] < QUICK and not nearness(path, record.file(index))
+        passes[index] = function in seen and not quick
         seen.add(function)
     totals: dict[tuple[bool, str], float] = defaultdict(float)
     for index in tests:
-        totals[passes[index], record.tests[index].partition("::")[0]] += record.seconds[index]
+        totals[passes[index], record.file(index)] += record.seconds[index]
 
     def key(index: int) -> tuple[bool, int, float, str, float]:
-        file = record.tests[index].partition("::")[0]
+        file = record.file(index)
         near = nearness(path, file)
         return passes[index], near, totals[passes[index], file], file, record.seconds[index]
 

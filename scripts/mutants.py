@@ -21,7 +21,9 @@ import datetime
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -206,6 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what runs, and removes the copy
     changed = None if given.changed is None else changed_since(ROOT, given.changed)
     minutes = given.minutes if given.minutes is not None or changed is None else CHANGED_MINUTES
     began = time.monotonic()

@@ -61,7 +61,10 @@ class Record:
         bits = 0
         for line in lines:
             bits |= known.get(line, 0)
-        return [index for index in range(bits.bit_length()) if bits >> index & 1]
+        return [index for index, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
+
+    def file(self, index: int) -> str:
+        return self.tests[index].partition("::")[0]
 
     def save(self, file: Path) -> None:
         content = vars(self) | {

@@ -93,7 +93,10 @@ def test_a_head_alone_is_the_embedding_where_they_are_tied(tied):
 
 
 @pytest.mark.skipif(IS_V4, reason="transformers 4.37.0 knows one of the two names")
-@pytest.mark.parametrize("stored", [["norm.weight", "model.norm.weight"], ["model.model.norm.weight", "norm.weight"]])
+@pytest.mark.parametrize("stored", [
+    ["norm.weight", "model.norm.weight"], ["model.norm.weight", "norm.weight"],
+    ["model.model.norm.weight", "norm.weight"],
+])  # fmt: skip
 def test_two_tensors_that_are_one(stored):
     """transformers takes one of them, and says nothing."""
     with pytest.raises(CheckpointError, match=rf"x: {stored[0]} and {stored[1]} are both the model's model\.norm"):
