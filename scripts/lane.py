@@ -212,23 +212,24 @@ class Lane:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> bool:
         gc.freeze()
-        for path in dict.fromkeys(work.path for work in self.work):
-            file = Path(path).resolve()
-            source = file.read_bytes()
-            known = {mutation.name: mutation for mutation in mutations(source)}
-            for cached in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
-                cached.unlink()
-            for work in self.work:
-                if work.path == path:
-                    started = time.monotonic()
-                    try:
-                        ran = self.one(file, source, known[work.name], work)
-                    finally:
-                        file.write_bytes(source)
-                    self.say(
-                        {"path": path, "name": work.name, "line": known[work.name].line, "outcome": ran.outcome}
-                        | {"by": ran.test, "seconds": round(time.monotonic() - started, 2)}
-                    )
+        files: dict[str, tuple[bytes, dict[str, Mutation]]] = {}
+        for work in self.work:
+            file = Path(work.path).resolve()
+            if work.path not in files:
+                text = file.read_bytes()
+                files[work.path] = text, {mutation.name: mutation for mutation in mutations(text)}
+                for cached in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
+                    cached.unlink()
+            source, known = files[work.path]
+            started = time.monotonic()
+            try:
+                ran = self.one(file, source, known[work.name], work)
+            finally:
+                file.write_bytes(source)
+            self.say(
+                {"path": work.path, "name": work.name, "line": known[work.name].line, "outcome": ran.outcome}
+                | {"by": ran.test, "seconds": round(time.monotonic() - started, 2)}
+            )
         return True
 
     def one(self, file: Path, source: bytes, mutation: Mutation, work: Work) -> Ran:

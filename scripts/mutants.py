@@ -156,6 +156,7 @@ def run_library(
         file = recorded(folder, given, paths, changed, left(0.5) if changed is not None else None)
         found = Record.load(file)
         plan = [w for p in paths for w in work_for(p, (ROOT / p).read_bytes(), new[p], found, given.budget)]
+        plan.sort(key=lambda work: part_of(work.path, work.name, 1 << 63))  # where time ends, a sample is left
         for outcome in lane(folder, file, plan, left(1.0)):
             outcomes[outcome["path"], outcome["name"]] = outcome
             if given.log:
