@@ -195,10 +195,15 @@ def judge_alone(
     return [Result(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
-def noticed_in(again: Path | None, path: str) -> dict[str, str]:
-    """What was noticed in an earlier run: name of the mutant -> outcome."""
+def outcomes_in(again: Path | None, path: str) -> dict[str, str]:
+    """An earlier run: name of the mutant -> outcome."""
     results = [] if again is None else json.loads(again.read_text(encoding="utf-8")).get(path, {}).get("results", [])
-    return {result["name"]: result["outcome"] for result in results if result["outcome"] in NOTICED}
+    return {result["name"]: result["outcome"] for result in results}
+
+
+def noticed_in(again: Path | None, path: str) -> dict[str, str]:
+    """What was noticed in it."""
+    return {name: outcome for name, outcome in outcomes_in(again, path).items() if outcome in NOTICED}
 
 
 def _worker(path: str, results: str, seconds: float, again: str | None, **order: Any) -> None:

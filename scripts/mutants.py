@@ -31,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from judges import NOTICED, Judge, Result, judge_alone, judges, noticed_in
+from judges import NOTICED, Judge, Result, judge_alone, judges, noticed_in, outcomes_in
 from lane import lane
 from library import Library, nearness, work_for
 from mutations import Mutation, in_order, mutations, part_of
@@ -156,7 +156,9 @@ def run_library(
         file = recorded(folder, given, paths, changed, left(0.5) if changed is not None else None)
         found = Record.load(file)
         plan = [w for p in paths for w in work_for(p, (ROOT / p).read_bytes(), new[p], found, given.budget)]
-        plan.sort(key=lambda work: part_of(work.path, work.name, 1 << 63))  # where time ends, a sample is left
+        before = {(p, name) for p in paths for name, was in outcomes_in(given.again, p).items() if was == "survived"}
+        # What survived before, then the others in no order: where time ends, they are a sample.
+        plan.sort(key=lambda w: ((w.path, w.name) not in before, part_of(w.path, w.name, 1 << 63)))
         for outcome in lane(folder, file, plan, left(1.0)):
             outcomes[outcome["path"], outcome["name"]] = outcome
             if given.log:
