@@ -7,9 +7,10 @@ since they are words and not rules: texts, type annotations, docstrings, ``__str
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 COMPARISONS: dict[str, tuple[str, ...]] = {
@@ -260,3 +261,13 @@ def mutations(source: bytes) -> list[Mutation]:
         seen[mutation.name] += 1
         found[index] = replace(mutation, count=seen[mutation.name])
     return found
+
+
+def part_of(path: str, name: str, parts: int) -> int:
+    """Which of the parts of all mutations this one belongs to: by its name, so that other changes move it nowhere."""
+    return int.from_bytes(hashlib.sha256(f"{path}: {name}".encode()).digest()[:8], "big") % parts
+
+
+def in_order(path: str, found: Iterable[Mutation], first: Collection[int]) -> list[Mutation]:
+    """Those of the lines ``first``, then the others, each in no order that the text has: a part of them is a sample."""
+    return sorted(found, key=lambda mutation: (mutation.line not in first, part_of(path, mutation.name, 1 << 63)))

@@ -200,3 +200,10 @@ def test_masks_that_nobody_reads_are_left_alone():
     with cache.step([1, 1, 1], 1, masks=False):
         assert cache.lengths == [5, 5, 5]
         assert torch.equal(cache.drop_mask, before)
+
+
+def test_what_transformers_asks_of_a_cache():
+    cache = FixedKVCache(shape())
+    assert cache.is_recording_past(0) is True
+    with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
+        cache.batch_select_indices(torch.tensor([0, 2]))

@@ -94,3 +94,21 @@ def test_what_the_documentation_says_of_the_runner() -> None:
     assert f"`{','.join(labels[2:])}`" in text
     for variable in re.findall(r"vars\.(\w+)", (ROOT / ".github/workflows/nightly.yml").read_text(encoding="utf-8")):
         assert f"`{variable}`" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [("ci.yml", {"changed": "origin/$BASE"}), ("nightly.yml", {"group": "library", "slice": "tonight"})],
+)
+def test_mutants_are_run_with_options_that_there_are(
+    path: str, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants
+
+    (job,) = [job for name, job in load(ROOT / ".github/workflows" / path)["jobs"].items() if name == "mutants"]
+    (script,) = [step["run"] for step in job["steps"] if "-e mutants" in step.get("run", "")]
+    given = vars(mutants.parse(shlex.split(script.partition(" -- ")[2])))
+    assert wanted.items() <= given.items()
+    history = job["steps"][0].get("with", {}).get("fetch-depth")
+    assert (history == 0) is ("changed" in wanted), "a comparison needs the other branch"

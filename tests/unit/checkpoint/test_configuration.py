@@ -136,3 +136,11 @@ def test_ways_to_generate_that_there_are_not(folder, change):
     (folder / "generation_config.json").write_text(json.dumps(change), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not served by this model; remove it"):
         read_generation_config(folder, 199)
+
+
+@pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]")])
+def test_objects_and_lists_that_nest_too_deep(tmp_path, before, after):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": ' + before * 200 + "1" + after * 200 + "}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="nested more than 100 levels deep"):
+        read_object(path)

@@ -76,6 +76,7 @@ def test_the_tiny_checkpoint(tmp_path: Path) -> None:
 
 def test_the_guide_s_folder_becomes_ordinary(tmp_path: Path) -> None:
     guide = write_folder(tmp_path / "guide", CONFIG, guide_merged(CONFIG, WEIGHTS, 4))
+    assert plan_unmerge(guide, tmp_path / "back", assume_tp=4).options == {"unmerge": 4}
     unmerge_qkv(guide, tmp_path / "back", assume_tp=4)
     found = tensors_of(tmp_path / "back")
     assert found.keys() == WEIGHTS.keys()
@@ -166,14 +167,18 @@ def test_weights_that_the_configuration_names_are_not_merged(folder: Path, tmp_p
 
 
 def test_files_beside_the_weights(folder: Path, tmp_path: Path) -> None:
-    for name in ("model.gguf", "pytorch_model.bin", "model-00009-of-00009.safetensors", ".gitattributes", "notes.bin"):
+    weights = {
+        "flax_model.msgpack", "model-00009-of-00009.safetensors", "model.gguf", "pytorch_model.bin", "tf_model.h5",
+        "x.pt", "x.pth",
+    }  # fmt: skip
+    for name in (*weights, ".gitattributes", "notes.bin"):
         (folder / name).write_text(name)
     for name in (".cache", "assets/inner"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file.txt").write_text(name)
     os.mkfifo(folder / "pipe")
     plan = plan_merge(folder, tmp_path / "merged")
-    left_out = {".cache/", "model-00009-of-00009.safetensors", "model.gguf", "pipe", "pytorch_model.bin"}
+    left_out = {".cache/", "pipe", *weights}
     assert set(plan.left_out) == left_out
     run(plan)
     assert (tmp_path / "merged" / "assets" / "inner" / "file.txt").read_text() == "assets/inner"

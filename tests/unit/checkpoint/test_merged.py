@@ -49,6 +49,15 @@ def by_guide(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "guide", CONFIG, guide_merged(CONFIG, WEIGHTS, 2))
 
 
+def test_tensors_that_are_asked_for_by_name(merged: Path) -> None:
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "vqk"] + ["model.norm.weight"]
+    source = sources.open_checkpoint(merged)
+    for asked in ([], names[:1], names, list(WEIGHTS)):
+        read = source.read(asked)
+        assert list(read) == asked
+        assert all(same_bits(read[name], WEIGHTS[name]) for name in asked)
+
+
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text())

@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen2Model
 
 from qwen2_npu import Qwen2ForCausalLM
+from qwen2_npu.checkpoint import naming
 from qwen2_npu.checkpoint.naming import EMBEDDING, HEAD, Renamed, as_stock, stock_names
 from qwen2_npu.checkpoint.sources import SafetensorsSource, StateDictSource, open_checkpoint, part_of
 from qwen2_npu.checkpoint.weights import cut_for, skeleton
@@ -101,11 +102,21 @@ def test_a_head_alone_is_the_embedding_where_they_are_tied(tied):
 
 
 @pytest.mark.skipif(IS_V4, reason="transformers 4.37.0 knows one of the two names")
-@pytest.mark.parametrize("stored", [["norm.weight", "model.norm.weight"], ["model.model.norm.weight", "norm.weight"]])
+@pytest.mark.parametrize("stored", [
+    ["norm.weight", "model.norm.weight"], ["model.norm.weight", "norm.weight"],
+    ["model.model.norm.weight", "norm.weight"],
+])  # fmt: skip
 def test_two_tensors_that_are_one(stored):
     """transformers takes one of them, and says nothing."""
     with pytest.raises(CheckpointError, match=rf"x: {stored[0]} and {stored[1]} are both the model's model\.norm"):
         stock_names(stored, where="x", tied=False)
+
+
+def test_a_head_beside_the_tensors_of_a_base_model_is_refused_as_4_37_refuses_it():
+    """Whichever version is installed: it is text that decides."""
+    with pytest.raises(CheckpointError, match=rf"x: {LAYER} has no 'model\.' before it.*which no base model has"):
+        naming._names_of_v4([LAYER, HEAD], "x")
+    assert naming._names_of_v4([LAYER], "x") == {LAYER: f"model.{LAYER}"}
 
 
 # ---- ties -----------------------------------------------------------------------------------------------------------

@@ -500,3 +500,9 @@ def test_links_to_files_elsewhere(tmp_path, fails, monkeypatch):
     assert content(blobs) == before
     links = {path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()}
     assert links == {name: f"../blobs/{name}" for name in before if fails or "config" in name}
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 1}, ["a"], "a", None])
+def test_an_index_without_a_map_of_texts_names_no_file(tmp_path, weight_map):
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert saving._weight_map(tmp_path) == {}

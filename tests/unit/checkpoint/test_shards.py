@@ -163,7 +163,24 @@ def empty(folder: Path) -> str:
     return r"model-00001-of-\d+\.safetensors \(0 bytes\) is truncated"
 
 
+def map_with(folder: Path, name: Any) -> str:
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {"last": name}
+    path.write_text(json.dumps(index))
+    return "is not a valid index: weight_map=.* must map tensors to files; fetch it again"
+
+
+def an_empty_name_at_last(folder: Path) -> str:
+    return map_with(folder, "")
+
+
+def a_number_at_last(folder: Path) -> str:
+    return map_with(folder, 1)
+
+
 BREAKAGES = [
+    an_empty_name_at_last, a_number_at_last,
     outside, outside_and_back, absolute, pickled, all_pickled, config_file,
     no_map, a_list, a_number, no_name, a_name_of_no_file, twice, two_maps,
     missing, a_folder, dangling, truncated, empty,

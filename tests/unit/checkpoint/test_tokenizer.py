@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from click.testing import CliRunner
 
 from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
@@ -153,3 +154,13 @@ def test_nothing_to_render_it_with(monkeypatch):
 
 def test_a_template_that_renders():
     assert chat_text(load_tokenizer(tiny.path()), "Who are you?").count("Who are you?") == 1
+
+
+def test_a_tokenizer_that_may_not_be_read(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(folder / "tokenizer.json"))
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read: .* no permission") as caught:
+        load_tokenizer(folder)
+    assert "fetch its files again" not in str(caught.value)

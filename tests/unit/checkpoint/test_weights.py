@@ -288,3 +288,14 @@ def test_a_saved_folder_is_whole(folder, tmp_path, size):
     assert (again.generation_config.max_length, again.generation_config.eos_token_id) == (77, [5, 6])
     for name, tensor in model.stock_state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_shapes_of_heads():
+    config = small_config(num_labels=3, tie_word_embeddings=True)
+    hidden = config.hidden_size
+    assert weights.head_shapes(config, ("score.weight", "score.bias")) == {
+        "score.weight": (3, hidden), "score.bias": (3,),
+    }  # fmt: skip
+    assert weights.head_shapes(config, weights.CAUSAL_LM) == {}
+    config.tie_word_embeddings = False
+    assert weights.head_shapes(config, weights.CAUSAL_LM) == {"lm_head.weight": (config.vocab_size, hidden)}

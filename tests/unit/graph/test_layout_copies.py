@@ -45,3 +45,11 @@ def test_a_copy_that_a_view_reads_stays():
         return g.call_function(aten.view.default, (copy, [-1]))
 
     assert clones_left(build) == 1
+
+
+def test_a_copy_that_another_operator_reads_after_one_of_ours_stays():
+    def build(g):
+        copy = copied(g, g.call_function(aten.neg.default, (g.placeholder("x"),)))
+        return swiglu(g, copy), g.call_function(aten.view.default, (copy, [-1]))
+
+    assert clones_left(build) == 1

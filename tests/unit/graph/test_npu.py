@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -44,12 +45,23 @@ def test_without_torch_npu_the_way_out_is_named(model, monkeypatch):
         compile_model(model, "torchair")
 
 
+@pytest.mark.parametrize("found", ["torchair", "torch_npu.dynamo.torchair", None])
+def test_torchair_is_looked_for_beside_torch_npu_and_in_it(monkeypatch, found):
+    monkeypatch.setattr(
+        npu.importlib.util, "find_spec", lambda name: object() if name in ("torch_npu", found) else None
+    )
+    if found is not None:
+        return npu.check_installed("torchair", ("eager",))
+    with pytest.raises(UnsupportedError, match="needs torchair, which this torch_npu does not have"):
+        npu.check_installed("torchair", ("eager",))
+
+
 def test_the_guides_word_for_graph_mode_is_torchair(monkeypatch):
     monkeypatch.setenv("EXE_MODE", "dynamo")
     assert graph.parse_mode(None) == "torchair"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("True", True), ("false", False), ("1", True)])
+@pytest.mark.parametrize(("text", "expected"), [("True", True), ("false", False), ("1", True), ("0", False)])
 def test_dynamic_compile_is_parsed(monkeypatch, text, expected):
     monkeypatch.setenv("DYNAMIC_COMPILE", text)
     assert graph.parse_dynamic(None, needed=False) is expected
@@ -79,6 +91,8 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
     guards = [
         guard("L['tokens']"),
         guard("L['self']._modules['norm'].eps"),
+        guard("L['self']._modules['rotary']._buffers['cos']"),  # may grow
+        guard("L['self']._modules['rotary']._buffers['sin']"),
         guard("", "SHAPE_ENV"),
         guard("G['torch']", is_global=True),
         guard("self._modules['norm'].eps"),
@@ -88,7 +102,7 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
         guard("inputs.actual_seq_lengths[0]"),
         guard("caches[0][1]"),
     ]
-    kept = [True, False, True, False, False, False, True, True, True, True]
+    kept = [True, False, True, True, True, False, False, False, True, True, True, True]
     assert npu.keep_input_guards(guards) == kept
 
 
@@ -223,6 +237,28 @@ def test_a_fingerprint_tells_sources_apart(model, source, monkeypatch):
     assert changed.exists()
     monkeypatch.setattr(Path, "read_bytes", lambda path: right(path) + (b" " if path == changed else b""))
     assert npu.fingerprint(model) != before
+
+
+@needs_torch_npu
+@pytest.mark.parametrize("package", ["torch", "torch_npu", "transformers"])
+def test_a_fingerprint_tells_versions_apart(model, package, monkeypatch):
+    before = npu.fingerprint(model)
+    monkeypatch.setattr(importlib.import_module(package), "__version__", "0.0")
+    assert npu.fingerprint(model) != before
+
+
+@needs_torch_npu
+def test_a_fingerprint_tells_sources_apart(model, monkeypatch, tmp_path):
+    files = [tmp_path / name for name in ("a.py", "z.py", "models/a.py", "graph/z.py", "parallel/b.py")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("1")
+    monkeypatch.setattr(npu, "__file__", str(tmp_path / "graph" / "npu.py"))
+    seen = {npu.fingerprint(model)}
+    for file in files:
+        file.write_text("2")
+        seen.add(npu.fingerprint(model))
+    assert len(seen) == len(files) + 1
 
 
 SCRIPT = """

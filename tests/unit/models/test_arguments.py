@@ -21,6 +21,10 @@ from qwen2_npu.models.inputs import Rows
         ({"foo": False}, r"takes no argument foo$"),
         ({"foo": 0, "bar": ""}, r"takes no argument foo, bar$"),
         (
+            {"foo": 1, "num_items_in_batch": 3},
+            r"takes no argument foo, num_items_in_batch; num_items_in_batch: ",
+        ),
+        (
             {"num_logits_to_keep": 1, "cache_position": 2},
             r"no argument num_logits_to_keep; .*its name is logits_to_keep",
         ),
