@@ -246,8 +246,7 @@ def compare_traces(
     ) -> PathComparison:
         ours, stock, true = (_Rows(each, where) for each in logits)
         if path not in known:
-            found = _known_path(path, stock, true, dtype)
-            known[path] = _pooled(found, known.get("prefill")) if pooled else found
+            known[path] = _with_usual_noise(_known_path(path, stock, true, dtype), known.get("prefill"), pooled)
         return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
 
     paths: list[PathComparison] = []
@@ -318,12 +317,12 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
     return KnownPath(path, best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
 
 
-def _pooled(path: KnownPath, prefill: KnownPath | None) -> KnownPath:
-    """With the noise of a position at least what is usual on its path, or in the pass that its path is of."""
+def _with_usual_noise(path: KnownPath, prefill: KnownPath | None, pooled: bool) -> KnownPath:
+    """What a few positions cannot say: see ``noise``."""
     whole = prefill if prefill is not None and path.path == "last_token" else path
     return replace(
         path,
-        noise=np.maximum(path.noise, root_mean(np.square(whole.noise))),
+        noise=np.maximum(path.noise, root_mean(np.square(whole.noise))) if pooled else path.noise,
         rms_baseline=max(path.rms_baseline, whole.rms_baseline),
     )
 
