@@ -13,9 +13,10 @@ margin.)
 
 **8-bit weights and activations.** What the baseline errs at one position is chance. A model that rounds otherwise may
 err where the baseline was lucky, so of a checkpoint with 8-bit weights the noise of a position is at least the RMS of
-those of its path, and of last tokens that of the prefill which they are of. 8-bit activations make it necessary: a value whose quotient by its row's scale lies close to a half goes to one integer
-or to its neighbour, by whatever rounding came before it. Such a step is larger than all other rounding: in the logits
-of the tiny checkpoint the noise is 3 times that of the same weights without it in bfloat16, and 20 times in float16.
+those of its path, and of last tokens that of the prefill which they are of. 8-bit activations make it necessary: a
+value whose quotient by its row's scale lies close to a half goes to one integer or to its neighbour, by whatever
+rounding came before it. Such a step is larger than all other rounding: in the logits of the tiny checkpoint the noise
+is 3 times that of the same weights without it in bfloat16, and 20 times in float16.
 
 In float32 such steps are too rare to be measured: a whole pass has none or a few, and its noise is 10^-6 or 10^-2. No
 NPU operator scales a product of 8-bit activations to float32 either, so ``w8a8`` is not compared there.
