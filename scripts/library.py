@@ -89,7 +89,11 @@ def chosen(path: str, source: bytes, mutation: Mutation, record: Record, budget:
     with other parameters, unless they are quick, near files before others, short ones before long ones.
     """
     if index_of(source, mutation) is None:
-        lines = [line for line in record.lines.get(path, {}) if line not in record.imported.get(path, ())]
+        lines = [
+            line
+            for function in outer_functions(ast.parse(source))
+            for line in range(function.body[0].lineno, (function.end_lineno or function.lineno) + 1)
+        ]
     else:
         lines = lines_of(source, mutation)
     reaching = record.reaching(path, lines)
