@@ -73,7 +73,10 @@ and the fast lane has thousands of tests; so two things are left out:
   sample had shown, and speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
 """
 
-NOT_TRIED = "\n{left} mutants of this slice were left for want of time: the columns say how many were tried.\n"
+NOT_TRIED = """
+{left} mutants of this slice were left for want of time: the columns say how many were tried. Where that is so, files
+may have been tried in their order, and not at random: the intervals are of the files that were tried.
+"""
 
 FILES = """
 | files | mutants | tried | noticed at first | noticed | change no rule | not noticed |
