@@ -85,6 +85,8 @@ def test_agrees_at_every_position(
     assert not failure, failure
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_layer_by_layer_has_the_numbers_of_the_whole(scheme: str, device: str) -> None:
     """The prompts are the same in both: of them every number is, and so is the perplexity."""

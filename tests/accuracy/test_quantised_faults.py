@@ -14,8 +14,15 @@ from tests.accuracy.faults import Fault
 from tests.accuracy.pairs import TINY
 from tests.accuracy.quantised_faults import QUANTISED_FAULTS
 
+FIRST = ("w8a16_scale_of_the_neighbour", "w8a8_scale_of_the_row_before")
+"""Faults of the fast lane: one of weights, one of activations."""
+LATER = (pytest.mark.slow, pytest.mark.slow_in_ci)
 
-@pytest.mark.parametrize("fault", QUANTISED_FAULTS, ids=lambda fault: fault.name)
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=() if fault.name in FIRST else LATER, id=fault.name) for fault in QUANTISED_FAULTS],
+)
 def test_fault_is_caught_and_named(fault: Fault, device: str) -> None:
     pair = quantised.pair_of(TINY, fault.step, "bfloat16", device)
     with fault.active():

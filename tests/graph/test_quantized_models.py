@@ -185,6 +185,8 @@ def test_each_fault_is_seen(fault: str) -> None:
     assert any(problem.startswith(f"{invariant}:") for problem in found), found
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_ordinary_weights_where_8_bits_are_claimed_and_the_other_way_round() -> None:
     for scheme in QUANTIZED:
         found = problems(lowered("decode", Optimizations.all()), Optimizations.up_to(scheme))

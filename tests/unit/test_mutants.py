@@ -204,6 +204,8 @@ def outcomes(path: Path) -> dict[str, str]:
     return {result["name"]: result["outcome"] for result in content["tests/rules.py"]["results"]}
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_a_fault_that_no_test_notices_is_named_and_one_that_a_test_notices_is_not(
     project: Project, tmp_path: Path
 ) -> None:

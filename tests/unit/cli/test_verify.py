@@ -95,6 +95,8 @@ def test_a_line_for_each_step_without_a_terminal(tmp_path: Path) -> None:
 
 
 # ---- 8-bit weights ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 def test_what_8_bits_cost_is_shown_and_written(tmp_path: Path) -> None:
     report = tmp_path / "verify.json"
     options = ["--model-path", str(quantised.folder("w8a8")), "--device", "cpu", "--steps", "w8a8"]

@@ -223,6 +223,8 @@ def test_a_scheme_that_cannot_be_had_is_refused_before_any_work(
         verify(quantised.folder(scheme) if scheme else None, device="cpu", dtype=dtype, steps=asked)
 
 
+@pytest.mark.slow
+@pytest.mark.slow_in_ci
 @pytest.mark.parametrize(("scheme", "stream"), [("w8a16", False), ("w8a8", True)])
 def test_a_quantised_checkpoint_and_what_it_costs(scheme: str, stream: bool) -> None:
     said: list[tuple[str, int, int]] = []
