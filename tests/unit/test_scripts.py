@@ -49,6 +49,9 @@ SHORT: dict[str, list[str]] = {
 NEEDS = {"fit_cost_model": "scipy", "bench_emulator": "torch_npu"}
 """Program -> a package that it documents it needs."""
 
+QUICK = {"mutants", "pip_install", "predict_mixture", "predict_quantized"}
+"""Programs that take no longer than Python and torch to start."""
+
 WRITES = {"power_page"}
 """Programs that write into the repository and nowhere else: they are not run."""
 
@@ -70,9 +73,19 @@ def test_a_program_that_imports_torch_first_is_seen() -> None:
     assert isinstance(ast.parse("import torch").body[0], ast.Import)
 
 
-@pytest.mark.slow
-@pytest.mark.slow_in_ci
-@pytest.mark.parametrize("path", [path for path in PROGRAMS if path.stem not in WRITES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # What compiles, measures or trains takes minutes together: a job of its own in ci.yml.
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=(pytest.mark.slow, pytest.mark.slow_in_ci) if path.stem in QUICK else pytest.mark.slow,
+        )
+        for path in PROGRAMS
+        if path.stem not in WRITES
+    ],
+)
 def test_it_runs_in_a_plain_python(path: Path, tmp_path: Path) -> None:
     needed = NEEDS.get(path.stem)
     if needed is not None and importlib.util.find_spec(needed) is None:
