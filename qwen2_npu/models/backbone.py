@@ -42,6 +42,7 @@ from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments
 from qwen2_npu.models.attention import AttentionInputs, AttentionPhase
 from qwen2_npu.models.decoder import LayerCache, Network, Record
+from qwen2_npu.models.experts import Experts
 from qwen2_npu.models.generation import GenerationHooks
 from qwen2_npu.models.inputs import MaskFactory, Rows, check_window, fixed_cache_step, pad_tokens, positions_after
 from qwen2_npu.models.layers import TABLE_ROWS, RowParallelLinear
@@ -112,6 +113,9 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
         elif isinstance(module, QuantizedLinear):
             module.reset_parameters(std)
 

@@ -15,6 +15,7 @@ from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models import arguments, backbone, layers
 from qwen2_npu.parallel.collectives import Ranks
 from qwen2_npu.parallel.sharding import Shard
+from tests.unit.mixture import mixture_config, needs_mixtures
 from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
@@ -410,3 +411,17 @@ def test_the_embeddings_of_a_part_are_not_resized():
     ):
         with pytest.raises(UnsupportedError, match="2 ranks share cannot be replaced or resized: do it with tp_size=1"):
             call()
+
+
+@pytest.mark.parametrize("of", [small_config, pytest.param(mixture_config, marks=needs_mixtures)])
+def test_no_weight_of_a_model_that_is_made_from_its_configuration_is_left_as_memory_was(of):
+    config = of()
+    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN
+    try:
+        model = Qwen2ForCausalLM.of_kind(config)(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if parameter.dim() > 1:
+            assert parameter.std().item() == pytest.approx(config.initializer_range, rel=0.2), name
