@@ -167,13 +167,15 @@ def reasons_of(found: dict[str, dict[str, Any]]) -> str:
             if result["outcome"] == "equal":
                 reasons.setdefault(result["reason"], []).append(place)
             elif result["outcome"] == "survived":
-                text += (
-                    f"- **A test is missing**: `{path}:{result['line']}`: `{textwrap.shorten(result['name'], 200)}`\n"
-                )
+                name = textwrap.shorten(result["name"], 200)
+                text += _item(f"**A test is missing**: `{path}:{result['line']}`: `{name}`")
     for reason, places in reasons.items():
-        line = f"{reason[0].upper()}{reason[1:]}: {', '.join(dict.fromkeys(places))}."
-        text += textwrap.fill(line, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
+        text += _item(f"{reason[0].upper()}{reason[1:]}: {', '.join(dict.fromkeys(places))}.")
     return text
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def page(found: dict[str, dict[str, Any]], first: First, before: str) -> str:
