@@ -182,14 +182,8 @@ class Attention(nn.Module):
         if rows:  # the operator that writes them takes three dimensions; a view of a copy would keep it in the graph
             key, value = key.squeeze(1) if turned else key, value.squeeze(1)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        if turned:
-            pass
-        elif kept is None:
-            query, key = self._rotate_fused(query, key, *cos_sin)
-        else:  # npu_apply_rotary_pos_emb takes as many positions of q as of k
-            of_kept = [take_positions(part, kept) for part in cos_sin]
-            query = torch.ops.npu.npu_rotary_mul(query, *of_kept, rotary_mode="half")
-            key = torch.ops.npu.npu_rotary_mul(key, *cos_sin, rotary_mode="half")
+        if not turned:
+            query, key = self._rotate_fused(query, key, cos_sin, kept)
         if cache is not None:
             if rows:
                 key = key if turned else key.squeeze(1)
@@ -209,13 +203,19 @@ class Attention(nn.Module):
         return self._prompt_attention(phase, query, key, value, self._mask(inputs), inputs.actual_seq_lengths)
 
     def _rotate_fused(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.head_dim == FUSED_ROPE_HEAD_DIM:
-            return torch.ops.npu.npu_apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half")
+        # The operator for both takes as many positions of q as of k.
+        if self.head_dim == FUSED_ROPE_HEAD_DIM and kept is None:
+            return torch.ops.npu.npu_apply_rotary_pos_emb(query, key, *cos_sin, layout="BSND", rotary_mode="half")
+        of_query = cos_sin if kept is None else [take_positions(part, kept) for part in cos_sin]
         return (
-            torch.ops.npu.npu_rotary_mul(query, cos, sin, rotary_mode="half"),
-            torch.ops.npu.npu_rotary_mul(key, cos, sin, rotary_mode="half"),
+            torch.ops.npu.npu_rotary_mul(query, *of_query, rotary_mode="half"),
+            torch.ops.npu.npu_rotary_mul(key, *cos_sin, rotary_mode="half"),
         )
 
     def _prompt_attention(

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.ops.quantization import MAX_SIZE
+from qwen2_npu.ops.quantization import MAX_SIZE, OUTPUT_DTYPES
 from qwen2_npu.parallel.collectives import Ranks
 
 Scheme = Literal["w8a16", "w8a8"]
 
-FLOAT16, BFLOAT16, INT32 = 5, 15, 3
-"""Numbers of dtypes in the operators' schemas."""
+NUMBERS = {dtype: number for number, dtype in OUTPUT_DTYPES.items()}
+"""Of the dtypes that a product has, in the operator's schema."""
 
-RESULTS = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+RESULTS = (torch.float16, torch.bfloat16)
 """The dtypes that npu_quant_matmul scales its sums to. float32, which no NPU computes a model in, is scaled here."""
 
 UNIFORM_STD = 73.3
@@ -154,7 +154,7 @@ class QuantizedLinear(nn.Module):
             return (y if wide_bias is None else y + wide_bias).view(shape)
         return torch.ops.npu.npu_quant_matmul(
             values.reshape(-1, self.in_features), weight.mT, wide_scale,
-            pertoken_scale=token.reshape(-1), bias=wide_bias, output_dtype=RESULTS[dtype],
+            pertoken_scale=token.reshape(-1), bias=wide_bias, output_dtype=NUMBERS[dtype],
         ).view(shape)  # fmt: skip
 
     def sums(self, x: QuantizedRows) -> torch.Tensor:
@@ -165,7 +165,7 @@ class QuantizedLinear(nn.Module):
 
 def _sums(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # The operator wants a scale for a result that it does not scale, too.
-    return torch.ops.npu.npu_quant_matmul(values.flatten(0, -2), weight.mT, scale, output_dtype=INT32)
+    return torch.ops.npu.npu_quant_matmul(values.flatten(0, -2), weight.mT, scale, output_dtype=NUMBERS[torch.int32])
 
 
 def _constant(tensor: torch.Tensor) -> nn.Parameter:

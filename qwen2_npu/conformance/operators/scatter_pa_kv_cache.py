@@ -13,6 +13,7 @@ before anything is written. The layout 'PA_NZ' and compressed rows are not in th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,18 +118,17 @@ INVALID = (
 )
 
 
-def _operator(name: str, writes: tuple[str, ...]) -> OperatorRecord:
-    return OperatorRecord(
-        name=name,
-        build=build,
-        golden=golden,
-        samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
-        strategy=strategy,
-        invalid=INVALID,
-        writes=writes,
-        graph_writes=writes,
-    )
-
-
-OUT_OF_PLACE = _operator("npu_scatter_pa_kv_cache_functional", ())
-IN_PLACE = _operator("npu_scatter_pa_kv_cache", ("key_cache", "value_cache"))
+OUT_OF_PLACE = OperatorRecord(
+    name="npu_scatter_pa_kv_cache_functional",
+    build=build,
+    golden=golden,
+    samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
+    strategy=strategy,
+    invalid=INVALID,
+)
+IN_PLACE = replace(
+    OUT_OF_PLACE,
+    name="npu_scatter_pa_kv_cache",
+    writes=("key_cache", "value_cache"),
+    graph_writes=("key_cache", "value_cache"),
+)

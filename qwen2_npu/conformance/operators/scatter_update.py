@@ -11,6 +11,7 @@ bounds; eager kernels on a CPU raise IndexError before anything is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,18 +111,12 @@ INVALID = (
 )
 
 
-def _operator(name: str, writes: tuple[str, ...]) -> OperatorRecord:
-    return OperatorRecord(
-        name=name,
-        build=build,
-        golden=golden,
-        samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
-        strategy=strategy,
-        invalid=INVALID,
-        writes=writes,
-        graph_writes=writes,
-    )
-
-
-OUT_OF_PLACE = _operator("scatter_update", ())
-IN_PLACE = _operator("scatter_update_", ("input",))
+OUT_OF_PLACE = OperatorRecord(
+    name="scatter_update",
+    build=build,
+    golden=golden,
+    samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
+    strategy=strategy,
+    invalid=INVALID,
+)
+IN_PLACE = replace(OUT_OF_PLACE, name="scatter_update_", writes=("input",), graph_writes=("input",))

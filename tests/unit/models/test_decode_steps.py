@@ -160,12 +160,7 @@ def test_a_mixture_decodes_as_before() -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM.of_kind(config)(config, Optimizations.all()).eval()
     found = []
-    for name in ("fused_moe", "swiglu"):
-        switched = (
-            Optimizations.all()
-            if name == "fused_moe"
-            else Optimizations.all().replace(one_rotary=False, kv_scatter=False)
-        )
+    for switched in (Optimizations.all(), Optimizations.all().replace(one_rotary=False, kv_scatter=False)):
         other = Qwen2ForCausalLM.of_kind(config)(config, switched).eval()
         other.load_state_dict(model.state_dict())
         found.append(logits_of(other, MASKS["left"])[0])

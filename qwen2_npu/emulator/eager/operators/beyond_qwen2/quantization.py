@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from qwen2_npu import ops
+from qwen2_npu.ops.quantization import INT8
 
 Tensor = torch.Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
-INT8 = (None, 1, torch.int8)
 RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(1 << 31), (1 << 31) - 1)}
 
 SCALAR_TYPES = {
