@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qwen2_npu.checkpoint.byte_ranges import ByteSource, NewFile, Range, Stored, equal, tensor_file
+from qwen2_npu.checkpoint import merged
+from qwen2_npu.checkpoint.byte_ranges import ByteSource, NewFile, Range, Stored, equal, read_header, tensor_file
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_object
 from qwen2_npu.checkpoint.folders import (
     MERGING,
@@ -26,8 +27,9 @@ from qwen2_npu.checkpoint.folders import (
     unreadable,
 )
 from qwen2_npu.checkpoint.naming import EMBEDDING, Renamed, as_stock
-from qwen2_npu.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from qwen2_npu.checkpoint.shards import INDEX_FILE, SINGLE_FILE, weights_files
 from qwen2_npu.checkpoint.sources import open_stored
+from qwen2_npu.checkpoint.weights import check_source
 from qwen2_npu.compat import WEIGHTS_FIELD, named_weights
 from qwen2_npu.errors import CheckpointError
 
@@ -224,6 +226,25 @@ def opened(folder: Path, config: Any, files: list[str]) -> Any:
     if (other := next((name for name in names if names[name] not in (name, EMBEDDING)), None)) is not None:
         raise CheckpointError(f"{folder}: {other} is what the model has as {names[other]}: {way_out}")
     return source
+
+
+def unmerged(
+    folder: Path, config: Any, refusal: Callable[[Path, str], CheckpointError]
+) -> tuple[Any, dict[str, tuple[dict[str, str], dict[str, Stored]]]]:
+    """The tensors of an ordinary checkpoint, which fit its configuration; and per file its metadata and tensors.
+
+    Args:
+        refusal: what to raise of a folder that has a merged tensor of that name.
+
+    Raises:
+        CheckpointError: what is wrong with it.
+    """
+    files = plain(folder, weights_files(folder, config=config))
+    stored = opened(folder, config, files)
+    if (name := next(filter(merged.is_merged, stored.shapes()), None)) is not None:
+        raise refusal(folder, name)
+    check_source(stored)
+    return stored, {file: read_header(folder / file) for file in files}
 
 
 def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[str, ...]]:

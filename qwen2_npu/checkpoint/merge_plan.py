@@ -24,6 +24,7 @@ from qwen2_npu.checkpoint.folder_plan import (
     plan_of,
     read_text,
     separate,
+    unmerged,
     with_first,
 )
 from qwen2_npu.checkpoint.folders import locked
@@ -48,17 +49,12 @@ def plan_merge(source: str | Path, output: str | Path, *, tp_size: int = 1) -> F
     with locked(folder, shared=True):
         config = _float_config(folder)
         layout.check(config)
-        files = plain(folder, weights_files(folder, config=config))
-        stored = opened(folder, config, files)
-        if (name := next(filter(merged.is_merged, stored.shapes()), None)) is not None:
-            raise _already_merged(folder, name)
-        check_source(stored)
-        headers = {file: read_header(folder / file) for file in files}
+        stored, headers = unmerged(folder, config, _already_merged)
 
     blocks = layout.blocks(config)
     found = {name: each for _, tensors in headers.values() for name, each in tensors.items()}
     file_of = {name: file for file, (_, tensors) in headers.items() for name in tensors}
-    new: dict[str, dict[str, Spec]] = {file: {} for file in files}
+    new: dict[str, dict[str, Spec]] = {file: {} for file in headers}
     moved: dict[str, str] = {}
     for name, each in found.items():
         whole = merged.merged_name(name)

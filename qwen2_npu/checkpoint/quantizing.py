@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen2_npu.checkpoint import byte_ranges, merged, merging
-from qwen2_npu.checkpoint.byte_ranges import Stored, chunks, read_header
+from qwen2_npu.checkpoint.byte_ranges import Stored, chunks
 from qwen2_npu.checkpoint.configuration import CONFIG_FILE, read_config
-from qwen2_npu.checkpoint.folder_plan import FolderPlan, Spec, opened, plain, plan_of, read_text, separate, with_first
+from qwen2_npu.checkpoint.folder_plan import FolderPlan, Spec, plan_of, read_text, separate, unmerged, with_first
 from qwen2_npu.checkpoint.folders import QUANTISING, locked
 from qwen2_npu.checkpoint.naming import HEAD
 from qwen2_npu.checkpoint.packing import integers_of, pack, scales_of, words
 from qwen2_npu.checkpoint.quantization import FIELD, FORMATS, PACKED, PATTERN, PRODUCT, described, quantization_of
 from qwen2_npu.checkpoint.quantized import PACKED_WEIGHT, SCALE, SHAPE, WEIGHT
-from qwen2_npu.checkpoint.shards import weights_files
 from qwen2_npu.checkpoint.sources import STORED
-from qwen2_npu.checkpoint.weights import check_source, stock_shapes
+from qwen2_npu.checkpoint.weights import stock_shapes
 from qwen2_npu.compat import expert_count
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 
@@ -149,12 +148,7 @@ def plan_quantize(source: str | Path, output: str | Path, *, scheme: str, ignore
     with locked(folder, shared=True):
         config = read_config(folder)
         _check_model(config, folder)
-        files = plain(folder, weights_files(folder, config=config))
-        stored = opened(folder, config, files)
-        if (name := next(filter(merged.is_merged, stored.shapes()), None)) is not None:
-            raise _merged(folder, name)
-        check_source(stored)
-        headers = {file: read_header(folder / file) for file in files}
+        _, headers = unmerged(folder, config, _merged)
 
     modules = [name.removesuffix(f".{WEIGHT}") for name in stock_shapes(config) if name.endswith(f".{WEIGHT}")]
     products = [module for module in modules if PRODUCT.fullmatch(module)]
@@ -169,7 +163,7 @@ def plan_quantize(source: str | Path, output: str | Path, *, scheme: str, ignore
         raise UnsupportedError(f"--ignore {' '.join(ignore)}: {error}") from error
     quantised = tuple(module for module in products if module not in kept)
     weights = {f"{module}.{WEIGHT}" for module in quantised}
-    new: dict[str, dict[str, Spec]] = {file: {} for file in files}
+    new: dict[str, dict[str, Spec]] = {file: {} for file in headers}
     for file, (_, tensors) in headers.items():
         for name, each in tensors.items():
             as_it_is: dict[str, Spec] = {name: (each.dtype, each.shape, [each.bytes])}
