@@ -273,10 +273,10 @@ def test_inputs_not_marked_static() -> None:
 def test_angles_read_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Attention._rotate_fused
 
-    def rotate(self: Attention, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        table = self._rotary[0]
+    def rotate(self: Attention, query: torch.Tensor, key: torch.Tensor, cos_sin: Any, kept: Any) -> Any:
+        (cos, sin), table = cos_sin, self._rotary[0]
         again = table.cos[torch.zeros(cos.shape[:2], dtype=torch.int64, device=cos.device)]  # type: ignore[index]
-        return original(self, query, key, cos + again.unsqueeze(2), sin)
+        return original(self, query, key, (cos + again.unsqueeze(2), sin), kept)
 
     monkeypatch.setattr(Attention, "_rotate_fused", rotate)
     before = Optimizations.up_to("last_layer")
