@@ -118,9 +118,13 @@ LONG, LONG_WAY = 1020, (1, 3)
 """Tokens of the long prompt, whose second half is judged on its own, and what follows it."""
 
 
+def pair_of(model: str, dtype: str, device: str) -> ModelPair:
+    """The stock model on that device, and its exact self, of random weights for that model."""
+    return _pair(model, dtype, str(torch.empty(0, device=device).device))  # npu is npu:0
+
+
 @cache
-def pair_of(model: str, dtype: str) -> ModelPair:
-    """The stock model and its exact self of random weights for that model."""
+def _pair(model: str, dtype: str, device: str) -> ModelPair:
     scheme, settings = QUANTISED[model] if model in QUANTISED else ("", (MODELS | LONG_MODELS)[model])
     config = small_config(
         **{"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 2048} | settings
@@ -128,12 +132,13 @@ def pair_of(model: str, dtype: str) -> ModelPair:
     parsed = getattr(torch, dtype)
     state = random_state_dict(config, dtype=parsed)
     if scheme:
-        return ModelPair.of(quantised.weights_of(model, config, state, scheme, parsed, "cpu"), "cpu", 0)
+        return ModelPair.of(quantised.weights_of(model, config, state, scheme, parsed, device), device, 0)
 
     def build(optimizations: Optimizations) -> Any:
-        return Qwen2ForCausalLM.from_state_dict(config, state, dtype=parsed, optimizations=optimizations).eval()
+        made = Qwen2ForCausalLM.from_state_dict(config, state, dtype=parsed, device=device, optimizations=optimizations)
+        return made.eval()
 
-    return ModelPair.of(PairWeights(model, StateDictSource(config, state), parsed, build), "cpu", 0)
+    return ModelPair.of(PairWeights(model, StateDictSource(config, state), parsed, build), device, 0)
 
 
 def batch_of(name: str) -> Batch:
@@ -165,10 +170,13 @@ def walk(model: Any, batch: Batch, way: tuple[int | Crop | Reorder, ...], *, pos
 
     def step(ids: torch.Tensor, mask: torch.Tensor) -> None:
         nonlocal kept
-        given = {"position_ids": position_ids_of(mask)[:, -ids.shape[1] :]} if positions else {}
+        given = {"input_ids": ids}
+        if positions:
+            given["position_ids"] = position_ids_of(mask)[:, -ids.shape[1] :]
         if not mask.all():  # the ladder passes one always
             given["attention_mask"] = mask
-        output = model(input_ids=ids, use_cache=True, **{CACHE_NAME: kept}, **given)
+        there = {name: tensor.to(model.device) for name, tensor in given.items()}
+        output = model(use_cache=True, **{CACHE_NAME: kept}, **there)
         kept = cache_of(output)
         found.append(to_numpy(output.logits))
 
@@ -180,7 +188,7 @@ def walk(model: Any, batch: Batch, way: tuple[int | Crop | Reorder, ...], *, pos
                 mask = mask[:, :-tokens]
             case Reorder():
                 order = torch.tensor(action.rows(rows))
-                kept.reorder_cache(order)
+                kept.reorder_cache(order.to(model.device))
                 mask = mask[order]
             case tokens:
                 ids = torch.randint(VOCABULARY, (rows, tokens), generator=generator)
@@ -197,26 +205,26 @@ def walk(model: Any, batch: Batch, way: tuple[int | Crop | Reorder, ...], *, pos
 
 @cache
 def _stock_traces(
-    model: str, dtype: str, batch: str, way: str, rounded: bool
+    model: str, dtype: str, device: str, batch: str, way: str, rounded: bool
 ) -> tuple[Trace, Trace, dict[str, KnownPath]]:
     positions = BATCHES[batch][1] == 0
-    with pair_of(model, dtype).stock(rounded) as (stock, reference):
+    with pair_of(model, dtype, device).stock(rounded) as (stock, reference):
         baseline = walk(stock, batch_of(batch), WAYS[way], positions=positions)
         with exact(reference):
             return baseline, walk(reference, batch_of(batch), WAYS[way], positions=positions), {}
 
 
 def compare(ours: Any, model: str, dtype: str, batch: str, way: str) -> Comparison:
-    """``ours``, a model of ``pair_of(model, dtype)``, through that batch on that way."""
-    pair = pair_of(model, dtype)
-    baseline, reference, known = _stock_traces(model, dtype, batch, way, pair.rounds(ours))
+    """``ours``, a model of ``pair_of(model, dtype, …)``, through that batch on that way."""
+    pair = pair_of(model, dtype, str(ours.device))
+    baseline, reference, known = _stock_traces(model, dtype, str(ours.device), batch, way, pair.rounds(ours))
     trace = walk(ours, batch_of(batch), WAYS[way], positions=BATCHES[batch][1] == 0)
     return compare_traces(trace, baseline, reference, pair.dtype, known, pooled=bool(pair.scheme))
 
 
 @cache
-def _long_traces(model: str, dtype: str) -> tuple[Trace, Trace]:
-    pair = pair_of(model, dtype)
+def _long_traces(model: str, dtype: str, device: str) -> tuple[Trace, Trace]:
+    pair = pair_of(model, dtype, device)
     baseline = walk(pair.baseline, long_batch(), LONG_WAY)
     with exact(pair.reference):
         return baseline, walk(pair.reference, long_batch(), LONG_WAY)
@@ -224,7 +232,7 @@ def _long_traces(model: str, dtype: str) -> tuple[Trace, Trace]:
 
 def compare_long(ours: Any, model: str, dtype: str) -> tuple[Comparison, Comparison]:
     """The first half of the long prompt, and the second with what follows it."""
-    traces = walk(ours, long_batch(), LONG_WAY), *_long_traces(model, dtype)
+    traces = walk(ours, long_batch(), LONG_WAY), *_long_traces(model, dtype, str(ours.device))
     halves = []
     for part in (slice(LONG // 2), slice(LONG // 2, None)):
         cut = [

@@ -38,8 +38,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("preset", "model", "dtype", "batch", "way"), CASES)
-def test_agrees_at_every_position(preset: str, model: str, dtype: str, batch: str, way: str) -> None:
-    assert not compare(built(model, dtype, preset), model, dtype, batch, way).failures()
+def test_agrees_at_every_position(preset: str, model: str, dtype: str, batch: str, way: str, device: str) -> None:
+    assert not compare(built(model, dtype, preset, device), model, dtype, batch, way).failures()
 
 
 def quantised_cases() -> list[Any]:
@@ -58,8 +58,10 @@ def quantised_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("preset", "model", "dtype", "batch", "way"), quantised_cases())
-def test_8_bit_weights_agree_at_every_position(preset: str, model: str, dtype: str, batch: str, way: str) -> None:
-    assert not compare(built(model, dtype, preset), model, dtype, batch, way).failures()
+def test_8_bit_weights_agree_at_every_position(
+    preset: str, model: str, dtype: str, batch: str, way: str, device: str
+) -> None:
+    assert not compare(built(model, dtype, preset, device), model, dtype, batch, way).failures()
 
 
 LONG_CASES = [("long", "none", "bfloat16"), ("long", "flash_attention", "float32"), ("long", "all", "bfloat16")]
@@ -68,34 +70,36 @@ if "long_window" in LONG_MODELS:
 
 
 @pytest.mark.parametrize(("model", "preset", "dtype"), LONG_CASES)
-def test_agrees_at_long_positions(model: str, preset: str, dtype: str) -> None:
+def test_agrees_at_long_positions(model: str, preset: str, dtype: str, device: str) -> None:
     """Errors of an angle grow with its position: averaged over a prompt, or in a short one, they do not show."""
-    first, second = compare_long(built(model, dtype, preset), model, dtype)
+    first, second = compare_long(built(model, dtype, preset, device), model, dtype)
     assert not first.failures()
     assert not second.failures()
 
 
 @pytest.mark.parametrize(("preset", "model", "batch"), pairwise(tuple(PRESETS), tuple(MODELS), ("one", "ragged")))
-def test_beams_are_those_of_the_stock_model(preset: str, model: str, batch: str) -> None:
-    assert torch.equal(beams(built(model, "float32", preset), batch), stock_beams(model, batch))
+def test_beams_are_those_of_the_stock_model(preset: str, model: str, batch: str, device: str) -> None:
+    assert torch.equal(beams(built(model, "float32", preset, device), batch), stock_beams(model, batch, device))
 
 
 @pytest.mark.parametrize("batch", ["one", "ragged"])
 @pytest.mark.parametrize("model", QUANTISED)
-def test_beams_of_8_bit_weights_are_those_of_the_stock_model(model: str, batch: str) -> None:
+def test_beams_of_8_bit_weights_are_those_of_the_stock_model(model: str, batch: str, device: str) -> None:
     scheme, _ = QUANTISED[model]
     for preset, optimizations in QUANTISED_PRESETS[scheme].items():
-        assert torch.equal(beams(built(model, "float32", preset), batch), stock_beams(model, batch, optimizations.w8a8))
+        assert torch.equal(
+            beams(built(model, "float32", preset, device), batch), stock_beams(model, batch, device, optimizations.w8a8)
+        )
 
 
 @cache
-def built(model: str, dtype: str, preset: str) -> Any:
-    return pair_of(model, dtype).build(EVERY_PRESET[preset])
+def built(model: str, dtype: str, preset: str, device: str) -> Any:
+    return pair_of(model, dtype, device).build(EVERY_PRESET[preset])
 
 
 @cache
-def stock_beams(model: str, batch: str, rounded: bool = False) -> torch.Tensor:
-    with pair_of(model, "float32").stock(rounded) as (stock, _):
+def stock_beams(model: str, batch: str, device: str, rounded: bool = False) -> torch.Tensor:
+    with pair_of(model, "float32", device).stock(rounded) as (stock, _):
         return beams(stock, batch)
 
 
@@ -103,7 +107,7 @@ def beams(model: Any, batch: str) -> torch.Tensor:
     """The two best of three continuations per row."""
     given = batch_of(batch)
     found: torch.Tensor = model.generate(
-        given.input_ids, attention_mask=given.attention_mask, do_sample=False, pad_token_id=0, max_new_tokens=7,
-        num_beams=3, num_return_sequences=2,
+        given.input_ids.to(model.device), attention_mask=given.attention_mask.to(model.device), do_sample=False,
+        pad_token_id=0, max_new_tokens=7, num_beams=3, num_return_sequences=2,
     )  # fmt: skip
-    return found
+    return found.cpu()
