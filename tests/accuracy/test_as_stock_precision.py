@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, Qwen2Model
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.models import arguments, pretrained
 from tests.unit.small import small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
 
@@ -51,6 +53,13 @@ def test_a_model_goes_to_the_default_device(folder, stock, device):
     with torch.no_grad():
         assert torch.equal(within(ids).logits, expected(ids).logits)
     assert_same_tokens(tokens, expected.generate(ids, max_new_tokens=3, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("spread", pretrained.ACCELERATOR_MAPS)
+def test_spread_over_accelerators_is_the_current_one(folder, spread):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    expected = "cpu" if accelerator is None else accelerator.type
+    assert Qwen2ForCausalLM.from_pretrained(folder, device_map=spread).device.type == expected
 
 
 def test_the_meta_device_is_refused(folder):
@@ -128,3 +137,26 @@ def test_float64_is_not_loaded(folder, stock, tmp_path):
         with pytest.raises(UnsupportedError, match=r"dtype=.*; supported are float32, bfloat16, float16 and 'auto'"):
             Qwen2ForCausalLM.from_pretrained(folder, dtype=name)
     assert Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+# ---- an accelerator runs ahead of the program --------------------------------------------------------------------
+@torch.no_grad()
+def test_a_decode_step_does_not_wait_for_a_device(stock, ids, device, monkeypatch):
+    """So its values are looked into on the CPU alone; a longer continuation's everywhere."""
+    if device == "cpu":
+        pytest.skip("the CPU is nobody to wait for")
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), device=device)
+    given = ids.to(device)
+    first = model(given, use_cache=True)
+    with pytest.raises(ValueError, match="is outside the vocabulary of 199"):
+        model(given[:, :2] + 300, past_key_values=cache_of(first))
+    monkeypatch.setattr(arguments, "_extremes", lambda values: pytest.fail("it was looked into"))
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read(self) if self.is_cpu else pytest.fail("it waits"))
+    place = torch.full((3, 1), 12, device=device)
+    model(
+        given[:, :1],
+        attention_mask=torch.ones(3, 13, device=device),
+        position_ids=place,
+        **{CACHE_NAME: cache_of(first)},
+    )

@@ -32,7 +32,8 @@ class Shape:
     rope_theta: float = 1e6
     eps: float = 1e-6
     bound_heads: tuple[int, int] | None = None
-    """(heads, kv_heads) where hidden_size must be heads·head_dim (transformers 4.37): same ratio, fewer heads."""
+    """(heads, kv_heads) where hidden_size must be heads·head_dim (transformers 4.37): same ratio, fewer heads,
+    since products grow with the square of that size."""
     experts: int = 0
     """Of a mixture; two of them serve each token, as an eighth do in the published model."""
 
@@ -41,9 +42,9 @@ SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape("qwen2-0.5b", heads=14, kv_heads=2, head_dim=64, tied=True),
-        Shape("qwen2-1.5b", heads=12, kv_heads=2, head_dim=128, tied=True, bound_heads=(12, 2)),
-        Shape("qwen2-7b", heads=28, kv_heads=4, head_dim=128, tied=False, bound_heads=(14, 2)),
-        Shape("qwen2-72b", heads=64, kv_heads=8, head_dim=128, tied=False, bound_heads=(16, 2)),
+        Shape("qwen2-1.5b", heads=12, kv_heads=2, head_dim=128, tied=True),
+        Shape("qwen2-7b", heads=28, kv_heads=4, head_dim=128, tied=False, bound_heads=(7, 1)),
+        Shape("qwen2-72b", heads=64, kv_heads=8, head_dim=128, tied=False, bound_heads=(8, 1)),
         Shape("qwen1.5-0.5b", heads=16, kv_heads=16, head_dim=64, tied=True),
     )
 }

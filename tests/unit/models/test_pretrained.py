@@ -115,13 +115,6 @@ def test_one_device(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, **given).device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("spread", pretrained.ACCELERATOR_MAPS)
-def test_spread_over_accelerators_is_the_current_one(folder, spread):
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    expected = "cpu" if accelerator is None else accelerator.type
-    assert Qwen2ForCausalLM.from_pretrained(folder, device_map=spread).device.type == expected
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -10,7 +10,6 @@ import torch
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
 from qwen2_npu.compat import CACHE_NAME, cache_of, torch_dtype_of
 from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedError
-from qwen2_npu.models import arguments
 from qwen2_npu.optimizations import VARIANTS
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
@@ -260,28 +259,6 @@ def test_a_continuation_is_looked_into(stock, ids, optimizations):
         with pytest.raises(ValueError, match=message):
             model(new, past_key_values=cache_of(first), **changes)
     assert cache_of(first).get_seq_length() == 12
-
-
-@torch.no_grad()
-def test_a_decode_step_does_not_wait_for_a_device(stock, ids, device, monkeypatch):
-    """So its values are looked into on the CPU alone; a longer continuation's everywhere."""
-    if device == "cpu":
-        pytest.skip("the CPU is nobody to wait for")
-    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), device=device)
-    given = ids.to(device)
-    first = model(given, use_cache=True)
-    with pytest.raises(ValueError, match="is outside the vocabulary of 199"):
-        model(given[:, :2] + 300, past_key_values=cache_of(first))
-    monkeypatch.setattr(arguments, "_extremes", lambda values: pytest.fail("it was looked into"))
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read(self) if self.is_cpu else pytest.fail("it waits"))
-    place = torch.full((3, 1), 12, device=device)
-    model(
-        given[:, :1],
-        attention_mask=torch.ones(3, 13, device=device),
-        position_ids=place,
-        **{CACHE_NAME: cache_of(first)},
-    )
 
 
 @torch.no_grad()

@@ -439,7 +439,7 @@ def test_a_wrong_mapping_of_kv_heads_is_not_called_a_rotary_embedding(
 ) -> None:
     """Small operators repeat kv heads themselves. Where the first head of each group is right by luck, attention is
     the first that is wrong."""
-    grouped = ModelPair.of_shape("qwen2-7b", decode_steps=1)
+    grouped = ModelPair.of_shape("qwen2-1.5b", decode_steps=1)
     monkeypatch.setattr(attention, "_repeat_heads", MAPPINGS[mapping])
     message = grouped.failure(Optimizations.up_to(step) if step else Optimizations.none(), "one")
     heads = "layer 0, key (heads in the wrong places: the mapping of query heads to kv heads" in message
