@@ -132,7 +132,7 @@ def pytest_runtestloop() -> None:
     gc.enable()
 
 
-FILES_BETWEEN_COLLECTIONS = 20
+FILES_BETWEEN_COLLECTIONS = 40
 """Test files after which the garbage collector looks at everything once more."""
 
 

@@ -67,7 +67,10 @@ def test_what_one_environment_leaves_out_another_one_runs() -> None:
     lanes = set(tox("tox", "env_list")[0].split(", "))
     left_out = {lane: " ".join(tox("elsewhere", lane)).replace("--ignore=", "").split() for lane in lanes}
     commands = tox("testenv", "commands")
-    assert {f'{lane}: pytest -m "not slow" -n 2 {{posargs:{{[elsewhere]{lane}}}}}' for lane in lanes} <= set(commands)
+    for lane in lanes:
+        # What is slow_in_ci runs where torch_npu is, or in the newer of the two environments without.
+        marked = '"not slow"' if lane == "transformers437" else '"not slow or slow_in_ci"'
+        assert f"{lane}: pytest -m {marked} -n 2 {{posargs:{{[elsewhere]{lane}}}}}" in commands
     for path in {path for paths in left_out.values() for path in paths}:
         assert (ROOT / path).exists(), path
         assert any(path not in paths for paths in left_out.values()), f"no environment runs {path}"
@@ -100,7 +103,6 @@ def test_one_version_of_each_tool_everywhere() -> None:
 
 def test_slow_tests_of_ci_are_slow_tests() -> None:
     """tox runs them by their own marker; the fast lane leaves them out by the other one."""
-    assert [command for command in tox("testenv", "commands") if "-m slow_in_ci " in f"{command} "]
     marked = 0
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
