@@ -124,6 +124,11 @@ def _hands_tests_out(config: pytest.Config) -> bool:
     return config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes seconds comes first, so that no worker of pytest-xdist waits for another one's at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow_in_ci") is None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     """What was imported and collected stays: the garbage collector need not look at it again and again."""

@@ -26,6 +26,7 @@ SAYS = {
 }
 """Example -> what it prints."""
 
+SLOW = (pytest.mark.slow, pytest.mark.slow_in_ci)
 only_emulated = pytest.mark.skipif(not emulator.is_active(), reason="there are no emulated cards here")
 
 
@@ -44,7 +45,7 @@ def test_all_are_here() -> None:
 @pytest.mark.parametrize(
     "path",
     # In a process that has imported everything; comparing and compiling take seconds.
-    [pytest.param(path, marks=() if path.stem == "generate" else pytest.mark.slow) for path in EXAMPLES],
+    [pytest.param(path, marks=() if path.stem == "generate" else SLOW) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
 def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +65,7 @@ def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.slow_in_ci
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem != "generate"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs_in_a_plain_python(path: Path) -> None:
     done = plain_python(path)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,8 @@ def imports(code: str) -> list[str]:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_imports_this_project_first(path: Path) -> None:
-    """What the slow lane shows by running it: torch cannot be imported first where there is no NPU."""
+    """What the slow lane shows by running it: torch cannot be imported first where there is no NPU. In CI the README's
+    script is run so."""
     assert imports(path.read_text(encoding="utf-8"))[0] == "qwen2_npu"
 
 

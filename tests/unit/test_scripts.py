@@ -49,8 +49,8 @@ SHORT: dict[str, list[str]] = {
 NEEDS = {"fit_cost_model": "scipy", "bench_emulator": "torch_npu"}
 """Program -> a package that it documents it needs."""
 
-QUICK = {"mutants", "pip_install", "predict_mixture", "predict_quantized"}
-"""Programs that take no longer than Python and torch to start."""
+QUICK = {"mutants", "pip_install", "predict_quantized"}
+"""Some that take no longer than Python and torch to start."""
 
 WRITES = {"power_page"}
 """Programs that write into the repository and nowhere else: they are not run."""
