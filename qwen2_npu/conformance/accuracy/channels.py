@@ -39,6 +39,7 @@ SHAPE = "four"
 """The batch that channels are judged on: the one of most tokens."""
 CHANCE = 12
 """The decimal logarithm of how unlikely a right channel is to be found wrong, negated."""
+TINY = float(np.finfo(np.float64).tiny)
 ROUNDING = 12**-0.5
 """RMS error of rounding to the nearest integer."""
 
@@ -137,7 +138,7 @@ def channel_errors(ours: Array, stock: Array, true: Array, dtype: torch.dtype) -
     each[each == 0] = 1
     size = _rms(true / each)
     noise = np.maximum(_rms((stock - true) / each), _rms((rounded(true, dtype) - true) / each))
-    usual = root_mean(np.square(noise)) / max(root_mean(np.square(size)), 1e-300) * size
+    usual = root_mean(np.square(noise)) / max(root_mean(np.square(size)), TINY) * size
     return _rms((ours - true) / each), np.maximum(noise, usual)
 
 
@@ -156,8 +157,8 @@ def _worst(point: Point, error: Array, noise: Array) -> ErrorLocation | None:
     if beyond.mean() > 0.5:
         whole = ErrorRatio(root_mean(np.square(error)), root_mean(np.square(noise)), 0.0)
         return ErrorLocation("prefill", point.layer, point.name, point.operators, whole, allowed=allowed)
-    finite = np.where(np.isfinite(error), error, 1e30)
-    worst = int(np.where(beyond, finite / np.maximum(noise, 1e-30), 0).argmax())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worst = int(np.where(beyond, error / noise, 0).argmax())  # the first NaN, where there is one
     one = ErrorRatio(float(error[worst]), float(noise[worst]), 0.0)
     return ErrorLocation("prefill", point.layer, point.name, point.operators, one, channel=worst, allowed=allowed)
 

@@ -104,7 +104,7 @@ def widths_of_parts(module: str, config: Any, ranks: int) -> list[int]:
 
 
 def _rounding(widths: list[int]) -> Callable[[Any, Any], Any]:
-    return lambda module, inputs: (kept_in_int8(inputs[0], widths), *inputs[1:])
+    return lambda linear, inputs: (kept_in_int8(inputs[0], widths),)
 
 
 def _numbered_from(name: str, first_layer: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from qwen2_npu.conformance.accuracy.quantised import InputRounding
 from tests.unit.small import small_config, small_stock
 
 TOKENS = 68
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LIMIT = RMS_FACTOR * 10 ** (12 / TOKENS)
 
 
@@ -73,7 +75,7 @@ def test_a_right_model_has_no_wrong_channel() -> None:
     assert judge(of, points(of)) is None
 
 
-@pytest.mark.parametrize("name", INPUT_OF)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_one_channel_of_each_product_is_seen_and_named(name: str) -> None:
     of = layer()
     given = points(of)
@@ -114,10 +116,11 @@ def test_a_channel_that_is_no_number_is_wrong(bad: float) -> None:
     assert (found.name, found.channel) == ("up_proj", 9)
 
 
-def test_another_shape_is_wrong() -> None:
+@pytest.mark.parametrize("columns", [slice(0, -1), [*range(256), 0]], ids=["one less", "one more"])
+def test_another_shape_is_wrong(columns: Any) -> None:
     of = layer()
     given = points(of)
-    assert judge(of, given | {"o_proj": Point(7, "o_proj", given["o_proj"].values[:, :-1])}).name == "o_proj"
+    assert judge(of, given | {"o_proj": Point(7, "o_proj", given["o_proj"].values[:, columns])}).name == "o_proj"
 
 
 @pytest.mark.parametrize(("beyond", "found"), [(1 - 1e-9, False), (1 + 1e-9, True)])
@@ -133,6 +136,62 @@ def test_the_error_of_a_channel_counts_up_to_its_limit(beyond: float, found: boo
     ours[:, 4] = true[:, 4] + noise
     ours[:, 1] = true[:, 1] - beyond * LIMIT * noise
     assert (channels._worst(point, *channel_errors(ours, stock, true, torch.bfloat16)) is not None) is found
+
+
+def test_errors_are_in_units_of_each_token() -> None:
+    """Tokens of RMS 3, 0 and 3000: the second counts as it is, and the third no more than the first."""
+    true = np.array([[3.0, -3.0], [0.0, 0.0], [3000.0, 3000.0]])
+    stock = true + np.array([[0.3, 0.0], [0.0, 0.5], [0.0, 600.0]])
+    ours = true + np.array([[0.03, 0.0], [0.2, 0.0], [90.0, 0.0]])
+    error, noise = channel_errors(ours, stock, true, torch.float32)
+    assert error == pytest.approx([np.sqrt((0.01**2 + 0.2**2 + 0.03**2) / 3), 0.0], rel=1e-12)
+    own = np.sqrt(np.array([0.1**2, 0.5**2 + 0.2**2]) / 3)
+    # Both channels have the size of the token in the two tokens that are not zero: the usual noise is the same in both.
+    assert noise == pytest.approx(np.maximum(own, np.sqrt((own**2).mean())), rel=1e-12)
+
+
+def test_the_noise_is_at_least_that_of_rounding_and_in_the_same_units() -> None:
+    """Tokens of RMS 2^-6 and 2^10, 2^-9 and 2^-11 of which bfloat16 cannot hold; what is usual goes with the size."""
+    size = np.array([[2.0**-6], [2.0**10]])
+    true = size * np.array([[1.0, 1.0], [1.0, 1.0]])
+    true[:, 0] *= 1 + np.array([2.0**-9, 2.0**-11])
+    _, noise = channel_errors(true, true, true, torch.bfloat16)
+    own = np.sqrt((2.0**-18 + 2.0**-22) / 2)
+    assert noise == pytest.approx([own, own / np.sqrt(2)], rel=5e-3)
+    true = np.array([[3.0, 0.0], [0.0, 3000.0]])  # of one size, each in a token of its own
+    _, noise = channel_errors(true, true + np.array([[0.3, 0.0], [0.0, 0.0]]), true, torch.float32)
+    own = 0.3 / 3
+    assert noise == pytest.approx([own, own / np.sqrt(2)], rel=1e-9)
+
+
+def test_the_worst_is_the_one_farthest_beyond_its_own_noise() -> None:
+    allowed = RMS_FACTOR * 10 ** (12 / TOKENS)
+    point = Point(3, "q_proj", np.zeros((TOKENS, 6)))
+    noise = np.array([1.0, 0.01, 1.0, 0.0, 1.0, 1.0])
+    error = np.array([5.0, 0.3, 0.0, 0.0, 0.0, 0.0]) * allowed
+    found: Any = channels._worst(point, error, noise)
+    assert (found.channel, found.error.optimised, found.error.noise, found.error.floor) == (1, error[1], 0.01, 0.0)
+    for bad in (np.nan, np.inf):
+        error[4] = bad
+        found = channels._worst(point, error, noise)
+        assert found.channel == 4
+    error[3], error[4] = 1e-9, 0.0  # of a channel without noise any error is too much
+    found = channels._worst(point, error, noise)
+    assert found.channel == 3
+
+
+def test_exactly_the_limit_is_allowed_and_exactly_half_are_single_channels() -> None:
+    point = Point(3, "q_proj", np.zeros((TOKENS, 4)))
+    noise, allowed = np.ones(4), RMS_FACTOR * 10 ** (channels.CHANCE / TOKENS)
+    assert channels._worst(point, allowed * noise, noise) is None
+    error = np.array([2.0, 3.0, 0.0, 0.0]) * allowed
+    found: Any = channels._worst(point, error, noise)
+    assert found.channel == 1
+    error[2] = 2 * allowed
+    found = channels._worst(point, error, noise)
+    assert (found.channel, found.error.optimised, found.error.noise, found.error.floor) == (
+        None, np.sqrt(np.mean(error**2)), 1.0, 0.0,
+    )  # fmt: skip
 
 
 def test_a_channel_where_the_stock_model_was_lucky_has_the_noise_of_the_others() -> None:
@@ -171,15 +230,50 @@ def test_rows_in_int8_are_those_of_what_the_operator_was_given() -> None:
     assert (found.name, found.channel, found.operators) == (name, 40, ("npu_y",))
 
 
-def test_a_norm_in_int8_is_held_against_the_norm() -> None:
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_in_int8_is_held_against_the_norm(norm: str) -> None:
     of = layer(rounded=True)
-    residual = Point(7, "residual into input_layernorm", rows(256, 1))
+    residual = Point(7, f"residual into {norm}", rows(256, 1))
     with torch.no_grad():
-        normed = of.true.model.layers[0].input_layernorm(torch.from_numpy(residual.values).double()).numpy()
-    name = f"input_layernorm{IN_INT8}"
+        exactly = of.true.model.layers[0].get_submodule(norm)
+        normed = exactly(torch.from_numpy(residual.values).double()).numpy()
+    name = f"{norm}{IN_INT8}"
     assert judge(of, {residual.name: residual, name: Point(7, name, in_int8(normed))}) is None
     wrong = in_int8(normed) * 1.1
     assert judge(of, {residual.name: residual, name: Point(7, name, wrong)}).name == name
+
+
+def test_errors_of_rows_in_int8_are_in_steps_of_each_row() -> None:
+    """Rows with a largest value of 127, 1 and 0; the last has no step."""
+    true = np.array([[127.0, 0.0], [1.0, -0.5], [0.0, 0.0]])
+    ours = true + np.array([[0.0, 0.5], [0.0, 0.25 / 127], [0.0, 0.125]])
+    error, noise = channels._int8_errors(ours, true)
+    assert error == pytest.approx([0.0, np.sqrt((0.5**2 + 0.25**2 + 0.125**2) / 3)], rel=1e-12)
+    assert noise == pytest.approx([12**-0.5] * 2)
+
+
+@torch.no_grad()
+def test_what_came_in_int8_is_not_rounded_again() -> None:
+    """Also where it does not lie on the integers that it should: that is the fault of what made it."""
+    of = layer(rounded=True)
+    values = rows(96, 5)
+    for name in ("mlp activation" + IN_INT8, "mlp activation"):
+        expected, _ = of._product("down_proj", {name: Point(7, name, values)}, torch.bfloat16)
+        given = torch.from_numpy(
+            values.astype(np.float64) if name.endswith(IN_INT8) else in_int8(values.astype(np.float64))
+        )
+        right = of.true.model.layers[0].mlp.down_proj(given).numpy()
+        np.testing.assert_allclose(expected, right, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_product_of_ordinary_weights_is_given_what_there_is() -> None:
+    of = layer(rounded=True)
+    assert of.rounding is not None
+    of = replace(of, rounding=replace(of.rounding, covers=lambda name: not name.endswith("down_proj")))
+    values = rows(96, 5)
+    expected, _ = of._product("down_proj", {"mlp activation": Point(7, "", values)}, torch.bfloat16)
+    assert np.array_equal(expected, of.true.model.layers[0].mlp.down_proj(torch.from_numpy(values).double()))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -191,3 +285,4 @@ def test_parts_of_ranks_are_rounded_before_they_are_added(ranks: int) -> None:
         (true, together), (same, single) = (each._product("o_proj", given, torch.bfloat16) for each in (of, alone))
     assert np.array_equal(true, same)
     assert np.abs(together - true).mean() > 1.2 * np.abs(single - true).mean()
+    assert np.abs(together - true).mean() < ranks * 2 * np.abs(single - true).mean()

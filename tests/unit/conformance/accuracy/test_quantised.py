@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from qwen2_npu.conformance.accuracy.quantised import Dequantised, InputRounding, as_meant, dequantised, kept_in_int8
+from qwen2_npu.conformance.accuracy.quantised import (
+    Dequantised,
+    InputRounding,
+    _numbered_from,
+    as_meant,
+    dequantised,
+    kept_in_int8,
+    scaled_weights,
+)
 from qwen2_npu.conformance.accuracy.stock import exact, exact_reference, stock_from_state_dict
 from tests.unit.conformance.accuracy.int8_source import Int8Source
 from tests.unit.quantised import quantised_config
@@ -116,11 +124,32 @@ def test_layers_are_numbered_as_in_the_whole_model() -> None:
     assert not any(".0." in name for name in asked)
 
 
+def test_only_numbers_of_layers_are_counted_on() -> None:
+    assert _numbered_from("model.layers.2.mlp", 5) == "model.layers.7.mlp"
+    for name in ("", "model", "model.layers", "model.norm.0", "score.layers.0"):
+        assert _numbered_from(name, 5) == name
+
+
+def test_what_is_no_product_is_not_rounded() -> None:
+    """Whatever is said to be covered: the embedding is given numbers of tokens, a layer more than one input."""
+    config = small_config(num_hidden_layers=1)
+    model: Any = small_stock(config)
+    products = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ids = torch.arange(12).view(2, 6)
+    logits = []
+    for covered in (lambda name: True, products.__contains__):
+        with torch.no_grad(), InputRounding(covered, config).of(model):
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_scale_the_parts_that_they_hold(ranks: int) -> None:
     """Of what is cut along its input; the others have the whole row on every rank."""
     config = small_config(num_key_value_heads=1, num_attention_heads=4, intermediate_size=96)
-    rounding = InputRounding(lambda name: True, config, ranks)
+    rounding = (
+        InputRounding(lambda name: True, config, ranks) if ranks > 1 else InputRounding(lambda name: True, config)
+    )
     for module, width in (("self_attn.o_proj", 256), ("mlp.down_proj", 96)):
         expected = [] if ranks == 1 else [width // ranks] * ranks
         assert rounding.widths(f"model.layers.0.{module}") == expected
@@ -167,6 +196,17 @@ def test_a_source_of_8_bit_weights_is_one_of_stock_tensors(source: Int8Source) -
     assert rounding is not None
     assert rounding.covers(name.removesuffix(".weight"))
     assert not rounding.covers(kept.removesuffix(".weight"))
+
+
+def test_the_8_bit_weights_are_read_one_at_a_time(source: Int8Source) -> None:
+    meant, _, _ = as_meant(source, torch.bfloat16)
+    assert isinstance(meant, Dequantised)
+    found = dict(scaled_weights(meant))
+    assert found.keys() == {name for name in source.state if f"{name}_scale" in source.state}
+    assert len(found) == 3 * 7 - 1
+    for name, weight in found.items():
+        assert torch.equal(weight, source.state[name].double() * source.state[f"{name}_scale"].double())
+    assert not list(scaled_weights(source)), "a source of ordinary weights has none"
 
 
 def test_activations_stay_as_they_are_where_the_scheme_leaves_them(source: Int8Source) -> None:
