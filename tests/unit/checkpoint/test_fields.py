@@ -250,31 +250,139 @@ def test_what_a_number_takes(number, taken, refused, text):
     assert str(number) == text
 
 
-LIMITS: tuple[tuple[Any, str, tuple[Any, ...], tuple[Any, ...]], ...] = (
-    (CONFIG, "num_key_value_heads", (1, None), (0,)),
-    (CONFIG, "head_dim", (1, None), (0,)),
-    (CONFIG, "vocab_size", (1, 2**31 - 1), (0, 2**31)),
-    (CONFIG, "num_hidden_layers", (1, 100_000), (0, 100_001)),
-    (CONFIG, "num_experts", (1, 10_240), (0, 10_241)),
-    (CONFIG, "num_experts_per_tok", (1, 1024), (0, 1025)),
-    (CONFIG, "layer_types", (["attention"], ["full_attention"], None), (["other"],)),
-    (GENERATION, "num_beams", (1, 10_000), (0, 10_001)),
-    (GENERATION, "encoder_no_repeat_ngram_size", (0, 10_000), (-1, 10_001)),
-    (GENERATION, "pad_token_id", (-1, None), (-2,)),
-    (GENERATION, "temperature", (0, 1e6), (-0.1, 1.1e6)),
-    (GENERATION, "length_penalty", (-1e6, 1e6), (-1.1e6,)),
-    (GENERATION, "top_p", (0, 1), (-0.1, 1.1)),
-    (GENERATION, "assistant_ensemble_weight", (1e-6, 1 - 1e-6), (0, 5e-7, 1)),
-    (GENERATION, "exponential_decay_length_penalty", ([1, 2], None), ([1], [-1, 2])),
-    (ROPE_TABLE, "truncate", (True, False), (0, "no", None)),
-    (ROPE_TABLE, "factor", (1e-6, 1), (0,)),
+MOST = 2**31 - 1
+NO_INTEGER = (True, 1.0, 1.5, [1])
+NO_NUMBER = (True, [1], math.inf)
+
+LIMITS: tuple[tuple[dict[str, Any], str, tuple[Any, ...], tuple[Any, ...]], ...] = (
+    # ---- integers
+    (
+        CONFIG,
+        "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings moe_intermediate_size "
+        "shared_expert_intermediate_size",
+        (1, MOST),
+        (0, MOST + 1, None, *NO_INTEGER),
+    ),
+    (CONFIG, "num_key_value_heads head_dim", (1, MOST, None), (0, MOST + 1, *NO_INTEGER)),
+    (CONFIG, "sliding_window", (0, MOST, None), (-1, MOST + 1, *NO_INTEGER)),
+    (CONFIG, "max_window_layers", (0, MOST), (-1, MOST + 1, None, *NO_INTEGER)),
+    (CONFIG, "num_hidden_layers decoder_sparse_step", (1, 100_000), (0, 100_001, None, *NO_INTEGER)),
+    (CONFIG, "num_labels", (0, 100_000, None), (-1, 100_001, *NO_INTEGER)),
+    (CONFIG, "num_experts", (1, 10_240), (0, 10_241, None, *NO_INTEGER)),
+    (CONFIG, "num_experts_per_tok", (1, 1024), (0, 1025, None, *NO_INTEGER)),
+    (CONFIG, "mlp_only_layers", ([], [0, 100_000], None), (0, [-1], [100_001], [0, 1.5])),
+    (ROPE_TABLE, "original_max_position_embeddings", (1, MOST), (0, MOST + 1, None, *NO_INTEGER)),
+    (GENERATION, "pad_token_id forced_bos_token_id", (-1, MOST, None), (-2, MOST + 1, *NO_INTEGER)),
+    (
+        GENERATION,
+        "bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id",
+        (-1, MOST, [-1, MOST], [5], None),
+        (-2, MOST + 1, 1.5, True, [], [-2], [5, MOST + 1]),
+    ),
+    (GENERATION, "suppress_tokens begin_suppress_tokens", ([], [-1, MOST], None), (1, [-2], [5, MOST + 1], [1.5])),
+    (
+        GENERATION,
+        "max_length min_length min_new_tokens top_k no_repeat_ngram_size",
+        (0, MOST, None),
+        (-1, MOST + 1, *NO_INTEGER),
+    ),
+    (
+        GENERATION,
+        "max_new_tokens max_cache_len prefill_chunk_size max_matching_ngram_size num_assistant_tokens "
+        "prompt_lookup_num_tokens assistant_lookbehind target_lookbehind",
+        (1, MOST, None),
+        (0, MOST + 1, *NO_INTEGER),
+    ),
+    (GENERATION, "encoder_no_repeat_ngram_size", (0, 10_000, None), (-1, 10_001, *NO_INTEGER)),
+    (GENERATION, "num_beams num_beam_groups num_return_sequences", (1, 10_000, None), (0, 10_001, *NO_INTEGER)),
+    # ---- real numbers
+    (CONFIG, "rms_norm_eps", (1e-30, 1, 1e6), (0, 9e-31, 1_000_001, None, *NO_NUMBER)),
+    (CONFIG, "rope_theta", (1, 1e15), (0.99, 1.01e15, None, *NO_NUMBER)),
+    (CONFIG, "initializer_range", (0, 0.02, 1e6), (-1e-9, 1_000_001, None, *NO_NUMBER)),
+    (CONFIG, "attention_dropout", (0, 0.1, 1), (-1e-9, 1.01, None, *NO_NUMBER)),
+    (CONFIG, "router_aux_loss_coef", (0, 0.1, 1e6, None), (-1e-9, 1_000_001, *NO_NUMBER)),
+    (ROPE_TABLE, "rope_theta", (1, 1e15), (0.99, 1.01e15, None, *NO_NUMBER)),
+    (
+        ROPE_TABLE,
+        "factor attention_factor low_freq_factor high_freq_factor",
+        (1e-6, 1, 1e6, None),
+        (0, 9e-7, 1_000_001, *NO_NUMBER),
+    ),
+    (
+        ROPE_TABLE,
+        "beta_fast beta_slow mscale mscale_all_dim",
+        (0, 0.5, 1e6, None),
+        (-1e-9, 1_000_001, *NO_NUMBER),
+    ),
+    (
+        GENERATION,
+        "temperature max_time penalty_alpha diversity_penalty repetition_penalty encoder_repetition_penalty",
+        (0, 0.5, 1e6, None),
+        (-1e-9, 1_000_001, *NO_NUMBER),
+    ),
+    (GENERATION, "length_penalty guidance_scale", (-1e6, 0.5, 1e6, None), (-1_000_001, 1_000_001, *NO_NUMBER)),
+    (
+        GENERATION,
+        "top_p min_p top_h typical_p epsilon_cutoff eta_cutoff assistant_confidence_threshold",
+        (0, 0.5, 1, None),
+        (-1e-9, 1.01, *NO_NUMBER),
+    ),
+    (GENERATION, "assistant_ensemble_weight", (1e-6, 1 - 1e-6, None), (0, 9e-7, 1 - 9e-7, 1, *NO_NUMBER)),
+    (
+        GENERATION,
+        "exponential_decay_length_penalty",
+        ([0, 1e6], [1, 1.01], None),
+        (1, [], [1], [1, 2, 3], [-1e-9, 2], [1, 1_000_001]),
+    ),
+    # ---- words and objects
+    (
+        CONFIG,
+        "use_cache tie_word_embeddings use_sliding_window norm_topk_prob qkv_bias",
+        (False, True),
+        (0, 1, None, "true", []),
+    ),
+    (ROPE_TABLE, "truncate", (False, True), (0, 1, None, "no")),
+    (
+        CONFIG,
+        "output_attentions output_hidden_states return_dict is_decoder torchscript tf_legacy_loss use_bfloat16",
+        (False, True, None),
+        (0, 1, "true", []),
+    ),
+    (
+        CONFIG,
+        "is_encoder_decoder add_cross_attention tie_encoder_decoder per_layer_config pruned_heads configuration_files",
+        (False, None, {}, []),
+        (True, 0, "", {"0": [1]}, ["config.5.0.0.json"]),
+    ),
+    (
+        CONFIG,
+        "dtype torch_dtype",
+        ("bfloat16", "float16", "float32", torch.bfloat16, None),
+        ("bf16", "int8", torch.int8, "nn", 1, ["bfloat16"]),
+    ),
+    (
+        CONFIG,
+        "layer_types",
+        ([], ["full_attention"], ["sliding_attention"], ["attention", "full_attention"], None),
+        ("", {}, "full_attention", ["other"], ["full_attention", "other"], [1], [None]),
+    ),
+    (CONFIG, "id2label label2id", ({}, {"0": "a"}, None), ([], "", 0, False)),
+    (GENERATION, "early_stopping", (False, True, "never", None), (0, 1, "always", "", [])),
 )
+"""Fields by the values that they take and those that they refuse, just inside and just outside of their limits."""
 
 
-@pytest.mark.parametrize(("table", "name", "taken", "refused"), LIMITS)
-def test_the_least_and_the_most_of_a_field(table, name, taken, refused):
-    assert [value for value in taken if not table[name].takes(value)] == []
-    assert [value for value in refused if table[name].takes(value)] == []
+@pytest.mark.parametrize(("table", "names", "taken", "refused"), LIMITS)
+def test_the_least_and_the_most_of_a_field(table, names, taken, refused):
+    for name in names.split():
+        assert [value for value in taken if not table[name].takes(value)] == [], name
+        assert [value for value in (*refused, "abc", math.nan) if table[name].takes(value)] == [], name
+
+
+@pytest.mark.parametrize("table", [CONFIG, GENERATION, ROPE_TABLE], ids=["config", "generation", "rope"])
+def test_every_field_of_the_tables_has_its_limits_here(table):
+    """Else a field could be left out, or take anything, and no test would tell."""
+    assert sorted(table) == sorted(name for of, names, _, _ in LIMITS if of is table for name in names.split())
 
 
 @pytest.mark.parametrize("inner", [{"rope_theta": 1e4, "full_attention": {"rope_theta": 1e4}}, {"factor": [1.0, 2.0]}])
