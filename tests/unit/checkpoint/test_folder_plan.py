@@ -73,6 +73,16 @@ def test_what_makes_it_a_checkpoint_comes_last(folder: Path, tmp_path: Path) -> 
     assert names == [*SHARDS, "LICENSE", "tokenizer_config.json", INDEX, "config.json"]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "z.safetensors"])
+def test_a_file_of_another_name_has_an_index(name: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "ordinary", CONFIG, WEIGHTS)
+    (folder / "model.safetensors").rename(folder / name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, name)}))
+    plan = plan_like(folder, tmp_path / "output")
+    assert index_of(plan) == {"weight_map": dict.fromkeys(WEIGHTS, name)}
+    assert INDEX in plan.inputs
+
+
 def test_files_without_tensors_are_not_written(folder: Path, tmp_path: Path) -> None:
     plan = plan_like(folder, tmp_path / "output", SHARDS[0])
     assert [file.name for file in plan.shards] == SHARDS[1:]
@@ -137,9 +147,10 @@ def test_every_file_that_is_read_is_looked_at_again(shards: int | None, tmp_path
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         message = rf"^{re.escape(str(path))} was changed meanwhile: remove {tmp_path / 'output'} and run"
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-        with pytest.raises(CheckpointError, match=message):
-            plan.check_inputs()
+        for time in (stat.st_mtime_ns + 1, stat.st_mtime_ns - 1):
+            os.utime(path, ns=(stat.st_atime_ns, time))
+            with pytest.raises(CheckpointError, match=message):
+                plan.check_inputs()
         os.truncate(path, stat.st_size + 1)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with pytest.raises(CheckpointError, match=message):

@@ -94,8 +94,14 @@ SERVED = [
     ((*WEIGHTS, "zp_dtype"), "torch.int8"),
     (("sparsity_config",), {"format": "dense", "global_sparsity": 0.1, "targets": []}),
     (("run_compressed",), True),
+    (("dequantize",), True),
+    (("use_optimized_inference",), True),
+    (("transform_config",), None),
     (("something_new",), None),
     (("something_new",), []),
+    (("something_new",), False),
+    (("something_new",), ""),
+    (("something_new",), {}),
 ]
 
 
@@ -108,8 +114,24 @@ def test_what_changes_nothing(path: tuple[str, ...], value: Any) -> None:
 
 
 def test_a_strategy_that_follows_from_the_group_size() -> None:
+    """Where none is named."""
     values = changed(changed(said(), (*WEIGHTS, "group_size"), -1), (*WEIGHTS, "strategy"), None)
     assert parse(values) == parse(said())
+    with pytest.raises(CheckpointError, match=r"weights\.strategy='tensor' is not served"):
+        parse(changed(values, (*WEIGHTS, "strategy"), "tensor"))
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "naive-quantized", None])
+def test_a_group_may_repeat_the_format(form: str | None) -> None:
+    values = changed(said(), ("format",), form or "int-quantized")
+    found = parse(changed(values, (*GROUP_0, "format"), form))
+    assert found is not None
+    assert found.format == form or form is None
+    assert found.packed is (form == "pack-quantized")
+
+
+def test_an_order_of_columns_in_activations_may_be_none() -> None:
+    assert parse(changed(said(), (*ACTIVATIONS, "actorder"), False)) == parse(said())
 
 
 def test_fields_that_are_left_out_have_the_package_s_defaults() -> None:
@@ -210,6 +232,9 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     ((*ACTIVATIONS, "type"), "float", "input_activations.type='float'"),
     ((*ACTIVATIONS, "symmetric"), False, "input_activations.symmetric=False"),
     ((*ACTIVATIONS, "group_size"), 128, "input_activations.group_size=128"),
+    ((*ACTIVATIONS, "group_size"), -1, "input_activations.group_size=-1"),
+    ((*ACTIVATIONS, "strategy"), None, "input_activations.strategy='tensor'"),
+    ((*ACTIVATIONS, "dynamic"), None, "input_activations.dynamic=False"),
     ((*ACTIVATIONS, "strategy"), "tensor", "input_activations.strategy='tensor' is not served, only strategy 'token'"),
     ((*ACTIVATIONS, "block_structure"), [1, 1], r"input_activations.block_structure=\[1, 1\]"),
     ((*ACTIVATIONS, "dynamic"), False, r"input_activations.dynamic=False is not served, only .* \(dynamic=true\)"),
@@ -272,6 +297,9 @@ def test_groups_with_different_settings() -> None:
     [
         (["re:.*k_proj"], "q_proj", "k_proj"),
         (["re:.*layers.1.*q_proj"], "k_proj", "q_proj"),
+        (["re:.*v_proj"], "q_proj", "v_proj"),
+        (["re:.*[qk]_proj"], "v_proj", "q_proj"),
+        (["model.layers.1.mlp.gate_proj"], "up_proj", "gate_proj"),
         (["model.layers.1.mlp.up_proj"], "gate_proj", "up_proj"),
     ],
 )
