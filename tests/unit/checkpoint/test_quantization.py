@@ -126,7 +126,7 @@ def test_a_group_may_repeat_the_format(form: str | None) -> None:
     values = changed(said(), ("format",), form or "int-quantized")
     found = parse(changed(values, (*GROUP_0, "format"), form))
     assert found is not None
-    assert found.format == form or form is None
+    assert found.format == (form or "int-quantized")
     assert found.packed is (form == "pack-quantized")
 
 
@@ -271,9 +271,9 @@ def test_refused_with_the_field_its_value_and_the_way_out(path: tuple[str, ...],
 
 def test_every_field_of_the_tables_is_refused_once() -> None:
     """Else the row of a table could be dropped, or take anything, and no test would tell."""
-    tested = {path for path, _, _ in REFUSED}
+    tested = {path for path, _, message in REFUSED if "is not known here" not in message}
     tables = {(): WHOLE, GROUP_0: GROUP} | {(*GROUP_0, name): table for name, table in ARGUMENTS.items()}
-    assert {(*path, name) for path, table in tables.items() for name in table} <= tested
+    assert {(*path, name) for path, table in tables.items() for name in table} == tested
 
 
 @pytest.mark.parametrize("method", METHODS)
