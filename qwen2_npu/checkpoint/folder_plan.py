@@ -253,7 +253,7 @@ def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[s
     left_out: list[str] = []
 
     def fail(error: OSError) -> None:
-        raise unreadable(Path(error.filename or folder), error)
+        raise unreadable(Path(error.filename), error)
 
     for above, folders, names in os.walk(folder, onerror=fail):
         here = Path(above)
