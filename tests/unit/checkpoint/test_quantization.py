@@ -209,6 +209,7 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     (("quantization_status",), None, "quantization_status=None"),
     (("kv_cache_scheme",), {"num_bits": 8}, r"kv_cache_scheme=\{'num_bits': 8\} is not served, only a KV cache that"),
     (("sparsity_config",), {"format": "sparse-24-bitmask"}, "sparsity_config=.* only dense weights are"),
+    (("sparsity_config",), "dense", "sparsity_config='dense' is not served, only dense weights are"),
     (("moe_sparsity_config",), {"method": "prune"}, "moe_sparsity_config=.* only dense weights are"),
     (("transform_config",), {"config_groups": {"R1": 1}}, "transform_config=.* only weights without transforms are"),
     (("modules_to_not_convert",), ["lm_head"], r"modules_to_not_convert=\['lm_head'\] is not known here"),
