@@ -94,6 +94,8 @@ SERVED = [
     ((*WEIGHTS, "zp_dtype"), "torch.int8"),
     (("sparsity_config",), {"format": "dense", "global_sparsity": 0.1, "targets": []}),
     (("run_compressed",), True),
+    (("ignore",), None),
+    (("ignore",), []),
     (("dequantize",), True),
     (("use_optimized_inference",), True),
     (("transform_config",), None),
@@ -246,6 +248,7 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
 NOT_VALID: list[tuple[tuple[str, ...], Any, str]] = [
     (("config_groups",), None, "config_groups=None must be an object with one group of modules"),
     (("config_groups",), {}, "config_groups={} must be an object"),
+    (("config_groups",), ["Linear"], r"config_groups=\['Linear'\] must be an object"),
     (("config_groups",), {"W8A8": ["Linear"]}, r"config_groups.W8A8=\['Linear'\] must be an object"),
     (WEIGHTS, None, "config_groups.group_0.weights=None must be an object"),
     (ACTIVATIONS, [8], r"config_groups.group_0.input_activations=\[8\] must be an object"),
