@@ -16,7 +16,7 @@ from qwen2_npu.checkpoint.configuration import read_config
 from qwen2_npu.checkpoint.quantization import ARGUMENTS, FIELD, GROUP, WHOLE, described, parse, quantization_of
 from qwen2_npu.errors import CheckpointError
 from tests.unit.checkpoint.merges import config_of
-from tests.unit.checkpoint.quantised_folders import SCHEMES, quantised_config
+from tests.unit.checkpoint.quantised_folders import SCHEMES, quantised_config, quantization_config
 
 WEIGHTS = ("config_groups", "group_0", "weights")
 ACTIVATIONS = ("config_groups", "group_0", "input_activations")
@@ -121,6 +121,8 @@ def test_a_strategy_that_follows_from_the_group_size() -> None:
     assert parse(values) == parse(said())
     with pytest.raises(CheckpointError, match=r"weights\.strategy='tensor' is not served"):
         parse(changed(values, (*WEIGHTS, "strategy"), "tensor"))
+    with pytest.raises(CheckpointError, match=r"weights\.num_bits=4 is not served"):
+        parse(changed(values, (*WEIGHTS, "num_bits"), 4))
 
 
 @pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "naive-quantized", None])
@@ -338,3 +340,18 @@ def test_a_mixture_of_experts_may_be_quantised_in_part() -> None:
     found = quantization_of(mixture)
     assert found is not None
     assert found.covers(f"{LAYER}mlp.experts.1.gate_proj")
+    experts = changed(said(), (*GROUP_0, "targets"), ["re:.*experts.*"])
+    mixture.quantization_config = experts
+    found = quantization_of(mixture)
+    assert found is not None, "no other layer is quantised"
+    assert not found.covers(f"{LAYER}self_attn.q_proj")
+    with pytest.raises(CheckpointError, match="leave no layer of this model that is quantised"):
+        quantization_of(config(experts))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_written_leaves_nothing_to_defaults(scheme: str) -> None:
+    expected = quantization_config(scheme, ("lm_head", "re:.*down_proj"))
+    expected["config_groups"]["group_0"]["output_activations"] = None
+    assert described(scheme, ["lm_head", "re:.*down_proj"]) == expected | {"kv_cache_scheme": None}
+    assert described(scheme)["ignore"] == ["lm_head"]
