@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.unit.checkpoint.quantised_folders import (
     in_float64,
     packed_by_hand,
     quantised_config,
+    quantised_weights,
     write_quantised,
 )
 
@@ -243,6 +245,25 @@ def test_dtypes_that_tensors_are_stored_in(kind: str, taken: str, refused: str) 
     for dtype in refused.split():
         with pytest.raises(CheckpointError, match=rf"{kind} is stored as (torch\.)?{dtype}, "):
             source_of(scheme, **{kind: stored.to(getattr(torch, dtype))})
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", DOWN, "model.layers.1.mlp.down_proj"])
+def test_every_module_is_looked_at(module: str) -> None:
+    """The first, one in between, and the last."""
+    config = quantised_config("w8a16")
+    stored = as_stored(quantised_weights(config), "w8a16")
+    assert quantized.present(StateDictSource(config, stored)).shapes()
+    scale, packed = f"{module}.weight_scale", f"{module}.weight_packed"
+    faults = {
+        scale: (None, stored[scale][:-1], -stored[scale]),
+        packed: (stored[packed].long(), stored[packed][:-1]),
+        f"{module}.weight_shape": (None, torch.tensor([0, 1]), torch.tensor([2, 4])),
+    }
+    for name, others in faults.items():
+        for tensor in others:
+            spoiled = {each: stored[each] for each in stored if each != name}
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                quantized.present(StateDictSource(config, spoiled if tensor is None else spoiled | {name: tensor}))
 
 
 def test_other_tensors_of_a_quantised_module_are_floating_point_numbers() -> None:
