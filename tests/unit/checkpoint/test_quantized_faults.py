@@ -268,8 +268,17 @@ def test_every_module_is_looked_at(module: str) -> None:
 
 def test_other_tensors_of_a_quantised_module_are_floating_point_numbers() -> None:
     assert f"{DOWN}.bias" in source_of("w8a8", bias=torch.ones(3)).shapes()
-    with pytest.raises(CheckpointError, match=r"down_proj\.bias is stored as int32, which is quantised or no weight"):
-        source_of("w8a8", bias=torch.ones(3, dtype=torch.int32))
+    for name in ("bias", "zeros"):
+        with pytest.raises(CheckpointError, match=rf"down_proj\.{name} is stored as int32, which is quantised or no w"):
+            source_of("w8a8", **{name: torch.ones(3, dtype=torch.int32)})
+
+
+def test_a_weight_twice_in_either_order() -> None:
+    integers = torch.ones(3, 8, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match=r"weight_packed and \S+\.weight are both there, and are one weight"):
+        source_of("w8a16", weight=integers)
+    with pytest.raises(CheckpointError, match=r"weight and \S+\.weight_packed are both there, and are one weight"):
+        source_of("w8a8", weight_packed=packed_by_hand(integers))
 
 
 @pytest.mark.parametrize("sizes", [[0, 8], [3, 0], [-1, 8], [3], [], [3, 8, 1], 3, [[3, 8]]], ids=str)
