@@ -253,7 +253,7 @@ def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[s
     left_out: list[str] = []
 
     def fail(error: OSError) -> None:
-        raise unreadable(Path(error.filename or folder), error)
+        raise unreadable(Path(error.filename), error)
 
     for above, folders, names in os.walk(folder, onerror=fail):
         here = Path(above)
@@ -265,7 +265,7 @@ def _others(folder: Path, known: set[str]) -> tuple[tuple[NewFile, ...], tuple[s
             relative = str(path.relative_to(folder))
             if relative in known:
                 continue
-            if path.is_symlink() and not path.exists():
+            if not path.exists():  # and it was listed
                 raise CheckpointError(f"{path} is a link to a file that is missing; fetch it again, or remove the link")
             if not is_file(path) or any(fnmatch(name, pattern) for pattern in WEIGHTS):
                 left_out.append(relative)

@@ -123,16 +123,13 @@ def _rows(part: str, config: Any) -> int:
 
 
 def spans(blocks: Sequence[Block], part: str, start: int, stop: int) -> list[tuple[int, int]]:
-    """Where rows ``[start, stop)`` of the stock tensor of ``part`` stand in the merged one: few ranges, in order."""
+    """Where rows ``[start, stop)`` of the stock tensor of ``part`` stand in the merged one: ranges, in order."""
     found: list[tuple[int, int]] = []
     while start < stop:
         block = next(each for each in blocks if each.part == part and each.start <= start < each.stop)
         begin = block.at + start - block.start
         length = min(stop, block.stop) - start
-        if found and found[-1][1] == begin:
-            found[-1] = (found[-1][0], begin + length)
-        else:
-            found.append((begin, begin + length))
+        found.append((begin, begin + length))  # never adjacent to the last: parts of others are in between
         start += length
     return found
 

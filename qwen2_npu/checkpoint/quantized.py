@@ -119,7 +119,7 @@ class QuantizedSource:
             kinds = " or ".join(str(each).removeprefix("torch.") for each in expected)
             way_out = f"add {module} to ignore in {FIELD} if it is not quantised, or {AGAIN}"
             raise self._fault(f"{name} is stored as {stored}, and {FIELD} says {kinds}", way_out)
-        if covered and kind in (WEIGHT, PACKED_WEIGHT):
+        if covered and kind in {WEIGHT, PACKED_WEIGHT}:
             if (other := self._stored.setdefault(f"{module}.{WEIGHT}", name)) != name:
                 raise self._fault(f"{other} and {name} are both there, and are one weight", AGAIN)
         elif kind != SHAPE and not dtype.is_floating_point:
@@ -188,13 +188,9 @@ class QuantizedSource:
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """These tensors, as often as they are asked for."""
-        found = self.inner.read([self._stored.get(name, name) for name in names if name not in self._scales])
+        found = self.inner.read([self._stored.get(name, name) for name in names])
         return {
-            name: self._scales[name]
-            if name in self._scales
-            else self._integers(name, found[self._stored[name]], None)
-            if name in self._stored
-            else found[name]
+            name: self._integers(name, found[self._stored[name]], None) if name in self._stored else found[name]
             for name in names
         }
 

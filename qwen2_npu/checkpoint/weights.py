@@ -86,9 +86,12 @@ class StackedRows(NamedTuple):
 # ---- stock tensors <-> parameters -----------------------------------------------------------------------------------
 def head_shapes(config: Any, head: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The tensors of a head with their shapes; a tied lm_head is not a tensor of its own."""
-    hidden, labels = config.hidden_size, 0 if head == CAUSAL_LM else config.num_labels
-    known = {HEAD: (config.vocab_size, hidden), "score.weight": (labels, hidden), "score.bias": (labels,)}
-    return {name: known[name] for name in head if not (config.tie_word_embeddings and name in CAUSAL_LM)}
+    hidden = config.hidden_size
+    if head == CAUSAL_LM:
+        return {} if config.tie_word_embeddings else {HEAD: (config.vocab_size, hidden)}
+    labels = config.num_labels
+    known: dict[str, tuple[int, ...]] = {"score.weight": (labels, hidden), "score.bias": (labels,)}
+    return {name: known[name] for name in head}
 
 
 def stock_shapes(config: Any, head: Sequence[str] = CAUSAL_LM) -> dict[str, tuple[int, ...]]:

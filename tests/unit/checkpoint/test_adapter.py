@@ -256,6 +256,27 @@ def test_more_than_plain_lora_is_refused_by_name(base, stock, tmp_path, field, v
         Qwen2ForCausalLM.from_pretrained(base, adapter=tmp_path / "lora")
 
 
+SERVED = (
+    *(("peft_type", "LORA"), ("bias", "none")),
+    *(("init_lora_weights", value) for value in (True, False, "gaussian", "orthogonal", "eva")),
+    *((name, 3) for name in ("r", "lora_alpha", "qalora_group_size")),
+    *((name, {"a": 3}) for name in ("rank_pattern", "alpha_pattern", "auto_mapping", "eva_config", "runtime_config")),
+    *((name, ["a"]) for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")),
+    *((name, "a") for name in ("base_model_name_or_path", "megatron_core", "peft_version", "revision", "task_type")),
+    *((name, True) for name in ("use_rslora", "ensure_weight_tying", "inference_mode")),
+    ("lora_dropout", 0.5),
+    *(("a_field_of_tomorrow", value) for value in (None, False, "", [], {})),
+)
+"""Fields of an adapter with values that they may have."""
+
+
+def test_plain_lora_is_served_whatever_the_values_of_its_fields(tmp_path):
+    for name, value in SERVED:
+        adapters._check_served({name: value}, tmp_path)
+    fields = {name for name, _ in SERVED} - {"a_field_of_tomorrow"}
+    assert fields == {*adapters.READ, *adapters.SELECTING, *adapters.WITHOUT_EFFECT, *adapters.SERVED}
+
+
 def _another_base(folder, stock):
     write(folder, stock)
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -59,8 +59,11 @@ def test_what_is_one_by_one_stays() -> None:
     assert one_by_one(state).keys() == state.keys()
     dense = {"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2), "model.layers.0.mlp.down_proj.weight": None}
     assert one_by_one(dense) == stacked(dense) == dense
-    flat = {f"{SCOPE}.gate_up_proj": torch.ones(2, 2)}  # no stack: whoever loads it says so by its own name
-    assert one_by_one(flat) == flat
+    for sizes in ((2, 2), (2, 2, 2, 2)):  # no stack: whoever loads it says so by its own name
+        other = {f"{SCOPE}.gate_up_proj": torch.ones(sizes)}
+        assert one_by_one(other) == other
+    convolution = {"model.vision.weight": torch.ones(2, 2, 2)}
+    assert one_by_one(convolution) == convolution
 
 
 def test_what_only_has_the_name_of_stacked_experts_stays_for_the_check_of_shapes() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,7 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import weights
-from qwen2_npu.checkpoint.fields import CONFIG, GENERATION, Number, check_values
-from qwen2_npu.checkpoint.fields import ROPE as ROPE_TABLE
+from qwen2_npu.checkpoint.fields import CONFIG, GENERATION
 from qwen2_npu.compat import check_rope
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from tests.unit.small import V4, small_config, small_stock
@@ -223,68 +222,3 @@ def test_every_number_of_transformers_is_in_a_table():
     assert set(vars(GenerationConfig())) <= set(GENERATION) | NO_NUMBERS
     numbers = {name for name, value in vars(Qwen2Config()).items() if type(value) in (int, float)}
     assert numbers <= set(CONFIG) | set(GENERATION) | {"chunk_size_feed_forward"}
-
-
-@pytest.mark.parametrize(
-    ("number", "taken", "refused", "text"),
-    [
-        (Number(1), [1, 2**31 - 1], [0, 1.0, True, None, [1]], "an integer from 1 to 2147483647"),
-        (Number(0, 1, real=True, null=True), [0, 0.5, None], [-0.1, 1.5, math.nan], "a number from 0 to 1, or null"),
-        (
-            Number(-1, 9, listed="may"),
-            [3, [3, -1]],
-            [[], [3, "a"], [[3]], {}],
-            "an integer from -1 to 9, or a list of such numbers",
-        ),
-        (
-            Number(0, 9, listed="must", length=2),
-            [[1, 2]],
-            [1, [], [1], [1, 2, 3]],
-            "a list of 2 numbers, each an integer from 0 to 9",
-        ),
-    ],
-)
-def test_what_a_number_takes(number, taken, refused, text):
-    assert all(number.takes(value) for value in taken)
-    assert not any(number.takes(value) for value in refused)
-    assert str(number) == text
-
-
-LIMITS: tuple[tuple[Any, str, tuple[Any, ...], tuple[Any, ...]], ...] = (
-    (CONFIG, "num_key_value_heads", (1, None), (0,)),
-    (CONFIG, "head_dim", (1, None), (0,)),
-    (CONFIG, "vocab_size", (1, 2**31 - 1), (0, 2**31)),
-    (CONFIG, "num_hidden_layers", (1, 100_000), (0, 100_001)),
-    (CONFIG, "num_experts", (1, 10_240), (0, 10_241)),
-    (CONFIG, "num_experts_per_tok", (1, 1024), (0, 1025)),
-    (CONFIG, "layer_types", (["attention"], ["full_attention"], None), (["other"],)),
-    (GENERATION, "num_beams", (1, 10_000), (0, 10_001)),
-    (GENERATION, "encoder_no_repeat_ngram_size", (0, 10_000), (-1, 10_001)),
-    (GENERATION, "pad_token_id", (-1, None), (-2,)),
-    (GENERATION, "temperature", (0, 1e6), (-0.1, 1.1e6)),
-    (GENERATION, "length_penalty", (-1e6, 1e6), (-1.1e6,)),
-    (GENERATION, "top_p", (0, 1), (-0.1, 1.1)),
-    (GENERATION, "assistant_ensemble_weight", (1e-6, 1 - 1e-6), (0, 5e-7, 1)),
-    (GENERATION, "exponential_decay_length_penalty", ([1, 2], None), ([1], [-1, 2])),
-    (ROPE_TABLE, "truncate", (True, False), (0, "no", None)),
-    (ROPE_TABLE, "factor", (1e-6, 1), (0,)),
-)
-
-
-@pytest.mark.parametrize(("table", "name", "taken", "refused"), LIMITS)
-def test_the_least_and_the_most_of_a_field(table, name, taken, refused):
-    assert [value for value in taken if not table[name].takes(value)] == []
-    assert [value for value in refused if table[name].takes(value)] == []
-
-
-@pytest.mark.parametrize("inner", [{"rope_theta": 1e4, "full_attention": {"rope_theta": 1e4}}, {"factor": [1.0, 2.0]}])
-def test_rotary_settings_of_single_layers(inner):
-    with pytest.raises(CheckpointError, match="the same for all layers"):
-        check_values({"rope_parameters": inner}, where="", way_out="correct it")
-
-
-@pytest.mark.parametrize("spare", [False, True])
-def test_more_layer_types_than_layers_are_taken_in_memory_alone(spare):
-    values = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 1}
-    with nullcontext() if spare else pytest.raises(CheckpointError, match="has 2 entries"):
-        check_values(values, where="", way_out="correct it", spare=spare)

@@ -323,7 +323,9 @@ def test_what_is_not_merged(folder: Path, tmp_path: Path) -> None:
     merge_qkv(folder, tmp_path / "merged", tp_size=2)
     with pytest.raises(UnsupportedError, match=r"tp_size=4: .* is merged for tp_size=2; leave it out when unmerging"):
         plan_unmerge(tmp_path / "merged", tmp_path / "back", tp_size=4)
-    assert plan_unmerge(tmp_path / "merged", tmp_path / "back", tp_size=2).shards
+    plan = plan_unmerge(tmp_path / "merged", tmp_path / "back", tp_size=2)
+    assert plan.shards
+    assert plan.options == {"unmerge": "recorded"}
 
 
 def test_copies_of_a_head_that_differ(tmp_path: Path) -> None:

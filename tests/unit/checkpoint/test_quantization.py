@@ -16,7 +16,7 @@ from qwen2_npu.checkpoint.configuration import read_config
 from qwen2_npu.checkpoint.quantization import ARGUMENTS, FIELD, GROUP, WHOLE, described, parse, quantization_of
 from qwen2_npu.errors import CheckpointError
 from tests.unit.checkpoint.merges import config_of
-from tests.unit.checkpoint.quantised_folders import SCHEMES, quantised_config
+from tests.unit.checkpoint.quantised_folders import SCHEMES, quantised_config, quantization_config
 
 WEIGHTS = ("config_groups", "group_0", "weights")
 ACTIVATIONS = ("config_groups", "group_0", "input_activations")
@@ -94,8 +94,17 @@ SERVED = [
     ((*WEIGHTS, "zp_dtype"), "torch.int8"),
     (("sparsity_config",), {"format": "dense", "global_sparsity": 0.1, "targets": []}),
     (("run_compressed",), True),
+    (("ignore",), None),
+    (("ignore",), []),
+    (("ignore",), ("lm_head",)),
+    (("dequantize",), True),
+    (("use_optimized_inference",), True),
+    (("transform_config",), None),
     (("something_new",), None),
     (("something_new",), []),
+    (("something_new",), False),
+    (("something_new",), ""),
+    (("something_new",), {}),
 ]
 
 
@@ -108,8 +117,26 @@ def test_what_changes_nothing(path: tuple[str, ...], value: Any) -> None:
 
 
 def test_a_strategy_that_follows_from_the_group_size() -> None:
+    """Where none is named."""
     values = changed(changed(said(), (*WEIGHTS, "group_size"), -1), (*WEIGHTS, "strategy"), None)
     assert parse(values) == parse(said())
+    with pytest.raises(CheckpointError, match=r"weights\.strategy='tensor' is not served"):
+        parse(changed(values, (*WEIGHTS, "strategy"), "tensor"))
+    with pytest.raises(CheckpointError, match=r"weights\.num_bits=4 is not served"):
+        parse(changed(values, (*WEIGHTS, "num_bits"), 4))
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "naive-quantized", None])
+def test_a_group_may_repeat_the_format(form: str | None) -> None:
+    values = changed(said(), ("format",), form or "int-quantized")
+    found = parse(changed(values, (*GROUP_0, "format"), form))
+    assert found is not None
+    assert found.format == (form or "int-quantized")
+    assert found.packed is (form == "pack-quantized")
+
+
+def test_an_order_of_columns_in_activations_may_be_none() -> None:
+    assert parse(changed(said(), (*ACTIVATIONS, "actorder"), False)) == parse(said())
 
 
 def test_fields_that_are_left_out_have_the_package_s_defaults() -> None:
@@ -187,6 +214,7 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     (("quantization_status",), None, "quantization_status=None"),
     (("kv_cache_scheme",), {"num_bits": 8}, r"kv_cache_scheme=\{'num_bits': 8\} is not served, only a KV cache that"),
     (("sparsity_config",), {"format": "sparse-24-bitmask"}, "sparsity_config=.* only dense weights are"),
+    (("sparsity_config",), "dense", "sparsity_config='dense' is not served, only dense weights are"),
     (("moe_sparsity_config",), {"method": "prune"}, "moe_sparsity_config=.* only dense weights are"),
     (("transform_config",), {"config_groups": {"R1": 1}}, "transform_config=.* only weights without transforms are"),
     (("modules_to_not_convert",), ["lm_head"], r"modules_to_not_convert=\['lm_head'\] is not known here"),
@@ -210,6 +238,9 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     ((*ACTIVATIONS, "type"), "float", "input_activations.type='float'"),
     ((*ACTIVATIONS, "symmetric"), False, "input_activations.symmetric=False"),
     ((*ACTIVATIONS, "group_size"), 128, "input_activations.group_size=128"),
+    ((*ACTIVATIONS, "group_size"), -1, "input_activations.group_size=-1"),
+    ((*ACTIVATIONS, "strategy"), None, "input_activations.strategy='tensor'"),
+    ((*ACTIVATIONS, "dynamic"), None, "input_activations.dynamic=False"),
     ((*ACTIVATIONS, "strategy"), "tensor", "input_activations.strategy='tensor' is not served, only strategy 'token'"),
     ((*ACTIVATIONS, "block_structure"), [1, 1], r"input_activations.block_structure=\[1, 1\]"),
     ((*ACTIVATIONS, "dynamic"), False, r"input_activations.dynamic=False is not served, only .* \(dynamic=true\)"),
@@ -220,12 +251,15 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
 NOT_VALID: list[tuple[tuple[str, ...], Any, str]] = [
     (("config_groups",), None, "config_groups=None must be an object with one group of modules"),
     (("config_groups",), {}, "config_groups={} must be an object"),
+    (("config_groups",), ["Linear"], r"config_groups=\['Linear'\] must be an object"),
     (("config_groups",), {"W8A8": ["Linear"]}, r"config_groups.W8A8=\['Linear'\] must be an object"),
     (WEIGHTS, None, "config_groups.group_0.weights=None must be an object"),
     (ACTIVATIONS, [8], r"config_groups.group_0.input_activations=\[8\] must be an object"),
     ((*GROUP_0, "targets"), None, "config_groups.group_0.targets=None must be a list of names"),
     ((*GROUP_0, "targets"), "Linear", "targets='Linear' must be a list of names"),
     (("ignore",), [1], r"ignore=\[1\] must be a list of names"),
+    (("ignore",), ["lm_head", 1], r"ignore=\['lm_head', 1\] must be a list of names"),
+    (("ignore",), ["lm_head", "re:*"], r"'re:\*' in ignore is no regular expression"),
     (("ignore",), ["re:*"], r"'re:\*' in ignore is no regular expression"),
     (("ignore",), ["Linear"], r"ignore=\['Linear'\] leave no layer of this model that is quantised"),
     ((*GROUP_0, "targets"), ["Conv2d"], r"targets=\['Conv2d'\] .* leave no layer"),
@@ -246,9 +280,9 @@ def test_refused_with_the_field_its_value_and_the_way_out(path: tuple[str, ...],
 
 def test_every_field_of_the_tables_is_refused_once() -> None:
     """Else the row of a table could be dropped, or take anything, and no test would tell."""
-    tested = {path for path, _, _ in REFUSED}
+    tested = {path for path, _, message in REFUSED if "is not known here" not in message}
     tables = {(): WHOLE, GROUP_0: GROUP} | {(*GROUP_0, name): table for name, table in ARGUMENTS.items()}
-    assert {(*path, name) for path, table in tables.items() for name in table} <= tested
+    assert {(*path, name) for path, table in tables.items() for name in table} == tested
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,6 +306,9 @@ def test_groups_with_different_settings() -> None:
     [
         (["re:.*k_proj"], "q_proj", "k_proj"),
         (["re:.*layers.1.*q_proj"], "k_proj", "q_proj"),
+        (["re:.*v_proj"], "q_proj", "v_proj"),
+        (["re:.*[qk]_proj"], "v_proj", "q_proj"),
+        (["model.layers.1.mlp.gate_proj"], "up_proj", "gate_proj"),
         (["model.layers.1.mlp.up_proj"], "gate_proj", "up_proj"),
     ],
 )
@@ -306,3 +343,18 @@ def test_a_mixture_of_experts_may_be_quantised_in_part() -> None:
     found = quantization_of(mixture)
     assert found is not None
     assert found.covers(f"{LAYER}mlp.experts.1.gate_proj")
+    experts = changed(said(), (*GROUP_0, "targets"), ["re:.*experts.*"])
+    mixture.quantization_config = experts
+    found = quantization_of(mixture)
+    assert found is not None, "no other layer is quantised"
+    assert not found.covers(f"{LAYER}self_attn.q_proj")
+    with pytest.raises(CheckpointError, match="leave no layer of this model that is quantised"):
+        quantization_of(config(experts))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_written_leaves_nothing_to_defaults(scheme: str) -> None:
+    expected = quantization_config(scheme, ("lm_head", "re:.*down_proj"))
+    expected["config_groups"]["group_0"]["output_activations"] = None
+    assert described(scheme, ["lm_head", "re:.*down_proj"]) == expected | {"kv_cache_scheme": None}
+    assert described(scheme)["ignore"] == ["lm_head"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.unit.checkpoint.quantised_folders import (
     in_float64,
     packed_by_hand,
     quantised_config,
+    quantised_weights,
     write_quantised,
 )
 
@@ -197,6 +199,116 @@ def test_faults_are_one_line_with_tensor_and_way_out(
     assert text.startswith(f"{folder}")
     assert "\n" not in text
     assert any(way_out in text for way_out in ("; fetch it again", "; quantise", "; use the", "; add model."))
+
+
+def source_of(scheme: str, **changes: torch.Tensor) -> QuantizedSource:
+    """Of one module; ``changes`` are other tensors of it."""
+    integers = torch.ones(3, 8, dtype=torch.int8)
+    stock = {f"{DOWN}.weight": integers, f"{DOWN}.weight_scale": torch.ones(3, 1), "model.norm.weight": torch.ones(4)}
+    stored = as_stored(stock, scheme) | {f"{DOWN}.{name}": tensor for name, tensor in changes.items()}
+    found = quantized.present(StateDictSource(quantised_config(scheme), stored))
+    assert isinstance(found, QuantizedSource)
+    return found
+
+
+UNSERVED = (
+    "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point",
+    "input_global_scale", "output_scale", "k_scale", "v_scale", "bitmask",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_tensors_of_other_schemes_are_refused_by_what_they_are(name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"down_proj\.{name} holds [\w (),]+, which is not served; fetch"):
+        source_of("w8a8", **{name: torch.ones(1)})
+
+
+def test_every_tensor_of_the_table_is_refused_here() -> None:
+    assert set(quantized.UNSERVED) == set(UNSERVED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "refused"),
+    [
+        ("weight_scale", "bfloat16 float16 float32 float64", "int8 int64 bool float8_e4m3fn"),
+        ("weight_shape", "int64 int32", "int16 uint8 float32"),
+        ("weight_packed", "int32", "int64 uint8 float32"),
+        ("weight", "int8", "uint8 int16 int32 float32 bfloat16"),
+    ],
+)
+def test_dtypes_that_tensors_are_stored_in(kind: str, taken: str, refused: str) -> None:
+    scheme = "w8a8" if kind == "weight" else "w8a16"
+    stored = dict(source_of(scheme).inner.tensors())[f"{DOWN}.{kind}"]
+    for dtype in taken.split():
+        found = source_of(scheme, **{kind: stored.to(getattr(torch, dtype))})
+        assert torch.equal(found.read([f"{DOWN}.weight"])[f"{DOWN}.weight"], torch.ones(3, 8, dtype=torch.int8))
+    for dtype in refused.split():
+        with pytest.raises(CheckpointError, match=rf"{kind} is stored as (torch\.)?{dtype}, "):
+            source_of(scheme, **{kind: stored.to(getattr(torch, dtype))})
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", DOWN, "model.layers.1.mlp.down_proj"])
+def test_every_module_is_looked_at(module: str) -> None:
+    """The first, one in between, and the last."""
+    config = quantised_config("w8a16")
+    stored = as_stored(quantised_weights(config), "w8a16")
+    assert quantized.present(StateDictSource(config, stored)).shapes()
+    scale, packed = f"{module}.weight_scale", f"{module}.weight_packed"
+    faults = {
+        scale: (None, stored[scale][:-1], -stored[scale]),
+        packed: (stored[packed].long(), stored[packed][:-1]),
+        f"{module}.weight_shape": (None, torch.tensor([0, 1]), torch.tensor([2, 4])),
+    }
+    for name, others in faults.items():
+        for tensor in others:
+            spoiled = {each: stored[each] for each in stored if each != name}
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                quantized.present(StateDictSource(config, spoiled if tensor is None else spoiled | {name: tensor}))
+
+
+def test_other_tensors_of_a_quantised_module_are_floating_point_numbers() -> None:
+    assert f"{DOWN}.bias" in source_of("w8a8", bias=torch.ones(3)).shapes()
+    for name in ("bias", "zeros"):
+        with pytest.raises(CheckpointError, match=rf"down_proj\.{name} is stored as int32, which is quantised or no w"):
+            source_of("w8a8", **{name: torch.ones(3, dtype=torch.int32)})
+
+
+def test_a_weight_twice_in_either_order() -> None:
+    integers = torch.ones(3, 8, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match=r"weight_packed and \S+\.weight are both there, and are one weight"):
+        source_of("w8a16", weight=integers)
+    with pytest.raises(CheckpointError, match=r"weight and \S+\.weight_packed are both there, and are one weight"):
+        source_of("w8a8", weight_packed=packed_by_hand(integers))
+
+
+@pytest.mark.parametrize("sizes", [[0, 8], [3, 0], [-1, 8], [3], [], [3, 8, 1], 3, [[3, 8]]], ids=str)
+def test_shapes_that_no_weight_has(sizes: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"weight_shape is .*, and must be two positive sizes; fetch"):
+        source_of("w8a16", weight_shape=torch.tensor(sizes, dtype=torch.int64))
+
+
+def test_the_dtype_is_that_of_what_is_not_quantised() -> None:
+    """Not of the scales; float32 where there is nothing else."""
+    assert source_of("w8a8", weight_scale=torch.ones(3, 1).half(), bias=torch.ones(3)).stored_dtype() == torch.float32
+    stock = {f"{DOWN}.weight_scale": torch.ones(3, 1).half(), f"{DOWN}.weight": torch.ones(3, 8, dtype=torch.int8)}
+    alone = quantized.present(StateDictSource(quantised_config("w8a8"), stock))
+    assert alone.stored_dtype() == torch.float32
+    beside = quantized.present(StateDictSource(quantised_config("w8a8"), stock | {"a.bias": torch.ones(3).double()}))
+    assert beside.stored_dtype() == torch.float64
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-30, float("inf"), float("-inf"), float("nan")])
+def test_scales_that_no_weight_has(value: float) -> None:
+    """Whichever row it is in, and however many are right."""
+    least = torch.finfo(torch.float32).smallest_normal
+    assert source_of("w8a8", weight_scale=torch.full((3, 1), least)).shapes()
+    for row in range(3):
+        scale = torch.full((3, 1), least)
+        scale[row] = value
+        with pytest.raises(
+            CheckpointError, match=rf"weight_scale is \S+ in row {row} \(1 such rows\), and a scale must"
+        ):
+            source_of("w8a8", weight_scale=scale)
 
 
 def test_merged_and_quantised_is_no_checkpoint(tmp_path: Path) -> None:
