@@ -92,6 +92,54 @@ def test_several_experts_are_judged_by_the_pair_that_is_furthest_apart() -> None
     assert found.unexcused[0].margin == 4.0
 
 
+def test_every_mismatch_of_a_layer_counts_and_is_written() -> None:
+    """Three positions of one layer: near, far and near; the far one alone is a failure."""
+    logits = [4.0, 0.5, 0.0, -1.0, -2.0]
+    stock = routing(0.0, logits)
+    stock["prefill"].logits[..., 4] += NOISE
+    ours = routing(0.0, logits)
+    for column, experts in enumerate(([0, 2], [0, 3], [0, 2])):
+        ours["prefill"].wanted[1, 1, column] = experts
+    found = compare_routing(ours, stock, routing(0.0, logits), VALID)
+    assert [mismatch.position for mismatch in found.mismatches] == [0, 1, 2]
+    assert [mismatch.position for mismatch in found.excused] == [0, 2]
+    assert [mismatch.position for mismatch in found.unexcused] == [1]
+    assert not found.passed
+    assert [each["position"] for each in found.to_dict()["excused"]] == [0, 2]
+    ours["prefill"].wanted[1, 1, 2] = [0, 4]
+    found = compare_routing(ours, stock, routing(0.0, logits), VALID, {"decode": 3})
+    assert len(found.failures()) == 2
+    written = found.to_dict()
+    assert (written["choices"], written["agreements"]) == (found.choices, found.choices - 3)
+    assert [each["position"] for each in written["excused"]] == [0]
+    assert [each["optimised_experts"] for each in written["unexcused"]] == [(3,), (4,)]
+    assert (written["max_error"], written["left_out"], written["passed"]) == (NOISE, {"decode": 3}, False)
+
+
+def test_one_choice_is_enough_and_none_is_not() -> None:
+    ours = {"prefill": choices(WIDTH)}
+    ours["prefill"].wanted[0] = UNKNOWN
+    for column, passed in ((2, True), (None, False)):
+        ours["prefill"].wanted[1] = UNKNOWN
+        if column is not None:
+            ours["prefill"].wanted[1, 1, column] = [0, 1]
+        found = compare_routing(ours, routing(NOISE), routing(), VALID)
+        assert (found.choices, found.passed) == (int(passed), passed)
+
+
+def test_a_baseline_that_chooses_one_expert_twice_excuses_nothing() -> None:
+    stock = routing(NOISE)
+    stock["prefill"].wanted[1, 1, 2] = [0, 0]
+    (mismatch,) = compare_routing(routing(), stock, routing(), VALID).unexcused
+    assert (mismatch.baseline_experts, mismatch.optimised_experts, mismatch.margin) == ((), (1,), float("inf"))
+
+
+def test_a_prompt_alone_is_the_same_so_far() -> None:
+    ours, stock = {"prefill": choices(WIDTH)}, {"prefill": choices(WIDTH)}
+    ours["prefill"].wanted[1, 1, 1] = [0, 2]
+    assert same_so_far(ours, stock, VALID).tolist() == [[False, True, True], [True, False, False]]
+
+
 @pytest.mark.parametrize(
     "experts",
     [[0, 0], [0, 5], [0, -1], [2, 2], [2, 5], [-1, 2]],
