@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,6 +57,69 @@ def test_the_head_is_refused_by_name() -> None:
         npu.npu_weight_quant_batchmatmul(
             torch.zeros(1, 8), torch.zeros(8, 152064, dtype=torch.int8), torch.zeros(152064)
         )
+
+
+def _weight_only(**changes: Any) -> Any:
+    given = {"x": torch.ones(3, 8), "weight": INT8_WEIGHT, "antiquant_scale": torch.ones(4)}
+    return npu.npu_weight_quant_batchmatmul(**(given | changes))
+
+
+def _integers(**changes: Any) -> Any:
+    given = {"x1": torch.ones(3, 8, dtype=torch.int8), "x2": INT8_WEIGHT, "scale": torch.ones(4), "output_dtype": 15}
+    return npu.npu_quant_matmul(**(given | changes))
+
+
+INT8_WEIGHT = torch.ones(8, 4, dtype=torch.int8)
+PER_ROW, PER_COLUMN = torch.ones(3), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("product", "changes", "message"),
+    [
+        (_weight_only, {"x": torch.ones(1, 3, 8)}, r"x is .*\(1, 3, 8\); supported: \(M, K\)$"),
+        (_weight_only, {"x": torch.ones(8)}, r"x is .*\(8,\); supported: \(M, K\)$"),
+        (_weight_only, {"x": torch.ones(3, 7)}, r"x is .*\(3, 7\); supported: a last dimension of 8, the K of weight"),
+        (_weight_only, {"x": torch.ones(3, 9)}, r"x is .*\(3, 9\); supported: a last dimension of 8, the K of weight"),
+        (_weight_only, {"weight": INT8_WEIGHT[:, 0]}, r"weight is .*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"weight": INT8_WEIGHT[..., None]}, r"weight is .*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"weight": INT8_WEIGHT.int()}, r"weight is .*int32.*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"antiquant_scale": torch.ones(5)}, r"antiquant_scale is .*of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"antiquant_scale": torch.ones(4, 1)}, r"antiquant_scale is .*of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"bias": torch.ones(5)}, r"bias is .*torch.float32 of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"bias": torch.ones(4).half()}, r"bias is .*float16.*; supported: torch.float32 of"),
+        (_weight_only, {"inner_precise": 2}, r"inner_precise is 2; supported: 0 or 1$"),
+        (_integers, {"x1": torch.ones(8, dtype=torch.int8)}, r"x1 is .*; supported: .*two or more dimensions$"),
+        (_integers, {"x1": torch.ones(3, 8)}, r"x1 is .*float32.*; supported: int8 of shape"),
+        (_integers, {"x1": torch.ones(3, 9, dtype=torch.int8)}, r"x1 is .*\(3, 9\); supported: a last dimension of 8"),
+        (_integers, {"x2": INT8_WEIGHT[..., None]}, r"x2 is .*; supported: int8 of shape \(K, N\)"),
+        (_integers, {"x2": INT8_WEIGHT.new_ones(8, 65536)}, r"x2 is .*; supported: K and N of at most 65535"),
+        (_integers, {"scale": torch.ones(1, 4)}, r"scale is .*of shape \(4,\) or \(1,\)$"),
+        (_integers, {"scale": torch.ones(4).half()}, r"scale is .*; supported: float32 or bfloat16"),
+        (_integers, {"scale": torch.ones(4).bfloat16(), "output_dtype": 5}, r"scale is .*; supported: float32 where"),
+        (_integers, {"pertoken_scale": PER_COLUMN}, r"pertoken_scale is .*; supported: float32 of shape \(3,\)"),
+        (_integers, {"pertoken_scale": PER_ROW.bfloat16()}, r"pertoken_scale is .*; supported: float32 of"),
+        (_integers, {"pertoken_scale": PER_ROW, "output_dtype": 3}, r"pertoken_scale is "),
+        (_integers, {"bias": torch.ones(1, 4)}, r"bias is .*; supported: shape \(4,\)$"),
+        (_integers, {"bias": torch.ones(4).bfloat16(), "output_dtype": 5}, r"bias is .*; supported: torch.int32 or"),
+        (_integers, {"bias": torch.ones(4), "output_dtype": 3}, r"bias is .*; supported: torch.int32 of shape"),
+        (_integers, {"output_dtype": 6}, r"output_dtype is 6; supported: "),
+        (_integers, {"output_dtype": None}, r"output_dtype is None; supported: "),
+    ],
+)  # fmt: skip
+def test_products_of_another_shape_or_dtype_are_refused(product: Any, changes: dict[str, Any], message: str) -> None:
+    product()
+    with pytest.raises(ValueError, match=f"^npu::npu_[a-z_]+: {message}"):
+        product(**changes)
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 3), (1, 2, 3)])
+def test_scales_per_row_are_of_the_last_dimension_but_one(rows: tuple[int, ...]) -> None:
+    """Whatever dimensions stand before it."""
+    tokens = torch.rand(rows[-1])
+    x1 = torch.randint(-127, 128, (*rows, 8), dtype=torch.int8)
+    y = npu.npu_quant_matmul(x1, INT8_WEIGHT, torch.ones(4), pertoken_scale=tokens, output_dtype=15)
+    expected = x1.int().sum(-1, keepdim=True).expand(*rows, 4) * tokens[:, None].double()
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
 def test_a_bias_is_added_before_rounding() -> None:
