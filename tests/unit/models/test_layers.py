@@ -131,6 +131,17 @@ def test_a_table_that_grew_has_the_numbers_of_one_that_was_whole(rope, dtype, mo
     assert torch.equal(table.cos[:3000], whole.cos)
 
 
+@pytest.mark.parametrize(("needed", "rows"), [(0, 64), (256, 256), (257, 300), (300, 300), (301, 300)])
+def test_a_table_ends_with_the_positions_of_the_model(needed, rows, monkeypatch):
+    """Its first size, too; only padding takes more."""
+    monkeypatch.setattr(layers, "TABLE_ROWS", 64)
+    table, padded = (RotaryTable(small_config(max_position_embeddings=300)) for _ in range(2))
+    table.prepare(FLOAT32, CPU, needed)
+    assert table.cos.shape[0] == table.sin.shape[0] == rows
+    padded.prepare(FLOAT32, CPU, needed, padded=needed)
+    assert padded.cos.shape[0] == (512 if needed > 300 else rows)
+
+
 def test_a_table_is_kept_while_it_serves(monkeypatch):
     """Graphs hold its address."""
     monkeypatch.setattr(layers, "TABLE_ROWS", 64)
