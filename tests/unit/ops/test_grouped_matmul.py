@@ -104,14 +104,16 @@ def test_every_group_has_its_bias(stacked: bool, sizes: list[int] | None) -> Non
 
 
 @pytest.mark.parametrize(("split_item", "count"), [(None, 2), (0, 2), (1, 2), (2, 1), (3, 1)])
-@pytest.mark.parametrize("divided", [False, True])
-def test_results_are_one_for_each_group_or_one_for_all(split_item: int | None, count: int, divided: bool) -> None:
+@pytest.mark.parametrize(("divided", "group_type"), [(False, -1), (False, 0), (True, 0)])
+def test_results_are_one_for_each_group_or_one_for_all(
+    split_item: int | None, count: int, divided: bool, group_type: int
+) -> None:
     x, weight = torch.randn(7, 8), torch.randn(2, 8, 6)
     if divided:
         groups = {"group_list": torch.tensor([3, 7]), "group_type": 0}
         made = npu.npu_grouped_matmul([x], [weight], split_item=split_item, **groups)
     else:
-        made = npu.npu_grouped_matmul([x[:3], x[3:]], [weight], split_item=split_item, group_type=-1)
+        made = npu.npu_grouped_matmul([x[:3], x[3:]], [weight], split_item=split_item, group_type=group_type)
     assert len(made) == count
     torch.testing.assert_close(torch.cat(list(made)), torch.cat((x[:3] @ weight[0], x[3:] @ weight[1])))
 
@@ -163,7 +165,8 @@ def test_fake_tensors_need_no_group_list() -> None:
 )
 def test_groups_that_are_not_the_rows(sizes: list[int], kind: int) -> None:
     """Among them sizes taken for ends, the mistake that is easily made."""
-    with pytest.raises(ValueError, match=r"group_list is \[.*\]; supported: (sizes|ends) .* together the 7 rows of x"):
+    form = ("ends", "sizes")[kind]
+    with pytest.raises(ValueError, match=rf"group_list is \[.*\]; supported: {form} .* together the 7 rows of x"):
         grouped(torch.zeros(7, 8), torch.zeros(3, 8, 6), sizes, group_list_type=kind)
 
 
@@ -193,6 +196,7 @@ X, WEIGHT, HALF = torch.zeros(7, 8), torch.zeros(3, 8, 6), torch.float16
         ({"weight": [*WEIGHT[:2], torch.zeros(7, 6)]}, r"x is .*; supported: \(..., K\) with K = \[8, 8, 7\]"),
         *(({"weight": [*WEIGHT[:2], torch.zeros(8, n)]}, "weight is .*; supported: weights with the same N")
           for n in (5, 7)),
+        ({"weight": [*WEIGHT[:2], torch.zeros(8, 7)], "split_item": 0}, "weight is .*; supported: weights with"),
         *(({"bias": [torch.zeros(shape)]}, r"bias is .*; supported: torch.float32 tensors of shapes \[\(3, 6\)\]")
           for shape in ((3, 5), (2, 6), (4, 6), 6)),
         ({"bias": list(torch.zeros(3, 6))}, r"bias is .*; supported: torch.float32 tensors of shapes \[\(3, 6\)\]"),
