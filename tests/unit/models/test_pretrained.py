@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
+from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
 from tests.unit.small import small_config, small_stock
@@ -97,6 +98,57 @@ def test_subfolder_and_generation_config(folder):
     given = GenerationConfig(max_new_tokens=7, pad_token_id=0)
     model = Qwen2ForCausalLM.from_pretrained(folder.parent, subfolder=folder.name, generation_config=given)
     assert model.generation_config is given
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"),
+    [
+        (None, {}, torch.float32),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, {"dtype": "auto"}, torch.bfloat16),
+        (torch.bfloat16, {"torch_dtype": "auto"}, torch.bfloat16),
+        (torch.bfloat16, {"dtype": "float16"}, torch.float16),
+        (torch.bfloat16, {"torch_dtype": torch.float16}, torch.float16),
+        (torch.bfloat16, {"dtype": torch.float32, "torch_dtype": "float16"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_the_caller_s_or_else_that_of_the_configuration(folder, stored, given, expected):
+    """The weights are stored in float32."""
+    config = small_config()
+    set_torch_dtype(config, stored)
+    model = Qwen2ForCausalLM.from_pretrained(folder, config=config, **given)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@torch.no_grad()
+def test_the_first_layers_alone(folder, model):
+    """Asked for by number, or by a configuration in hand; that of a folder must be the checkpoint's own."""
+    ids = torch.arange(1, 9)[None]
+    expected = model.model.norm(model(ids, output_hidden_states=True).hidden_states[1], None)[0]
+    for given in ({"num_hidden_layers": 1}, {"config": small_config(num_hidden_layers=1)}):
+        one = Qwen2ForCausalLM.from_pretrained(folder, **given)
+        assert len(one.model.layers) == one.config.num_hidden_layers == 1
+        assert (one(ids).logits - one.lm_head(expected)).abs().max() < 2e-4
+
+
+def test_the_folder_s_own_generation_configuration_and_name(folder, tmp_path):
+    small_stock().save_pretrained(tmp_path, safe_serialization=True)
+    GenerationConfig(max_new_tokens=5, pad_token_id=3).save_pretrained(tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(str(tmp_path))
+    assert (model.generation_config.max_new_tokens, model.generation_config.pad_token_id) == (5, 3)
+    assert model.name_or_path == model.config._name_or_path == str(tmp_path)
+    given = GenerationConfig(max_new_tokens=7)
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path, generation_config=given).generation_config is given
+    assert getattr(Qwen2Model.from_pretrained(tmp_path), "generation_config", None) is None
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, None, 3], ids=str)
+def test_what_is_no_folder_is_refused_by_name(given):
+    with pytest.raises(
+        UnsupportedError, match=r"^pretrained_model_name_or_path=.*: pass a local folder; weights in mem"
+    ):
+        Qwen2ForCausalLM.from_pretrained(given)
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
