@@ -308,6 +308,16 @@ def test_the_decoder_shares_the_prepared_layers():
     assert torch.equal(model.lm_head(hidden), model(IDS, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_layer_whose_weights_were_replaced_is_prepared_again(place):
+    model = quantised_model(quantised_config("w8a8"))
+    expected = model(IDS).logits
+    layer = list(products(model).values())[place]
+    layer.load_state_dict(layer.state_dict())
+    assert layer.wide_scale is None
+    assert torch.equal(model(IDS).logits, expected)
+
+
 def test_hidden_states_are_not_quantised():
     model = quantised_model(quantised_config("w8a8"))
     states = model(IDS, output_hidden_states=True).hidden_states
