@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
-from tests.unit.small import small_config, small_stock
+from tests.unit.small import V4, small_config, small_stock
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,15 @@ def test_one_device(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, **given).device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("spread", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_model_that_may_be_spread_goes_to_the_accelerator_or_else_the_cpu(spread, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert pretrained.one_device(None, spread) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    with pytest.raises(UnsupportedError, match=r"'meta'.*: not usable here"):
+        pretrained.one_device(None, spread)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -218,6 +228,11 @@ def test_only_the_main_process_writes(model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_without_a_word_of_other_processes_this_one_writes(model, tmp_path):
+    model.save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x" / "config.json").exists()
+
+
 def test_a_save_keyword_that_nobody_knows(model, tmp_path):
     with pytest.raises(TypeError, match=r"save_pretrained\(\) takes no argument warp_drive"):
         model.save_pretrained(tmp_path / "x", warp_drive=9)
@@ -240,6 +255,45 @@ def test_every_keyword_of_transformers_is_decided_on(function, known):
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self"
     }
     assert theirs <= known | set(ours)
+
+
+OLDER = (
+    "use_flash_attention_2", "load_in_4bit", "load_in_8bit", "use_auth_token", "offload_state_dict", "mirror",
+    "low_cpu_mem_usage", "from_flax", "from_tf", "_fast_init", "resume_download",
+)  # fmt: skip
+"""Keywords of earlier releases, which programs still pass."""
+
+
+@pytest.mark.skipif(V4, reason="what 5.x reads")
+def test_every_keyword_that_transformers_takes_out_of_the_others_is_decided_on():
+    known = {*pretrained.LOADING_HARMLESS, *pretrained.LOADING_REFUSED}
+    known |= set(inspect.signature(Qwen2ForCausalLM.from_pretrained).parameters)
+    taken = re.findall(r"kwargs\.(?:pop|get)\(\s*\"(\w+)\"", inspect.getsource(PreTrainedModel.from_pretrained))
+    assert len(taken) > 20
+    assert {*taken, *OLDER} <= known
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+def test_a_part_is_neither_saved_nor_given_adapters(model, tmp_path):
+    part = Qwen2ForCausalLM.from_state_dict(
+        model.config, model.stock_state_dict(), optimizations=Optimizations.none(), tp_size=2, tp_rank=1
+    )
+    for call in (lambda: part.save_pretrained(tmp_path / "part"), part.stock_state_dict):
+        with pytest.raises(UnsupportedError, match=r"\(\): this is part 1 of 2 of a model; load it with tp_size=1"):
+            call()
+    assert not (tmp_path / "part").exists()
+    for call in (part.add_adapter, part.load_adapter):
+        with pytest.raises(
+            UnsupportedError, match=r"_adapter\(\): q, k, v, gate and up are fused or cut in this model"
+        ):
+            call("adapter")
+
+
+@pytest.mark.parametrize("step", ["fused_qkv", "fused_gate_up"])
+def test_fused_products_take_no_adapter(model, step):
+    fused = Qwen2ForCausalLM(model.config, Optimizations.only(step))
+    with pytest.raises(UnsupportedError, match=r"add_adapter\(\): q, k, v, gate and up are fused or cut in this model"):
+        fused.add_adapter("adapter")
 
 
 # ---- load_state_dict ------------------------------------------------------------------------------------------------
