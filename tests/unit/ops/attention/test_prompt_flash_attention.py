@@ -23,7 +23,7 @@ from tests.unit.ops.attention.reference import (
 )
 from tests.unit.ops.support import Recorder, compiled
 
-SIZES = [(5, 5), (300, 300), (3, 700), (600, 520)]
+SIZES = [(5, 5), (9, 3), (300, 300), (3, 700), (600, 520)]
 FAR = 2147483647
 
 
