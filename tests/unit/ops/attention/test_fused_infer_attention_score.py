@@ -107,7 +107,7 @@ def test_lse(q_len: int, kv_lens: list[int] | None, masked: bool) -> None:
     ("q_lens", "kv_lens"),
     [
         ([6, 2], None), ([3], [5]), ([0], None), ([0, 4], [9, 9]), (None, [0]), ([6, 6], [0, 0]), ([2, 6], [0, 7]),
-        ([5, 1], [3, 8]),
+        ([5, 1], [3, 8]), ([6, 5], [1, 3]),
     ],
     ids=str,
 )  # fmt: skip
@@ -133,7 +133,7 @@ def test_lse_of_rows_past_their_length(q_lens: list[int] | None, kv_lens: list[i
 
 @pytest.mark.parametrize("readable", [True, False], ids=["", "known to the device alone"])
 @pytest.mark.parametrize("padding", [None, 0, 3, 15])
-@pytest.mark.parametrize("lengths", [[0], [7], [0, 0], [4, 9], [9, 0], [17, 20]], ids=str)
+@pytest.mark.parametrize("lengths", [[0], [7], [0, 0], [4, 9], [9, 0], [1, 9], [17, 20]], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_lse_of_a_window(
     lengths: list[int], padding: int | None, masked: bool, readable: bool, monkeypatch: pytest.MonkeyPatch

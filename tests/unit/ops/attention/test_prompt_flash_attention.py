@@ -98,6 +98,8 @@ def test_masks_of_every_shape(q_len: int, kv_len: int, rank: int, rows: int, mas
         ([300, 2], [300, 2]),
         (None, [7, 299]),
         ([250, 3], [100, 0]),
+        ([300, 250], [200, 7]),
+        ([3, 250], [3, 1]),
         ([0], [5]),
         ([9], [0]),
     ],
