@@ -39,14 +39,14 @@ def test_labels_of_another_shape_are_refused(shape):
 
 @pytest.mark.parametrize("hidden", [(), (7,)], ids=["ids", "embeddings"])
 @pytest.mark.parametrize(
-    ("device", "past", "tokens", "looked_into"),
+    ("where", "past", "tokens", "looked_into"),
     [
         ("meta", 0, 1, True), ("meta", 0, 3, True), ("meta", 1, 2, True), ("meta", 5, 3, True),
         ("meta", 1, 1, False), ("meta", 5, 1, False), ("cpu", 5, 1, True),
     ],
 )  # fmt: skip
-def test_a_decode_step_on_a_device_is_all_that_is_not_looked_into(device, past, tokens, looked_into, hidden):
+def test_a_decode_step_on_a_card_is_all_that_is_not_looked_into(where, past, tokens, looked_into, hidden):
     """It must not wait for the device."""
-    asked = Pass(torch.ones(2, tokens, *hidden, device=device), None, None, past, None, None)
+    asked = Pass(torch.ones(2, tokens, *hidden, device=where), None, None, past, None, None)
     assert asked.looked_into is looked_into
     assert asked.total == past + tokens
