@@ -229,12 +229,13 @@ class FixedKVCache(Cache):
         """
         past, seen_tokens, past_padding = self.lengths, self.seen_tokens, self.padding
         try:
-            if tokens == min(new_lengths) == 1 and max(past) > 0:
+            full = min(new_lengths) == tokens
+            if full and tokens == 1:
                 self._count_one(masks)
             else:
                 self._count(new_lengths)
             yield past
-            if min(new_lengths) == max(new_lengths) == tokens:
+            if full:
                 self.write_index.add_(tokens)
             else:
                 self.write_index.add_(torch.tensor(new_lengths, dtype=torch.int64, device=self.shape.device))

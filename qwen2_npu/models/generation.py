@@ -157,7 +157,8 @@ class GenerationHooks:
         past = 0 if cache is None else cache.get_seq_length()
         prompt = call.width if embeds is None else embeds.shape[1]
         covered = getattr(configuration, "_mask_length", prompt) if mask is None else mask.shape[1]
-        prompt = max(prompt, past + prompt) if past and covered != prompt else prompt
+        if covered != prompt:  # the new tokens alone were passed
+            prompt += past
         new_tokens = configuration.max_length - call.width
         total = prompt + new_tokens - 1
         over = arguments.live_tokens(mask, total, positions) - positions

@@ -33,7 +33,6 @@ def scatter_update_(input: Tensor, indices: Tensor, updates: Tensor, axis: int) 
 
 def scatter_update(input: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
     """As `scatter_update_`, on a copy of `input`."""
-    _check("scatter_update", input, indices, updates, axis)
     return _write("scatter_update", input.clone(), indices, updates, axis)
 
 

@@ -62,15 +62,19 @@ def test_masks_and_write_positions_follow_ragged_rows():
     assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([3, 6, 4], 6, [3, 6, 4])
 
 
-def test_sliding_mask_moves_one_slot_per_step_and_equals_a_rebuilt_one():
+@pytest.mark.parametrize(("lengths", "tokens"), [([1, 3, 2], 3), ([2, 0, 1], 2), ([1, 1, 1], 1)])
+def test_masks_move_one_slot_per_step_and_equal_rebuilt_ones(lengths, tokens):
+    """Also from the first token of a row on."""
     cache = FixedKVCache(shape(sliding_window=3))
-    with cache.step([1, 3, 2], 3):
+    with cache.step(lengths, tokens):
         pass
-    for _ in range(6):
-        with cache.step([1, 1, 1], 1):
-            pass
+    for count in range(7):
+        assert cache.lengths == [length + count for length in lengths] == cache.write_index.tolist()
+        assert live_slots(cache.drop_mask) == [list(range(length)) for length in cache.lengths]
         expected = [list(range(max(0, length - 3), length)) for length in cache.lengths]
         assert live_slots(cache.sliding_drop_mask) == expected
+        with cache.step([1, 1, 1], 1):
+            pass
 
 
 def test_overflow_and_other_batch_sizes_raise_before_anything_changes():

@@ -259,11 +259,19 @@ def test_a_prompt_that_the_cache_holds_already_is_none(past, fits):
         (torch.ones(2, 1, 3), r"^attention_mask of shape \(2, 1, 3\): pass"),
         (torch.full((2, 3), 2), r"^attention_mask holds 2"),
         (torch.ones(2, 3, device="meta"), r"^attention_mask is on meta, the model on cpu"),
+        ([[1, 1, 1]] * 2, r"^attention_mask is a list: pass a tensor \(batch, tokens\) of 0 and 1$"),
+        (IDS.numpy(), r"^attention_mask is a ndarray: pass a tensor"),
     ],
 )
 def test_masks_of_a_prompt_that_do_not_fit(mask, message):
     with pytest.raises(ValueError, match=message):
         prompt_checked(input_ids=IDS, attention_mask=mask)
+
+
+@pytest.mark.parametrize("positions", [[[0, 1, 2]] * 2, IDS.numpy()])
+def test_positions_of_a_prompt_that_are_no_tensor(positions):
+    with pytest.raises(ValueError, match=r"^position_ids is a (list|ndarray): pass a tensor \(batch, tokens\)$"):
+        prompt_checked(input_ids=IDS, position_ids=positions)
 
 
 def test_another_dtype_by_autocast_is_refused():

@@ -371,6 +371,17 @@ def test_the_loss_after_a_cache_leaves_out_what_follows_padding_of_this_pass(sto
     assert abs(float(found.loss - expected)) < 1e-5
 
 
+@needs_mixtures
+def test_only_products_that_are_cut_over_the_ranks_are_told_their_communicator():
+    """The shared expert's is added up with the other experts, and not by itself."""
+    config, ranks = mixture_config(), Ranks(Shard(0, 2), hcom="group")
+    optimizations = Optimizations.all().replace(mm_all_reduce=True)
+    model = Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks)
+    model._open_communicator(model.device)
+    found = {name: module.hcom for name, module in model.model.named_modules() if hasattr(module, "hcom")}
+    assert found == {"layers.0.self_attn.o_proj": "group", "layers.0.mlp.shared_expert.down_proj": None}
+
+
 # ---- caches of another model ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["BNSD", "all"])
 @torch.no_grad()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from qwen2_npu import Optimizations
 from qwen2_npu.models.experts import SparseMLP
-from qwen2_npu.parallel.collectives import ALONE
+from qwen2_npu.parallel.collectives import ALONE, Ranks
+from qwen2_npu.parallel.sharding import Shard
 
 HIDDEN, COLUMNS, SHARED, COUNT, TOP = 32, 16, 24, 6, 2
 PATHS = {
@@ -21,9 +24,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
 """Largest error where values are about 1: some roundings of the dtype."""
 
 
-def block_of(path: str, *, normalised: bool = False, dtype: torch.dtype = torch.float32) -> SparseMLP:
-    """The same random weights for every path."""
-    config = SimpleNamespace(
+def block_config(normalised: bool = False) -> Any:
+    return SimpleNamespace(
         model_type="qwen2_moe",
         hidden_size=HIDDEN,
         num_experts=COUNT,
@@ -32,7 +34,11 @@ def block_of(path: str, *, normalised: bool = False, dtype: torch.dtype = torch.
         moe_intermediate_size=COLUMNS,
         shared_expert_intermediate_size=SHARED,
     )
-    block = SparseMLP(config, PATHS[path], ALONE).requires_grad_(False)
+
+
+def block_of(path: str, *, normalised: bool = False, dtype: torch.dtype = torch.float32) -> SparseMLP:
+    """The same random weights for every path."""
+    block = SparseMLP(block_config(normalised), PATHS[path], ALONE).requires_grad_(False)
     values = weights()
     for name, parameter in block.named_parameters():
         if name.startswith("shared_expert.g") or name.startswith("shared_expert.u"):
@@ -174,6 +180,43 @@ def test_experts_that_nobody_chose_do_not_matter(path: str) -> None:
     for parameter in (block.experts.gate_up_proj, block.experts.down_proj):
         parameter.data[unused] = float("nan")
     assert torch.equal(block(x), expected)
+
+
+class Called(TorchFunctionMode):
+    """The npu operators that are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = str(func).partition(".")
+        if space == "npu":
+            self.names.append(name.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_which_operators_compute_a_block(path: str) -> None:
+    """With its step, none looks up on the host where the tokens go."""
+    with Called() as called:
+        block_of(path)(tokens(5))
+    routing = ["gating_top_k_softmax", "init_routing_v2", "finalize_routing"]
+    expected = sorted([*(f"npu_moe_{name}" for name in routing), "npu_grouped_matmul", "npu_grouped_matmul"])
+    assert sorted(name for name in called.names if name != "npu_swiglu") == (expected if path == "operators" else [])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_rank_holds_its_columns_of_all_experts(path: str, size: int) -> None:
+    config = block_config()
+    block = SparseMLP(config, PATHS[path], Ranks(Shard(0, size)))
+    columns = COLUMNS // size
+    assert block.experts.gate_up_proj.shape == (COUNT, HIDDEN, 2 * columns)
+    assert block.experts.down_proj.shape == (COUNT, columns, HIDDEN)
+    assert block.shared_expert.down_proj.weight.shape == (HIDDEN, SHARED // size)
+    assert block.gate.weight.shape == (COUNT, HIDDEN)
+    assert block.shared_expert_gate.weight.shape == (1, HIDDEN)
 
 
 def test_all_paths_choose_the_same() -> None:

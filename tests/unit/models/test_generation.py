@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.cache import CAPACITY_BUCKET, FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
@@ -285,7 +286,10 @@ def followed_up_to_the_last_position(short, short_stock, call, live, monkeypatch
     new = call["max_new_tokens"]
     room = FEW - live + 1
     if new <= room:
-        assert_same_tokens(short.generate(**call), short_stock.generate(**call))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".* are generated at most")
+            found = short.generate(**call)
+        assert_same_tokens(found, short_stock.generate(**call))
         return
     if room > 0:
         with pytest.warns(UserWarning, match=rf"^{new} new tokens after this prompt need {live + new - 1} positions"):
@@ -327,6 +331,24 @@ def test_a_limit_beyond_all_positions_is_no_obstacle_where_generation_ends_early
         with pytest.warns(UserWarning, match=r"20 are generated at most"):
             found = short.generate(**call, **limit)
         assert_same_tokens(found, theirs, short_stock)
+        if short.optimizations.fixed_kv_cache and way == "greedy":
+            assert short._pool.idle.shape.capacity == CAPACITY_BUCKET  # of the positions, not of the limit
+
+
+@pytest.mark.parametrize("least", [{"min_length": 20 + 5}, {"min_new_tokens": 5}, {"min_length": 20 + 4}], ids=str)
+def test_tokens_that_must_be_generated_are_not_cut(short, short_stock, least, monkeypatch):
+    """5 after a prompt of 20 end with the last position; of 8 that may be, so many are generated."""
+    ids = torch.randint(1, 199, (1, 20), generator=torch.Generator().manual_seed(20))
+    call = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False}
+    with pytest.warns(
+        UserWarning, match=r"^8 new tokens after this prompt need 27 positions.*: 5 are generated at most"
+    ):
+        found = short.generate(**call, **least)
+    assert_same_tokens(found, short_stock.generate(**{**call, "max_new_tokens": 5}))
+    no_forward(short, monkeypatch)
+    ((name, number),) = least.items()
+    with pytest.raises(ValueError, match=r"^prompt and new tokens need 25 positions, the model has"):
+        short.generate(**call, **{name: max(number, 25 if name == "min_length" else 5) + 1})
 
 
 # ---- bad input

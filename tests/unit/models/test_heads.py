@@ -310,10 +310,67 @@ def test_a_sequence_without_a_last_token():
         ours_of(stock)(ids[1:2], attention_mask=mask[1:2])
 
 
+@torch.no_grad()
+def test_scores_are_of_the_last_token_that_is_no_padding():
+    """Wherever padding stands, also among the tokens; and of the last of all where embeddings are given."""
+    stock = stock_of("Qwen2ForSequenceClassification")
+    model = ours_of(stock)
+    ids = torch.tensor([[7, 0, 9, 0, 0], [0, 3, 0, 0, 5], [8, 0, 0, 0, 0]])
+    mask = torch.ones_like(ids)
+    hidden = model.get_decoder()(ids, attention_mask=mask).last_hidden_state
+    expected = model.score(hidden[torch.arange(3), torch.tensor([2, 4, 0])])
+    assert close(model(ids, attention_mask=mask).logits, expected)
+    embeds = model.get_input_embeddings()(ids)
+    assert close(model(inputs_embeds=embeds, attention_mask=mask).logits, model.score(hidden[:, -1]))
+    assert close(stock(inputs_embeds=embeds, attention_mask=mask).logits, model.score(hidden[:, -1]))
+
+
+@torch.no_grad()
+def test_a_sequence_that_continues_a_cache_is_masked_by_the_last_columns():
+    model = ours_of(stock_of("Qwen2ForSequenceClassification"))
+    ids = ragged("left")[0].clamp(min=1)
+    for masked in (0, 11):
+        mask, cache = torch.ones(3, 12, dtype=torch.int64), model.allocate_cache(3, 12)
+        mask[1, masked] = 0
+        model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+        if masked == 11:
+            with pytest.raises(ValueError, match=r"^row 1: attention_mask is 0 at position 3, the last token that is"):
+                model(ids[:, 8:], attention_mask=mask, past_key_values=cache)
+            continue
+        found = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+        assert close(found, model(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (4, 12), (3, 11), (3, 13), (3, 1, 12)])
+def test_masks_of_another_shape_are_refused_as_by_the_other_models(shape):
+    with pytest.raises(ValueError, match=r"^attention_mask "):
+        ours_of(stock_of("Qwen2ForSequenceClassification"))(ragged("left")[0], attention_mask=torch.ones(shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 4, 2]).int(), torch.tensor([[0], [4], [2]])], ids=["int32", "rows"]
+)
+def test_classes_of_another_form(labels):
+    ids, mask = ragged("right")
+    model = ours_of(stock_of("Qwen2ForSequenceClassification"))
+    found = model(ids, attention_mask=mask, labels=labels)
+    assert close(found.loss, torch.nn.functional.cross_entropy(found.logits, labels.flatten().long()))
+
+
+def test_a_kind_of_problem_that_is_none():
+    model, (ids, mask) = ours_of(stock_of("Qwen2ForSequenceClassification")), ragged("right")
+    model.config.problem_type = "ranking"
+    with pytest.raises(ValueError, match=r"^config.problem_type='ranking': use regression, single_label"):
+        model(ids, attention_mask=mask, labels=torch.rand(3, 5))
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         (torch.tensor([0, 5, 1]), "label 5 is outside"),
+        (torch.tensor([0, -1, 1]), "label -1 is outside"),
+        (torch.tensor([[0, 1, 2]]), r"labels of shape \(1, 3\) .*pass \(3,\)"),
         (torch.tensor([0, 1]), r"labels of shape \(2,\) .*pass \(3,\)"),
         (torch.rand(3, 4), r"labels of shape \(3, 4\) .*pass \(3, 5\)"),
         ([1, 2, 3], "labels is a list"),

@@ -14,7 +14,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.models import backbone, layers
-from qwen2_npu.models.layers import RMSNorm, RotaryTable, RowParallelLinear
+from qwen2_npu.models.layers import Embedding, RMSNorm, RotaryTable, RowParallelLinear
+from qwen2_npu.models.quantized import QuantizedRows
+from qwen2_npu.parallel.sharding import Shard
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -129,6 +131,17 @@ def test_a_table_that_grew_has_the_numbers_of_one_that_was_whole(rope, dtype, mo
     assert torch.equal(table.cos[:3000], whole.cos)
 
 
+@pytest.mark.parametrize(("needed", "rows"), [(0, 64), (256, 256), (257, 300), (300, 300), (301, 300)])
+def test_a_table_ends_with_the_positions_of_the_model(needed, rows, monkeypatch):
+    """Its first size, too; only padding takes more."""
+    monkeypatch.setattr(layers, "TABLE_ROWS", 64)
+    table, padded = (RotaryTable(small_config(max_position_embeddings=300)) for _ in range(2))
+    table.prepare(FLOAT32, CPU, needed)
+    assert table.cos.shape[0] == table.sin.shape[0] == rows
+    padded.prepare(FLOAT32, CPU, needed, padded=needed)
+    assert padded.cos.shape[0] == (512 if needed > 300 else rows)
+
+
 def test_a_table_is_kept_while_it_serves(monkeypatch):
     """Graphs hold its address."""
     monkeypatch.setattr(layers, "TABLE_ROWS", 64)
@@ -224,6 +237,44 @@ def test_every_way_to_beyond_the_first_table(optimizations, far, monkeypatch):
         monkeypatch.setattr(module, "TABLE_ROWS", 16)
     assert all(torch.equal(one, other) for one, other in zip(run(growing), expected, strict=True))
     assert 16 < len(growing.model.rotary.cos) <= len(whole.model.rotary.cos)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("padding", [0, 120, 199])
+def test_every_token_is_looked_up_by_one_of_the_ranks(size, padding):
+    config = small_config(vocab_size=200, pad_token_id=padding)
+    whole, ids = torch.randn(config.vocab_size, config.hidden_size), torch.arange(config.vocab_size).view(1, -1)
+    found, summed = torch.zeros(1, *whole.shape), []
+    for rank in range(size):
+        ranks = SimpleNamespace(shard=Shard(rank, size), all_reduce=lambda part: summed.append(part) or part)
+        table = Embedding(config, ranks)
+        table.weight.data = whole[table.first : table.first + table.num_embeddings]
+        part = table(ids)
+        assert (part != 0).any(-1).sum() == table.num_embeddings
+        found += part
+    assert torch.equal(found[0], whole)
+    assert len(summed) == (size if size > 1 else 0)
+
+
+def test_the_angles_of_all_heads_turn_the_first_ones_and_leave_the_others():
+    cos, sin = torch.randn(2, 3, 2, 1, 4).unbind(0)
+    for_each = layers.for_all_heads(cos, sin, 5, 2)
+    for found, angle, still in zip(for_each, (cos, sin), (1, 0), strict=True):
+        assert found.shape == (3, 2, 7, 4)
+        assert torch.equal(found[:, :, :5], angle.expand(3, 2, 5, 4))
+        assert (found[:, :, 5:] == still).all()
+
+
+@pytest.mark.parametrize("rows", ["tensor", "quantised"])
+def test_positions_are_taken_of_values_and_of_their_scales(rows):
+    values, index = torch.arange(24).view(2, 4, 3), torch.tensor([[3, 0, 0], [1, 2, 1]])
+    expected = torch.stack([values[row][index[row]] for row in range(2)])
+    if rows == "tensor":
+        assert torch.equal(layers.take_positions(values, index), expected)
+        return
+    found = layers.take_positions(QuantizedRows(values, values[..., 0].float()), index)
+    assert torch.equal(found.values, expected)
+    assert torch.equal(found.scale, expected[..., 0].float())
 
 
 def test_product_and_sum_are_one_operator_in_prefill_alone(monkeypatch):

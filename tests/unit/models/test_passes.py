@@ -1,4 +1,4 @@
-"""The loss of one pass."""
+"""What one pass is asked for, and its loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qwen2_npu.models.passes import shifted_loss
+from qwen2_npu.models.passes import Pass, shifted_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -31,6 +31,22 @@ def test_what_counts_are_labels_after_a_live_position():
     assert every != shifted_loss(logits, labels, live)
 
 
-def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"labels of shape \(2, 3\) for logits of \(2, 4\): pass as many"):
-        shifted_loss(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.int64), None)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (1, 4), (3, 4)])
+def test_labels_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"labels of shape \({shape[0]}, {shape[1]}\) for logits of \(2, 4\): pass"):
+        shifted_loss(torch.zeros(2, 4, 5), torch.zeros(shape, dtype=torch.int64), None)
+
+
+@pytest.mark.parametrize("hidden", [(), (7,)], ids=["ids", "embeddings"])
+@pytest.mark.parametrize(
+    ("where", "past", "tokens", "looked_into"),
+    [
+        ("meta", 0, 1, True), ("meta", 0, 3, True), ("meta", 1, 2, True), ("meta", 5, 3, True),
+        ("meta", 1, 1, False), ("meta", 5, 1, False), ("cpu", 5, 1, True),
+    ],
+)  # fmt: skip
+def test_a_decode_step_on_a_card_is_all_that_is_not_looked_into(where, past, tokens, looked_into, hidden):
+    """It must not wait for the device."""
+    asked = Pass(torch.ones(2, tokens, *hidden, device=where), None, None, past, None, None)
+    assert asked.looked_into is looked_into
+    assert asked.total == past + tokens

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
+from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
-from tests.unit.small import small_config, small_stock
+from tests.unit.small import V4, small_config, small_stock
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,57 @@ def test_subfolder_and_generation_config(folder):
     assert model.generation_config is given
 
 
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"),
+    [
+        (None, {}, torch.float32),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, {"dtype": "auto"}, torch.bfloat16),
+        (torch.bfloat16, {"torch_dtype": "auto"}, torch.bfloat16),
+        (torch.bfloat16, {"dtype": "float16"}, torch.float16),
+        (torch.bfloat16, {"torch_dtype": torch.float16}, torch.float16),
+        (torch.bfloat16, {"dtype": torch.float32, "torch_dtype": "float16"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_the_caller_s_or_else_that_of_the_configuration(folder, stored, given, expected):
+    """The weights are stored in float32."""
+    config = small_config()
+    set_torch_dtype(config, stored)
+    model = Qwen2ForCausalLM.from_pretrained(folder, config=config, **given)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@torch.no_grad()
+def test_the_first_layers_alone(folder, model):
+    """Asked for by number, or by a configuration in hand; that of a folder must be the checkpoint's own."""
+    ids = torch.arange(1, 9)[None]
+    expected = model.model.norm(model(ids, output_hidden_states=True).hidden_states[1], None)[0]
+    for given in ({"num_hidden_layers": 1}, {"config": small_config(num_hidden_layers=1)}):
+        one = Qwen2ForCausalLM.from_pretrained(folder, **given)
+        assert len(one.model.layers) == one.config.num_hidden_layers == 1
+        assert (one(ids).logits - one.lm_head(expected)).abs().max() < 2e-4
+
+
+def test_the_folder_s_own_generation_configuration_and_name(folder, tmp_path):
+    small_stock().save_pretrained(tmp_path, safe_serialization=True)
+    GenerationConfig(max_new_tokens=5, pad_token_id=3).save_pretrained(tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(str(tmp_path))
+    assert (model.generation_config.max_new_tokens, model.generation_config.pad_token_id) == (5, 3)
+    assert model.name_or_path == model.config._name_or_path == str(tmp_path)
+    given = GenerationConfig(max_new_tokens=7)
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path, generation_config=given).generation_config is given
+    assert getattr(Qwen2Model.from_pretrained(tmp_path), "generation_config", None) is None
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, None, 3], ids=str)
+def test_what_is_no_folder_is_refused_by_name(given):
+    with pytest.raises(
+        UnsupportedError, match=r"^pretrained_model_name_or_path=.*: pass a local folder; weights in mem"
+    ):
+        Qwen2ForCausalLM.from_pretrained(given)
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "given",
@@ -113,6 +166,15 @@ def test_subfolder_and_generation_config(folder):
 )
 def test_one_device(folder, given):
     assert Qwen2ForCausalLM.from_pretrained(folder, **given).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("spread", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_model_that_may_be_spread_goes_to_the_accelerator_or_else_the_cpu(spread, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert pretrained.one_device(None, spread) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    with pytest.raises(UnsupportedError, match=r"'meta'.*: not usable here"):
+        pretrained.one_device(None, spread)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +228,11 @@ def test_only_the_main_process_writes(model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_without_a_word_of_other_processes_this_one_writes(model, tmp_path):
+    model.save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x" / "config.json").exists()
+
+
 def test_a_save_keyword_that_nobody_knows(model, tmp_path):
     with pytest.raises(TypeError, match=r"save_pretrained\(\) takes no argument warp_drive"):
         model.save_pretrained(tmp_path / "x", warp_drive=9)
@@ -188,6 +255,45 @@ def test_every_keyword_of_transformers_is_decided_on(function, known):
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self"
     }
     assert theirs <= known | set(ours)
+
+
+OLDER = (
+    "use_flash_attention_2", "load_in_4bit", "load_in_8bit", "use_auth_token", "offload_state_dict", "mirror",
+    "low_cpu_mem_usage", "from_flax", "from_tf", "_fast_init", "resume_download",
+)  # fmt: skip
+"""Keywords of earlier releases, which programs still pass."""
+
+
+@pytest.mark.skipif(V4, reason="what 5.x reads")
+def test_every_keyword_that_transformers_takes_out_of_the_others_is_decided_on():
+    known = {*pretrained.LOADING_HARMLESS, *pretrained.LOADING_REFUSED}
+    known |= set(inspect.signature(Qwen2ForCausalLM.from_pretrained).parameters)
+    taken = re.findall(r"kwargs\.(?:pop|get)\(\s*\"(\w+)\"", inspect.getsource(PreTrainedModel.from_pretrained))
+    assert len(taken) > 20
+    assert {*taken, *OLDER} <= known
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+def test_a_part_is_neither_saved_nor_given_adapters(model, tmp_path):
+    part = Qwen2ForCausalLM.from_state_dict(
+        model.config, model.stock_state_dict(), optimizations=Optimizations.none(), tp_size=2, tp_rank=1
+    )
+    for call in (lambda: part.save_pretrained(tmp_path / "part"), part.stock_state_dict):
+        with pytest.raises(UnsupportedError, match=r"\(\): this is part 1 of 2 of a model; load it with tp_size=1"):
+            call()
+    assert not (tmp_path / "part").exists()
+    for call in (part.add_adapter, part.load_adapter):
+        with pytest.raises(
+            UnsupportedError, match=r"_adapter\(\): q, k, v, gate and up are fused or cut in this model"
+        ):
+            call("adapter")
+
+
+@pytest.mark.parametrize("step", ["fused_qkv", "fused_gate_up"])
+def test_fused_products_take_no_adapter(model, step):
+    fused = Qwen2ForCausalLM(model.config, Optimizations.only(step))
+    with pytest.raises(UnsupportedError, match=r"add_adapter\(\): q, k, v, gate and up are fused or cut in this model"):
+        fused.add_adapter("adapter")
 
 
 # ---- load_state_dict ------------------------------------------------------------------------------------------------

@@ -97,6 +97,24 @@ def test_parameters_are_integers_and_scales_and_need_no_gradient():
     assert "scheme=w8a16" in repr(layer)
 
 
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_random_weights_have_about_the_size_that_was_asked_for(std):
+    layer = QuantizedLinear(64, 96, True, "w8a8", "mlp.up_proj")
+    layer.prepare()
+    layer.reset_parameters(std)
+    assert layer.wide_scale is layer.wide_bias is None
+    weight = layer.weight.float() * layer.weight_scale
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert weight.mean().abs() < 0.1 * std
+    assert layer.weight.min() >= -127
+    assert not layer.bias.any()
+    with torch.inference_mode():  # they outlive the call
+        layer.prepare()
+    for copied in (layer.wide_scale, layer.wide_bias):
+        assert not copied.requires_grad
+        assert not copied.is_inference()
+
+
 @pytest.mark.parametrize("change", ["dtype", "state", "copy"])
 def test_the_copies_in_float32_follow_the_parameters(change):
     layer = layer_of("w8a8", torch.float32)
@@ -288,6 +306,16 @@ def test_the_decoder_shares_the_prepared_layers():
     model = quantised_model(quantised_config("w8a8"))
     hidden = model.get_decoder()(IDS, use_cache=False)[0]
     assert torch.equal(model.lm_head(hidden), model(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_layer_whose_weights_were_replaced_is_prepared_again(place):
+    model = quantised_model(quantised_config("w8a8"))
+    expected = model(IDS).logits
+    layer = list(products(model).values())[place]
+    layer.load_state_dict(layer.state_dict())
+    assert layer.wide_scale is None
+    assert torch.equal(model(IDS).logits, expected)
 
 
 def test_hidden_states_are_not_quantised():

@@ -88,6 +88,36 @@ def test_one_weight_of_all_groups_and_an_x_for_each() -> None:
         torch.testing.assert_close(y, part @ matrix)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("sizes", [[2, 0, 5], [0, 6, 1], None])
+def test_every_group_has_its_bias(stacked: bool, sizes: list[int] | None) -> None:
+    x, weight, bias = torch.randn(7, 8), torch.randn(3, 8, 6), torch.randn(3, 6)
+    given = {"bias": [bias] if stacked else list(bias)}
+    weights, parts = [weight] if stacked else list(weight), x.split(sizes or [2, 1, 4])
+    if sizes is None:
+        made = npu.npu_grouped_matmul(list(parts), weights, group_type=-1, **given)
+    else:
+        groups = {"group_list": torch.tensor(sizes), "group_list_type": 1, "group_type": 0}
+        made = npu.npu_grouped_matmul([x], weights, **groups, **given)
+    for y, part, matrix, added in zip(made, parts, weight, bias, strict=True):
+        torch.testing.assert_close(y, part @ matrix + added)
+
+
+@pytest.mark.parametrize(("split_item", "count"), [(None, 2), (0, 2), (1, 2), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("divided", "group_type"), [(False, -1), (False, 0), (True, 0)])
+def test_results_are_one_for_each_group_or_one_for_all(
+    split_item: int | None, count: int, divided: bool, group_type: int
+) -> None:
+    x, weight = torch.randn(7, 8), torch.randn(2, 8, 6)
+    if divided:
+        groups = {"group_list": torch.tensor([3, 7]), "group_type": 0}
+        made = npu.npu_grouped_matmul([x], [weight], split_item=split_item, **groups)
+    else:
+        made = npu.npu_grouped_matmul([x[:3], x[3:]], [weight], split_item=split_item, group_type=group_type)
+    assert len(made) == count
+    torch.testing.assert_close(torch.cat(list(made)), torch.cat((x[:3] @ weight[0], x[3:] @ weight[1])))
+
+
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_products_that_a_gradient_is_wanted_of() -> None:
     """Below autograd they are ordinary products, unless they are written to their places."""
@@ -135,8 +165,67 @@ def test_fake_tensors_need_no_group_list() -> None:
 )
 def test_groups_that_are_not_the_rows(sizes: list[int], kind: int) -> None:
     """Among them sizes taken for ends, the mistake that is easily made."""
-    with pytest.raises(ValueError, match=r"group_list is \[.*\]; supported: (sizes|ends) .* together the 7 rows of x"):
+    form = ("ends", "sizes")[kind]
+    with pytest.raises(ValueError, match=rf"group_list is \[.*\]; supported: {form} .* together the 7 rows of x"):
         grouped(torch.zeros(7, 8), torch.zeros(3, 8, 6), sizes, group_list_type=kind)
+
+
+X, WEIGHT, HALF = torch.zeros(7, 8), torch.zeros(3, 8, 6), torch.float16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"split_item": n}, f"split_item is {n}; supported: 0 or 1") for n in (-1, 4)),
+        *(({"group_list_type": n}, f"group_list_type is {n}; supported: 0") for n in (-1, 2)),
+        *(({"group_type": n}, f"group_type is {n}; supported: 0") for n in (-1, 1, 2, None)),
+        ({"x": []}, "x is .*; supported: a list of 1 to 128 tensors"),
+        ({"x": [X] * 129}, "x is .*; supported: a list of 1 to 128 tensors"),
+        ({"weight": []}, "weight is .*; supported: a list of 1 to 128 tensors"),
+        ({"x": [X.double()]}, "x is .*float64"),
+        ({"x": [X.to(HALF)]}, "weight is .*; supported: the dtype of the first input"),
+        ({"x": [X, X.to(HALF)]}, "x is .*; supported: the dtype of the first input"),
+        ({"weight": [WEIGHT[0], WEIGHT[1], WEIGHT[2].to(HALF)]}, "weight is .*; supported: the dtype of the first"),
+        ({"x": [X[0]]}, "x is .*; supported: two or more dimensions, the last below 65536"),
+        ({"weight": [WEIGHT[0, 0]] * 3}, "weight is .*; supported: two or more dimensions, the last below 65536"),
+        ({"x": [torch.zeros(1, 65536)]}, "x is .*; supported: two or more dimensions, the last below 65536"),
+        ({"weight": [WEIGHT[:0]]}, "weight is .*; supported: weights of 1 to 1024 groups"),
+        ({"weight": [torch.zeros(1025, 8, 1)]}, "weight is .*; supported: weights of 1 to 1024 groups"),
+        ({"weight": [WEIGHT, WEIGHT]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\) per group"),
+        ({"weight": [WEIGHT[None]]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\) per group"),
+        ({"weight": [*WEIGHT[:2], torch.zeros(7, 6)]}, r"x is .*; supported: \(..., K\) with K = \[8, 8, 7\]"),
+        *(({"weight": [*WEIGHT[:2], torch.zeros(8, n)]}, "weight is .*; supported: weights with the same N")
+          for n in (5, 7)),
+        ({"weight": [*WEIGHT[:2], torch.zeros(8, 7)], "split_item": 0}, "weight is .*; supported: weights with"),
+        *(({"bias": [torch.zeros(shape)]}, r"bias is .*; supported: torch.float32 tensors of shapes \[\(3, 6\)\]")
+          for shape in ((3, 5), (2, 6), (4, 6), 6)),
+        ({"bias": list(torch.zeros(3, 6))}, r"bias is .*; supported: torch.float32 tensors of shapes \[\(3, 6\)\]"),
+        ({"bias": [torch.zeros(3, 6).to(HALF)]}, "bias is .*; supported: torch.float32 tensors"),
+        ({"group_list": torch.tensor([2, 0, 5]).int()}, "group_list is .*; supported: an int64 tensor"),
+        ({"group_list": torch.tensor([[2, 0, 5]])}, "group_list is .*; supported: an int64 tensor"),
+        ({"x": [X[None]]}, r"x is .*; supported: \(M, K\) where a group_list divides the rows"),
+        ({"x": [X, X, X]}, "group_list is .*; supported: None where every group has an x of its own"),
+        ({"group_list": None}, "group_list is None; supported: one tensor for each of the 3 weights, or one "),
+        ({"group_list": None, "x": [X, X]}, "x is .*; supported: one tensor for each of the 3 weights, or one"),
+        ({"group_list": None, "x": [X] * 4}, "x is .*; supported: one tensor for each of the 3 weights, or one"),
+        ({"group_list": None, "weight": [WEIGHT[:1]]}, "group_list is None; supported: one tensor for each of the 1 w"),
+        ({"group_list": None, "x": [X] * 3, "split_item": 2, "weight": [*WEIGHT[:2], torch.zeros(8, 5)]},
+         "weight is .*; supported: weights with the same N"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_form_are_refused(changes: dict[str, Any], message: str) -> None:
+    given = {"x": [X], "weight": [WEIGHT], "group_list": torch.tensor([2, 0, 5]), "group_type": 0}
+    given |= {"group_list_type": 1, "split_item": 2}
+    npu.npu_grouped_matmul(**given)
+    with pytest.raises(ValueError, match=f"^npu::npu_grouped_matmul: {message}"):
+        npu.npu_grouped_matmul(**(given | changes))
+
+
+def test_limits_of_the_lists_themselves_are_taken() -> None:
+    wide, deep = torch.zeros(1, 65535), torch.zeros(1024, 1, 1)
+    assert len(npu.npu_grouped_matmul([X[:1]] * 128, [WEIGHT[0]] * 128, group_type=-1)) == 128
+    assert npu.npu_grouped_matmul([wide], [wide.mT[None]], group_type=-1)[0].shape == (1, 1)
+    assert grouped(torch.zeros(0, 1), deep, [0] * 1024).shape == (0, 1)
 
 
 def test_errors() -> None:

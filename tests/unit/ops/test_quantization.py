@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,6 +57,69 @@ def test_the_head_is_refused_by_name() -> None:
         npu.npu_weight_quant_batchmatmul(
             torch.zeros(1, 8), torch.zeros(8, 152064, dtype=torch.int8), torch.zeros(152064)
         )
+
+
+def _weight_only(**changes: Any) -> Any:
+    given = {"x": torch.ones(3, 8), "weight": INT8_WEIGHT, "antiquant_scale": torch.ones(4)}
+    return npu.npu_weight_quant_batchmatmul(**(given | changes))
+
+
+def _integers(**changes: Any) -> Any:
+    given = {"x1": torch.ones(3, 8, dtype=torch.int8), "x2": INT8_WEIGHT, "scale": torch.ones(4), "output_dtype": 15}
+    return npu.npu_quant_matmul(**(given | changes))
+
+
+INT8_WEIGHT = torch.ones(8, 4, dtype=torch.int8)
+PER_ROW, PER_COLUMN = torch.ones(3), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("product", "changes", "message"),
+    [
+        (_weight_only, {"x": torch.ones(1, 3, 8)}, r"x is .*\(1, 3, 8\); supported: \(M, K\)$"),
+        (_weight_only, {"x": torch.ones(8)}, r"x is .*\(8,\); supported: \(M, K\)$"),
+        (_weight_only, {"x": torch.ones(3, 7)}, r"x is .*\(3, 7\); supported: a last dimension of 8, the K of weight"),
+        (_weight_only, {"x": torch.ones(3, 9)}, r"x is .*\(3, 9\); supported: a last dimension of 8, the K of weight"),
+        (_weight_only, {"weight": INT8_WEIGHT[:, 0]}, r"weight is .*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"weight": INT8_WEIGHT[..., None]}, r"weight is .*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"weight": INT8_WEIGHT.int()}, r"weight is .*int32.*; supported: int8 of shape \(K, N\)"),
+        (_weight_only, {"antiquant_scale": torch.ones(5)}, r"antiquant_scale is .*of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"antiquant_scale": torch.ones(4, 1)}, r"antiquant_scale is .*of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"bias": torch.ones(5)}, r"bias is .*torch.float32 of shape \(4,\) or \(1, 4\)$"),
+        (_weight_only, {"bias": torch.ones(4).half()}, r"bias is .*float16.*; supported: torch.float32 of"),
+        (_weight_only, {"inner_precise": 2}, r"inner_precise is 2; supported: 0 or 1$"),
+        (_integers, {"x1": torch.ones(8, dtype=torch.int8)}, r"x1 is .*; supported: .*two or more dimensions$"),
+        (_integers, {"x1": torch.ones(3, 8)}, r"x1 is .*float32.*; supported: int8 of shape"),
+        (_integers, {"x1": torch.ones(3, 9, dtype=torch.int8)}, r"x1 is .*\(3, 9\); supported: a last dimension of 8"),
+        (_integers, {"x2": INT8_WEIGHT[..., None]}, r"x2 is .*; supported: int8 of shape \(K, N\)"),
+        (_integers, {"x2": INT8_WEIGHT.new_ones(8, 65536)}, r"x2 is .*; supported: K and N of at most 65535"),
+        (_integers, {"scale": torch.ones(1, 4)}, r"scale is .*of shape \(4,\) or \(1,\)$"),
+        (_integers, {"scale": torch.ones(4).half()}, r"scale is .*; supported: float32 or bfloat16"),
+        (_integers, {"scale": torch.ones(4).bfloat16(), "output_dtype": 5}, r"scale is .*; supported: float32 where"),
+        (_integers, {"pertoken_scale": PER_COLUMN}, r"pertoken_scale is .*; supported: float32 of shape \(3,\)"),
+        (_integers, {"pertoken_scale": PER_ROW.bfloat16()}, r"pertoken_scale is .*; supported: float32 of"),
+        (_integers, {"pertoken_scale": PER_ROW, "output_dtype": 3}, r"pertoken_scale is "),
+        (_integers, {"bias": torch.ones(1, 4)}, r"bias is .*; supported: shape \(4,\)$"),
+        (_integers, {"bias": torch.ones(4).bfloat16(), "output_dtype": 5}, r"bias is .*; supported: torch.int32 or"),
+        (_integers, {"bias": torch.ones(4), "output_dtype": 3}, r"bias is .*; supported: torch.int32 of shape"),
+        (_integers, {"output_dtype": 6}, r"output_dtype is 6; supported: "),
+        (_integers, {"output_dtype": None}, r"output_dtype is None; supported: "),
+    ],
+)  # fmt: skip
+def test_products_of_another_shape_or_dtype_are_refused(product: Any, changes: dict[str, Any], message: str) -> None:
+    product()
+    with pytest.raises(ValueError, match=f"^npu::npu_[a-z_]+: {message}"):
+        product(**changes)
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 3), (1, 2, 3)])
+def test_scales_per_row_are_of_the_last_dimension_but_one(rows: tuple[int, ...]) -> None:
+    """Whatever dimensions stand before it."""
+    tokens = torch.rand(rows[-1])
+    x1 = torch.randint(-127, 128, (*rows, 8), dtype=torch.int8)
+    y = npu.npu_quant_matmul(x1, INT8_WEIGHT, torch.ones(4), pertoken_scale=tokens, output_dtype=15)
+    expected = x1.int().sum(-1, keepdim=True).expand(*rows, 4) * tokens[:, None].double()
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
 def test_a_bias_is_added_before_rounding() -> None:
@@ -125,3 +190,125 @@ def test_one_position_of_several_in_a_compiled_graph() -> None:
 
     torch._dynamo.reset()
     assert torch.equal(torch.compile(function)(values), function(values))
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+def by_hand(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows and their scales, of float64."""
+    scale = wide.double().abs().amax(-1) / 127
+    rows = wide.double() / scale.clamp(min=1e-300).unsqueeze(-1)
+    return rows.round().to(torch.int8), scale
+
+
+def assert_quantised(found: tuple[torch.Tensor, torch.Tensor], wide: torch.Tensor) -> None:
+    """As by hand; in float32 a value near the middle of two integers may become the other one."""
+    values, scale = by_hand(wide)
+    assert (found[0].dtype, found[0].shape, found[1].dtype) == (torch.int8, wide.shape, torch.float32)
+    torch.testing.assert_close(found[1].double(), scale, rtol=1e-5, atol=0)
+    difference = (found[0].int() - values.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_scaled_by_their_largest(shape: tuple[int, ...], dtype: torch.dtype, smooth: bool) -> None:
+    x, factors = torch.randn(shape).to(dtype), (torch.rand(64) + 0.5).to(dtype)
+    x[..., 0, :] = 0
+    found = npu.npu_dynamic_quant(x, smooth_scales=factors if smooth else None)
+    assert_quantised(found, x.float() * factors.float() if smooth else x)
+    assert not found[0][..., 0, :].any()
+    assert not found[1][..., 0].any()
+
+
+def test_rows_are_rounded_to_the_nearest_and_ties_to_even() -> None:
+    x = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5, 2.6, -0.4]])
+    values, scale = npu.npu_dynamic_quant(x)
+    assert (values.tolist(), scale.tolist()) == ([[127, -127, 0, 2, -2, 3, 0]], [1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5])
+def test_a_sum_is_normalised_and_quantised(dtype: torch.dtype, epsilon: float) -> None:
+    x1, x2, gamma = torch.randn(3, 4, 64).to(dtype), torch.randn(3, 4, 64).to(dtype), torch.randn(64).to(dtype)
+    for mask in (None, [True, False]):
+        y, other, x, scale, no_scale = npu.npu_add_rms_norm_dynamic_quant(
+            x1, x2, gamma, epsilon=epsilon, output_mask=mask
+        )
+        assert torch.equal(x, x1 + x2)
+        wide = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + epsilon) * gamma.double()
+        assert_quantised((y, scale), wide)
+        assert other.numel() == no_scale.numel() == 0
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("of_rows", [None, (5,), (5, 1)])
+@pytest.mark.parametrize("of_columns", [(64,), (1, 64)])
+def test_sums_are_scaled_gated_and_quantised(left: bool, of_rows: Any, of_columns: tuple[int, ...]) -> None:
+    x = torch.randint(-3000, 3000, (5, 64), dtype=torch.int32)
+    columns, rows = torch.rand(of_columns) / 1000, None if of_rows is None else torch.rand(of_rows) + 0.5
+    found = npu.npu_dequant_swiglu_quant(
+        x, weight_scale=columns, activation_scale=rows, activate_left=left, quant_mode=1
+    )
+    wide = x.double() * columns.double().reshape(1, 64) * (1 if rows is None else rows.double().reshape(5, 1))
+    first, second = wide.chunk(2, -1)
+    gate, up = (first, second) if left else (second, first)
+    assert_quantised(found, gate / (1 + torch.exp(-gate)) * up)
+
+
+def _rows(**changes: Any) -> Any:
+    return npu.npu_dynamic_quant(**({"input": torch.ones(3, 8)} | changes))
+
+
+def _normed(**changes: Any) -> Any:
+    given = {"x1": torch.ones(3, 8), "x2": torch.ones(3, 8), "gamma": torch.ones(8)}
+    return npu.npu_add_rms_norm_dynamic_quant(**(given | changes))
+
+
+def _gated(**changes: Any) -> Any:
+    given = {"x": torch.ones(3, 8, dtype=torch.int32), "weight_scale": torch.ones(8), "quant_mode": 1}
+    return npu.npu_dequant_swiglu_quant(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("call", "changes", "message"),
+    [
+        (_rows, {"input": torch.ones(3, 8).double()}, "input is .*float64"),
+        (_rows, {"input": torch.ones(8)}, "input is .*; supported: .* two or more dimensions, H above 0"),
+        (_rows, {"input": torch.ones(3, 0)}, "input is .*; supported: .* two or more dimensions, H above 0"),
+        (_rows, {"dst_type": 2}, r"dst_type is 2; supported: torch.int8 \(1\)"),
+        (_rows, {"smooth_scales": torch.ones(7)}, r"smooth_scales is .* of shape \(8,\)"),
+        (_rows, {"smooth_scales": torch.ones(1, 8)}, r"smooth_scales is .*; supported: shape \(8,\)$"),
+        (_rows, {"smooth_scales": torch.ones(8).half()}, "smooth_scales is .*; supported: torch.float32 of"),
+        (_normed, {"x1": torch.ones(3, 8).double()}, "x1 is .*float64"),
+        (_normed, {"x2": torch.ones(3, 8).half()}, "x2 is .* the dtype of the first"),
+        (_normed, {"gamma": torch.ones(8).half()}, "gamma is .* the dtype of the first"),
+        (_normed, {"x2": torch.ones(2, 8)}, r"x2 is .* the shape of x1, \(3, 8\)"),
+        (_normed, {"x2": torch.ones(1, 8)}, r"x2 is .* the shape of x1, \(3, 8\)"),
+        (_normed, {"x1": torch.ones(8), "x2": torch.ones(8)}, "x2 is .* two or more dimensions"),
+        (_normed, {"gamma": torch.ones(7)}, r"gamma is .*; supported: shape \(8,\)"),
+        (_normed, {"gamma": torch.ones(1, 8)}, r"gamma is .*; supported: shape \(8,\)"),
+        *((_normed, {"output_mask": mask}, "output_mask is .*; supported: None or")
+          for mask in ([True, True], [False, True], [True], [])),
+        (_normed, {"y_dtype": 2}, "y_dtype is 2; supported: "),
+        *((_gated, {"quant_mode": mode}, f"quant_mode is {mode}; supported: 1") for mode in (0, 2)),
+        (_gated, {"dst_type": 2}, "dst_type is 2; supported: "),
+        (_gated, {"round_mode": 1}, "round_mode is 1; supported: 0"),
+        (_gated, {"activate_dim": 0}, "activate_dim is 0; supported: -1"),
+        *((_gated, {"x": torch.ones(shape, dtype=torch.int32)}, "x is .*; supported: int32 of shape")
+          for shape in (8, (1, 3, 8), (3, 7), (3, 0))),
+        (_gated, {"x": torch.ones(3, 8)}, "x is .*float32.*; supported: int32 of shape"),
+        (_gated, {"weight_scale": None}, r"weight_scale is None; supported: float32 of shape \(8,\)"),
+        *((_gated, {"weight_scale": torch.ones(shape)}, r"weight_scale is .*of shape \(8,\) or \(1, 8\)")
+          for shape in (4, (8, 1), (2, 8))),
+        (_gated, {"weight_scale": torch.ones(8).bfloat16()}, "weight_scale is .*; supported: torch.float32 of"),
+        *((_gated, {"activation_scale": torch.ones(shape)}, r"activation_scale is .*of shape \(3,\) or \(3, 1\)")
+          for shape in (1, 2, 4, (1, 3), (3, 2))),
+        (_gated, {"activation_scale": torch.ones(3).bfloat16()}, "activation_scale is .*; supported: float32 of"),
+    ],
+)  # fmt: skip
+def test_activations_of_another_shape_or_dtype_are_refused(call: Any, changes: dict[str, Any], message: str) -> None:
+    call()
+    with pytest.raises(ValueError, match=f"^npu::npu_[a-z_]+: {message}"):
+        call(**changes)

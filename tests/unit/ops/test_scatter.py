@@ -42,10 +42,12 @@ def test_writes_one_slice_per_row(
     assert torch.equal(data, want)
 
 
-def test_updates_may_have_more_rows_than_indices() -> None:
-    data, updates = torch.zeros(3, 5, 2), torch.randn(3, 1, 2)
-    npu.scatter_update_(data, torch.tensor([1, 4]), updates, 1)
-    assert torch.equal(data, expected(torch.zeros(3, 5, 2), [1, 4], updates, 1))
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("starts", [[1, 2], [2, 2], [2]])
+def test_updates_may_have_more_rows_than_indices(starts: list[int], length: int) -> None:
+    data, updates = torch.zeros(3, 5, 2), torch.randn(3, length, 2)
+    npu.scatter_update_(data, torch.tensor(starts), updates, 1)
+    assert torch.equal(data, expected(torch.zeros(3, 5, 2), starts, updates, 1))
 
 
 def test_row_count_does_not_change_the_number_of_calls() -> None:
@@ -78,6 +80,13 @@ def test_out_of_range_raises_before_anything_is_written(start: int) -> None:
         (torch.zeros(2).long(), torch.zeros(2, 1, 4), 1, "updates is"),
         (torch.zeros(2).long(), torch.zeros(2, 7, 3), 1, "at most as long along axis 1"),
         (torch.zeros(2).long(), torch.zeros(2, 3), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3, 1), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 2), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(1, 1, 3), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(3, 1, 3), 1, "updates is"),
+        (torch.zeros(1).long(), torch.zeros(3, 1, 3), 1, "updates is"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3), -3, "axis is -3"),
+        (torch.zeros(2).long(), torch.zeros(2, 1, 3), -4, "axis is -4"),
     ],
 )
 def test_errors(indices: Tensor, updates: Tensor, axis: int, message: str) -> None:
@@ -155,6 +164,43 @@ def test_a_slot_that_is_not_in_the_cache_is_refused_before_anything_is_written(s
 def test_nz_blocks_are_refused_and_they_are_the_schema_s_default() -> None:
     with pytest.raises(ValueError, match="npu::npu_scatter_pa_kv_cache: cache_mode is 'PA_NZ'; supported: 'Norm'"):
         npu.npu_scatter_pa_kv_cache(*paged(1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(2, 8)}, "key is .*; supported: 3 dimensions"),
+        ({"key": torch.zeros(2, 2, 4, 1)}, "key is .*; supported: 3 dimensions"),
+        ({"value": torch.zeros(2, 8)}, r"value is .* tokens and heads, \(2, 2\)"),
+        ({"value": torch.zeros(2, 2, 4, 1)}, r"value is .* tokens and heads, \(2, 2\)"),
+        *(({"value": torch.zeros(*shape, 4)}, r"value is .* tokens and heads, \(2, 2\)")
+          for shape in ((1, 2), (3, 2), (2, 1), (2, 3))),
+        ({"value": torch.zeros(2, 2, 4).half()}, "value is .* the dtype of the first input"),
+        *(({"slot_mapping": torch.zeros(shape).long()}, r"slot_mapping is .*; supported: \(2,\), one slot per token")
+          for shape in (1, 3, (2, 1))),
+        ({"slot_mapping": torch.zeros(2)}, "slot_mapping is .* int32 or int64"),
+        *(({"key_cache": torch.zeros(shape)}, r"key_cache is .*; supported: \(blocks, block, heads, D\)")
+          for shape in ((15, 2, 4), (3, 5, 1, 4), (3, 5, 3, 4), (3, 5, 2, 3), (3, 5, 2, 5), (3, 5, 2, 4, 1))),
+        *(({"value_cache": torch.zeros(shape)}, r"value_cache is .*; supported: \(3, 5, 2, 4\)")
+          for shape in ((15, 2, 4), (2, 5, 2, 4), (4, 5, 2, 4), (3, 4, 2, 4), (3, 6, 2, 4), (3, 5, 2, 3))),
+        ({"value_cache": torch.zeros(3, 5, 2, 5)}, r"value_cache is .*; supported: \(3, 5, 2, 4\)"),
+    ],
+)  # fmt: skip
+def test_keys_values_and_blocks_of_another_shape_are_refused(change: dict[str, Tensor], message: str) -> None:
+    key, value, key_cache, value_cache = paged(2)
+    given = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
+    given |= {"slot_mapping": torch.tensor([0, 7])}
+    for name in ("npu_scatter_pa_kv_cache", "npu_scatter_pa_kv_cache_functional"):
+        with pytest.raises(ValueError, match=f"^npu::{name}: {message}"):
+            getattr(npu, name)(**given | change, cache_mode="Norm")
+
+
+def test_heads_of_v_may_have_a_size_of_their_own() -> None:
+    key, value = torch.randn(2, 2, 4), torch.randn(2, 2, 6)
+    caches = torch.zeros(3, 5, 2, 4), torch.zeros(3, 5, 2, 6)
+    npu.npu_scatter_pa_kv_cache(key, value, *caches, torch.tensor([1, 14]), cache_mode="Norm")
+    for states, cache in zip((key, value), caches, strict=True):
+        assert torch.equal(cache.flatten(0, 1)[[1, 14]], states)
 
 
 def test_compiled_writes_the_blocks_where_they_lie_and_serves_every_position() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen2_npu.ops.attention import decode
 from tests.unit.ops.attention.reference import (
     CAUSAL,
     HEADS,
@@ -99,6 +100,62 @@ def test_lse(q_len: int, kv_lens: list[int] | None, masked: bool) -> None:
     want = log_sum_exp(q, k, keep).float()
     want = want.masked_fill(~keep.any(-1, keepdim=True), torch.inf)
     torch.testing.assert_close(lse, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([6, 2], None), ([3], [5]), ([0], None), ([0, 4], [9, 9]), (None, [0]), ([6, 6], [0, 0]), ([2, 6], [0, 7]),
+        ([5, 1], [3, 8]), ([6, 5], [1, 3]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lse_of_rows_past_their_length(q_lens: list[int] | None, kv_lens: list[int] | None, mode: int) -> None:
+    """They have none, as rows that see no key."""
+    q, k, v = random_qkv(2, 6, 9)
+    rows, columns = torch.arange(6).view(1, 1, 6, 1), torch.arange(9)
+    live_q, live_kv = (torch.tensor(given or [size]).view(-1, 1, 1, 1) for given, size in ((q_lens, 6), (kv_lens, 9)))
+    drop = torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(3)) > 0.5
+    distance = columns - rows
+    from_end = distance - (live_kv - live_q)
+    seen = [distance > -99, ~drop, distance <= 0, from_end <= 0, (from_end <= 1) & (from_end >= -2)][mode]
+    keep = (seen & (columns < live_kv) & (rows < live_q)).expand(2, 1, 6, 9)
+    given: dict[str, Any] = {"atten_mask": [None, drop, CAUSAL, CAUSAL, CAUSAL][mode], "sparse_mode": mode}
+    out, lse = fia(
+        q, k, v, actual_seq_lengths=q_lens, actual_seq_lengths_kv=kv_lens, softmax_lse_flag=True, pre_tokens=2,
+        next_tokens=1, **given,
+    )  # fmt: skip
+    want = log_sum_exp(q, k, keep).float().masked_fill(~keep.any(-1, keepdim=True), torch.inf)
+    torch.testing.assert_close(lse, want.expand(2, NQ, 6, 1), rtol=1e-5, atol=1e-5)
+    assert_near(out, attention(q, k, v, keep))
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["", "known to the device alone"])
+@pytest.mark.parametrize("padding", [None, 0, 3, 15])
+@pytest.mark.parametrize("lengths", [[0], [7], [0, 0], [4, 9], [9, 0], [1, 9], [17, 20]], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_lse_of_a_window(
+    lengths: list[int], padding: int | None, masked: bool, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without a window have none: +inf, and 0 in the output; where all of it is masked, that of the fill."""
+    monkeypatch.setattr(decode, "is_readable", lambda tensor: readable)
+    q, k, v = random_qkv(2, 1, 20)
+    slots, live = torch.arange(20), torch.tensor(lengths).view(-1, 1, 1, 1)
+    end = 20 - (padding or 0)
+    keep = slots < live if padding is None else (slots < end) & (slots >= end - live) & (live <= end)
+    keep = keep.expand(2, 1, 1, 20)
+    drop = torch.rand(2, 20, generator=torch.Generator().manual_seed(4)) > 0.5
+    drop[1] = True
+    given = {"kv_padding_size": None if padding is None else torch.tensor([padding])}
+    given |= {"atten_mask": drop} if masked else {}
+    out, lse = fia(q, k, v, actual_seq_lengths_kv=lengths, softmax_lse_flag=True, **given)
+    seen = keep & ~drop.view(2, 1, 1, 20) if masked else keep
+    blind = keep.any(-1, keepdim=True) & ~seen.any(-1, keepdim=True)
+    want = log_sum_exp(q, k, seen).float().masked_fill(blind, -1e12).masked_fill(~keep.any(-1, keepdim=True), torch.inf)
+    torch.testing.assert_close(lse, want.expand(2, NQ, 1, 1), rtol=1e-5, atol=1e-5)
+    mean = attention(torch.zeros_like(q), k, v, keep)
+    assert_near(out, torch.where(blind, mean, attention(q, k, v, seen)))
 
 
 def test_lse_of_a_fully_masked_decode_row_comes_from_the_fill() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.ops.attention import decode
 from tests.unit.ops.attention.reference import (
     HEADS,
     NKV,
@@ -58,7 +59,11 @@ def test_lengths_are_live_cache_slots(layout: str, dtype: torch.dtype, lengths: 
 @pytest.mark.parametrize("padding", [0, 5, -3, 23, 32, 40])
 @pytest.mark.parametrize("lengths", [[7], [5, 9, 27], [9, 9, 9], [0, 3, 30]])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_kv_padding_right_aligns_the_window(padding: int, lengths: list[int], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("readable", [True, False], ids=["", "known to the device alone"])
+def test_kv_padding_right_aligns_the_window(
+    padding: int, lengths: list[int], shape: tuple[int, ...], readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "is_readable", lambda tensor: readable)
     q, k, v = random_qkv(3, 1, CACHE)
     keep = window(lengths, padding).expand(3, 1, 1, CACHE)
     want = to_layout(attention(q, k, v, keep), "BSND")
@@ -72,9 +77,16 @@ def test_kv_padding_right_aligns_the_window(padding: int, lengths: list[int], sh
 @pytest.mark.parametrize("lengths", [[28], [5, 9, 28]])
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int8, torch.uint8])
+@pytest.mark.parametrize("readable", [True, False], ids=["", "known to the device alone"])
 def test_masks_use_cache_coordinates(
-    padding: int | None, lengths: list[int], rank: int, mask_dtype: torch.dtype
+    padding: int | None,
+    lengths: list[int],
+    rank: int,
+    mask_dtype: torch.dtype,
+    readable: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(decode, "is_readable", lambda tensor: readable)
     q, k, v = random_qkv(3, 1, CACHE)
     drop = torch.rand(3, CACHE, generator=torch.Generator().manual_seed(1)) > 0.6
     drop[0, 1:] = False  # row 0 keeps something in every window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.unit.ops.attention.reference import (
 )
 from tests.unit.ops.support import Recorder, compiled
 
-SIZES = [(5, 5), (300, 300), (3, 700), (600, 520)]
+SIZES = [(5, 5), (9, 3), (300, 300), (3, 700), (600, 520)]
 FAR = 2147483647
 
 
@@ -97,6 +98,8 @@ def test_masks_of_every_shape(q_len: int, kv_len: int, rank: int, rows: int, mas
         ([300, 2], [300, 2]),
         (None, [7, 299]),
         ([250, 3], [100, 0]),
+        ([300, 250], [200, 7]),
+        ([3, 250], [3, 1]),
         ([0], [5]),
         ([9], [0]),
     ],
@@ -222,6 +225,11 @@ def random_like(batch: int, q_len: int, kv_len: int) -> tuple[Tensor, ...]:
         ({"sparse_mode": 1}, r"atten_mask is None; supported: a mask of shape \(5, 9\)"),
         ({"sparse_mode": 3}, r"atten_mask is None; supported: a mask of shape \(2048, 2048\)"),
         ({"sparse_mode": 2, "atten_mask": CAUSAL[:5, :9]}, r"atten_mask is .* \(2048, 2048\)"),
+        *(
+            ({"sparse_mode": mode, "atten_mask": CAUSAL.expand(*lead, -1, -1)}, r"atten_mask is .* \(2048, 2048\)")
+            for mode in (2, 3, 4)
+            for lead in ((2,), (3,), (2, 1), (1, 2))
+        ),
         ({"atten_mask": torch.zeros(5, 9)}, "atten_mask is .* dtype bool, int8 or uint8"),
         ({"atten_mask": CAUSAL[:9, :5]}, "atten_mask is .* B=2, Sq=5, Skv=9"),
         ({"atten_mask": CAUSAL[:5, :9].expand(3, 5, 9)}, "atten_mask is"),
@@ -245,14 +253,23 @@ def test_errors(change: dict[str, Any], message: str) -> None:
     ("shape", "heads", "kv_heads", "message"),
     [
         ((1, 1, 2, 513), 2, 2, "a head size of 1 to 512"),
-        ((1, 1, 130, 505), 130, 130, "below 65535"),
+        ((1, 1, 2, 512), 2, 2, None),
+        ((1, 1, 255, 257), 255, 255, "below 65535"),
+        ((1, 1, 217, 302), 217, 217, None),
         ((129, 1, 2, 15), 2, 2, "a batch of at most 128"),
+        ((128, 1, 2, 15), 2, 2, None),
+        ((129, 1, 2, 16), 2, 2, None),
         ((1, 1, 130, 2), 130, 2, "at most 64 times smaller"),
+        ((1, 1, 65, 2), 65, 1, "at most 64 times smaller"),
+        ((1, 1, 64, 2), 64, 1, None),
+        ((1, 1, 256, 2), 256, 256, None),
+        ((1, 1, 4, 2), 4, -2, "num_key_value_heads is -2"),
     ],
 )
-def test_limits(shape: tuple[int, ...], heads: int, kv_heads: int, message: str) -> None:
-    q, kv = torch.zeros(shape), torch.zeros(*shape[:2], kv_heads, shape[3])
-    with pytest.raises(ValueError, match=message):
+def test_limits(shape: tuple[int, ...], heads: int, kv_heads: int, message: str | None) -> None:
+    """The first value beyond, and the last that is taken."""
+    q, kv = torch.zeros(shape), torch.zeros(*shape[:2], abs(kv_heads), shape[3])
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         torch.ops.npu.npu_prompt_flash_attention(
             q, kv, kv, num_heads=heads, num_key_value_heads=kv_heads, input_layout="BSND"
         )
