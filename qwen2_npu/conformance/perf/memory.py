@@ -84,7 +84,7 @@ def memory_of(
         tokens: of the prompt, per row.
         float32_logits: the model upcasts all logits it returns (transformers 4.37).
     """
-    shard = size.shard(cards) if cards > 1 else size
+    shard = size.shard(cards)
     # AutoTP does not cut the embedding; a tied head it cuts apart from it.
     left_whole = (size.vocab - (0 if size.tied else shard.vocab)) * size.hidden if step == ORIGINAL and cards > 1 else 0
     on = steps_on(step)
