@@ -50,7 +50,9 @@ SIZES_HERE = "0.5B, 1.5B, 7B, 72B or 57B-A14B"
 @click.command("bench")
 @options.model_path_option(help="Hugging Face checkpoint folder; or --random-weights.")
 @options.assume_tp_option()
-@click.option("--random-weights", metavar="SIZE", help=f"{SIZES_HERE}: the real shape, made on the device.")
+@click.option(
+    "--random-weights", metavar="SIZE", help=f"{SIZES_HERE}: the real shape, made on the device in the step's bits."
+)
 @click.option("--batch", "batches", callback=_numbers, default="1,4", show_default=True, metavar="N,…")
 @click.option("--input-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--output-len", type=click.IntRange(2), default=1024, show_default=True, help="New tokens per row.")

@@ -94,6 +94,11 @@ class Size:
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
         return self.layers * (qkv + 2 * self.intermediate + 2 * self.hidden)
 
+    @property
+    def widened(self) -> int:
+        """Elements of scales and biases that a model with 8-bit weights has a float32 copy of, too."""
+        return self.channels + self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim
+
     def saved_bytes(self, step: str, item: int) -> int:
         """What 8-bit weights with their scales take less than weights of ``item`` bytes; nothing at any other step.
 

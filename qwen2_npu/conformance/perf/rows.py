@@ -65,9 +65,9 @@ class Row:
 
 
 def weights_of(description: str, dtype: str, steps: Iterable[str]) -> str:
-    """``random weights``; where steps of 8-bit weights are among them, ``random weights in bfloat16 and w8a16``."""
+    """``random weights``; where steps of 8-bit weights are among them, ``random weights in bfloat16, w8a16``."""
     kinds = dict.fromkeys(step if step in QUANTIZED else dtype for step in steps)
-    return f"{description} weights" + (f" in {' and '.join(kinds)}" if set(QUANTIZED) & set(kinds) else "")
+    return f"{description} weights" + (f" in {', '.join(kinds)}" if set(QUANTIZED) & set(kinds) else "")
 
 
 def user_rows(model: str, batches: tuple[int, ...], modes: tuple[Mode, ...], steps: tuple[str, ...]) -> tuple[Row, ...]:
