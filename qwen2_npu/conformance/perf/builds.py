@@ -75,8 +75,10 @@ class RandomWeights:
             # A tensor is the same on all ranks, whatever part of it they take.
             seed = zlib.crc32(name.encode())
             generator = None if tensor.is_meta else torch.Generator(self.device).manual_seed(seed)
-            if "norm" in name or name.endswith(OF_SCALE):
-                tensor.fill_(std / UNIFORM_STD if name.endswith(OF_SCALE) else 1.0)
+            if "norm" in name:
+                tensor.fill_(1.0)
+            elif name.endswith(OF_SCALE):
+                tensor.fill_(std / UNIFORM_STD)
             elif integers:
                 tensor.random_(-127, 128, generator=generator)
             else:
@@ -120,11 +122,10 @@ class Weights:
     @property
     def ladder(self) -> tuple[str, ...]:
         """The steps that can be measured: those of 8 bits come last, and of stored integers the stock model is none."""
-        stored = quantization_of(self.config())
-        first = (ORIGINAL, *self.size.ladder) if stored is None else self.size.ladder
-        if self.size.experts or (stored is None and self.path is not None):
-            return first
-        return (*first, *QUANTIZED[: None if stored is None else QUANTIZED.index(stored.scheme) + 1])
+        stored = None if self.path is None else quantization_of(self.config())
+        first = self.size.ladder if stored else (ORIGINAL, *self.size.ladder)
+        schemes = QUANTIZED[: QUANTIZED.index(stored.scheme) + 1] if stored else () if self.path else QUANTIZED
+        return first if self.size.experts else (*first, *schemes)
 
     @property
     def usual(self) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def test_inductor_compiles_the_stock_model(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch, "npu"), reason="torch_npu is not installed")
-@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "fused_qkv", "ifa_tiling", "swiglu"])
+@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "fused_qkv", "ifa_tiling", "swiglu", *QUANTIZED])
 def test_graph_rows_are_measured_through_torchair(step: str) -> None:
     model = Weights(SMALL).build(configuration(step, "graph"), "npu")
     found = measure(model, batch=2, input_tokens=16, decode_steps=3)
