@@ -6,11 +6,13 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen2_npu import emulator
-from qwen2_npu.optimizations import EXPERTS, LADDER
+from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import EXPERTS, LADDER, QUANTIZED
 
 # Collecting garbage while torch and the tests are imported finds none, and takes seconds; pytest_runtestloop goes on.
 gc.disable()
@@ -79,10 +81,23 @@ _FILES = pytest.StashKey[int]()
 
 def _steps(value: str) -> tuple[str, ...]:
     steps = tuple(step.strip() for step in value.split(",") if step.strip())
-    unknown = [step for step in steps if step not in LADDER + EXPERTS]
-    if unknown or not steps:
-        raise pytest.UsageError(f"--steps {value}: the steps of the ladder are {', '.join(LADDER + EXPERTS)}")
+    known = LADDER + EXPERTS + QUANTIZED
+    if not steps or not set(steps) <= set(known):
+        raise pytest.UsageError(f"--steps {value}: the steps of the ladder are {', '.join(known)}")
     return steps
+
+
+def _refuse_8_bits(option: Any) -> None:
+    """Of steps of 8-bit weights, what no test can be run for."""
+    if not (asked := ",".join(step for step in option.steps or () if step in QUANTIZED)):
+        return
+    if option.random_weights is None and option.model_path is None:
+        raise pytest.UsageError(f"--steps {asked}: tests/perf times 8-bit weights with --random-weights SIZE")
+    if option.random_weights is not None and SIZES[option.random_weights].experts:
+        raise pytest.UsageError(
+            f"--steps {asked}: {option.random_weights} is a mixture of experts, which is not computed in 8 bits; use "
+            f"{EXPERTS[-1]}"
+        )
 
 
 def _decode_steps(value: str) -> int:
@@ -109,6 +124,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     if config.option.assume_tp is not None and config.option.model_path is None:
         raise pytest.UsageError("--assume-tp needs --model-path DIR")
+    _refuse_8_bits(config.option)
     config.option.decode_steps_given = config.option.decode_steps
     if config.option.decode_steps is None:
         config.option.decode_steps = DECODE_STEPS

@@ -50,7 +50,9 @@ SIZES_HERE = "0.5B, 1.5B, 7B, 72B or 57B-A14B"
 @click.command("bench")
 @options.model_path_option(help="Hugging Face checkpoint folder; or --random-weights.")
 @options.assume_tp_option()
-@click.option("--random-weights", metavar="SIZE", help=f"{SIZES_HERE}: the real shape, made on the device.")
+@click.option(
+    "--random-weights", metavar="SIZE", help=f"{SIZES_HERE}: the real shape, made on the device in the step's bits."
+)
 @click.option("--batch", "batches", callback=_numbers, default="1,4", show_default=True, metavar="N,…")
 @click.option("--input-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--output-len", type=click.IntRange(2), default=1024, show_default=True, help="New tokens per row.")
@@ -115,7 +117,7 @@ def command(
     if json_path is not None:
         check_writable(json_path)
     ladder = weights.ladder
-    steps = steps or tuple(dict.fromkeys((ladder[0] if ladder[0] == ORIGINAL else ladder[-1], ladder[-1])))
+    steps = steps or weights.usual
     if missing := [step for step in steps if step not in ladder]:
         raise click.UsageError(f"--steps {', '.join(missing)}: {_lacking(missing[0], weights)}")
     todo = bench.cases(steps, batches)
@@ -135,6 +137,8 @@ def _lacking(step: str, weights: Weights) -> str:
         return f"the weights of {weights.size.name} are 8-bit integers; measure the checkpoint that they were made of"
     if step not in QUANTIZED:
         return f"{weights.size.name} is no mixture of experts"
+    if weights.size.experts:
+        return f"{weights.size.name} is a mixture of experts, which is not computed in 8 bits; use {EXPERTS[-1]}"
     return (
         f"the weights of {weights.size.name} are not made for that; write some with qwen2-npu quantize --scheme {step}"
     )
@@ -223,10 +227,12 @@ def show(results: list[BenchResult], console: Any, device: str) -> None:
 
     from qwen2_npu.conformance.machine.verified import Verified
     from qwen2_npu.conformance.perf import documented
+    from qwen2_npu.conformance.perf.rows import weights_of
 
     first = results[0]
+    weights = weights_of(first.weights, first.dtype, [result.step for result in results])
     table = Table(
-        title=f"{first.model}{_on(first.cards)}, {first.weights} weights · {first.dtype} · {first.mode} · "
+        title=f"{first.model}{_on(first.cards)}, {weights} · {first.dtype} · {first.mode} · "
         f"{first.input_tokens} tokens + {first.decode_steps} steps",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.optimizations import EXPERTS, LADDER
+from qwen2_npu.optimizations import EXPERTS, LADDER, QUANTIZED
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -42,12 +42,15 @@ class Size:
 
     def shard(self, count: int) -> Size:
         """What one of ``count`` tensor-parallel cards computes: its heads, its part of the MLP, its rows of lm_head.
+        On one card, all of it.
 
         The numbers of :mod:`qwen2_npu.parallel.sharding`, without torch.
 
         Raises:
             ValueError: a dimension that ``count`` does not divide.
         """
+        if count == 1:
+            return self
         for name in ("heads", *COLUMNS):
             if getattr(self, name) % count:
                 raise ValueError(f"{self.name}: {name}={getattr(self, name)} cannot be split over {count} cards")
@@ -78,6 +81,31 @@ class Size:
         layer = self.hidden * qkv + qkv + self.heads * self.head_dim * self.hidden + 2 * self.hidden
         layer += self.mlp_with(experts)
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def quantised(self) -> int:
+        """Those that are 8-bit integers where a dense model has 8-bit weights: of q, k, v, o, gate, up and down."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden
+        return self.layers * (attention + self.mlp_with(0))
+
+    @property
+    def channels(self) -> int:
+        """Output channels of those products, each of which has a scale. Every card has all of o and down."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.layers * (qkv + 2 * self.intermediate + 2 * self.hidden)
+
+    @property
+    def widened(self) -> int:
+        """Elements of scales and biases that a model with 8-bit weights has a float32 copy of, too."""
+        return self.channels + self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def saved_bytes(self, step: str, item: int) -> int:
+        """What 8-bit weights with their scales take less than weights of ``item`` bytes; nothing at any other step.
+
+        Args:
+            item: bytes of all that is no integer, the scales included.
+        """
+        return self.quantised * (item - 1) - self.channels * item if step in QUANTIZED else 0
 
     def mlp_with(self, experts: int) -> int:
         """Those of the MLP of one layer, with so many of its experts."""

@@ -17,7 +17,7 @@ from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.compat import CACHE_NAME, IS_V4, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
-from qwen2_npu.optimizations import EXPERTS
+from qwen2_npu.optimizations import EXPERTS, QUANTIZED
 from tests.accuracy.faults import Intercept
 from tests.accuracy.matrix import pairwise
 from tests.accuracy.pairs import CHECKPOINT, MIXTURE, dtypes_of, is_mixture, pair_of, weights_of
@@ -75,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             params.append(pytest.param("none", "", "", MIXTURE, id=MIXTURE, marks=pytest.mark.skip(reason=reason)))
         metafunc.parametrize(("preset", "dtype", "shape", "weights"), params)
     elif "compiled_step" in names:
-        steps = config.option.steps or LADDER
+        steps = [step for step in config.option.steps or LADDER if step not in QUANTIZED]  # which tests/perf times
         if config.option.model_path and is_mixture(config, CHECKPOINT):
             steps = [step for step in steps if step in EXPERTS] if config.option.steps else EXPERTS
         dtypes = [dtype for dtype in COMPILED_DTYPES if dtype in dtypes_of(config)]

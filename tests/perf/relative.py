@@ -11,7 +11,7 @@ import transformers
 
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance.machine.timers import timer_for
-from qwen2_npu.conformance.perf.builds import GRAPH_COMPILER
+from qwen2_npu.conformance.perf.builds import graph_compiler
 from qwen2_npu.graph import compile_model
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 
@@ -47,7 +47,7 @@ class Candidate:
             tied = stock.config.tie_word_embeddings
             weights = {n: t for n, t in stock.state_dict().items() if not (tied and n == "lm_head.weight")}
             self.model = Qwen2ForCausalLM.from_state_dict(stock.config, weights, device=stock.device)
-            compile_model(self.model, "eager" if name == "ours eager" else _compiler(stock.device))
+            compile_model(self.model, "eager" if name == "ours eager" else graph_compiler(stock.device))
             self._decode = self.model
             self._cache = self.model.allocate_cache(batch, self.capacity)
         elif name == "stock compiled":
@@ -93,7 +93,3 @@ class Candidate:
         call()
         timer.stop()
         return timer.steps_ms()[0]
-
-
-def _compiler(device: torch.device) -> str:
-    return GRAPH_COMPILER.get(device.type, "inductor")

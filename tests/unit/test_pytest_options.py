@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,3 +72,18 @@ def test_a_folder_that_does_not_record_its_layout_is_compared(
         monkeypatch.setattr(pytestconfig.option, name, value)
     assert pairs.streamed(pytestconfig, "float32") == ""
     assert pairs.pair_of(pytestconfig, pairs.CHECKPOINT, "float32").failure(Optimizations.all(), "one") == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (None, "--steps w8a16,w8a8: tests/perf times 8-bit weights with --random-weights SIZE"),
+        ("57B-A14B", "--steps w8a16,w8a8: 57B-A14B is a mixture of experts, which is not computed in 8 bits; use"),
+        ("7B", ""),
+    ],
+)
+def test_8_bit_weights_are_timed_where_there_is_a_model_for_them(conftest: Any, size: str | None, message: str) -> None:
+    option = SimpleNamespace(random_weights=size, model_path=None, steps=conftest._steps("swiglu,w8a16,w8a8"))
+    said = pytest.raises(pytest.UsageError, match=f"^{message}") if message else nullcontext()
+    with said:
+        conftest._refuse_8_bits(option)

@@ -230,6 +230,9 @@ PRODUCTS = frozenset(
     ]
 )
 
+INTEGER_PRODUCTS = frozenset(["QuantBatchMatmulV3"])
+"""Those of PRODUCTS that multiply 8-bit integers with 8-bit integers."""
+
 COLLECTIVES = frozenset(["MatmulAllReduce", "HcomAllReduce", "HcomAllGather", "HcomReduceScatter", "HcomBroadcast"])
 
 ATTENTION = frozenset(["IncreFlashAttention", "PromptFlashAttention", "FusedInferAttentionScore"])

@@ -31,6 +31,7 @@ class Hardware:
         soc: as ``torch.npu.get_device_name`` gives it.
         memory_bandwidth: of device memory, bytes per second.
         bf16_peak: dense bf16 operations (a multiply and an add are two) per second.
+        int8_peak: the same of products of 8-bit integers, summed in 32 bits.
         server: the product the card is known to sit in.
         link_bandwidth: of all its links to the server's other cards together, bytes per second, as published.
         launch_overhead: seconds between two kernels of a graph.
@@ -43,6 +44,7 @@ class Hardware:
     soc: str
     memory_bandwidth: Figure
     bf16_peak: Figure
+    int8_peak: Figure
     server: str
     link_bandwidth: Figure | None = None
     launch_overhead: Figure | None = None
@@ -69,6 +71,14 @@ _ASCEND_910B4_PEAK = Figure(
     "rate; the guide's 7B prefill at batch 4 reaches 56 % of it",
     "reported",
 )
+_ASCEND_910B4_INT8_PEAK = Figure(
+    560e12,
+    "FLOP/s",
+    "as cloud providers list it beside the fp16 peak (ai.gitee.com/docs/compute/clusters_gpu/ascend_gpu); twice that "
+    "peak, as the maker describes the matrix unit: in the time of a product of 16 × 16 and 16 × 16 fp16 numbers it "
+    "makes one of 16 × 32 and 32 × 16 of int8 (CANN's guide to operators, hiascend.com, atlasopdev_10_0008)",
+    "reported",
+)
 _ASCEND_910B_LINKS = Figure(
     392e9,
     "B/s",
@@ -91,6 +101,7 @@ HARDWARE: dict[str, Hardware] = {
             "Ascend910B4",
             _ASCEND_910B4_BANDWIDTH,
             _ASCEND_910B4_PEAK,
+            _ASCEND_910B4_INT8_PEAK,
             server="Atlas 800I A2",
             link_bandwidth=_ASCEND_910B_LINKS,
             launch_overhead=_LAUNCH,
@@ -102,6 +113,7 @@ HARDWARE: dict[str, Hardware] = {
             "Ascend910B4-1",
             _ASCEND_910B4_1_BANDWIDTH,
             _ASCEND_910B4_PEAK,
+            _ASCEND_910B4_INT8_PEAK,
             server="Atlas 800I A2",
             link_bandwidth=_ASCEND_910B_LINKS,
         ),

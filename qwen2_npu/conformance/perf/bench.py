@@ -18,15 +18,15 @@ from qwen2_npu.conformance.machine.memory import free_bytes
 from qwen2_npu.conformance.machine.packages import package_version
 from qwen2_npu.conformance.perf import documented, protocol
 from qwen2_npu.conformance.perf.builds import Weights, check_mode, compile_stock
-from qwen2_npu.conformance.perf.documented import Documented, Measured
-from qwen2_npu.conformance.perf.lower_bound import Work, kv_per_token, work
+from qwen2_npu.conformance.perf.documented import Measured
+from qwen2_npu.conformance.perf.lower_bound import kv_per_token, work
 from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import steps_on
 from qwen2_npu.conformance.perf.rank import of_slowest_rank
 from qwen2_npu.conformance.perf.rows import Configuration, Mode
 from qwen2_npu.conformance.sizes import Size
 from qwen2_npu.graph import compile_model
-from qwen2_npu.optimizations import ORIGINAL, PHASES, QUANTIZED, Phase
+from qwen2_npu.optimizations import ORIGINAL, PHASES, Phase
 from qwen2_npu.parallel.sharding import Shard
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +54,7 @@ class Setup:
     @property
     def part(self) -> Size:
         """The size of what one card holds."""
-        return self.weights.size.shard(self.cards) if self.cards > 1 else self.weights.size
+        return self.weights.size.shard(self.cards)
 
     @property
     def dtype_name(self) -> str:
@@ -149,8 +149,8 @@ def least_bytes(setup: Setup, case: BenchCase) -> int:
     small_operators = "flash_attention" not in steps_on(case.step)
     scores = case.batch * size.heads * setup.input_tokens**2 if small_operators else 0
     # The cache is still empty of new tokens while the prompt's scores are there: the larger of the two counts.
-    item = 1 if case.step in QUANTIZED else dtype.itemsize
-    return size.parameters * item + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
+    weights = size.parameters * dtype.itemsize - size.saved_bytes(case.step, dtype.itemsize)
+    return weights + max(cached * dtype.itemsize, scores * (dtype.itemsize + 4))
 
 
 def run(
@@ -197,10 +197,11 @@ def build(setup: Setup, step: str) -> Any:
 
 def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware | None) -> BenchResult:
     size, decode = setup.weights.size, Summary.of(measured.decode_ms)
-    card = None if case.step in QUANTIZED else card  # the least work is counted of 16-bit weights
     numbers = {phase: documented.find(_measured(setup, case, measured, phase)) for phase in PHASES}
-    prefill_work = work(size, "prefill", case.batch, measured.input_tokens, setup.cards)
-    decode_work = work(size, "decode", case.batch, measured.mean_context, setup.cards)
+    ms = {phase: None if number is None else number.ms for phase, (number, _) in numbers.items()}
+    how: dict[str, Any] = {"step": case.step, "item": setup.dtype.itemsize}
+    prefill_work = work(size, "prefill", case.batch, measured.input_tokens, setup.cards, **how)
+    decode_work = work(size, "decode", case.batch, measured.mean_context, setup.cards, **how)
     return BenchResult(
         model=size.name,
         weights=setup.weights.description,
@@ -214,26 +215,17 @@ def _result(setup: Setup, case: BenchCase, measured: Measurement, card: Hardware
         prefill_ms=measured.prefill_ms,
         decode=decode,
         tokens_per_second=case.batch / decode.mean * 1e3,
-        prefill_compute_share=_compute_share(prefill_work, measured.prefill_ms, card),
-        decode_memory_share=_memory_share(decode_work, decode.mean, card, setup.dtype),
-        decode_compute_share=_compute_share(decode_work, decode.mean, card),
+        prefill_compute_share=None if card is None else prefill_work.compute_ms(card) / measured.prefill_ms,
+        decode_memory_share=None if card is None else decode_work.memory_ms(card) / decode.mean,
+        decode_compute_share=None if card is None else decode_work.compute_ms(card) / decode.mean,
         peak_bytes=measured.peak_bytes,
-        documented_prefill_ms=_ms(numbers["prefill"][0]),
-        documented_decode_ms=_ms(numbers["decode"][0]),
+        documented_prefill_ms=ms["prefill"],
+        documented_decode_ms=ms["decode"],
         not_documented=tuple(dict.fromkeys(reason for _, reason in numbers.values() if reason)),
         warnings=measured.warnings,
         faults=tuple(measured.faults()),
         cards=setup.cards,
     )
-
-
-def _memory_share(need: Work, ms: float, card: Hardware | None, dtype: torch.dtype) -> float | None:
-    # ``work`` counts bytes of a 2-byte dtype.
-    return None if card is None else need.bytes * dtype.itemsize / 2 / card.memory_bandwidth.value / (ms / 1e3)
-
-
-def _compute_share(need: Work, ms: float, card: Hardware | None) -> float | None:
-    return None if card is None else need.operations / card.bf16_peak.value / (ms / 1e3)
 
 
 def _measured(setup: Setup, case: BenchCase, measured: Measurement, phase: Phase) -> Measured:
@@ -247,7 +239,3 @@ def _measured(setup: Setup, case: BenchCase, measured: Measurement, phase: Phase
         decode_steps=measured.asked_steps,
         transformers=str(package_version("transformers")),
     )
-
-
-def _ms(number: Documented | None) -> float | None:
-    return None if number is None else number.ms

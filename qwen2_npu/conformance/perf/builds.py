@@ -20,22 +20,20 @@ from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph import GraphOptions, compile_model, npu
+from qwen2_npu.models.quantized import UNIFORM_STD
 from qwen2_npu.models.qwen2 import Qwen2ForCausalLM
 from qwen2_npu.optimizations import ORIGINAL, QUANTIZED, Optimizations
 from qwen2_npu.parallel.collectives import Ranks, current
-from qwen2_npu.parallel.sharding import Cutting
+from qwen2_npu.parallel.sharding import OF_SCALE, Cutting
 from qwen2_npu.parallel.stock import filled, hollow, stock_sharded
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
 
-GRAPH_COMPILER = {"npu": "torchair"}
-"""Type of device -> compile_model's mode for graph rows; any other device has inductor."""
-
 
 def graph_compiler(device: torch.device) -> str:
     """The mode that graph rows are compiled with on ``device``."""
-    return GRAPH_COMPILER.get(device.type, "inductor")
+    return "torchair" if device.type == "npu" else "inductor"
 
 
 def check_mode(mode: str, device: torch.device, step: str, config: Any = None) -> None:
@@ -55,7 +53,8 @@ def check_mode(mode: str, device: torch.device, step: str, config: Any = None) -
 class RandomWeights:
     """Normally distributed weights made on ``device``, one tensor at a time: no copy on the host.
 
-    A ``checkpoint`` source. Latency does not depend on the values, which are those of an initialised model.
+    A ``checkpoint`` source. Latency does not depend on the values, which are those of an initialised model. Where the
+    configuration says that a weight is 8-bit integers, those are made, uniform in -127 to 127, and their scales.
     """
 
     def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,15 +68,21 @@ class RandomWeights:
         return self.dtype
 
     def tensors(self, cut: Cutting = whole) -> Iterator[tuple[str, torch.Tensor]]:
+        std = self.config.initializer_range
         for name, shape in self._shapes.items():
-            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+            integers = name + OF_SCALE in self._shapes
+            tensor = torch.empty(shape, dtype=torch.int8 if integers else self.dtype, device=self.device)
+            # A tensor is the same on all ranks, whatever part of it they take.
+            seed = zlib.crc32(name.encode())
+            generator = None if tensor.is_meta else torch.Generator(self.device).manual_seed(seed)
             if "norm" in name:
                 tensor.fill_(1.0)
-            else:  # a tensor is the same on all ranks, whatever part of it they take
-                generator = (
-                    None if tensor.is_meta else torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-                )
-                tensor.normal_(std=self.config.initializer_range, generator=generator)
+            elif name.endswith(OF_SCALE):
+                tensor.fill_(std / UNIFORM_STD)
+            elif integers:
+                tensor.random_(-127, 128, generator=generator)
+            else:
+                tensor.normal_(std=std, generator=generator)
             yield name, part_of(tensor, cut(name))
 
 
@@ -116,12 +121,17 @@ class Weights:
 
     @property
     def ladder(self) -> tuple[str, ...]:
-        """The steps that can be measured: of 8-bit weights those of 8 bits come last, and the stock model is none."""
-        stored = quantization_of(self.config())
-        if stored is None:
-            return (ORIGINAL, *self.size.ladder)
-        schemes = () if self.size.experts else QUANTIZED[: QUANTIZED.index(stored.scheme) + 1]
-        return (*self.size.ladder, *schemes)
+        """The steps that can be measured: those of 8 bits come last, and of stored integers the stock model is none."""
+        stored = None if self.path is None else quantization_of(self.config())
+        first = self.size.ladder if stored else (ORIGINAL, *self.size.ladder)
+        schemes = QUANTIZED[: QUANTIZED.index(stored.scheme) + 1] if stored else () if self.path else QUANTIZED
+        return first if self.size.experts else (*first, *schemes)
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """The steps that are measured where none are named: the stock model, and the last one made for the weights."""
+        ladder = self.ladder
+        return (ORIGINAL, self.size.ladder[-1]) if ladder[0] == ORIGINAL else ladder[-1:]
 
     def config(self) -> Qwen2Config:
         return self.size.config() if self.path is None else read_config(self.path)
@@ -145,7 +155,7 @@ class Weights:
                 self.path, dtype=dtype, device=target, optimizations=optimizations, **parts
             )
         else:
-            config = self.config()
+            config = self.size.config(scheme=optimizations.scheme)
             ours = weights.build(
                 lambda: Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks),
                 RandomWeights(config, dtype, target),

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.census import Census
-from qwen2_npu.conformance.graph.cost import ATTENTION, COLLECTIVES, PRODUCTS, Cost
+from qwen2_npu.conformance.graph.cost import ATTENTION, COLLECTIVES, INTEGER_PRODUCTS, PRODUCTS, Cost
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE, Hardware
 from qwen2_npu.conformance.perf.documented import BASELINES, Documented, read
 from qwen2_npu.conformance.perf.rows import Configuration, Row
-from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.conformance.sizes import SIZES
 
 PARAMETERS = BASELINES / "cost_model.json"
 
@@ -40,7 +40,7 @@ class Efficiencies:
     """What the fit found.
 
     Attributes:
-        product, attention: fraction of the bf16 peak that matrix products and attention reach.
+        product, attention: fraction of the peak that matrix products and attention reach; of 8-bit integers, of theirs.
         weights, memory: fraction of the memory bandwidth that products and all other operators reach.
         launch_us: between two kernels of a graph.
         host_us: the host's work per operator in single-op mode.
@@ -97,11 +97,6 @@ def load_all(path: Path = PARAMETERS) -> list[Efficiencies]:
     return [load(path), *(Efficiencies(**found) for found in others)]
 
 
-def shard_of(configuration: Configuration) -> Size:
-    """What one card computes of a configuration."""
-    return SIZES[configuration.model if configuration.cards == 1 else f"{configuration.model}-tp{configuration.cards}"]
-
-
 @cache
 def census_of(row: Row) -> Census:
     """The full-size graph of a row.
@@ -109,10 +104,11 @@ def census_of(row: Row) -> Census:
     Raises:
         LookupError: it has no baseline.
     """
-    what, size = row.configuration, shard_of(row.configuration)
-    found = baselines.at_full_size(baselines.DocumentedGraph(size.name, row.phase, what.batch, what.step))
+    what = row.configuration
+    shard = SIZES[what.model].shard(what.cards).name
+    found = baselines.at_full_size(baselines.DocumentedGraph(shard, row.phase, what.batch, what.step))
     if found is None:
-        raise LookupError(f"{row.id}: no graph of {size.name}, batch {what.batch}, {what.step} in {baselines.FOLDER}")
+        raise LookupError(f"{row.id}: no graph of {shard}, batch {what.batch}, {what.step} in {baselines.FOLDER}")
     return found
 
 
@@ -134,6 +130,7 @@ def _rates(name: str, efficiencies: Efficiencies, hardware: Hardware) -> tuple[f
     """FLOP/s and bytes/s that operators of a type reach."""
     peak, bandwidth = hardware.bf16_peak.value, hardware.memory_bandwidth.value
     if name in PRODUCTS:
+        peak = hardware.int8_peak.value if name in INTEGER_PRODUCTS else peak
         return peak * efficiencies.product, bandwidth * efficiencies.weights
     if name in ATTENTION:
         return peak * efficiencies.attention, bandwidth * efficiencies.memory

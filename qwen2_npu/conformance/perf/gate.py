@@ -72,8 +72,7 @@ class Verdict:
 
     def __str__(self) -> str:
         heading = "SELF-TEST, injected latencies: " if self.self_test else ""
-        what = self.row.configuration
-        name = f"{what.model}, batch {what.batch}, {what.mode}, {what.step}, {self.row.phase}"
+        name = f"{self.row.configuration}, {self.row.phase}"
         label = f" ({self.label})" if self.label else ""
         lines = [
             f"{heading}row {self.row.id}{label}: {name}",
@@ -139,7 +138,7 @@ def _floor_ms(row: Row, size: Size, measurement: Measurement, card: Hardware | N
         return None
     what = row.configuration
     tokens = measurement.input_tokens if row.phase == "prefill" else measurement.mean_context
-    return lower_bound.work(size, row.phase, what.batch, tokens, what.cards).floor_ms(card)
+    return lower_bound.work(size, row.phase, what.batch, tokens, what.cards, step=what.step).floor_ms(card)
 
 
 def _check_floor(verdict: Verdict, against: Against, strict: bool) -> None:

@@ -1,5 +1,8 @@
 """The least time a row can take on a card: bytes over bandwidth, or operations over peak, whichever is more.
 
+8-bit weights are read as such, each with a scale per output channel; embedding, head, norms and biases are not
+quantised. With ``w8a8`` those products count at the peak of integers.
+
 A lower bound for every step of the ladder, so it counts only what none can do without: each weight read once, live KV
 read once, the products of the live tokens, the causal half of the prompt's attention, one row of logits. Of the last
 layer of a prefill k and v of all tokens, and the rest of one token per row (the step ``last_layer``). Norms,
@@ -20,14 +23,24 @@ BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class Work:
-    """What one step must move and multiply, on one card."""
+    """What one step must move and multiply, on one card. ``integer_operations``: of 8-bit integers, not among the
+    others."""
 
     bytes: float
     operations: float
+    integer_operations: float = 0.0
+
+    def memory_ms(self, card: Hardware) -> float:
+        """Milliseconds at least, moving."""
+        return 1e3 * self.bytes / card.memory_bandwidth.value
+
+    def compute_ms(self, card: Hardware) -> float:
+        """The same, multiplying: one unit makes the products of both kinds."""
+        return 1e3 * (self.operations / card.bf16_peak.value + self.integer_operations / card.int8_peak.value)
 
     def floor_ms(self, card: Hardware) -> float:
-        """Milliseconds."""
-        return 1e3 * max(self.bytes / card.memory_bandwidth.value, self.operations / card.bf16_peak.value)
+        """The same, at once."""
+        return max(self.memory_ms(card), self.compute_ms(card))
 
 
 def kv_per_token(size: Size) -> int:
@@ -40,15 +53,19 @@ def parameters_per_step(size: Size) -> int:
     return size.activated - (0 if size.tied else size.vocab * size.hidden)
 
 
-def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) -> Work:
+def work(
+    size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1, *, step: str = "", item: int = BYTES
+) -> Work:
     """The least work of one step.
 
     Args:
         size: the whole model.
         tokens: of the prompt (prefill), or in the cache before the step (decode; a mean will do).
         cards: the model is split over; weights, heads and KV evenly.
+        step: of the ladder; only those of 8-bit weights are other work.
+        item: bytes of what is not quantised.
     """
-    shard = size.shard(cards) if cards > 1 else size
+    shard = size.shard(cards)
     weights = parameters_per_step(shard)
     head = shard.vocab * shard.hidden
     products = weights - head  # biases and norms are counted as if they multiplied: under a thousandth
@@ -59,7 +76,9 @@ def work(size: Size, phase: Phase, batch: int, tokens: float, cards: int = 1) ->
     query = shard.heads * shard.head_dim
     last = shard.hidden * 2 * query + shard.mlp_with(shard.per_token)  # the last layer, but k and v
     attention = 4 * query * ((shard.layers - 1) * pairs + kv)
+    integers = 2 * ((shard.quantised - last) * computed + last * batch) if step == "w8a8" else 0
     return Work(
-        bytes=BYTES * (weights + kv * kv_per_token(shard)),
-        operations=2 * (products - last) * computed + 2 * (last + head) * batch + attention,
+        bytes=item * (weights + kv * kv_per_token(shard)) - shard.saved_bytes(step, item),
+        operations=2 * (products - last) * computed + 2 * (last + head) * batch + attention - integers,
+        integer_operations=integers,
     )

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from qwen2_npu.optimizations import Phase
@@ -113,12 +114,9 @@ class Measurement:
 
 
 def _first_difference(found: Sequence[int], wanted: Sequence[int]) -> tuple[int, int | None, int | None]:
-    for step in range(max(len(found), len(wanted))):
-        has = found[step] if step < len(found) else None
-        should = wanted[step] if step < len(wanted) else None
-        if has != should:
-            return step, has, should
-    raise AssertionError("called on equal sequences")
+    assert found != wanted, "called on equal sequences"
+    pairs = enumerate(zip_longest(found, wanted))
+    return next((step, has, should) for step, (has, should) in pairs if has != should)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from qwen2_npu.conformance.perf.lower_bound import kv_per_token
 from qwen2_npu.conformance.sizes import Size
-from qwen2_npu.optimizations import ORIGINAL, Optimizations
+from qwen2_npu.optimizations import ORIGINAL, QUANTIZED, Optimizations
 
 BYTES = 2  # bf16
+FLOAT32 = 4
 CAPACITY_BUCKET = 128
 """``qwen2_npu.cache.CAPACITY_BUCKET``, which this file, free of torch, cannot import."""
 
@@ -84,7 +85,7 @@ def memory_of(
         tokens: of the prompt, per row.
         float32_logits: the model upcasts all logits it returns (transformers 4.37).
     """
-    shard = size.shard(cards) if cards > 1 else size
+    shard = size.shard(cards)
     # AutoTP does not cut the embedding; a tied head it cuts apart from it.
     left_whole = (size.vocab - (0 if size.tied else shard.vocab)) * size.hidden if step == ORIGINAL and cards > 1 else 0
     on = steps_on(step)
@@ -93,9 +94,10 @@ def memory_of(
     slots = -(-length // CAPACITY_BUCKET) * CAPACITY_BUCKET if fixed else length - 1  # the last token's is never needed
     tables = 2 * positions * shard.head_dim * BYTES if fixed else 0
     tables += COMPRESSED_MASK if "last_token_logits" in on else 0
+    tables += shard.widened * FLOAT32 if step in QUANTIZED else 0
     elements = _elements_per_token(shard, on, batch, tokens, float32_logits)
     return MemoryFormula(
-        weights=BYTES * (shard.parameters + left_whole),
+        weights=BYTES * (shard.parameters + left_whole) - shard.saved_bytes(step, BYTES),
         cache=BYTES * batch * slots * kv_per_token(shard),
         tables=tables,
         activations=BYTES * batch * tokens * elements,
@@ -108,6 +110,8 @@ def _elements_per_token(size: Size, on: Collection[str], batch: int, tokens: int
     around = 4 * hidden + 2 * size.head_dim  # and cos, sin
     norm = 2 * hidden + 2 if "add_rms_norm" in on else 5 * hidden + 2
     mlp = 3 * inner if "swiglu" in on else 4 * inner
+    if "w8a8" in on:  # sums of gate and up in int32, their product in int8, and two float32 scales
+        mlp = 4 * inner + inner // 2 + 4
     if size.experts:  # of each copy of a token: it, gate and up, their product, and the result; the shared one's
         mlp = max(mlp, size.per_token * (2 * hidden + 3 * size.expert_columns) + hidden)
     weights = 0 if on else size.heads * tokens  # the stock layer holds its attention's until it returns

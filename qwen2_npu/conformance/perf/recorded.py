@@ -143,9 +143,7 @@ class Recorded:
     def _rows(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
-        content = _load(self.path)
-        rows: dict[str, Any] = content["rows"]
-        return rows
+        return dict(_load(self.path)["rows"])
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -161,16 +159,12 @@ def _load(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaselineError(f"{path} is damaged ({error!r}): take it from version control, or delete it") from error
+    copied = "copied from another machine. Delete it, and record here with --update-baselines=REASON"
     if inner.name != path.parent.name:
-        raise BaselineError(
-            f"{path} holds the fingerprint {inner.name}: copied from another machine. Delete it, and record here with "
-            "--update-baselines=REASON"
-        )
+        raise BaselineError(f"{path} holds the fingerprint {inner.name}: {copied}")
     if foreign:
-        raise BaselineError(
-            f"{path} holds runs of fingerprint {', '.join(sorted(foreign))} in the file of {inner.digest}: copied from "
-            "another machine. Delete it, and record here with --update-baselines=REASON"
-        )
+        runs = f"runs of fingerprint {', '.join(sorted(foreign))}"
+        raise BaselineError(f"{path} holds {runs} in the file of {inner.digest}: {copied}")
     if digest != content.get("digest"):
         raise BaselineError(
             f"{path} was changed by hand or by a merge: its digest does not fit. Take it from version control, or "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen2_npu.optimizations import PHASES, Phase
+from qwen2_npu.optimizations import PHASES, QUANTIZED, Phase
 
 Mode = Literal["eager", "graph"]
 """The guide's 单算子模式 and 图模式. Which compiler serves "graph" is the device's affair, see ``builds``."""
@@ -35,9 +36,12 @@ class Configuration:
     mode: Mode
     step: str
 
+    @property
+    def model_on_cards(self) -> str:
+        return f"{self.model} on {self.cards} cards" if self.cards > 1 else self.model
+
     def __str__(self) -> str:
-        cards = f" on {self.cards} cards" if self.cards > 1 else ""
-        return f"{self.model}{cards}, batch {self.batch}, {self.mode}, {self.step}"
+        return f"{self.model_on_cards}, batch {self.batch}, {self.mode}, {self.step}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Row:
     def node_id(self) -> str:
         """Node id of its test, with the repository as rootdir."""
         return f"{TEST}[{self.id}]"
+
+
+def weights_of(description: str, dtype: str, steps: Iterable[str]) -> str:
+    """``random weights``; where steps of 8-bit weights are among them, ``random weights in bfloat16, w8a16``."""
+    kinds = dict.fromkeys(step if step in QUANTIZED else dtype for step in steps)
+    return f"{description} weights" + (f" in {', '.join(kinds)}" if set(QUANTIZED) & set(kinds) else "")
 
 
 def user_rows(model: str, batches: tuple[int, ...], modes: tuple[Mode, ...], steps: tuple[str, ...]) -> tuple[Row, ...]:

@@ -89,7 +89,6 @@ class DeviceRunner:
 
     @cached_property
     def model_name(self) -> str | None:
-        """Name of the one model the user named; None for any size."""
         if self.request.model_path is not None:
             return str(self._weights("").size.name)
         return self.request.random_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -161,15 +161,10 @@ class LatencyGate:
     def _facts(self, row: Row, verdict: Verdict) -> dict[str, Any]:
         """For pytest-benchmark's JSON and what is drawn from it."""
         measurement = self.runner.measured(row.configuration)
-        what = row.configuration
         return {
             "row": row.id,
             "label": verdict.label,
-            "model": what.model,
-            "cards": what.cards,
-            "batch": what.batch,
-            "mode": what.mode,
-            "step": what.step,
+            **asdict(row.configuration),
             "phase": row.phase,
             "mean_ms": verdict.summary.mean,
             "median_ms": verdict.summary.median,
@@ -260,8 +255,4 @@ def _replay(node: pytest.Item, benchmark: Any, samples: Sequence[float]) -> None
     clock = None if mark is None else mark.kwargs.get("timer")
     assert isinstance(clock, Replay), f"{node.nodeid} has no replayed clock: parametrise it with `row_id` alone"
     clock.load(samples)
-    benchmark.pedantic(_nothing, rounds=len(samples), iterations=1)
-
-
-def _nothing() -> None:
-    """The work was done before; see :mod:`replay`."""
+    benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)  # the work was done before

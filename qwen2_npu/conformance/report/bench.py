@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen2_npu.conformance.machine.provenance import Provenance
 from qwen2_npu.conformance.machine.verified import Verified
+from qwen2_npu.conformance.perf.rows import weights_of
 from qwen2_npu.conformance.report.claims import Claim, Status, Value, plain_number
 from qwen2_npu.conformance.report.inputs import RunInputs, finite
 from qwen2_npu.conformance.report.labels import labels
@@ -41,7 +42,7 @@ def _of(content: Mapping[str, Any], result: Result) -> Iterator[Claim]:
             status=Status.FAIL if result["faults"] else Status.NOT_COMPARABLE,
             step=result["step"],
             label=labels().get(result["step"], ""),
-            subject=f"{_what(result)}",
+            subject=_what([result]),
             verified=verified,
             value=Value(finite(ms), "ms"),
             message="\n".join(problems) or NOT_GATED,
@@ -54,11 +55,10 @@ def _model(result: Result) -> str:
     return f"{result['model']} on {cards} cards" if cards > 1 else str(result["model"])
 
 
-def _what(result: Result) -> str:
-    return (
-        f"{result['weights']} weights, {result['dtype']}, "
-        f"{result['input_tokens']} tokens + {result['decode_steps']} steps"
-    )
+def _what(results: Sequence[Result]) -> str:
+    first = results[0]
+    weights = weights_of(first["weights"], first["dtype"], [result["step"] for result in results])
+    return f"{weights}, {first['dtype']}, {first['input_tokens']} tokens + {first['decode_steps']} steps"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def tables(inputs: RunInputs) -> list[Table]:
             for result, row in zip(results, cells, strict=True)
         )
         first = results[0]
-        title = f"{name}: {_model(first)}, {_what(first)}, {first['mode']}"
+        title = f"{name}: {_model(first)}, {_what(results)}, {first['mode']}"
         verified = Provenance.from_json(content["provenance"]).verified
         made.append(Table(title, verified, tuple(COLUMNS[index] for index in used), rows))
     return made

@@ -59,18 +59,12 @@ def _expected(number: Documented) -> Claim:
 
 def title(row: Row) -> str:
     """The row in words."""
-    what = row.configuration
-    return f"{_model(row)}, batch {what.batch}, {what.mode}, {what.step}: {row.phase}"
-
-
-def _model(row: Row) -> str:
-    what = row.configuration
-    return what.model if what.cards == 1 else f"{what.model} on {what.cards} cards"
+    return f"{row.configuration}: {row.phase}"
 
 
 def _place(row: Row) -> Place:
     what = row.configuration
-    group, column = f"{_model(row)}, ms", f"{what.mode} {row.phase}"
+    group, column = f"{what.model_on_cards}, ms", f"{what.mode} {row.phase}"
     if row.table.endswith("-batch"):
         return Place("batch", str(what.batch), group, column)
     return Place("ladder", what.step, group, column)

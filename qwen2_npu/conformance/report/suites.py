@@ -27,6 +27,9 @@ LATENCY = "tests.perf.test_latency"
 
 RATIO = ("tests.perf.test_relative", "test_ratio_to_the_stock_model")
 
+Cases = list[tuple[junit.JUnitCase, Verified]]
+"""Tests, each with what it was verified on."""
+
 MESSAGES = 3
 """Failures that a claim shows; their number is said."""
 
@@ -74,14 +77,10 @@ def claims(inputs: RunInputs) -> list[Claim]:
     return [*_steps(cases), *_operators(cases), *_ratios(cases), *_files(cases)]
 
 
-def _steps(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
+def _steps(cases: Cases) -> Iterator[Claim]:
     """The accuracy suite, step by step."""
     for step in LADDER:
-        about = [
-            (case, verified)
-            for case, verified in cases
-            if case.module.startswith("tests.accuracy.") and step in case.tokens
-        ]
+        about = [told for told in cases if told[0].module.startswith("tests.accuracy.") and step in told[0].tokens]
         claim = Claim(
             id=f"suite/accuracy/{step}",
             area="Accuracy",
@@ -93,20 +92,17 @@ def _steps(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
         yield Tally.of(about).say(claim)
 
 
-def _operators(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
+def _operators(cases: Cases) -> Iterator[Claim]:
     from qwen2_npu.conformance.operators import CATALOGUE
 
+    tested = [told for told in cases if told[0].module == "tests.accuracy.test_operators"]
     for name in CATALOGUE:
-        about = [
-            (case, verified)
-            for case, verified in cases
-            if case.module == "tests.accuracy.test_operators" and case.tokens[0] == name
-        ]
+        about = [told for told in tested if told[0].tokens[0] == name]
         claim = Claim(f"operators/{name}", OPERATORS, f"{name}: agrees with its float64 golden")
         yield Tally.of(about).say(claim)
 
 
-def _ratios(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
+def _ratios(cases: Cases) -> Iterator[Claim]:
     """Speed against the stock model in the same run: a ratio with its interval."""
     for case, verified in cases:
         if (case.module, case.function) != RATIO:
@@ -123,10 +119,10 @@ def _ratios(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
         yield said
 
 
-def _files(cases: list[tuple[junit.JUnitCase, Verified]]) -> Iterator[Claim]:
+def _files(cases: Cases) -> Iterator[Claim]:
     """Every test file of the suites that there is, and every one that ran; without what is a claim of its own."""
     known = _modules()
-    by_module: dict[str, list[tuple[junit.JUnitCase, Verified]]] = {name: [] for name in known}
+    by_module: dict[str, Cases] = {name: [] for name in known}
     for case, verified in cases:
         by_module.setdefault(case.module, []).append((case, verified))
     for module, about in by_module.items():

@@ -23,7 +23,7 @@ from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.measurement import Summary
 from qwen2_npu.conformance.report.bench import tables
 from qwen2_npu.conformance.report.inputs import RunInputs
-from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.optimizations import LADDER, ORIGINAL, QUANTIZED
 
 TINY = ["--model-path", str(tiny.path()), "--device", "cpu", "--input-len", "16", "--output-len", "5"]
@@ -90,7 +90,34 @@ def test_which_steps_8_bit_weights_have(in_8_bits: dict[str, Path]) -> None:
 def test_8_bit_weights_take_less_memory(in_8_bits: dict[str, Path]) -> None:
     setup = bench.Setup(Weights.of_checkpoint(in_8_bits["w8a8"]), "eager", "cpu", torch.bfloat16, 16, 5, 1)
     needed = [bench.least_bytes(setup, bench.BenchCase(step, 1)) for step in ("swiglu", "w8a8")]
-    assert needed[0] - needed[1] == setup.weights.size.parameters
+    size = setup.weights.size
+    assert needed[0] - needed[1] == size.quantised - 2 * size.channels  # a byte of two each, less the scales
+
+
+SMALL = Size("0.5B", 128, 192, 2, 4, 2, 32, 199, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("w8a16", "0.5B, random weights in w8a16 · bfloat16 · eager"),
+        ("swiglu,w8a16,w8a8", "0.5B, random weights in bfloat16, w8a16, w8a8 · bfloat16 · eager"),
+        ("original,swiglu", "0.5B, random weights · bfloat16 · eager"),
+    ],
+)
+def test_random_weights_are_measured_in_8_bits(
+    steps: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "0.5B", SMALL)
+    path = tmp_path / "bench.json"
+    arguments = ["--random-weights", "0.5B", "--device", "cpu", "--input-len", "16", "--output-len", "5"]
+    result = run(*arguments, "--batch", "1", "--steps", steps, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert said in words(result)
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert [(r["step"], r["weights"], r["faults"]) for r in results] == [(s, "random", []) for s in steps.split(",")]
+    (table,) = tables(RunInputs.of(tmp_path))
+    assert said.split(" · ")[0].removeprefix("0.5B, ") in table.title
 
 
 def words(result: Result) -> str:
@@ -280,6 +307,14 @@ def test_damaged_documented_numbers_are_said_first(tmp_path: Path, monkeypatch: 
         (["--random-weights", "7B", "--batch", "0"], "at least 1"),
         (["--random-weights", "7B", "--steps", "faster"], "no step faster"),
         (["--random-weights", "7B", "--steps", "swiglu,fused_moe"], "--steps fused_moe: 7B is no mixture of experts"),
+        *(
+            (
+                ["--random-weights", "57B-A14B", "--steps", scheme],
+                f"--steps {scheme}: 57B-A14B is a mixture of experts, which is not computed in 8 bits; use fused_moe",
+            )
+            for scheme in QUANTIZED
+        ),
+        (["--random-weights", "7B", "--steps", "mm_all_reduce,w8a16"], "no step mm_all_reduce"),
         (["--random-weights", "7B", "--output-len", "1"], "output-len"),
         (["--random-weights", "7B", "--threads", "0"], "'--threads': 0 is not in the range"),
         *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from qwen2_npu.compat import CONFIGURATIONS
 from qwen2_npu.conformance.accuracy.stock import stock_class
 from qwen2_npu.conformance.sizes import MIXTURE, SIZES
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.parallel.sharding import Shard
+from qwen2_npu.optimizations import QUANTIZED
+from qwen2_npu.parallel.sharding import OF_SCALE, Shard
 
 KNOWN = {name: size for name, size in SIZES.items() if not size.experts or MIXTURE in CONFIGURATIONS}
 """Those that the installed transformers has."""
@@ -81,3 +83,21 @@ def test_a_mixture_that_transformers_does_not_know_is_refused(monkeypatch: pytes
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="7B: heads=28 cannot be split over 8 cards"):
         SIZES["7B"].shard(8)
+
+
+@pytest.mark.parametrize("name", [name for name, size in KNOWN.items() if not size.experts])
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_integers_and_scales_are_those_that_a_rank_holds(name: str, scheme: str) -> None:
+    size, config = SIZES[name], SIZES[name].config(scheme=scheme)
+    rank, shapes = Shard(0, size.shards), stock_shapes(config)
+    held = {key: math.prod(rank.shape_of(key, shape, config)) for key, shape in shapes.items()}
+    scales = {key: count for key, count in held.items() if key.endswith(OF_SCALE)}
+    assert sum(scales.values()) == size.channels
+    assert sum(held[key.removesuffix(OF_SCALE)] for key in scales) == size.quantised
+    stored = sum(count * (1 if key + OF_SCALE in held else 2) for key, count in held.items())
+    assert stored == 2 * size.parameters - size.saved_bytes(scheme, 2)
+    assert size.saved_bytes("swiglu", 2) == 0
+
+
+def test_one_card_has_all() -> None:
+    assert SIZES["7B"].shard(1) is SIZES["7B"]

@@ -27,6 +27,7 @@ def test_the_documented_card_states_all_that_the_cost_model_takes() -> None:
     assert units == {
         "memory_bandwidth": "B/s",
         "bf16_peak": "FLOP/s",
+        "int8_peak": "FLOP/s",
         "link_bandwidth": "B/s",
         "launch_overhead": "s",
         "host_overhead": "s",

@@ -13,7 +13,9 @@ from qwen2_npu.conformance.perf import bench
 from qwen2_npu.conformance.perf.bench import BenchCase, BenchResult, Setup
 from qwen2_npu.conformance.perf.builds import Weights
 from qwen2_npu.conformance.perf.measurement import Measurement
+from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.errors import UnsupportedError
+from qwen2_npu.optimizations import QUANTIZED
 from tests.unit.mixture import needs_mixtures
 
 GUIDE = {"input_tokens": 1024, "steps": 1023, "dtype": torch.bfloat16, "transformers": "4.37.0"}
@@ -32,6 +34,30 @@ def result(monkeypatch: pytest.MonkeyPatch, model: str, case: BenchCase, mode: s
 def numbers(*arguments: Any, **changes: Any) -> tuple[float | None, float | None]:
     found = result(*arguments, **changes)
     return found.documented_prefill_ms, found.documented_decode_ms
+
+
+def shares(model: str, step: str, dtype: torch.dtype, cards: int = 1) -> tuple[float | None, ...]:
+    """Of the card's roofs, of a prefill of 100 ms and steps of 50 ms."""
+    card = HARDWARE[DOCUMENTED_SOC]
+    measured = Measurement(100.0, (50.0,) * 3, (), (0, 1024, 1025, 1026), 1024, 3)
+    setup = Setup(Weights.of(model), "eager", "cpu", dtype, 1024, 4, cards)
+    found = bench._result(setup, BenchCase(step, 4), measured, card)
+    return found.decode_memory_share, found.prefill_compute_share, found.decode_compute_share
+
+
+@pytest.mark.parametrize(("model", "cards"), [("7B", 1), ("72B", 8)])
+def test_the_roofs_of_8_bit_weights_count_them_as_such(model: str, cards: int) -> None:
+    card, size = HARDWARE[DOCUMENTED_SOC], SIZES[model].shard(cards)
+    seconds = 50e-3 * card.memory_bandwidth.value
+    for dtype, item in ((torch.bfloat16, 2), (torch.float32, 4)):
+        plain = shares(model, "swiglu", dtype, cards)
+        w8a16, w8a8 = (shares(model, scheme, dtype, cards) for scheme in QUANTIZED)
+        assert None not in (*plain, *w8a16, *w8a8)
+        saved = item * size.quantised - size.quantised - item * size.channels
+        for found in (w8a16, w8a8):
+            assert plain[0] - found[0] == pytest.approx(saved / seconds)  # type: ignore[operator]
+        assert w8a16[1:] == plain[1:]  # multiplied in the dtype of the activations
+        assert 0.5 * plain[1] < w8a8[1] < 0.7 * plain[1]  # type: ignore[operator]
 
 
 def test_a_steps_batches_come_together_so_that_its_model_is_built_once():
@@ -128,6 +154,15 @@ def test_a_mixture_that_cannot_fit_memory_is_refused(monkeypatch: pytest.MonkeyP
 def test_a_device_says_what_is_free() -> None:
     assert 1 << 20 < bench.free_bytes("cpu") < 1 << 50  # type: ignore[operator]
     assert bench.free_bytes("meta") is None
+
+
+def test_8_bit_weights_need_less_memory_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5B: 1.31 billion integers, and an embedding table of 0.23 billion elements of two bytes, which is the head."""
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 2 << 30)
+    check(Weights.of("1.5B"), BenchCase("w8a16", 1), BenchCase("w8a8", 1))
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1 << 30)
+    with pytest.raises(MemoryError, match=r"w8a16, batch 1, needs 1.66 GiB at the least"):
+        check(Weights.of("1.5B"), BenchCase("w8a16", 1))
 
 
 # ---- several cards --------------------------------------------------------------------------------------------------

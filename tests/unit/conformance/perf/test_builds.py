@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen2_npu.checkpoint.sources import part_of
+from qwen2_npu.checkpoint.weights import stock_shapes
 from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import builds
@@ -19,7 +22,9 @@ from qwen2_npu.conformance.perf.protocol import measure
 from qwen2_npu.conformance.perf.rows import Configuration
 from qwen2_npu.conformance.sizes import SIZES, Size
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, QUANTIZED
 from qwen2_npu.parallel.collectives import ALONE
+from qwen2_npu.parallel.sharding import Shard
 from tests.unit.mixture import needs_mixtures
 from tests.unit.small import small_config, small_stock
 
@@ -48,6 +53,74 @@ def test_random_weights_are_made_on_their_device_one_at_a_time() -> None:
         assert tensor.device.type == "meta"  # no byte was made anywhere else
         assert tuple(tensor.shape) == source.shapes()[name]
     assert "lm_head.weight" not in source.shapes()
+
+
+# ---- random weights in 8 bits ---------------------------------------------------------------------------------------
+class Floats(TorchDispatchMode):
+    """The shapes of all floating-point tensors that are made in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                self.shapes.add(tuple(tensor.shape))
+        return found
+
+
+PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_random_weights_are_made_in_8_bits_and_never_in_others(scheme: str) -> None:
+    with Floats() as floats:
+        model = Weights(SMALL).build(configuration(scheme), "cpu")
+    assert model.optimizations.names() == (*LADDER, scheme)
+    parameters = dict(model.named_parameters())
+    quantised = {name: tensor for name, tensor in parameters.items() if tensor.dtype == torch.int8}
+    assert {name.split(".")[-2] for name in quantised} == set(PRODUCTS)
+    assert sum(tensor.numel() for tensor in quantised.values()) == SMALL.quantised
+    scales = [parameters[f"{name}_scale"] for name in quantised]
+    assert {tensor.dtype for tensor in scales} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in scales) == SMALL.channels
+    size = sum(tensor.numel() * tensor.itemsize for tensor in parameters.values())
+    assert size == 2 * SMALL.parameters - SMALL.saved_bytes(scheme, 2)
+    for name, tensor in quantised.items():
+        assert (int(tensor.min()), int(tensor.max())) == (-127, 127), name
+        spread = (tensor.float() * parameters[f"{name}_scale"]).std()
+        assert float(spread) == pytest.approx(model.config.initializer_range, rel=0.03)
+    stock = {shape for name, shape in stock_shapes(SMALL.config()).items() if name.endswith("_proj.weight")}
+    assert not floats.shapes & (stock | {tuple(tensor.shape) for tensor in quantised.values()})
+    assert (SMALL.vocab, SMALL.hidden) in floats.shapes  # it does see what is made
+    assert replace(measure(model, batch=2, input_tokens=16, decode_steps=3), warnings=()).faults() == []
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_ranks_take_parts_of_the_same_random_integers(scheme: str) -> None:
+    config = SMALL.config(scheme=scheme)
+    source = RandomWeights(config, torch.bfloat16, torch.device("cpu"))
+    whole = dict(source.tensors())
+    for rank in (0, 1):
+        shard = Shard(rank, 2)
+        for name, part in source.tensors(lambda name, shard=shard: shard.slice_of(name, config)):  # type: ignore[misc]
+            assert torch.equal(part, part_of(whole[name], shard.slice_of(name, config))), name
+            assert tuple(part.shape) == shard.shape_of(name, source.shapes()[name], config)
+
+
+def test_which_steps_random_weights_have() -> None:
+    assert Weights(SMALL).ladder == (ORIGINAL, *LADDER, *QUANTIZED)
+    assert Weights(SMALL).usual == (ORIGINAL, LADDER[-1])
+    assert Weights.of("57B-A14B").ladder == (ORIGINAL, *LADDER, *EXPERTS)
+    assert Weights.of("57B-A14B").usual == (ORIGINAL, EXPERTS[-1])
+
+
+@needs_mixtures
+def test_a_mixture_of_experts_is_not_built_in_8_bits() -> None:
+    with pytest.raises(UnsupportedError, match="w8a16: a mixture of experts is not computed in 8 bits"):
+        Weights(MIXTURE).build(Configuration("mixture", 1, 1, "eager", "w8a16"), "cpu")
 
 
 def test_graph_rows_are_compiled() -> None:
@@ -79,7 +152,7 @@ def test_inductor_compiles_the_stock_model(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch, "npu"), reason="torch_npu is not installed")
-@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "fused_qkv", "ifa_tiling", "swiglu"])
+@pytest.mark.parametrize("step", ["original", "fixed_kv_cache", "fused_qkv", "ifa_tiling", "swiglu", *QUANTIZED])
 def test_graph_rows_are_measured_through_torchair(step: str) -> None:
     model = Weights(SMALL).build(configuration(step, "graph"), "npu")
     found = measure(model, batch=2, input_tokens=16, decode_steps=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.graph.census import Census
 from qwen2_npu.conformance.graph.cost import Cost
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
-from qwen2_npu.conformance.perf import cost_model
+from qwen2_npu.conformance.perf import cost_model, lower_bound
 from qwen2_npu.conformance.perf.cost_model import Efficiencies
 from qwen2_npu.conformance.perf.documented import read
+from qwen2_npu.conformance.perf.rows import Configuration, Row
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import LADDER
+from qwen2_npu.optimizations import LADDER, PHASES, QUANTIZED
 
 CARD = HARDWARE[DOCUMENTED_SOC]
 PERFECT = Efficiencies(1, 1, 1, 1, launch_us=0, host_us=0, collective_us=10, link=1)
@@ -186,3 +188,30 @@ def test_the_published_errors_are_the_committed_models(made):
         mean = sum(errors) / len(errors)
         assert f"- {label}: {len(errors)} rows, mean |error| {mean:.1%}, worst {max(errors):.0%}\n" in page
         assert f"{mean:.1%}".replace("%", " %") in summary
+
+
+# ---- 8-bit weights --------------------------------------------------------------------------------------------------
+def test_products_of_integers_have_a_peak_of_their_own():
+    cost = Cost(flops=int(560e12), weight_bytes=1, launches=1)
+    census = Census(0, {"QuantBatchMatmulV3": cost, "WeightQuantBatchMatmulV2": cost}, {})
+    found = {part.operator: part.seconds for part in cost_model.parts(census, replace(PERFECT, product=0.5), CARD)}
+    assert found == {"QuantBatchMatmulV3": pytest.approx(2), "WeightQuantBatchMatmulV2": pytest.approx(4)}
+
+
+@pytest.mark.parametrize(("model", "cards"), [("7B", 1), ("72B", 8)])
+@pytest.mark.parametrize("phase", PHASES)
+def test_8_bit_weights_are_predicted_above_their_floor(model, cards, phase):
+    tokens = baselines.PROMPT if phase == "prefill" else baselines.PAST
+    for step in (LADDER[-1], *QUANTIZED):
+        row = Row("predicted", Configuration(model, cards, 4, "graph", step), phase)
+        floor = lower_bound.work(SIZES[model], phase, 4, tokens, cards, step=step).floor_ms(CARD)
+        assert all(floor < cost_model.predict(row, found) * 1e3 for found in cost_model.load_all())
+
+
+def test_the_published_predictions_of_8_bit_weights_are_the_committed_models():
+    root = cost_model.BASELINES.parent
+    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(root / "scripts" / "predict_quantized.py"))
+    lines = list(script["lines"]())
+    assert len(lines) == len(script["CASES"])
+    assert [line for line in lines if line not in page] == []

@@ -15,6 +15,7 @@ from qwen2_npu.conformance.perf.measurement import Measurement, Summary
 from qwen2_npu.conformance.perf.memory import MemoryFormula
 from qwen2_npu.conformance.perf.recorded import Baseline, protocol
 from qwen2_npu.conformance.sizes import SIZES
+from qwen2_npu.optimizations import QUANTIZED
 from tests.perf.fake_runner import measurement_of
 
 NUMBER = documented.by_id()["7b-ladder-b4-graph-fused_qkv-decode"]
@@ -303,3 +304,14 @@ def test_a_measurement_without_samples_has_its_faults_and_no_figures() -> None:
     found = verdict(replace(measured(), decode_ms=()), documented=NUMBER)
     assert (found.summary, found.floor_ms, found.comparisons) == (Summary(0.0, 0.0, 0.0), None, [])
     assert not found.passed
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_the_floor_of_8_bit_weights_is_that_of_their_bytes(scheme: str) -> None:
+    """17.7 ms are the floor of the 7B's bf16 weights, which these do not have to reach."""
+    row = replace(NUMBER.row, configuration=replace(NUMBER.row.configuration, step=scheme))
+    found = judge(row, SIZES["7B"], measured(15.0), Against(card=CARD), strict=False)
+    assert found.failures == []
+    assert found.floor_ms == pytest.approx(9.9, abs=0.1)
+    found = judge(row, SIZES["7B"], measured(9.0), Against(card=CARD), strict=False)
+    assert [failure.split(":")[0] for failure in found.failures] == ["timing error"]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from qwen2_npu.conformance.graph import baselines
 from qwen2_npu.conformance.machine.hardware import DOCUMENTED_SOC, HARDWARE
 from qwen2_npu.conformance.perf.documented import Documented, read
-from qwen2_npu.conformance.perf.lower_bound import Work, work
+from qwen2_npu.conformance.perf.lower_bound import Work, kv_per_token, work
 from qwen2_npu.conformance.sizes import SIZES, Size
+from qwen2_npu.optimizations import LADDER, QUANTIZED
 
 CARD = HARDWARE[DOCUMENTED_SOC]
 
@@ -111,5 +114,61 @@ def test_cards_share_all_but_the_norms() -> None:
 
 @pytest.mark.parametrize(("bytes_", "operations", "floor"), [(10.0, 3.0, 5e3), (3.0, 10.0, 2e3), (4.0, 10.0, 2e3)])
 def test_the_floor_is_the_longer_of_the_two(bytes_: float, operations: float, floor: float) -> None:
-    card = SimpleNamespace(memory_bandwidth=SimpleNamespace(value=2.0), bf16_peak=SimpleNamespace(value=5.0))
-    assert Work(bytes_, operations).floor_ms(card) == floor  # type: ignore[arg-type]
+    figures = {"memory_bandwidth": 2.0, "bf16_peak": 5.0, "int8_peak": 10.0}
+    card: Any = SimpleNamespace(**{name: SimpleNamespace(value=value) for name, value in figures.items()})
+    assert Work(bytes_, operations).floor_ms(card) == floor
+    # One unit makes both kinds of products, one after the other.
+    assert Work(bytes_, operations - 2, 4).floor_ms(card) == floor
+
+
+# ---- 8-bit weights --------------------------------------------------------------------------------------------------
+ATTENTION = 8 * 8 + 2 * 8 * 4 + 8 * 8
+"""Elements of q, k and v, and o of one layer."""
+PRODUCTS = 3 * (ATTENTION + 3 * 8 * 16)
+SCALES = 3 * (8 + 2 * 4 + 8 + 2 * 16 + 8)
+"""One per row of q, k, v, o, gate, up and down."""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_decode_step_in_8_bits_by_hand(scheme: str, tied: bool) -> None:
+    """One byte per quantised weight; two per scale, per element of head, norms and biases, and of the cache."""
+    for item in (2, 4):
+        found = work(replace(SMALL, tied=tied), "decode", 5, 7, step=scheme, item=item)
+        assert found.bytes == PRODUCTS + item * (SCALES + BODY - PRODUCTS + HEAD + 5 * 8 * KV)
+    operations = 2 * 5 * (BODY + HEAD) + 4 * 3 * 4 * 2 * 5 * 8
+    integers = 2 * 5 * PRODUCTS if scheme == "w8a8" else 0
+    assert (found.operations, found.integer_operations) == (operations - integers, integers)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_prefill_in_8_bits_by_hand(scheme: str) -> None:
+    plain, found = work(SMALL, "prefill", 5, 7), work(SMALL, "prefill", 5, 7, step=scheme)
+    assert found.bytes == PRODUCTS + 2 * (SCALES + BODY - PRODUCTS + HEAD + 5 * 7 * KV)
+    assert found.operations + found.integer_operations == plain.operations
+    assert found.integer_operations == (2 * 5 * (7 * (PRODUCTS - LAST) + LAST) if scheme == "w8a8" else 0)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_every_card_has_the_scales_of_o_and_down(scheme: str) -> None:
+    one, two = (work(SMALL, "decode", 1, 7, cards, step=scheme) for cards in (1, 2))
+    whole = 2 * (3 * 2 * 8 + 8) + 2 * 3 * 2 * 8  # norms; scales of o and down
+    assert two.bytes == (one.bytes - whole) / 2 + whole
+    assert two.integer_operations == one.integer_operations / 2
+
+
+@pytest.mark.parametrize("size", ["0.5B", "7B", "72B-tp8"])
+@pytest.mark.parametrize("step", [LADDER[-1], *QUANTIZED])
+def test_a_lowered_graph_reads_these_weights_and_little_else(size: str, step: str) -> None:
+    """Beside them the rows of the embedding table, and what operators take in float32 or twice."""
+    known = SIZES[size]
+    census = baselines.at_full_size(baselines.DocumentedGraph(size, "decode", 4, step))
+    assert census is not None
+    bound = work(known, "decode", 4, 0, step=step).bytes - 2 * 4 * kv_per_token(known)
+    qkv = known.layers * (known.heads + 2 * known.kv_heads) * known.head_dim
+    beside = 2 * 4 * known.hidden  # embedding
+    if step in QUANTIZED:
+        beside += 2 * qkv  # biases in float32
+    if step == "w8a8":  # all scales in float32, those of gate and up once more
+        beside += 2 * known.channels + 4 * 2 * known.layers * known.intermediate
+    assert census.cost.weight_bytes == bound + beside

@@ -111,7 +111,8 @@ def test_a_clock_without_synchronize_fails_below_the_floor() -> None:
     # A card on which the floor of this small model is 50 ms: half of what a step takes.
     row = user_rows("0.5B", (1,), ("eager",), ("swiglu",))[1]
     assumed = Figure(988e6 / 50e-3, "B/s", "made up", "inferred")
-    card = Hardware("made up", assumed, Figure(1e15, "FLOP/s", "made up", "inferred"), server="none")
+    peak = Figure(1e15, "FLOP/s", "made up", "inferred")
+    card = Hardware("made up", assumed, peak, peak, server="none")
     for wait, passed in ((synchronize, True), (lambda: None, False)):
         found = measure(
             model, batch=1, input_tokens=4, decode_steps=2, timer_for=lambda kind, wait=wait: HostTimer(wait)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qwen2_npu.conformance.perf.documented import BASELINES, read
-from qwen2_npu.conformance.perf.rows import TEST, Configuration, Row, user_rows
+from qwen2_npu.conformance.perf.rows import TEST, Configuration, Row, user_rows, weights_of
+from qwen2_npu.optimizations import LADDER, ORIGINAL
 
 
 def test_ids_are_unique_and_name_the_test_that_exists() -> None:
@@ -59,3 +60,20 @@ def test_a_table_holds_one_model_on_one_number_of_cards() -> None:
     kinds = {(number.row.table, number.row.configuration.model, number.row.configuration.cards) for number in read()}
     assert len({table for table, _, _ in kinds}) == len(kinds)
     assert str(Configuration("72B", 8, 4, "graph", "swiglu")) == "72B on 8 cards, batch 4, graph, swiglu"
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([ORIGINAL, LADDER[-1]], "random weights"),
+        (["w8a16", "w8a16"], "random weights in w8a16"),
+        ([LADDER[-1], "w8a16", ORIGINAL, "w8a8"], "random weights in bfloat16, w8a16, w8a8"),
+    ],
+)
+def test_weights_in_8_bits_are_called_so(steps: list[str], words: str) -> None:
+    assert weights_of("random", "bfloat16", steps) == words
+
+
+def test_one_card_is_not_mentioned() -> None:
+    row = Configuration("7B", 1, 4, "graph", "swiglu")
+    assert [replace(row, cards=cards).model_on_cards for cards in (1, 2)] == ["7B", "7B on 2 cards"]

@@ -103,3 +103,14 @@ def test_benchmark_files_are_not_taken_for_it(tmp_path: Path) -> None:
     inputs = RunInputs.of(Night(0).write(tmp_path))
     assert inputs.benchmarks
     assert not inputs.benches
+
+
+def test_8_bit_weights_are_said(tmp_path: Path) -> None:
+    inputs = write(tmp_path, result("kv_scatter", 9.0, 6.0), result("w8a8", 9.0, 4.0))
+    subjects = [claim.subject for claim in bench.claims(inputs) if claim.id.endswith("decode")]
+    assert subjects == [
+        "random weights, bfloat16, 1024 tokens + 1023 steps",
+        "random weights in w8a8, bfloat16, 1024 tokens + 1023 steps",
+    ]
+    (table,) = bench.tables(inputs)
+    assert "7B, random weights in bfloat16, w8a8, bfloat16, 1024 tokens + 1023 steps, eager" in table.title
