@@ -109,3 +109,82 @@ def test_the_longer_of_two_texts_is_followed_to_its_end() -> None:
         found = text.compare_texts(ours, theirs, BATCH, *models)[0]
         assert [(each.row, each.position) for each in found] == [(0, 1), (1, 1)]
     assert not any(call.get("output_hidden_states") for call in models[0].calls), "not needed, and as long as a prefill"
+
+
+@pytest.mark.parametrize(("piece", "sizes"), [(1, [1] * 5), (2 * VOCABULARY, [2, 2, 1]), (1 << 19, [5])])
+def test_losses_of_pieces_are_those_of_the_whole(piece: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.random.default_rng(0).normal(size=(5, VOCABULARY)).astype(np.float32) * 9
+    window = [63, 5, 0, 17, 2, 40]
+    looked_at: list[int] = []
+    normalisers = text.normalisers
+
+    def watched(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        looked_at.append(len(given))
+        return normalisers(given)
+
+    monkeypatch.setattr(text, "PIECE", piece)
+    monkeypatch.setattr(text, "normalisers", watched)
+    exact = logits.astype(np.float64)
+    expected = np.log(np.exp(exact).sum(axis=1)) - exact[np.arange(5), window[1:]]
+    np.testing.assert_allclose(text.losses_of(logits, window), expected, rtol=1e-12)
+    assert looked_at == sizes
+
+
+def test_the_last_logits_of_every_pass_are_kept_and_none_afterwards() -> None:
+    model = Positioned()
+    passes = [torch.tensor([[5, 6]]), torch.tensor([[1, 2, 3]])]
+    with text.last_logits(model) as found:
+        said = [
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1] for ids in passes
+        ]
+    model(input_ids=passes[0], attention_mask=torch.ones_like(passes[0]), use_cache=False)
+    assert [each.tolist() for each in found] == [each.tolist() for each in said]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_no_more_is_asked_for_than_where_texts_part(place: int) -> None:
+    """Of both models: the rows that part, and the passes up to there."""
+    rows = [continued(prompt, 3) for prompt in PROMPTS]
+    other = list(rows[1])
+    other[place] = (other[place] + 1) % VOCABULARY
+    models = CountingModel(), CountingModel(torch.float64)
+    text.compare_texts([rows[0], other], rows, BATCH, *models)
+    width = BATCH.input_ids.shape[1]
+    assert [tuple(call["input_ids"].shape) for call in models[0].calls] == [(2, width), *[(2, 1)] * place]
+    assert [tuple(call["input_ids"].shape) for call in models[1].calls] == [(1, width + place)]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_pooled_noise_is_of_all_rows_and_steps(pooled: bool) -> None:
+    """Otherwise it is that of the place alone. What the baseline said is given, and not asked for again."""
+    rows = [continued(prompt, 3) for prompt in PROMPTS]
+    off = np.array([[0.5, 0.25, 1.0], [0.125, 0.75, 0.5]])
+    said = np.zeros((3, 2, VOCABULARY))
+    for row, step in np.ndindex(off.shape):
+        said[step, row, rows[row][step]] = 1.0 + off[row, step]
+    other = [rows[0], [(rows[1][0] + 1) % VOCABULARY, *rows[1][1:]]]
+    models = CountingModel(), CountingModel(torch.float64)
+    (found,) = text.compare_texts(other, rows, BATCH, *models, list(said), pooled)[0]
+    assert (found.row, found.position) == (1, 0)
+    assert found.noise == pytest.approx(np.sqrt(np.mean(off**2)) if pooled else off[1, 0])
+    assert not models[0].calls
+    width = BATCH.input_ids.shape[1]
+    assert [tuple(call["input_ids"].shape) for call in models[1].calls] == [(2, width + 2) if pooled else (1, width)]
+
+
+def test_of_a_mixture_the_traces_of_both_models_come_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of nothing else: where nothing parts, and of dense models, there are none."""
+    rows = [continued(prompt, 3) for prompt in PROMPTS]
+    other = [rows[0], [rows[1][0], (rows[1][1] + 1) % VOCABULARY, rows[1][2]]]
+    models = CountingModel(), CountingModel(torch.float64)
+    assert text.compare_texts(rows, rows, BATCH, *models) == ([], None)
+    dense, traces = text.compare_texts(other, rows, BATCH, *models)
+    assert traces is None
+    monkeypatch.setattr(text, "expert_count", lambda config: 2)
+    assert text.compare_texts(rows, rows, BATCH, *models) == ([], None)
+    found, traces = text.compare_texts(other, rows, BATCH, *models)
+    assert found == dense
+    assert traces is not None
+    assert [trace.decode_logits.dtype for trace in traces] == [np.float32, np.float64]
+    assert all(trace.forced.tolist() == rows for trace in traces)
+    assert not any(call.get("output_hidden_states") for model in models for call in model.calls)
