@@ -221,6 +221,14 @@ def test_layer_by_layer_says_the_same(pair: ModelPair) -> None:
         np.testing.assert_allclose(found.decode_logits, baseline.decode_logits, rtol=1e-3, atol=1e-3)
 
 
+def test_the_last_tokens_have_experts_of_their_own_pass(pair: ModelPair) -> None:
+    trace = teacher_forcing.run(pair.build(EVERY["all"]), pair.batch("ragged"), hidden=False, last_token=True)
+    assert trace.routing.keys() == {"last_token", "prefill"}
+    for each in trace.routing.values():
+        assert each.wanted[:, :, -1].min() > UNKNOWN
+    assert np.array_equal(*(each.wanted[:, :, -1] for each in trace.routing.values()))
+
+
 def test_losses_with_forced_experts_are_those_of_the_model_that_chose_them(pair: ModelPair) -> None:
     windows = [[5, 6, 7, 8], [9, 3]]
     stock, chosen = text.losses_and_experts(pair.baseline, windows)

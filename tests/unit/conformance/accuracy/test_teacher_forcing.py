@@ -166,3 +166,23 @@ def test_a_device_is_waited_for_and_the_host_is_not(monkeypatch: pytest.MonkeyPa
     for name in ("cpu", "cuda:0"):
         teacher_forcing._synchronize(torch.device(name))
     assert waited == [torch.device("cuda:0")]
+
+
+def test_an_optimised_model_is_asked_for_hidden_states_only_where_they_are_wanted() -> None:
+    """They take a pass of their own. A dense model has no routing to show."""
+    for hidden, passes in ((False, 1), (True, 2)):
+        model = CountingModel()
+        model.optimizations = SimpleNamespace(fixed_kv_cache=False)  # type: ignore[assignment]
+        trace = run(model, BATCH, hidden=hidden)
+        assert len(model.calls) == passes
+        assert (trace.hidden is not None) is hidden
+        assert trace.routing == {}
+
+
+def test_compiled_steps_are_put_aside_and_back() -> None:
+    model = SimpleNamespace(compiled_steps={"decode": run})
+    with teacher_forcing.without_compiled_steps(model):
+        assert model.compiled_steps == {}
+    assert model.compiled_steps == {"decode": run}
+    with teacher_forcing.without_compiled_steps(model, asked=False):
+        assert model.compiled_steps == {"decode": run}
