@@ -246,7 +246,7 @@ def compare_traces(
     ) -> PathComparison:
         ours, stock, true = (_Rows(each, where) for each in logits)
         if path not in known:
-            known[path] = _with_usual_noise(_known_path(path, stock, true, dtype), known.get("prefill"), pooled)
+            known[path] = _with_usual_noise(_known_path(path, stock, true, dtype), known, pooled)
         return _compare_logits(path, known[path], ours, stock, true, where[0], positions)
 
     paths: list[PathComparison] = []
@@ -317,9 +317,9 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
     return KnownPath(path, best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
 
 
-def _with_usual_noise(path: KnownPath, prefill: KnownPath | None, pooled: bool) -> KnownPath:
-    """What a few positions cannot say: see ``noise``."""
-    whole = prefill if prefill is not None and path.path == "last_token" else path
+def _with_usual_noise(path: KnownPath, known: dict[str, KnownPath], pooled: bool) -> KnownPath:
+    """What a few positions cannot say: see ``noise``. Last tokens are positions of the prompt, which comes first."""
+    whole = known["prefill"] if path.path == "last_token" else path
     return replace(
         path,
         noise=np.maximum(path.noise, root_mean(np.square(whole.noise))) if pooled else path.noise,

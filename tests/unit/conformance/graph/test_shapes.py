@@ -85,6 +85,28 @@ def test_every_input_that_a_scatter_writes_is_a_cache_and_no_other(type_):
     assert cache_inputs(graph.nodes) == {cache.node for cache in caches}
 
 
+PAGED = "key key_cache slot_mapping value value_cache"
+
+
+@pytest.mark.parametrize("copied", ["", "key", "value"])
+def test_a_paged_write_has_two_caches_and_a_copy_of_one_is_none(copied):
+    graph = Graph()
+    caches = {name: graph.data((3, 32, 2, 4)) for name in ("key", "value")}
+    new, slots = graph.data((4, 2, 4)), graph.data((4,), torch.int32)
+    into = {name: graph.op("TensorMove", "x", cache) if name == copied else cache for name, cache in caches.items()}
+    inputs = (new, into["key"], slots, new, into["value"])
+    graph.nodes.append(Node("paged", "ScatterPaKvCache", inputs, tuple(PAGED.split()), (), {0: 1, 1: 4}, {}, (), ()))
+    assert cache_inputs(graph.nodes) == {cache.node for name, cache in caches.items() if name != copied}
+    written = operations(graph.lowered(Edge("paged", 0)))[-1]
+    assert [value.origin for value in written.outputs] == ["activation" if copied else "cache"] * 2
+
+
+def test_the_operators_with_live_lengths_and_with_writes():
+    named = {"IncreFlashAttention": "actual_seq_lengths", "FusedInferAttentionScore": "actual_seq_lengths_kv"}
+    assert named == shapes.LENGTHS
+    assert shapes.WRITES == {"Scatter": (0,), "ScatterPaKvCache": (1, 4)}
+
+
 def test_a_view_is_what_it_looks_at_and_a_result_is_not():
     for origin, start in (
         ("weight", lambda graph: graph.data((1, 8, 2, 4), weight=True)),
