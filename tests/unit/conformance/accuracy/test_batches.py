@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from qwen2_npu.conformance.accuracy.batches import (
@@ -91,3 +92,8 @@ def test_random_tokens_are_of_the_seed() -> None:
     assert random_batch("four", 100).input_ids.tolist() == random_batch("four", 100, seed=0).input_ids.tolist()
     following = random_continuation("four", 100, 5)
     assert following.tolist() == random_continuation("four", 100, 5, seed=1).tolist()
+
+
+def test_nothing_forced_is_no_token_for_each_row() -> None:
+    forced = Batch.of([[1, 2, 3], [4]]).nothing_forced()
+    assert (forced.shape, forced.dtype) == ((2, 0), np.int64)

@@ -140,6 +140,27 @@ def test_a_layer_that_lacks_an_operator_is_told_outside_of_the_layers() -> None:
         assert found.of(layers) == take(first_differs(layers))
 
 
+def last_differs(layers: int) -> Lowered:
+    """Three operators in each layer, and another one in the place of the last."""
+    graph = Graph(layers=layers)
+    value = graph.data((4,))
+    for _ in range(3 * (layers - 1)):
+        value = graph.op("Relu", "x", value)
+    return replace(graph.lowered(graph.op("Exp", "x", value)), unlike=1)
+
+
+def test_a_layer_that_is_unlike_the_others_is_counted_outside() -> None:
+    found = of_layers(last_differs(FEW), last_differs(MORE))
+    assert found.unlike == 1
+    assert (found.layer.operators, found.outside.operators) == ({"Relu": 3}, {"Exp": 1})
+    written = json.loads(json.dumps(found.to_json()))
+    assert written["unlike"] == 1
+    assert LayeredCensus.from_json(written) == found
+    assert "unlike" not in of_layers(layered_graph(FEW), layered_graph(MORE)).to_json()
+    for layers in (1, 2, 7):
+        assert found.of(layers) == take(last_differs(layers))
+
+
 def test_layers_of_which_not_even_one_is_there_are_refused() -> None:
     few, more = Graph(layers=FEW), Graph(layers=MORE)
     value = few.op("Relu", "x", few.data((4,)))

@@ -13,6 +13,8 @@ import torch
 from qwen2_npu.conformance.operators import CATALOGUE, Expected, check, one_rank
 from qwen2_npu.conformance.operators.check import (
     ElementMismatch,
+    by_name,
+    call,
     compare,
     compare_all,
     find_problems,
@@ -351,3 +353,19 @@ def test_numbers_and_texts_are_passed_as_they_are(name: str) -> None:
         np.random.default_rng(0), **each.parameters).values())]  # fmt: skip
     assert plain
     check(name, plain[0].parameters)
+
+
+def test_every_tensor_of_a_list_is_taken_and_named() -> None:
+    values = [np.full(2, number, np.float32) for number in range(3)]
+    tensors = to_tensors({"x": values, "bias": None, "y": values[0]}, "float32", "cpu")
+    assert [tensor.tolist() for tensor in tensors["x"]] == [value.tolist() for value in values]
+    found = by_name(tensors)
+    assert found.keys() == {"x[0]", "x[1]", "x[2]", "y"}
+    assert all(found[f"x[{number}]"] is tensors["x"][number] for number in range(3))
+    assert by_name({"x": tensors["x"], "group_list": [found["y"]]}).keys() == {"x[0]", "x[1]", "x[2]", "group_list[0]"}
+
+
+def test_what_is_written_is_given_where_nothing_is_returned() -> None:
+    tensors = {"key": torch.ones(1), "value": torch.ones(2), "slots": torch.ones(3)}
+    found = call(lambda **given: None, tensors, ("value", "key"))
+    assert [each is tensors[name] for each, name in zip(found, ("value", "key"), strict=True)] == [True, True]
