@@ -202,13 +202,13 @@ def last_layer_on_kept_positions(graph: Graph) -> Problems:
         yield f"grouped products by rows: {dict(grouped)}, expected 2 of {one_each / every} times the others'"
 
 
-EIGHT_BIT_PRODUCTS = {"w8a16": "WeightQuantBatchMatmulV2", "w8a8": "QuantBatchMatmulV3"}
+EIGHT_BIT_PRODUCTS: dict[str | None, str] = {"w8a16": "WeightQuantBatchMatmulV2", "w8a8": "QuantBatchMatmulV3"}
 
 
 def eight_bit_weights(graph: Graph) -> Problems:
     """With w8a16 or w8a8 every product of the layers, and not the head, reads its weight as 8-bit integers."""
     scheme = graph.optimizations.scheme
-    wanted = EIGHT_BIT_PRODUCTS.get(scheme or "")
+    wanted = EIGHT_BIT_PRODUCTS.get(scheme)
     heads = {op.node.name for op in graph.heads}
     for op in graph.of_type(*PRODUCTS):
         weights = [value for value in op.given if value.origin == "weight" and len(value.shape) > 1]
@@ -267,7 +267,7 @@ def collectives(graph: Graph) -> Problems:
     several, layers, sparse = graph.lowered.ranks > 1, graph.lowered.layers, graph.lowered.sparse
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
     # The last layer of a prefill with last_layer has few rows: its sums are those of a decode step.
-    alone = (1 if sparse else 2) * (fused and graph.kept_alone)
+    alone = (1 if sparse else 2) * graph.kept_alone
     expected = {
         "MatmulAllReduce": fused * (2 * layers - sparse - alone),
         "HcomAllReduce": several * (1 + sparse + alone if fused else 2 * layers + 1),
