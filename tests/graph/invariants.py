@@ -106,7 +106,7 @@ def grouped_experts(graph: Graph) -> Problems:
     data = {node.name for node in graph.lowered.nodes if node.type in DATA}
     for op in graph.ops:
         for place, value in enumerate(op.inputs):
-            if value is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
+            if value is None or not _is_of_experts(value):
                 continue
             edge = op.node.inputs[place]
             if op.node.type != "GroupedMatmul":
@@ -117,6 +117,10 @@ def grouped_experts(graph: Graph) -> Problems:
 
 EXPERT_DIMENSIONS = 3
 """Of the weights of all experts together; no other weight has so many."""
+
+
+def _is_of_experts(value: GraphValue) -> bool:
+    return value.origin == "weight" and len(value.shape) == EXPERT_DIMENSIONS
 
 
 def fused_products(graph: Graph) -> Problems:
@@ -215,8 +219,9 @@ def eight_bit_weights(graph: Graph) -> Problems:
         name, layers = f"{op.node.name} ({op.node.type})", op.node.name not in heads
         if wanted is not None and layers and op.node.type != wanted and weights:
             yield f"{name} multiplies with a weight, expected {wanted}"
-        if any((value.dtype == torch.int8) != (wanted is not None and layers) for value in weights if _is_wide(value)):
-            yield f"{name} reads a weight {weights[0].shape} of {weights[0].dtype} with {scheme or 'ordinary weights'}"
+        for value in filter(_is_wide, weights):
+            if (value.dtype == torch.int8) != (wanted is not None and layers):
+                yield f"{name} reads a weight {value.shape} of {value.dtype} with {scheme or 'ordinary weights'}"
         if op.node.type == "QuantBatchMatmulV3" and op.given[0].dtype != torch.int8:
             yield f"{name} is given activations of {op.given[0].dtype}"
 
