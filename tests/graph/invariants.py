@@ -106,7 +106,7 @@ def grouped_experts(graph: Graph) -> Problems:
     data = {node.name for node in graph.lowered.nodes if node.type in DATA}
     for op in graph.ops:
         for place, value in enumerate(op.inputs):
-            if value is None or value.origin != "weight" or len(value.shape) != EXPERT_DIMENSIONS:
+            if value is None or not _is_of_experts(value):
                 continue
             edge = op.node.inputs[place]
             if op.node.type != "GroupedMatmul":
@@ -117,6 +117,10 @@ def grouped_experts(graph: Graph) -> Problems:
 
 EXPERT_DIMENSIONS = 3
 """Of the weights of all experts together; no other weight has so many."""
+
+
+def _is_of_experts(value: GraphValue) -> bool:
+    return value.origin == "weight" and len(value.shape) == EXPERT_DIMENSIONS
 
 
 def fused_products(graph: Graph) -> Problems:
@@ -202,21 +206,22 @@ def last_layer_on_kept_positions(graph: Graph) -> Problems:
         yield f"grouped products by rows: {dict(grouped)}, expected 2 of {one_each / every} times the others'"
 
 
-EIGHT_BIT_PRODUCTS = {"w8a16": "WeightQuantBatchMatmulV2", "w8a8": "QuantBatchMatmulV3"}
+EIGHT_BIT_PRODUCTS: dict[str | None, str] = {"w8a16": "WeightQuantBatchMatmulV2", "w8a8": "QuantBatchMatmulV3"}
 
 
 def eight_bit_weights(graph: Graph) -> Problems:
     """With w8a16 or w8a8 every product of the layers, and not the head, reads its weight as 8-bit integers."""
     scheme = graph.optimizations.scheme
-    wanted = EIGHT_BIT_PRODUCTS.get(scheme or "")
+    wanted = EIGHT_BIT_PRODUCTS.get(scheme)
     heads = {op.node.name for op in graph.heads}
     for op in graph.of_type(*PRODUCTS):
         weights = [value for value in op.given if value.origin == "weight" and len(value.shape) > 1]
         name, layers = f"{op.node.name} ({op.node.type})", op.node.name not in heads
         if wanted is not None and layers and op.node.type != wanted and weights:
             yield f"{name} multiplies with a weight, expected {wanted}"
-        if any((value.dtype == torch.int8) != (wanted is not None and layers) for value in weights if _is_wide(value)):
-            yield f"{name} reads a weight {weights[0].shape} of {weights[0].dtype} with {scheme or 'ordinary weights'}"
+        for value in filter(_is_wide, weights):
+            if (value.dtype == torch.int8) != (wanted is not None and layers):
+                yield f"{name} reads a weight {value.shape} of {value.dtype} with {scheme or 'ordinary weights'}"
         if op.node.type == "QuantBatchMatmulV3" and op.given[0].dtype != torch.int8:
             yield f"{name} is given activations of {op.given[0].dtype}"
 
@@ -267,7 +272,7 @@ def collectives(graph: Graph) -> Problems:
     several, layers, sparse = graph.lowered.ranks > 1, graph.lowered.layers, graph.lowered.sparse
     fused = several and graph.optimizations.mm_all_reduce and graph.lowered.phase == "prefill"
     # The last layer of a prefill with last_layer has few rows: its sums are those of a decode step.
-    alone = (1 if sparse else 2) * (fused and graph.kept_alone)
+    alone = (1 if sparse else 2) * graph.kept_alone
     expected = {
         "MatmulAllReduce": fused * (2 * layers - sparse - alone),
         "HcomAllReduce": several * (1 + sparse + alone if fused else 2 * layers + 1),

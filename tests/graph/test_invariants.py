@@ -101,7 +101,7 @@ def sound(phase: Phase = "decode", optimizations: Optimizations | None = None, r
     paged = phase == "decode" and made.optimizations.kv_scatter
     if kept := phase == "prefill" and made.optimizations.last_layer:
         made.op("Less", [HIDDEN], HIDDEN)  # the mask of the kept positions
-    product = invariants.EIGHT_BIT_PRODUCTS.get(made.optimizations.scheme or "", "MatMul")
+    product = invariants.EIGHT_BIT_PRODUCTS.get(made.optimizations.scheme, "MatMul")
     apart = "MatMulV2" if product == "MatMul" else product
     operands = {"MatMul": [WEIGHT]}.get(product, [INTEGERS, SCALES])
     for layer in range(LAYERS):
