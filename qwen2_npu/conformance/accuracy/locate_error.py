@@ -242,8 +242,8 @@ def _by_chance(error: ErrorRatio, point: Point) -> bool:
     if point.name not in FEW_ERRORS:
         return False
     each = FEW_ERRORS[point.name]
-    count = np.count_nonzero(point.values) if each is None else each * len(point.values)
-    return error.ratio <= RMS_FACTOR * 10 ** min(6 / max(1, count), 300)
+    count = int(np.count_nonzero(point.values)) if each is None else each * len(point.values)
+    return error.ratio <= RMS_FACTOR * 10 ** (6 / max(1, count))
 
 
 def _heads_moved(ours: Point, stock: Point, true: Point, dtype: torch.dtype) -> bool:

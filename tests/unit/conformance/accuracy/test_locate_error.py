@@ -301,6 +301,7 @@ def test_a_text_that_parts_where_the_baseline_was_lucky(step: int) -> None:
     lucky[0][lucky[1:]] -= NOISE
     chosen = forced.copy()
     chosen[0, step] = 3
+    assert locate_error.divergences(chosen, baseline, reference)[0].noise == 0.0
     for pooled, noise in ((False, 0.0), (True, usual)):
         (found,) = locate_error.divergences(chosen, baseline, reference, pooled)
         assert found.noise == pytest.approx(noise)
