@@ -100,7 +100,7 @@ def _write_slots(
         raise invalid(op, "value", value, f"(tokens, heads, D) with the key's tokens and heads, {tuple(key.shape[:2])}")
     if slots.dtype not in INDEX_DTYPES or slots.shape != key.shape[:1]:
         raise invalid(op, "slot_mapping", slots, f"({key.shape[0]},), one slot per token, int32 or int64")
-    if key_cache.dim() != 4 or key_cache.shape[2:] != key.shape[1:]:
+    if key_cache.shape[2:] != key.shape[1:]:
         raise invalid(
             op, "key_cache", key_cache, f"(blocks, block, heads, D) of the key's heads and D, {key.shape[1:]}"
         )

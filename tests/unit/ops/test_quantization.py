@@ -288,6 +288,7 @@ def _gated(**changes: Any) -> Any:
         (_normed, {"x2": torch.ones(1, 8)}, r"x2 is .* the shape of x1, \(3, 8\)"),
         (_normed, {"x1": torch.ones(8), "x2": torch.ones(8)}, "x2 is .* two or more dimensions"),
         (_normed, {"gamma": torch.ones(7)}, r"gamma is .*; supported: shape \(8,\)"),
+        (_normed, {"gamma": torch.ones(9)}, r"gamma is .*; supported: shape \(8,\)"),
         (_normed, {"gamma": torch.ones(1, 8)}, r"gamma is .*; supported: shape \(8,\)"),
         *((_normed, {"output_mask": mask}, "output_mask is .*; supported: None or")
           for mask in ([True, True], [False, True], [True], [])),

@@ -92,12 +92,14 @@ def test_rotary_mul_interleaved() -> None:
         ({"rotary_mode": "interleave"}, "rotary_mode is 'interleave'"),
         ({"query": torch.zeros(2, 3, 4, 32)}, "use npu_rotary_mul for other head sizes"),
         ({"query": torch.zeros(2, 3, 256)}, "4 dimensions"),
-        ({"key": torch.zeros(2, 4, 2, 64)}, "key is"),
+        *(({"key": torch.zeros(shape)}, "key is") for shape in (
+            (2, 4, 2, 64), (2, 2, 2, 64), (1, 3, 2, 64), (3, 3, 2, 64), (2, 3, 2, 128), (2, 3, 2, 32), (2, 3, 64),
+        )),
         ({"key": torch.zeros(2, 3, 2, 64).half()}, "key is .* the dtype of the first input"),
         ({"cos": torch.zeros(2, 3, 4, 64)}, r"cos is .* \(B, S, 1, D\) = \(2, 3, 1, 64\)"),
         ({"sin": torch.zeros(2, 1, 1, 64)}, "sin is"),
     ],
-)
+)  # fmt: skip
 def test_apply_errors(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = dict(zip(("query", "key", "cos", "sin"), inputs(), strict=True), layout="BSND")
     with pytest.raises(ValueError, match=f"npu::npu_apply_rotary_pos_emb: .*{message}"):
@@ -109,6 +111,8 @@ def test_apply_errors(change: dict[str, Any], message: str) -> None:
     [
         (torch.zeros(2, 3, 4, 7), torch.zeros(1, 1, 1, 7), "half", "the last even and below 896"),
         (torch.zeros(2, 3, 4, 896), torch.zeros(1, 1, 1, 896), "half", "the last even and below 896"),
+        (torch.zeros(3, 8), torch.zeros(1, 8), "half", "3 or 4 dimensions, the last even"),
+        (torch.zeros(1, 2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "3 or 4 dimensions, the last even"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(3, 1, 1, 8), "half", r"broadcasts to the input's, \(2, 3, 4, 8\)"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 8), "half", "broadcasts"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8), "quarter", "rotary_mode is 'quarter'"),
