@@ -93,11 +93,8 @@ def _refuse_8_bits(option: Any) -> None:
         return
     if option.random_weights is None and option.model_path is None:
         raise pytest.UsageError(f"--steps {asked}: tests/perf times 8-bit weights with --random-weights SIZE")
-    if option.random_weights is not None and SIZES[option.random_weights].experts:
-        raise pytest.UsageError(
-            f"--steps {asked}: {option.random_weights} is a mixture of experts, which is not computed in 8 bits; use "
-            f"{EXPERTS[-1]}"
-        )
+    if option.random_weights is not None and (why_not := SIZES[option.random_weights].no_8_bits):
+        raise pytest.UsageError(f"--steps {asked}: {why_not}")
 
 
 def _decode_steps(value: str) -> int:

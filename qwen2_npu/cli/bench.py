@@ -137,9 +137,7 @@ def _lacking(step: str, weights: Weights) -> str:
         return f"the weights of {weights.size.name} are 8-bit integers; measure the checkpoint that they were made of"
     if step not in QUANTIZED:
         return f"{weights.size.name} is no mixture of experts"
-    if weights.size.experts:
-        return f"{weights.size.name} is a mixture of experts, which is not computed in 8 bits; use {EXPERTS[-1]}"
-    return (
+    return weights.size.no_8_bits or (
         f"the weights of {weights.size.name} are not made for that; write some with qwen2-npu quantize --scheme {step}"
     )
 

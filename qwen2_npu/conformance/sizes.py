@@ -83,6 +83,12 @@ class Size:
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
+    def no_8_bits(self) -> str:
+        """Why it is not measured with 8-bit weights, and what to do; empty where it is."""
+        way_out = f"{self.name} is a mixture of experts, which is not computed in 8 bits; use {EXPERTS[-1]}"
+        return way_out if self.experts else ""
+
+    @property
     def quantised(self) -> int:
         """Those that are 8-bit integers where a dense model has 8-bit weights: of q, k, v, o, gate, up and down."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden

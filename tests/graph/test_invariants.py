@@ -12,18 +12,15 @@ import torch
 from qwen2_npu import LADDER, Optimizations
 from qwen2_npu.conformance.graph.cost import COLLECTIVES
 from qwen2_npu.conformance.graph.lowering import Lowered, Phase
-from qwen2_npu.conformance.graph.shapes import GraphValue, Operation, Origin
+from qwen2_npu.conformance.graph.shapes import GraphValue, Operation
 from qwen2_npu.emulator.ge.proto import Edge, Node
 from qwen2_npu.optimizations import QUANTIZED
 from tests.graph import invariants
 from tests.graph.invariants import Graph, graph_problems, static_inputs
+from tests.unit.conformance.graph.build import value
 
 LAYERS, BATCH, VOCABULARY = 3, 2, 160
 FUSED = Optimizations.up_to("mm_all_reduce")
-
-
-def value(*shape: int, origin: Origin = "activation", dtype: torch.dtype = torch.bfloat16) -> GraphValue:
-    return GraphValue(shape, dtype, origin)
 
 
 WEIGHT, TABLE, CACHE = (

@@ -8,22 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from qwen2_npu import Optimizations
 from qwen2_npu.conformance.graph.lowering import Lowered, Phase
-from qwen2_npu.conformance.graph.shapes import GraphValue, Operation, Origin
+from qwen2_npu.conformance.graph.shapes import GraphValue, Operation
 from qwen2_npu.emulator.ge.proto import Edge, Node
 from tests.graph import invariants
 from tests.graph.invariants import Graph
+from tests.unit.conformance.graph.build import value
 
 LAYERS, BATCH, LIVE, VOCABULARY = 3, 2, 10, 160
 EVERY = BATCH * LIVE
 ALL = Optimizations.all()
-
-
-def value(*shape: int, origin: Origin = "activation", dtype: torch.dtype = torch.bfloat16) -> GraphValue:
-    return GraphValue(shape, dtype, origin)
 
 
 HIDDEN, LOGITS = value(BATCH, 8), value(BATCH, VOCABULARY)

@@ -50,7 +50,7 @@ OPERATOR = OperatorRecord(
     name="npu_add_rms_norm_dynamic_quant",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=rms_norm.strategy,
     invalid=(
         Invalid("x1_of_integers", {"x1": np.ones((3, 64), np.int32)}, "x1", _BASE),

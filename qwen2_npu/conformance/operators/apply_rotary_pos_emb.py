@@ -79,7 +79,7 @@ OPERATOR = OperatorRecord(
     name="npu_apply_rotary_pos_emb",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("layout_BNSD", {"layout": "BNSD"}, "layout", _BASE),

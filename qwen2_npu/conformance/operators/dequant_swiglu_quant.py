@@ -79,7 +79,7 @@ OPERATOR = OperatorRecord(
     name="npu_dequant_swiglu_quant",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("floats", {"x": np.ones((3, 8))}, "x", _BASE),

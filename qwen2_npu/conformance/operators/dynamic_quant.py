@@ -73,7 +73,7 @@ OPERATOR = OperatorRecord(
     name="npu_dynamic_quant",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("integers", {"input": np.ones((3, 8), np.int32)}, "input", _BASE),

@@ -111,7 +111,7 @@ OPERATOR = OperatorRecord(
     name="npu_fused_infer_attention_score",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         *_renamed("prefill", pfa.invalid_everywhere("actual_seq_lengths", "actual_seq_lengths_kv")),

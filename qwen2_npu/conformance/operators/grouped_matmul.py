@@ -121,7 +121,7 @@ OPERATOR = OperatorRecord(
     name="npu_grouped_matmul",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("no_x", {"x": []}, "x", _BASE),

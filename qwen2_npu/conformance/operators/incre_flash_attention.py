@@ -253,7 +253,7 @@ OPERATOR = OperatorRecord(
     name="npu_incre_flash_attention",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("two_queries", {"query": np.ones((2, 2, 4, 64))}, "query", _BASE),

@@ -131,7 +131,7 @@ OPERATOR = OperatorRecord(
     name="npu_mm_all_reduce_base",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("four_dimensional", {"x1": lambda x: x[None]}, r"\bx1\b", _BASE),

@@ -120,7 +120,7 @@ OPERATOR = OperatorRecord(
     name="npu_moe_finalize_routing",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("rows_stacked", {_ROWS: lambda x: x[None]}, _ROWS, _BASE),

@@ -133,7 +133,7 @@ OPERATOR = OperatorRecord(
     name="npu_moe_init_routing_v2",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("one_dimensional", {"x": lambda x: x[0]}, "x", _BASE),

@@ -381,7 +381,7 @@ OPERATOR = OperatorRecord(
     name="npu_prompt_flash_attention",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         *invalid_everywhere("actual_seq_lengths", "actual_seq_lengths_kv"),

@@ -104,7 +104,7 @@ OPERATOR = OperatorRecord(
     name="npu_quant_matmul",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("x1_of_floats", {"x1": np.ones((3, 8))}, "x1", _BASE),

@@ -39,6 +39,11 @@ class Sample:
     parameters: Parameters
     seed: int = 0
 
+    @classmethod
+    def numbered(cls, named: Mapping[str, Parameters]) -> tuple[Sample, ...]:
+        """One of each, whose seed is its place."""
+        return tuple(cls(name, parameters, seed) for seed, (name, parameters) in enumerate(named.items()))
+
 
 @dataclass(frozen=True)
 class Expected:

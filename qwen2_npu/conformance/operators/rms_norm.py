@@ -103,7 +103,7 @@ OPERATOR = OperatorRecord(
     name="npu_rms_norm",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SHAPES_AND_SCALES.items())),
+    samples=Sample.numbered(SHAPES_AND_SCALES),
     strategy=strategy,
     invalid=(
         Invalid("gamma_too_short", {"gamma": lambda gamma: gamma[:-1]}, "gamma", {"shape": [2, 3, 64]}),

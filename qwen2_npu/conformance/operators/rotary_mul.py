@@ -98,7 +98,7 @@ OPERATOR = OperatorRecord(
     name="npu_rotary_mul",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("odd_width", {name: lambda x: x[..., :-1] for name in ("input", "r1", "r2")}, "input", _BASE),

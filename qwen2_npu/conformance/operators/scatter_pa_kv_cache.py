@@ -122,7 +122,7 @@ OUT_OF_PLACE = OperatorRecord(
     name="npu_scatter_pa_kv_cache_functional",
     build=build,
     golden=golden,
-    samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=INVALID,
 )

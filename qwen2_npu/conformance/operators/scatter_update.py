@@ -115,7 +115,7 @@ OUT_OF_PLACE = OperatorRecord(
     name="scatter_update",
     build=build,
     golden=golden,
-    samples=tuple(Sample(sample, parameters, seed) for seed, (sample, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=INVALID,
 )

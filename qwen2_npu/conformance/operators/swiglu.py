@@ -66,7 +66,7 @@ OPERATOR = OperatorRecord(
     name="npu_swiglu",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("odd_width", {"input": lambda x: x[..., :-1]}, "input|dim", {"shape": [2, 64]}),

@@ -74,7 +74,7 @@ OPERATOR = OperatorRecord(
     name="npu_weight_quant_batchmatmul",
     build=build,
     golden=golden,
-    samples=tuple(Sample(name, parameters, seed) for seed, (name, parameters) in enumerate(SAMPLES.items())),
+    samples=Sample.numbered(SAMPLES),
     strategy=strategy,
     invalid=(
         Invalid("x_of_integers", {"x": np.ones((3, 8), np.int8)}, "x", _BASE),

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from qwen2_npu.conformance.graph.lowering import Lowered
+from qwen2_npu.conformance.graph.shapes import GraphValue, Origin
 from qwen2_npu.emulator.ge.proto import Edge, Node
+
+
+def value(*shape: int, origin: Origin = "activation", dtype: torch.dtype = torch.bfloat16) -> GraphValue:
+    """A tensor of a graph, without one."""
+    return GraphValue(shape, dtype, origin)
 
 
 class Graph:

@@ -13,9 +13,9 @@ import torch
 from qwen2_npu.conformance.graph import cost as rules
 from qwen2_npu.conformance.graph.census import Census, take
 from qwen2_npu.conformance.graph.cost import Cost, cost_of, experts_read, graph_cost, total
-from qwen2_npu.conformance.graph.shapes import GraphValue, Operation, Origin
+from qwen2_npu.conformance.graph.shapes import GraphValue, Operation
 from qwen2_npu.emulator.ge.proto import Node
-from tests.unit.conformance.graph.build import Graph
+from tests.unit.conformance.graph.build import Graph, value
 
 BF16 = 2
 
@@ -189,13 +189,9 @@ def test_a_census_holds_link_bytes_where_there_are_any():
 
 
 # ---- every rule alone, on operators written by hand -----------------------------------------------------------------
-def value(*shape: int, origin: Origin = "activation", dtype: torch.dtype = torch.bfloat16) -> GraphValue:
-    return GraphValue(shape, dtype, origin)
-
-
 def cost(type_: str, given: list[GraphValue | None], *outputs: GraphValue, ranks: int = 1, live: int | None = None,
-         **attributes: Any) -> Cost:  # fmt: skip
-    node = Node("one", type_, (), (), (), {}, attributes, (), ())
+         names: tuple[str, ...] = (), **attributes: Any) -> Cost:  # fmt: skip
+    node = Node("one", type_, (), names, (), {}, attributes, (), ())
     return cost_of(Operation(node, tuple(given), outputs, live, ranks))
 
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen2_npu.conformance.graph.cost import Cost, cost_of
-from qwen2_npu.conformance.graph.shapes import GraphValue, Operation
-from qwen2_npu.emulator.ge.proto import Node
-
-BF16 = 2
-
-
-def value(*shape: int, dtype: torch.dtype = torch.bfloat16, origin: str = "activation") -> GraphValue:
-    return GraphValue(shape, dtype, origin)  # type: ignore[arg-type]
+from qwen2_npu.conformance.graph.cost import Cost
+from qwen2_npu.conformance.graph.shapes import GraphValue
+from tests.unit.conformance.graph import test_cost
+from tests.unit.conformance.graph.build import value
+from tests.unit.conformance.graph.test_cost import BF16
 
 
 def cost(type_: str, inputs: dict[str, GraphValue | None], *outputs: GraphValue) -> Cost:
-    node = Node(type_, type_, (), tuple(inputs), (), references={}, attributes={}, promised=(None,), shapes=((),))
-    return cost_of(Operation(node, tuple(inputs.values()), outputs))
+    return test_cost.cost(type_, list(inputs.values()), *outputs, names=tuple(inputs))
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5])
