@@ -9,7 +9,7 @@ from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models import arguments, pretrained
-from tests.unit.small import small_stock, stock_weights
+from tests.unit.small import small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
 
 SWITCHES = [Optimizations.none(), *map(Optimizations.only, LADDER), Optimizations.all()]
@@ -141,11 +141,15 @@ def test_float64_is_not_loaded(folder, stock, tmp_path):
 
 # ---- an accelerator runs ahead of the program --------------------------------------------------------------------
 @torch.no_grad()
-def test_a_decode_step_does_not_wait_for_a_device(stock, ids, device, monkeypatch):
-    """So its values are looked into on the CPU alone; a longer continuation's everywhere."""
+@pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["growing", "fixed"])
+def test_a_decode_step_does_not_wait_for_a_device(ids, device, optimizations, monkeypatch):
+    """So its values are looked into on the CPU alone, at the last position, too; a longer continuation's everywhere."""
     if device == "cpu":
         pytest.skip("the CPU is nobody to wait for")
-    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), device=device)
+    stock = small_stock(small_config(max_position_embeddings=13))
+    model = Qwen2ForCausalLM.from_state_dict(
+        stock.config, stock_weights(stock), device=device, optimizations=optimizations
+    )
     given = ids.to(device)
     first = model(given, use_cache=True)
     with pytest.raises(ValueError, match="is outside the vocabulary of 199"):

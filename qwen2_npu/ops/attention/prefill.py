@@ -62,9 +62,8 @@ def prefill_attention(
         out = attend(q, k, v, scale=scale)
         lse = log_sum_exp(q, k, scale=scale) if want_lse else None
     elif drop is None and not want_lse and _is_causal(band, offset, q_lens, kv_lens):
-        if rows < cols:  # the triangle ends with the last query
-            k, v = k[:, :, :rows], v[:, :, :rows]
-        out, lse = attend(q, k, v, scale=scale, causal=True), None
+        # The triangle ends with the last query.
+        out, lse = attend(q, k[:, :, :rows], v[:, :, :rows], scale=scale, causal=True), None
     else:
         out, lse = _in_blocks(q, k, v, scale, drop, band, offset, kv_column, want_lse)
     return _restore_rows(out, lse, full_q, q_lens, kv_lens)

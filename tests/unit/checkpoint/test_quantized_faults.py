@@ -370,7 +370,10 @@ def packed_with_127(integers: torch.Tensor) -> torch.Tensor:
 def read_back(stored: dict[str, torch.Tensor], spoil: Callable[[QuantizedSource], object] = lambda source: None) -> Any:
     source = quantized.present(StateDictSource(quantised_config("w8a16"), stored))
     spoil(source)
-    return dict(quantized.Dequantized(source, torch.float32).tensors())
+    floats = quantized.Dequantized(source, torch.float32)
+    found = dict(floats.tensors())
+    assert floats.shapes() == {name: tuple(tensor.shape) for name, tensor in found.items()}
+    return found
 
 
 @pytest.mark.parametrize("fault", ["none", "neighbour's scale", "backwards", "127", "along rows", "wrong axis"])

@@ -99,6 +99,7 @@ def test_subfolder_and_generation_config(folder):
     given = GenerationConfig(max_new_tokens=7, pad_token_id=0)
     model = Qwen2ForCausalLM.from_pretrained(folder.parent, subfolder=folder.name, generation_config=given)
     assert model.generation_config is given
+    assert Qwen2ForCausalLM.from_pretrained(folder, subfolder=None).config.vocab_size == model.config.vocab_size
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ npu = torch.ops.npu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(1, 96, 64), (3, 896, 32), (16, 64, 160), (17, 64, 32), (2, 1, 5)]
+    ("rows", "inner", "columns"),
+    [(1, 96, 64), (3, 896, 32), (16, 64, 160), (17, 64, 32), (2, 1, 5), (3, 72, 64), (3, 64, 72)],
 )
 def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(rows, inner).to(dtype), torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
@@ -26,7 +27,8 @@ def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.d
     size = (x.double().abs() @ weight.double().abs().T) * scale.double()
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size).all()
-    assert _takes_packed(x, weight.mT) == (inner >= 64 and rows <= 16 and dtype != torch.float32)
+    blocks = (inner % 32, columns % 32) == (0, 0)
+    assert _takes_packed(x, weight.mT) == (blocks and rows <= 16 and dtype != torch.float32)
 
 
 @pytest.mark.parametrize("bias", [False, True])
