@@ -34,6 +34,7 @@ OF_PIP_ALONE = {
     "cache-dir", "config-file", "disable-pip-version-check", "no-color", "no-input", "progress-bar", "quiet",
     "require-virtualenv", "retries", "root-user-action", "verbose",
 }  # fmt: skip
+OFF = {"0", "false", "no", "off"}
 
 
 def torch_requirement() -> str:
@@ -62,7 +63,7 @@ def find_uv() -> str | None:
 
 def uv_command() -> tuple[list[str], dict[str, str]] | None:
     """``uv pip install`` as pip is configured, and its environment; None where pip must do it."""
-    settings = settings_of_pip()
+    settings = {key: value for key, value in settings_of_pip().items() if value.lower() not in OFF}
     if not settings.keys() <= OPTIONS.keys() | ENVIRONMENT.keys() | OF_PIP_ALONE:
         return None
     if find_uv() is None:

@@ -118,6 +118,13 @@ def test_a_failure_is_pip_s_own(indexes: Path, uv: bool) -> None:
     assert "not" not in found
 
 
+def test_a_setting_that_is_off_is_none(indexes: Path) -> None:
+    """tox sets this one."""
+    status, found = install(indexes, "cpu", "other", PIP_USER="0")
+    assert status == 0
+    assert found["other"] == ("1.0", "uv")
+
+
 def test_a_setting_that_uv_is_not_told_is_for_pip(indexes: Path) -> None:
     status, found = install(indexes, "cpu", "other", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(indexes / "pypi" / "other"))
     assert status == 0
