@@ -244,17 +244,54 @@ class Finder:
             yield self.change(start, start, f"return {answer}\n{' ' * body[0].col_offset}")
 
 
+def parses(text: bytes) -> bool:
+    """Whether it is Python: a source, or whole lines of one."""
+    try:
+        ast.parse(b"if True:\n" + text if text[:1].isspace() else text)
+    except SyntaxError:
+        return False
+    return True
+
+
+class Syntax:
+    """Which mutations are Python still: seen in the innermost statement, since parsing takes as long as the text."""
+
+    def __init__(self, source: bytes, tree: ast.AST) -> None:
+        self.source = source
+        lines = Finder(source).lines
+        spans = {
+            (lines[min(part.lineno for part in (node, *decorators)) - 1], lines[node.end_lineno or node.lineno])
+            for node in ast.walk(tree)
+            if isinstance(node, ast.stmt)
+            for decorators in [getattr(node, "decorator_list", [])]
+        }
+        self.spans = sorted(spans, key=lambda span: span[1] - span[0])
+        self.alone: dict[tuple[int, int], bool] = {}
+
+    def keeps(self, mutation: Mutation) -> bool:
+        changed = mutation.apply(self.source)
+        longer = len(changed) - len(self.source)
+        for start, end in self.spans:
+            if start <= mutation.start and mutation.end <= end:
+                if (start, end) not in self.alone:  # else and elif are not
+                    self.alone[start, end] = parses(self.source[start:end])
+                if self.alone[start, end]:
+                    return parses(changed[start : end + longer])
+        return parses(changed)
+
+
 def mutations(source: bytes) -> list[Mutation]:
     """Every mutation of a source, in the order of its text."""
-    found = []
-    for mutation in Finder(source).walk(ast.parse(source)):
-        changed = mutation.apply(source)
-        if changed != source and mutation not in found:
-            try:
-                ast.parse(changed)
-            except SyntaxError:
-                continue
-            found.append(mutation)
+    tree = ast.parse(source)
+    syntax = Syntax(source, tree)
+    found: dict[Mutation, None] = {}
+    for mutation in Finder(source).walk(tree):
+        if mutation.apply(source) != source and mutation not in found and syntax.keeps(mutation):
+            found[mutation] = None
+    return _numbered(list(found))
+
+
+def _numbered(found: list[Mutation]) -> list[Mutation]:
     found.sort(key=lambda mutation: (mutation.start, mutation.end))
     seen: Counter[str] = Counter()
     for index, mutation in enumerate(found):

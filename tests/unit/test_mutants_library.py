@@ -360,13 +360,20 @@ def test_what_a_test_notices_and_what_none_does(project: Project, tmp_path: Path
     assert status == 1
     after = {path: path.read_bytes() for path in project.folder.rglob("*") if path.is_file()}
     assert {path: text for path, text in after.items() if "__pycache__" not in path.parts} == before
+    first = tmp_path / "first.json"
+    first.write_text((tmp_path / "result.json").read_text(encoding="utf-8"), encoding="utf-8")
+    given = ("--slices", "1", "--record", str(tmp_path / "record.json.gz"), "--again", str(first))
+    assert project.run(*given, "--at-least", "10")[0] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.slow_in_ci
-def test_a_test_that_others_make_fail_notices_nothing(project: Project) -> None:
-    _, _, found = project.run("--slices", "1")
-    assert found["unseen: + -> -"]["outcome"] == "survived"
+def test_a_test_that_others_make_fail_notices_nothing(project: Project, scripts: dict[str, ModuleType]) -> None:
+    fault, slices = "unseen: + -> -", 12
+    _, _, found = project.run(
+        "--slices", str(slices), "--slice", str(scripts["mutations"].part_of("lib/rules.py", fault, slices))
+    )
+    assert found[fault]["outcome"] == "survived"
 
 
 @pytest.mark.slow
@@ -384,15 +391,14 @@ def test_a_fault_that_never_ends_is_noticed_and_a_reason_counts(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.slow_in_ci
-def test_slices_time_and_the_share_that_is_asked_for(project: Project, tmp_path: Path) -> None:
-    record = str(tmp_path / "record.json.gz")
-    parts = [project.run("--slices", "2", "--slice", part, "--record", record)[2] for part in "01"]
-    everything = project.run("--slices", "1", "--record", record, "--minutes", "0")
+def test_slices_are_parts_and_none_is_tried_without_time(project: Project, tmp_path: Path) -> None:
+    given = ("--record", str(tmp_path / "record.json.gz"), "--minutes", "0", "--slices")
+    parts = [project.run(*given, "2", "--slice", part)[2] for part in "01"]
+    everything = project.run(*given, "1")
     assert parts[0].keys() | parts[1].keys() == everything[2].keys()
     assert not parts[0].keys() & parts[1].keys()
     assert {each["outcome"] for each in everything[2].values()} == {"left"}
     assert everything[0] == 0
-    assert project.run("--slices", "1", "--record", record, "--at-least", "10")[0] == 0
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Mismatch:
     margin: float
     """Baseline's logit of its token minus its logit of the optimised model's token."""
     noise: float
-    """max |baseline − float64| over the vocabulary at this position."""
+    """max |baseline − float64| over the vocabulary at this position, at least half a step of the dtype."""
     excused: bool
     """margin <= 2·noise."""
 
@@ -270,7 +270,7 @@ def compare_traces(
         paths.append(compared("decode", decode, (rows, steps), lengths[rows] + steps))
     if not baseline.routing:
         return Comparison(tuple(paths))
-    routing = compare_routing(optimised.routing, baseline.routing, reference.routing, valid, left_out)
+    routing = compare_routing(optimised.routing, baseline.routing, reference.routing, valid, dtype, left_out)
     return Comparison(tuple(paths), routing)
 
 
@@ -309,7 +309,7 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
             )
         best[part] = baseline.argmax(-1)
         np.subtract(baseline, reference, out=errors[part])
-        noise[part] = position_noise(baseline, reference)
+        noise[part] = position_noise(baseline, reference, dtype)
         np.subtract(rounded(reference, dtype), reference, out=floor[part])
         largest[part], log_sum[part] = normalisers(baseline)
     for squares in (errors, floor):

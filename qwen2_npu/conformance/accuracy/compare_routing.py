@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from qwen2_npu.conformance.accuracy.noise import position_noise
 from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Choices
@@ -103,12 +104,14 @@ def compare_routing(
     baseline: Mapping[str, Choices],
     reference: Mapping[str, Choices],
     valid: npt.NDArray[np.bool_],
+    dtype: torch.dtype,
     left_out: Mapping[str, int] | None = None,
 ) -> RoutingComparison:
     """Every layer and position of every path of the optimised model, but for tokens that a layer leaves out.
 
     Args:
         valid: (B, P) where the prompts have tokens.
+        dtype: of the baseline.
         left_out: what the result is to say of positions whose logits could not be compared.
     """
     lengths = valid.sum(axis=1)
@@ -129,7 +132,7 @@ def compare_routing(
             *(each.wanted[:, rows, columns] for each in (ours, stock)),
             strict=True,
         ):
-            noise = position_noise(theirs, exact)
+            noise = position_noise(theirs, exact, dtype)
             made = ~(wanted == UNKNOWN).all(axis=-1)
             differ = (np.sort(wanted) != np.sort(chosen)).any(axis=-1) & made
             choices, agreements = choices + int(made.sum()), agreements + int((made & ~differ).sum())

@@ -20,7 +20,7 @@ from qwen2_npu.conformance.accuracy import teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import Comparison
 from qwen2_npu.conformance.accuracy.intermediates import PassRecorder, Point, capturing, of_all_ranks
-from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, rms
+from qwen2_npu.conformance.accuracy.noise import RMS_FACTOR, Array, ErrorRatio, error_ratio, position_noise, rms
 from qwen2_npu.conformance.accuracy.routing import Routers, live_columns, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.optimizations import Optimizations
@@ -343,7 +343,11 @@ class Divergence:
 
 
 def divergences(
-    chosen: Array, baseline: teacher_forcing.Trace, reference: teacher_forcing.Trace, pooled: bool = False
+    chosen: Array,
+    baseline: teacher_forcing.Trace,
+    reference: teacher_forcing.Trace,
+    dtype: torch.dtype,
+    pooled: bool = False,
 ) -> list[Divergence]:
     """First divergence of every row whose free-running greedy tokens differ.
 
@@ -351,13 +355,14 @@ def divergences(
         chosen: (B, T) tokens that the optimised model chose for itself.
         baseline, reference: traces forced to the tokens that the baseline chose for itself. Up to the divergence the
             contexts are the same, so their logits there say what either knew.
+        dtype: of the baseline.
         pooled: the noise of a position is at least what is usual, see ``noise``.
     """
     found: list[Divergence] = []
     usual = 0.0
     if pooled:
         errors = [
-            np.abs(stock - true).max(axis=-1)
+            position_noise(stock, true, dtype)
             for stock, true in (
                 (baseline.prefill_logits[:, -1:], reference.prefill_logits[:, -1:]),
                 (baseline.decode_logits, reference.decode_logits),
@@ -381,7 +386,7 @@ def divergences(
                 baseline_token=tokens[0],
                 optimised_token=tokens[1],
                 baseline_logits=(float(logits[tokens[0]]), float(logits[tokens[1]])),
-                noise=max(float(np.abs(logits - true).max()), usual),
+                noise=max(float(position_noise(logits, true, dtype)), usual),
             )
         )
     return found

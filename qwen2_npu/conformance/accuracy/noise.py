@@ -4,7 +4,10 @@ Nothing here is a hand-set tolerance. The baseline in its dtype and its float64 
 (:mod:`.stock`) differ by rounding only; that difference is the noise, measured per position or
 over a whole tensor.
 
-**Near-ties.** Let ``n`` be the noise of a position: max over the vocabulary of ``|baseline − float64|``. The exact
+**Near-ties.** Let ``n`` be the noise of a position: max over the vocabulary of ``|baseline − float64|``, and at least
+half a step of the dtype at its largest logit, which is what rounding once may err there. (Where the baseline is lucky
+and ``n`` smaller, two neighbours of the dtype could never be a near-tie, and a right model fails that rounds one logit
+to the other: seen of fused qkv in bfloat16, margin 0.0625, ``2n`` 0.0594.) The exact
 values of two logits lie within ``n`` of the baseline's, so their exact difference lies within ``2n`` of the
 baseline's difference. Where the baseline prefers token a over the optimised model's choice b by at most ``2n``, the
 baseline itself cannot tell which is larger: the mismatch is excused. Beyond it, rounding of the baseline's size
@@ -93,6 +96,13 @@ def error_ratio(optimised: Array, baseline: Array, reference: Array, dtype: torc
     )
 
 
-def position_noise(baseline: Array, reference: Array) -> Array:
-    """(N, V) logits -> (N,): the largest error of the baseline at each position."""
-    return np.abs(baseline - reference).max(axis=-1)
+def half_step(values: Array, dtype: torch.dtype) -> Array:
+    """Half the distance between neighbours of ``dtype`` around ``values``: the most that rounding once errs there."""
+    exponents = np.frexp(values)[1]  # 2^(exponent - 1) <= |value|: half of one unit in its last place
+    return np.where(values == 0, 0.0, np.ldexp(torch.finfo(dtype).eps, exponents - 2))
+
+
+def position_noise(baseline: Array, reference: Array, dtype: torch.dtype) -> Array:
+    """(..., V) logits -> (...): the largest error of the baseline at each position, at least that of rounding once."""
+    measured = np.abs(baseline - reference).max(axis=-1)
+    return np.maximum(measured, half_step(np.abs(baseline).max(axis=-1), dtype))

@@ -234,7 +234,7 @@ class Pair(ABC):
         got = self.greedy(model, batch, max_new_tokens, self.ask)
         expected, found, traces = self.stock_texts(batch, got, max_new_tokens, self.rounds(model))
         if traces is not None and traces[0].routing and not all(divergence.excused for divergence in found):
-            found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces)
+            found = text.excused_by_routing(found, self._with_experts_of(traces[0], model, batch), *traces, self.dtype)
         by_row = {divergence.row: divergence for divergence in found}
         return [
             GreedyText(

@@ -146,7 +146,7 @@ class StreamedPair(Pair):
         preferred = np.concatenate((baseline.prefill_logits[:, -1:], baseline.decode_logits[:, :-1]), 1).argmax(-1)
         ended = np.arange(length) >= np.array([[len(row)] for row in got])
         expected = np.where(ended, chosen, preferred)
-        found = divergences(chosen, replace(baseline, forced=expected), reference, bool(self.scheme))
+        found = divergences(chosen, replace(baseline, forced=expected), reference, self.dtype, bool(self.scheme))
         parted = {divergence.row: divergence.position for divergence in found}
         # Beyond where they part the stock model's own text is not known: it was not asked with those tokens before.
         texts = [expected[row, : parted.get(row, len(tokens) - 1) + 1].tolist() for row, tokens in enumerate(got)]

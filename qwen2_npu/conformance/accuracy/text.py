@@ -16,7 +16,7 @@ from qwen2_npu.conformance.accuracy.batches import Batch
 from qwen2_npu.conformance.accuracy.compare import PIECE, normalisers
 from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.locate_error import Divergence, divergences
-from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio
+from qwen2_npu.conformance.accuracy.noise import Array, ErrorRatio, error_ratio, position_noise
 from qwen2_npu.conformance.accuracy.routing import watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.conformance.accuracy.teacher_forcing import Trace, without_compiled_steps
@@ -171,7 +171,7 @@ def compare_texts(
         return _divergences_of_dense(ours, theirs, batch, baseline, reference, logits, pooled), None
     stock = teacher_forcing.run(baseline, batch, decode_steps=steps, forced=theirs, hidden=False)
     true = teacher_forcing.run_reference(reference, batch, theirs, stock.chosen)
-    return divergences(ours, stock, true), (stock, true)
+    return divergences(ours, stock, true, baseline.dtype), (stock, true)
 
 
 def _divergences_of_dense(
@@ -191,10 +191,14 @@ def _divergences_of_dense(
     parted, theirs, known = Batch(batch.input_ids[rows], batch.attention_mask[rows]), theirs[rows], known[rows]
     stock = Trace(known[:, :1], known[:, 1:], theirs, parted.attention_mask.bool().numpy())
     true = teacher_forcing.run_reference(reference, parted, theirs[:, :-1])
-    return [replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true, pooled)]
+    return [
+        replace(found, row=int(rows[found.row])) for found in divergences(ours, stock, true, baseline.dtype, pooled)
+    ]
 
 
-def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace) -> list[Divergence]:
+def excused_by_routing(
+    found: Sequence[Divergence], ours: Trace, baseline: Trace, reference: Trace, dtype: torch.dtype
+) -> list[Divergence]:
     """``found`` with the near-tie of a router that explains a divergence, where one does.
 
     It does where the optimised model, with the experts and tokens of the baseline forced on it, prefers the baseline's
@@ -203,8 +207,9 @@ def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace
 
     Args:
         ours: of the optimised model, uncompiled, forced to the experts and tokens of ``baseline``.
+        dtype: of the baseline.
     """
-    choices = compare_routing(ours.routing, baseline.routing, reference.routing, baseline.valid).mismatches
+    choices = compare_routing(ours.routing, baseline.routing, reference.routing, baseline.valid, dtype).mismatches
     lengths = baseline.valid.sum(axis=1)
     explained: list[Divergence] = []
     for each in found:
@@ -214,7 +219,7 @@ def excused_by_routing(found: Sequence[Divergence], ours: Trace, baseline: Trace
             trace.prefill_logits[row, -1] if step == 0 else trace.decode_logits[row, step - 1]
             for trace in (ours, baseline, reference)
         )
-        margin, noise = stock[each.baseline_token] - stock[said.argmax()], np.abs(stock - true).max()
+        margin, noise = stock[each.baseline_token] - stock[said.argmax()], position_noise(stock, true, dtype)
         if not each.excused and before and all(other.excused for other in before) and margin <= 2 * noise:
             each = replace(each, routing=str(before[0]))
         explained.append(each)

@@ -36,10 +36,18 @@ def choosing(experts: list[int], path: str = "prefill", layer: int = 1, row: int
     return ours
 
 
+def test_neighbours_of_the_dtype_are_a_near_tie_however_exact_the_baseline_is() -> None:
+    for margin, excused in ((2.0**-4, True), (2.0**-4 + 2.0**-40, False)):
+        exact = routing(0.0, [9.0, 8.3125, 8.3125 - margin, 0.0, 0.0])
+        found = compare_routing(choosing([0, 2]), exact, exact, VALID, torch.bfloat16)
+        (mismatch,) = found.excused if excused else found.unexcused
+        assert (mismatch.margin, mismatch.noise) == (margin, 2.0**-5)
+
+
 def test_the_same_experts_agree_in_any_order_and_padding_does_not_count() -> None:
     ours = choosing([1, 0])
     ours["prefill"].wanted[:, ~VALID] = 4
-    found = compare_routing(ours, routing(NOISE), routing(), VALID)
+    found = compare_routing(ours, routing(NOISE), routing(), VALID, torch.float64)
     assert found.passed
     assert found.choices == found.agreements == len(LAYERS) * (VALID.sum() + ROWS * STEPS)
     assert found.mismatches == ()
@@ -51,7 +59,7 @@ def test_tokens_that_a_layer_leaves_out_do_not_count_and_the_others_do() -> None
         ours = choosing(experts)
         ours["prefill"].wanted[1, :, :-1] = UNKNOWN
         ours["prefill"].logits[1, :, :-1] = np.nan
-        found = compare_routing(ours, routing(NOISE), routing(), VALID)
+        found = compare_routing(ours, routing(NOISE), routing(), VALID, torch.float64)
         assert found.passed is passed
         assert found.choices == VALID.sum() + ROWS + len(LAYERS) * ROWS * STEPS
         assert found.agreements == found.choices - (not passed)
@@ -66,7 +74,7 @@ def test_the_largest_margin_that_is_excused_is_twice_the_noise(margin: float, ex
     exact = routing(0.0, logits)
     stock = routing(0.0, logits)
     stock["prefill"].logits[..., 4] += NOISE  # the margin itself is the baseline's, to the last bit
-    found = compare_routing(choosing([0, 2]), stock, exact, VALID)
+    found = compare_routing(choosing([0, 2]), stock, exact, VALID, torch.float64)
     (mismatch,) = found.excused if excused else found.unexcused
     assert found.passed is excused
     assert (mismatch.path, mismatch.layer, mismatch.row, mismatch.position) == ("prefill", 3, 1, 2)
@@ -82,13 +90,13 @@ def test_noise_is_of_the_same_layer_and_position_alone() -> None:
     for part in stock.values():
         part.logits[...] += 100
     stock["prefill"].logits[1, 1, 2] = logits
-    assert not compare_routing(choosing([0, 2]), stock, routing(0.0, logits), VALID).passed
+    assert not compare_routing(choosing([0, 2]), stock, routing(0.0, logits), VALID, torch.float64).passed
 
 
 def test_several_experts_are_judged_by_the_pair_that_is_furthest_apart() -> None:
     """0 and 1 for 2 and 3: 1 and 2 are near, 0 and 3 are not."""
     logits = [2.0, 0.1, 0.0, -2.0, -3.0]
-    found = compare_routing(choosing([2, 3]), routing(NOISE, logits), routing(0.0, logits), VALID)
+    found = compare_routing(choosing([2, 3]), routing(NOISE, logits), routing(0.0, logits), VALID, torch.float64)
     assert found.unexcused[0].margin == 4.0
 
 
@@ -100,14 +108,14 @@ def test_every_mismatch_of_a_layer_counts_and_is_written() -> None:
     ours = routing(0.0, logits)
     for column, experts in enumerate(([0, 2], [0, 3], [0, 2])):
         ours["prefill"].wanted[1, 1, column] = experts
-    found = compare_routing(ours, stock, routing(0.0, logits), VALID)
+    found = compare_routing(ours, stock, routing(0.0, logits), VALID, torch.float64)
     assert [mismatch.position for mismatch in found.mismatches] == [0, 1, 2]
     assert [mismatch.position for mismatch in found.excused] == [0, 2]
     assert [mismatch.position for mismatch in found.unexcused] == [1]
     assert not found.passed
     assert [each["position"] for each in found.to_dict()["excused"]] == [0, 2]
     ours["prefill"].wanted[1, 1, 2] = [0, 4]
-    found = compare_routing(ours, stock, routing(0.0, logits), VALID, {"decode": 3})
+    found = compare_routing(ours, stock, routing(0.0, logits), VALID, torch.float64, {"decode": 3})
     assert len(found.failures()) == 2
     written = found.to_dict()
     assert (written["choices"], written["agreements"]) == (found.choices, found.choices - 3)
@@ -123,14 +131,14 @@ def test_one_choice_is_enough_and_none_is_not() -> None:
         ours["prefill"].wanted[1] = UNKNOWN
         if column is not None:
             ours["prefill"].wanted[1, 1, column] = [0, 1]
-        found = compare_routing(ours, routing(NOISE), routing(), VALID)
+        found = compare_routing(ours, routing(NOISE), routing(), VALID, torch.float64)
         assert (found.choices, found.passed) == (int(passed), passed)
 
 
 def test_a_baseline_that_chooses_one_expert_twice_excuses_nothing() -> None:
     stock = routing(NOISE)
     stock["prefill"].wanted[1, 1, 2] = [0, 0]
-    (mismatch,) = compare_routing(routing(), stock, routing(), VALID).unexcused
+    (mismatch,) = compare_routing(routing(), stock, routing(), VALID, torch.float64).unexcused
     assert (mismatch.baseline_experts, mismatch.optimised_experts, mismatch.margin) == ((), (1,), float("inf"))
 
 
@@ -147,7 +155,7 @@ def test_a_prompt_alone_is_the_same_so_far() -> None:
 )
 def test_what_is_no_choice_is_never_excused(experts: list[int]) -> None:
     stock = routing(100.0)
-    found = compare_routing(choosing(experts), stock, routing(), VALID)
+    found = compare_routing(choosing(experts), stock, routing(), VALID, torch.float64)
     assert len(found.unexcused) == 1
     json.dumps(found.to_dict())
 
@@ -162,7 +170,7 @@ def test_a_failure_names_path_layer_row_position_experts_margin_and_noise(
     ours = routing(NOISE)
     ours |= {"hidden": choices(WIDTH), "last_token": choices(WIDTH)}
     ours[path].wanted[0, row, column] = [0, 4]
-    found = compare_routing(ours, routing(NOISE), routing(), VALID)
+    found = compare_routing(ours, routing(NOISE), routing(), VALID, torch.float64)
     assert found.failures() == [
         f"routing in {path}, layer 1 row {row} position {position}: baseline chooses expert 1, optimised 4; margin 3 "
         "beyond 2 × noise 0.25"
@@ -171,7 +179,7 @@ def test_a_failure_names_path_layer_row_position_experts_margin_and_noise(
 
 
 def test_where_nothing_is_compared_nothing_passes() -> None:
-    found = compare_routing({}, routing(), routing(), VALID)
+    found = compare_routing({}, routing(), routing(), VALID, torch.float64)
     assert (found.choices, found.passed) == (0, False)
     assert found.failures() == ["no routing was compared"]
 
@@ -181,13 +189,13 @@ def test_the_largest_error_may_be_in_any_layer_and_is_not_that_of_padding(path: 
     ours = routing()
     ours[path].logits[layer, 0, 1, 2] += 3
     ours["prefill"].logits[:, ~VALID] += 100
-    assert compare_routing(ours, routing(), routing(), VALID).max_error == 3
+    assert compare_routing(ours, routing(), routing(), VALID, torch.float64).max_error == 3
 
 
 def test_nan_in_the_router_is_not_excused() -> None:
     ours, stock = choosing([0, 2]), routing(NOISE)
     stock["prefill"].logits[1, 1, 2, 2] = np.nan
-    assert not compare_routing(ours, stock, routing(), VALID).passed
+    assert not compare_routing(ours, stock, routing(), VALID, torch.float64).passed
 
 
 def test_only_what_follows_a_choice_of_its_own_in_the_same_row_is_left_out() -> None:
@@ -289,5 +297,5 @@ def test_a_last_token_that_no_row_has_left_is_no_path() -> None:
 
 
 def test_no_position_and_nothing_left_out_says_so_alone() -> None:
-    routed = compare_routing(routing(), routing(), routing(), VALID)
+    routed = compare_routing(routing(), routing(), routing(), VALID, torch.float64)
     assert Comparison((), routed).failures() == ["no position was compared"]

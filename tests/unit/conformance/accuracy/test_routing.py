@@ -150,7 +150,7 @@ def test_a_last_layer_of_one_token_per_row_is_taken_down_and_forced_there(pair: 
         np.testing.assert_array_equal(said.wanted[1, :, -1], whole.wanted[1, :, -1])
         np.testing.assert_allclose(said.logits[1, :, -1], whole.logits[1, :, -1], rtol=1e-3, atol=1e-3)
     tokens = valid.sum() + len(valid)
-    found = compare_routing({"last_token": said}, {"prefill": whole}, {"prefill": whole}, valid)
+    found = compare_routing({"last_token": said}, {"prefill": whole}, {"prefill": whole}, valid, torch.float64)
     assert (found.choices, found.agreements) == (tokens, tokens)
     assert found.max_error < 1e-3
 
@@ -247,17 +247,19 @@ def test_a_text_may_part_after_a_near_tie_of_experts(pair: ModelPair, margin: fl
     ours = forced(pair, pair.build(Optimizations.all()), baseline.chosen)
     token = int(baseline.decode_logits[1, 0].argmax())
     parted, elsewhere = (Divergence(row, 1, token, token + 1, baseline_logits=(3.0, 1.0), noise=1e-6) for row in (1, 0))
-    assert text.excused_by_routing([parted], ours, baseline, reference) == [parted]  # all choices are the same
+    assert text.excused_by_routing([parted], ours, baseline, reference, torch.float64) == [
+        parted
+    ]  # all choices are the same
     choice = ours.routing["prefill"].wanted[0, 1, 9]
     taken = next(expert for expert in range(16) if expert not in choice)
     for trace in (baseline, reference):
         logits = trace.routing["prefill"].logits[0, 1, 9]
         logits[taken] = logits[choice[-1]] - margin
     choice[-1] = taken
-    found = text.excused_by_routing([parted, elsewhere], ours, baseline, reference)
+    found = text.excused_by_routing([parted, elsewhere], ours, baseline, reference, torch.float64)
     assert [each.excused for each in found] == [excused, False]
     words = "after a near-tie of experts: routing in prefill, layer 0 row 1 position 1"
     assert (words in found[0].describe()) is excused
     # A model that prefers another token with the baseline's experts as well is not excused by them.
     ours.decode_logits[1, 0, token] -= 100
-    assert not text.excused_by_routing([parted], ours, baseline, reference)[0].excused
+    assert not text.excused_by_routing([parted], ours, baseline, reference, torch.float64)[0].excused

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
@@ -49,7 +50,9 @@ def excused(position: int, *chosen: tuple[Place, int], row: int = 1, **altered: 
         )
         said[:] = altered.get("said", said)
         stock[0] = exact[0] = altered.get("best", LOGITS[0])
-    return text.excused_by_routing([Divergence(row, position, 0, 1, (9.0, 0.0), 1e-6)], ours, baseline, reference)
+    return text.excused_by_routing(
+        [Divergence(row, position, 0, 1, (9.0, 0.0), 1e-6)], ours, baseline, reference, torch.float64
+    )
 
 
 def test_a_near_tie_before_it_excuses_and_is_named() -> None:
@@ -94,11 +97,25 @@ def test_with_the_baseline_s_experts_ours_prefers_its_token_or_one_within_twice_
     assert excused(position, near, best=np.nextafter(LOGITS[0], 2))[0].excused
 
 
+def test_with_the_baseline_s_experts_ours_may_prefer_a_neighbour_in_the_dtype() -> None:
+    """However exact the baseline is: at 1.5 a step of bfloat16 is 2^-7."""
+    for margin, expected in ((2.0**-7, True), (2.0**-7 + 2.0**-40, False)):
+        ours, exact = trace(), trace()
+        ours.routing["prefill"].wanted[0, 1, 0] = NEAR
+        exact.routing["prefill"].logits[...] = [1.0, 1.0, 0.0, -1.0]
+        exact.prefill_logits[1, -1, 1] = 1.5 - margin
+        ours.prefill_logits[1, -1, 1] = 9.0
+        (found,) = text.excused_by_routing(
+            [Divergence(1, 0, 0, 1, (9.0, 0.0), 1e-6)], ours, exact, exact, torch.bfloat16
+        )
+        assert found.excused is expected
+
+
 def test_every_text_comes_back_and_one_that_is_excused_as_it_is() -> None:
     ours, baseline, reference = trace(), trace(), trace(NOISE)
     ours.routing["prefill"].wanted[0, 1, 0] = NEAR
     tie = Divergence(1, 1, 0, 1, (1.0, 1.0), 1e-6)
     found = [tie, Divergence(0, 1, 0, 1, (9.0, 0.0), 1e-6), Divergence(1, 2, 0, 1, (9.0, 0.0), 1e-6)]
-    after = text.excused_by_routing(found, ours, baseline, reference)
+    after = text.excused_by_routing(found, ours, baseline, reference, torch.float64)
     assert after[:2] == found[:2]
     assert [bool(each.routing) for each in after] == [False, False, True]
