@@ -43,7 +43,7 @@ class RoutingMismatch:
     margin: float
     """The baseline's largest router logit of the former minus its smallest of the latter."""
     noise: float
-    """max |baseline − float64| over the router logits of this layer and position."""
+    """max |baseline − float64| over the router logits of this layer and position, at least half a step of the dtype."""
     excused: bool
     """margin <= 2·noise, and as many experts, each once."""
 

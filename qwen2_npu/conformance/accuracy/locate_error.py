@@ -114,7 +114,9 @@ class Explanation:
         step = f"step {self.step}" if self.step else "with every optimisation off"
         if self.finding is not None:
             place = str(self.finding)
-        elif all(failure.startswith("last_token") for failure in self.failures):
+        elif self.failures[0].startswith("last_token") and all(
+            failure.startswith(("last_token", "routing in last_token")) for failure in self.failures
+        ):
             place = (
                 "logits at every position are right, but those kept with logits_to_keep=1 are not the last token's: "
                 "the index it gathers is wrong"

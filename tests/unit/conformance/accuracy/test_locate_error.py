@@ -244,6 +244,9 @@ def test_a_ladder_that_fails_at_once_or_not_at_all() -> None:
     ("failures", "text"),
     [
         (("last_token: a", "last_token: b"), "but those kept with logits_to_keep=1 are not the last token's"),
+        (("last_token: a", "routing in last_token, b"), "but those kept with logits_to_keep=1 are not the last"),
+        (("last_token: a", "routing in decode, b"), "suspect the compiled graph"),
+        (("routing in last_token, a", "routing in last_token, b"), "but the router chooses others"),
         (("last_token: a", "decode: b"), "suspect the compiled graph"),
         (("decode: a", "last_token: b"), "suspect the compiled graph"),
     ],
