@@ -367,7 +367,6 @@ def test_what_a_test_notices_and_what_none_does(project: Project, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.slow_in_ci
 def test_a_test_that_others_make_fail_notices_nothing(project: Project, scripts: dict[str, ModuleType]) -> None:
     fault, slices = "unseen: + -> -", 12
     _, _, found = project.run(

@@ -138,23 +138,35 @@ def explain(
     compare: Callable[[Any], Comparison],
     find: Callable[[Any], ErrorLocation | None],
 ) -> Explanation | None:
-    """Bisects the failure of ``optimizations`` on a batch. None if, built again, nothing fails.
+    """Bisects the failure of ``optimizations`` on a batch: a step with which the model fails, and without which it
+    does not, or the model without any step if that fails. None if, built again, nothing fails.
 
     Args:
-        build: called once per step tried, starting with none.
+        build: called once per set of steps tried, and again for the one that is explained.
         compare: holds a model against the stock model on that batch.
         find: says where a model that fails there goes wrong, as :func:`locate` does.
     """
     names = optimizations.names()
-    for count in range(len(names) + 1):
-        tried = Optimizations.of(names[:count])  # what a switch needs stands before it
-        model = build(tried)
-        comparison = compare(model)
+    first = [Optimizations.of(names[:count]) for count in range(len(names) + 1)]  # what a switch needs is before it
+    failures: dict[int, tuple[str, ...]] = {}
+
+    def passes(count: int) -> bool:
+        comparison = compare(build(first[count]))
         if not comparison.passed:
-            step = names[count - 1] if count else None
-            return Explanation(step, tried.names(), find(model), tuple(comparison.failures()))
-        del model  # before the next one is built
-    return None
+            failures[count] = tuple(comparison.failures())
+        return bool(comparison.passed)
+
+    right, wrong = -1, len(names)
+    if passes(wrong):
+        return None
+    while wrong > 0 and wrong - right > 1:
+        tried = 0 if right < 0 else (right + wrong) // 2
+        if passes(tried):
+            right = tried
+        else:
+            wrong = tried
+    step = names[wrong - 1] if wrong else None
+    return Explanation(step, first[wrong].names(), find(build(first[wrong])), failures[wrong])
 
 
 def trace_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -213,7 +214,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("since", Optimizations.all().names())
-def test_the_first_failing_step_is_found_and_none_after_it_is_built(since: str) -> None:
+def test_the_failing_step_is_found_by_bisection(since: str) -> None:
     ladder = Broken(since)
     found = ladder.explain()
     names = Optimizations.all().names()
@@ -221,8 +222,10 @@ def test_the_first_failing_step_is_found_and_none_after_it_is_built(since: str) 
     assert found.step == since
     assert found.optimizations == names[: names.index(since) + 1] == ladder.built[-1]
     assert found.failures == (f"decode: {names.index(since) + 1} steps", "more")
-    assert ladder.built[0] == ()
-    assert ladder.built == sorted(ladder.built, key=len)
+    assert ladder.built[:2] == [names, ()]
+    *tried, explained = ladder.built
+    assert len(set(tried)) == len(tried) <= 2 + math.ceil(math.log2(len(names)))
+    assert {explained, explained[:-1]} <= set(tried), "it fails with the step, and not without"
     assert str(found) == (
         f"step {since}, no intermediate tensor exceeds its bound when run eagerly: suspect the compiled graph; "
         f"decode: {names.index(since) + 1} steps"
@@ -230,14 +233,26 @@ def test_the_first_failing_step_is_found_and_none_after_it_is_built(since: str) 
 
 
 def test_a_ladder_that_fails_at_once_or_not_at_all() -> None:
-    found = Broken("").explain()
+    ladder = Broken("")
+    found = ladder.explain()
     assert found is not None
     assert (found.step, found.optimizations) == (None, ())
+    assert ladder.built == [Optimizations.all().names(), (), ()]
     ladder = Broken("no such step")
     assert ladder.explain() is None
-    assert ladder.built == [
-        Optimizations.all().names()[:count] for count in range(len(Optimizations.all().names()) + 1)
-    ]
+    assert ladder.built == [Optimizations.all().names()]
+
+
+def test_without_any_step_there_is_nothing_to_bisect() -> None:
+    built = []
+    found = locate_error.explain(
+        lambda tried: built.append(tried.names()),
+        Optimizations.none(),
+        compare=lambda model: SimpleNamespace(passed=False, failures=lambda: ["decode: a"]),
+        find=lambda model: None,
+    )
+    assert found is not None
+    assert (found.step, found.failures, built) == (None, ("decode: a",), [(), ()])
 
 
 @pytest.mark.parametrize(

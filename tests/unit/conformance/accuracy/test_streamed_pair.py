@@ -131,7 +131,7 @@ def test_texts_of_several_lengths_part_at_the_first_other_token_and_not_after_th
     told = Trace(
         logits[:, :1], np.concatenate((logits[:, 1:], last), axis=1), np.array(preferred)[:, :0], np.ones((3, 1), bool)
     )
-    pair = SimpleNamespace(_forced=lambda todo, rounded: [(told, told)], scheme=None)
+    pair = SimpleNamespace(_forced=lambda todo, rounded: [(told, told)], scheme=None, dtype=torch.float32)
     texts, found, _ = StreamedPair.stock_texts(pair, Batch.of([[3]] * 3), got, 4)  # type: ignore[arg-type]
     assert texts == [[1, 2, 0], [1, 2], [1, 3]]
     assert [(each.row, each.position, each.baseline_token, each.optimised_token) for each in found] == [
