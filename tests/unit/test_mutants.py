@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import shutil
@@ -32,6 +33,45 @@ def finder() -> ModuleType:
 
 def names(finder: ModuleType, source: str) -> list[str]:
     return [mutation.name for mutation in finder.mutations(source.encode())]
+
+
+SHAPES = """
+import functools
+
+
+def decorated(limit: int) -> None:
+    @functools.cache
+    def inner(value: int) -> bool:
+        return value > limit
+
+    if limit < 0: return None
+    elif limit == 1: raise ValueError(limit)
+    else: limit += 1
+    for value in (1, 2): print(value, (
+        limit, value,
+    ))
+    try:
+        return [limit, 2][0] if limit else None
+    except (KeyError, ValueError): pass
+
+
+class Limits:
+    kept = {"a": 1, **{"b": 2}}
+    first, *rest = 1, 2, 3
+"""
+
+
+def test_a_mutation_is_python_as_the_whole_file_would_be(finder: ModuleType) -> None:
+    """It is looked at in its statement alone, whose lines may begin with else, or with what a decorator belongs to."""
+    source = SHAPES.encode()
+    expected = set()
+    for mutation in finder.Finder(source).walk(ast.parse(source)):
+        with contextlib.suppress(SyntaxError):
+            ast.parse(mutation.apply(source))
+            expected.add((mutation.start, mutation.end, mutation.new))
+    found = {(mutation.start, mutation.end, mutation.new) for mutation in finder.mutations(source)}
+    assert found == expected
+    assert len(found) > 30
 
 
 # ---- the faults ------------------------------------------------------------------------------------------------------
@@ -145,8 +185,6 @@ def test_the_page_has_every_judge_and_nothing_unexplained() -> None:
         assert equal == len(table()[path].get("equal", {})), path
 
 
-@pytest.mark.slow
-@pytest.mark.slow_in_ci
 def test_the_table_names_faults_that_there_are(finder: ModuleType) -> None:
     for path, judge in table().items():
         there = {mutation.name for mutation in finder.mutations((ROOT / path).read_bytes())}
