@@ -238,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         bad[group] += 1
                 found[path] = {
                     "group": group,
+                    "slice": number_of(given.slice, given.slices),
                     "slices": given.slices,
                     "budget": given.budget,
                     "mutants": len(mutations((ROOT / path).read_bytes())),

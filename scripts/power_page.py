@@ -1,12 +1,16 @@
-"""Writes docs/power.md from results of ``mutants.py``: ``python scripts/power_page.py RESULT.json …``
+"""Takes results of ``mutants.py`` into docs/power.json, and writes docs/power.md from it.
 
-Of a file that is in several results, the last one counts; of the library, the first one says how much was noticed
-before tests were added. What no result speaks of, judges or the library, stays on the page as it is.
+    python scripts/power_page.py RESULT.json …      later ones count
+    python scripts/power_page.py                    the page alone
+
+power.json has a judge as it was last tried, and each file of the library by slices: how many mutants were tried and
+noticed, how many at first, before tests were added, and those that were not, by name. What no result speaks of stays.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,14 +23,15 @@ from mutations import mutations
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "power.md"
-First = dict[str, dict[str, str]]
-"""Path -> name of a mutant -> what became of it when it was tried first."""
+KEPT = ROOT / "docs" / "power.json"
+Entry = dict[str, Any]
+"""What is kept of one file: see :func:`summary`."""
 
 PACKAGES = ("torch", "torch_npu", "transformers", "pytest")
 
 TEXT = """# Power: is a rule held by a test?
 
-Written by `scripts/power_page.py` from results of `scripts/mutants.py` on {date}:
+Written by `scripts/power_page.py` on {date} from results of `scripts/mutants.py`, the last ones with
 {versions}.
 On the CPU and the emulated NPU, not on a real one.
 
@@ -43,8 +48,8 @@ tox -e mutants -- --group library --slice 3                 # another slice
 tox -e mutants -- --group library --slice tonight           # that of this day: all of them in two weeks
 ```
 
-`--json RESULT.json` writes every result. After tests were added, `--again RESULT.json` tries what had survived and
-takes the rest over.
+`--json RESULT.json` writes every result, and `python scripts/power_page.py RESULT.json` takes it into this page. After
+tests were added, `--again RESULT.json` tries what had survived and takes the rest over.
 """
 
 JUDGES = """
@@ -69,13 +74,9 @@ and the fast lane has thousands of tests; so two things are left out:
   short ones before long ones, up to {budget:g} recorded seconds; then other tests of the same files, since what a
   fixture keeps is built by the first of them alone. What they do not notice counts as not noticed, whatever slower
   tests would have said. A test that fails must pass without the mutant, and fail with it alone.
-- **A sample of one in {slices}**, by a hash of the mutant's name. "At first" is before tests were added for what the
-  sample had shown, and speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
-"""
-
-NOT_TRIED = """
-{left} mutants of this slice were left for want of time: the columns say how many were tried. Where that is so, files
-may have been tried in their order, and not at random: the intervals are of the files that were tried.
+- **Samples of one in {slices}**, by a hash of the mutant's name: {tried}.
+  What is missing was left for want of time. "At first" is before tests were added for what the samples had shown, and
+  speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
 """
 
 FILES = """
@@ -93,27 +94,52 @@ def interval(noticed: int, tried: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def counts(judge: dict[str, Any]) -> list[int]:
-    """How many were tried, noticed, changed no rule, and were not noticed."""
-    score = {"killed": 0, "timeout": 0, "equal": 0, "survived": 0} | judge["score"]
+def digest(path: str) -> str:
+    """Of the names of a file's mutants: where there are other ones now, they are to be tried again."""
+    names = "\n".join(mutation.name for mutation in mutations((ROOT / path).read_bytes()))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def summary(path: str, result: dict[str, Any], before: Entry | None = None) -> Entry:
+    """What is kept of the result of one file.
+
+    Args:
+        before: of the same slice, when it was tried earlier: what survives only now is of mutants that are tried first.
+    """
+    score = {"killed": 0, "timeout": 0, "equal": 0, "survived": 0, "left": 0} | result["score"]
     noticed = score["killed"] + score["timeout"]
-    return [noticed + score["equal"] + score["survived"], noticed, score["equal"], score["survived"]]
+    tried = noticed + score["equal"] + score["survived"]
+    unnoticed = [
+        {name: each[name] for name in ("name", "line", "outcome", "reason")}
+        for each in result["results"]
+        if each["outcome"] in ("equal", "survived")
+    ]
+    first = noticed
+    if before is not None:
+        known = {each["name"] for each in before["unnoticed"]}
+        new = sum(each["name"] not in known for each in unnoticed)
+        first = before["first"] + max(0, tried - before["tried"] - new)
+    entry = {"mutants": result["mutants"], "tried": tried, "noticed": noticed, "first": first}
+    return entry | {"left": score["left"], "digest": digest(path), "unnoticed": unnoticed}
 
 
-def noticed_at_first(first: dict[str, str], last: dict[str, Any]) -> int:
-    """Of what the last run tried: with a reason that holds then as now, a mutant could not be noticed."""
-    equal = {result["name"] for result in last["results"] if result["outcome"] == "equal"}
-    tried = {result["name"] for result in last["results"] if result["outcome"] != "left"} - equal
-    return sum(outcome in ("killed", "timeout") and name in tried for name, outcome in first.items())
+def counts(entry: Entry) -> list[int]:
+    """How many were tried, noticed, changed no rule, and were not noticed."""
+    equal = sum(each["outcome"] == "equal" for each in entry["unnoticed"])
+    return [entry["tried"], entry["noticed"], equal, len(entry["unnoticed"]) - equal]
 
 
-def changed_since(found: dict[str, dict[str, Any]]) -> str:
+def together(slices: list[Entry]) -> Entry:
+    """The slices of one file: a mutant is in one of them."""
+    added = {name: sum(entry[name] for entry in slices) for name in ("tried", "noticed", "first", "left")}
+    digests = {entry["digest"] for entry in slices}
+    unnoticed = [each for entry in slices for each in entry["unnoticed"]]
+    return slices[-1] | added | {"digest": digests.pop() if len(digests) == 1 else "", "unnoticed": unnoticed}
+
+
+def changed_since(found: dict[str, Entry]) -> str:
     """Which files have other mutants now than when they were tried."""
-    changed = []
-    for path, file in found.items():
-        there = {mutation.name for mutation in mutations((ROOT / path).read_bytes())}
-        if not {result["name"] for result in file["results"] if result["line"]} <= there:
-            changed.append(f"`{path}`")
+    changed = [f"`{path}`" for path, entry in found.items() if entry["digest"] != digest(path)]
     if not changed:
         return ""
     line = f"Changed since, and not run again: {', '.join(changed)}. Their lines are of the files before."
@@ -125,7 +151,7 @@ def area(path: str) -> str:
     return parts[1].removesuffix(".py")
 
 
-def judges_table(found: dict[str, dict[str, Any]]) -> str:
+def judges_table(found: dict[str, Entry]) -> str:
     text, totals = "", [0] * 4
     for path, judge in found.items():
         row = counts(judge)
@@ -134,13 +160,13 @@ def judges_table(found: dict[str, dict[str, Any]]) -> str:
     return f"{text}| together | {' | '.join(map(str, totals))} |\n"
 
 
-def library_table(found: dict[str, dict[str, Any]], first: First) -> str:
+def library_table(found: dict[str, Entry]) -> str:
     """Every file, then every area with its intervals."""
     text = ""
     areas: dict[str, list[int]] = {}
     for path, file in found.items():
         tried, noticed, equal, survived = counts(file)
-        row = [file["mutants"], tried, noticed_at_first(first.get(path, {}), file), noticed, equal, survived]
+        row = [file["mutants"], tried, file["first"], noticed, equal, survived]
         for name in (area(path), "together"):
             areas[name] = [a + b for a, b in zip(areas.get(name, [0] * 6), row, strict=True)]
         text += f"| `{path}` | {' | '.join(map(str, row))} |\n"
@@ -158,11 +184,11 @@ def library_table(found: dict[str, dict[str, Any]], first: First) -> str:
     return text
 
 
-def reasons_of(found: dict[str, dict[str, Any]]) -> str:
+def reasons_of(found: dict[str, Entry]) -> str:
     reasons: dict[str, list[str]] = {}
     text = ""
     for path, judge in found.items():
-        for result in judge["results"]:
+        for result in judge["unnoticed"]:
             place = f"`{Path(path).name}`, {result['name'].partition(':')[0]}"
             if result["outcome"] == "equal":
                 reasons.setdefault(result["reason"], []).append(place)
@@ -178,40 +204,43 @@ def _item(text: str) -> str:
     return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
-def page(found: dict[str, dict[str, Any]], first: First, before: str) -> str:
-    """The whole page: a part without results stays as it is in the page ``before``."""
+def page(kept: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     text = TEXT.format(date=datetime.date.today().isoformat(), versions=versions)
-    kept = {part.partition("\n")[0]: part for part in before.split("\n## ")[1:]}
-    judges = {path: file for path, file in found.items() if file.get("group", "judges") == "judges"}
-    library = {path: file for path, file in found.items() if path not in judges}
-    if judges:
-        text += JUDGES + judges_table(judges) + changed_since(judges) + REASONS + reasons_of(judges)
-    elif "Judges" in kept:
-        text += f"\n## {kept['Judges'].rstrip()}\n"
-    if library:
-        one = next(iter(library.values()))
-        mutants = sum(file["mutants"] for file in library.values())
-        text += LIBRARY.format(mutants=mutants, budget=one["budget"], slices=one["slices"])
-        left = sum(file["score"].get("left", 0) for file in library.values())
-        text += NOT_TRIED.format(left=left) if left else ""
-        text += FILES + library_table(library, first) + changed_since(library) + REASONS + reasons_of(library)
-    elif "The library" in kept:
-        text += f"\n## {kept['The library'].rstrip()}\n"
-    return text
+    judges: dict[str, Entry] = dict(sorted(kept["judges"].items()))
+    text += JUDGES + judges_table(judges) + changed_since(judges) + REASONS + reasons_of(judges)
+    slices: dict[str, dict[str, Entry]] = kept["library"]
+    paths = sorted({path for entries in slices.values() for path in entries})
+    library = {path: together([entries[path] for entries in slices.values() if path in entries]) for path in paths}
+    tried = []
+    for name, entries in sorted(slices.items(), key=lambda item: int(item[0])):
+        done, left = (sum(entry[key] for entry in entries.values()) for key in ("tried", "left"))
+        tried.append(f"{done} of {done + left} in slice {name}")
+    mutants = sum(file["mutants"] for file in library.values())
+    text += LIBRARY.format(mutants=mutants, budget=kept["budget"], slices=kept["slices"], tried=", ".join(tried))
+    return text + FILES + library_table(library) + changed_since(library) + REASONS + reasons_of(library)
+
+
+def take(kept: dict[str, Any], results: dict[str, Any]) -> None:
+    """The results of one run into what is kept."""
+    for path, result in results.items():
+        if result["group"] == "judges":
+            kept["judges"][path] = summary(path, result)
+        elif result["slices"] != kept["slices"]:
+            raise SystemExit(f"{path}: one of {result['slices']} slices, and power.json has those of {kept['slices']}")
+        else:
+            entries = kept["library"].setdefault(str(result["slice"]), {})
+            entries[path] = summary(path, result, entries.get(path))
+            kept["budget"] = result["budget"]
 
 
 def main(*files: str) -> None:
-    first: First = {}
-    found: dict[str, dict[str, Any]] = {}
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
     for file in files:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        found |= content
-        for path, judge in content.items():
-            for result in judge["results"]:
-                if result["outcome"] != "left":
-                    first.setdefault(path, {}).setdefault(result["name"], result["outcome"])
-    PAGE.write_text(page(dict(sorted(found.items())), first, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        take(kept, json.loads(Path(file).read_text(encoding="utf-8")))
+    text = page(kept)
+    KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -249,6 +249,47 @@ def test_the_interval_of_a_sample(scripts: dict[str, ModuleType]) -> None:
     assert scripts["power_page"].interval(10, 10)[1] == pytest.approx(1.0)
 
 
+def result(slice: int, killed: int, *survived: str, left: int = 0) -> dict[str, Any]:
+    """Of one file of the library, as ``mutants.py`` writes it."""
+    names = [f"f: {number} -> x" for number in range(killed)]
+    return {
+        "qwen2_npu/ops/swiglu.py": {
+            "group": "library", "slice": slice, "slices": 14, "budget": 30.0, "mutants": 16,
+            "score": {"killed": killed, "survived": len(survived), "left": left},
+            "results": [
+                {"name": name, "line": 1, "outcome": outcome, "reason": ""}
+                for outcome, group in (("killed", names), ("survived", survived))
+                for name in group
+            ],
+        }
+    }  # fmt: skip
+
+
+def test_the_page_keeps_what_no_result_speaks_of_and_what_was_noticed_at_first(scripts: dict[str, ModuleType]) -> None:
+    power_page, path = scripts["power_page"], "qwen2_npu/ops/swiglu.py"
+    kept = json.loads((ROOT / "docs" / "power.json").read_text(encoding="utf-8"))
+    judges = json.dumps(kept["judges"])
+    kept["library"] = {}
+    power_page.take(kept, result(0, 1, left=1))
+    for given, row in (
+        (result(3, 3, "f: a -> b", left=2), [5, 4, 4, 0, 1]),
+        (result(3, 4, left=2), [5, 4, 5, 0, 0]),  # a test was added
+        (result(3, 5, "f: c -> d"), [7, 5, 6, 0, 1]),  # the two that were left
+        (result(5, 1, "f: e -> f"), [9, 6, 7, 0, 2]),  # another slice
+    ):
+        power_page.take(kept, given)
+        assert json.dumps(kept["judges"]) == judges
+        text = power_page.page(kept)
+        assert f"| `{path}` | 16 | {' | '.join(map(str, row))} |" in text
+    assert "1 of 2 in slice 0, 6 of 6 in slice 3, 2 of 2 in slice 5" in text
+    assert text.count("**A test is missing**: `qwen2_npu/ops/swiglu.py:1`") == 2
+    assert "Changed since, and not run again" not in text.split("## The library")[1]
+    kept["library"]["5"][path]["digest"] = "of other mutants"
+    assert f"Changed since, and not run again: `{path}`" in power_page.page(kept)
+    with pytest.raises(SystemExit, match=r"one of 7 slices, and power.json has those of 14"):
+        power_page.take(kept, {path: {**result(3, 1)[path], "slices": 7}})
+
+
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 RULES = """LIMIT = 3
 
