@@ -155,6 +155,7 @@ def test_a_decode_step_does_not_wait_for_a_device(ids, device, optimizations, mo
     with pytest.raises(ValueError, match="is outside the vocabulary of 199"):
         model(given[:, :2] + 300, past_key_values=cache_of(first))
     monkeypatch.setattr(arguments, "_extremes", lambda values: pytest.fail("it was looked into"))
+    monkeypatch.setattr(arguments, "check_mask_values", lambda mask: pytest.fail("the mask was looked into"))
     read = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read(self) if self.is_cpu else pytest.fail("it waits"))
     place = torch.full((3, 1), 12, device=device)

@@ -433,7 +433,9 @@ def test_inputs_are_prepared_outside_of_a_generation_too(stock, model, prompt):
     theirs = stock.prepare_inputs_for_generation(prompt["input_ids"], **given)
     for name in ("input_ids", "attention_mask", "position_ids"):
         assert (ours.get(name) is None) == (theirs.get(name) is None)
-        assert ours.get(name) is None or torch.equal(ours[name], theirs[name])
+        if ours.get(name) is not None:
+            live = given["attention_mask"].bool()  # 4.37.0 has other positions at padding
+            assert torch.equal(ours[name][live], theirs[name][live])
     mask = prompt["attention_mask"].clone()
     mask[1, -1] = 0
     with pytest.raises(ValueError, match="row 1 of the prompt is padded on the right"):

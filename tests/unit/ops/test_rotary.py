@@ -92,8 +92,10 @@ def test_rotary_mul_interleaved() -> None:
         ({"rotary_mode": "interleave"}, "rotary_mode is 'interleave'"),
         ({"query": torch.zeros(2, 3, 4, 32)}, "use npu_rotary_mul for other head sizes"),
         ({"query": torch.zeros(2, 3, 256)}, "4 dimensions"),
+        ({"query": torch.zeros(2, 3, 4, 64, 1)}, "4 dimensions"),
         *(({"key": torch.zeros(shape)}, "key is") for shape in (
             (2, 4, 2, 64), (2, 2, 2, 64), (1, 3, 2, 64), (3, 3, 2, 64), (2, 3, 2, 128), (2, 3, 2, 32), (2, 3, 64),
+            (2, 3, 2, 64, 1),
         )),
         ({"key": torch.zeros(2, 3, 2, 64).half()}, "key is .* the dtype of the first input"),
         ({"cos": torch.zeros(2, 3, 4, 64)}, r"cos is .* \(B, S, 1, D\) = \(2, 3, 1, 64\)"),

@@ -198,7 +198,7 @@ def test_fake_and_meta_tensors() -> None:
         out = torch.ops.npu.npu_prompt_flash_attention(q, k, v, atten_mask=mask, **arguments)
         # Strides of fake tensors are not looked at: none of them is read.
         strided = torch.ops.npu.npu_prompt_flash_attention(
-            q.transpose(2, 3).clone().transpose(2, 3), k, v, atten_mask=mask, **arguments
+            q.transpose(2, 3).contiguous().transpose(2, 3), k, v, atten_mask=mask, **arguments
         )
     assert out.shape == strided.shape == (2, 6, NQ, D)
     q, k, v, mask = (tensor.to("meta") for tensor in (*random_qkv(2, 6, 8), CAUSAL))
