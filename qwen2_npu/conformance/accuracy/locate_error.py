@@ -156,11 +156,13 @@ def explain(
             failures[count] = tuple(comparison.failures())
         return bool(comparison.passed)
 
-    right, wrong = -1, len(names)
+    right, wrong = 0, len(names)
     if passes(wrong):
         return None
-    while wrong > 0 and wrong - right > 1:
-        tried = 0 if right < 0 else (right + wrong) // 2
+    if wrong > right and not passes(right):
+        wrong = right
+    while wrong - right > 1:
+        tried = (right + wrong) // 2
         if passes(tried):
             right = tried
         else:
