@@ -14,12 +14,16 @@ from qwen2_npu.ops.quantization import _takes_packed
 npu = torch.ops.npu
 
 
+@pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "inner", "columns"),
-    [(1, 96, 64), (3, 896, 32), (16, 64, 160), (17, 64, 32), (2, 1, 5), (3, 72, 64), (3, 64, 72)],
+    [(1, 96, 64), (3, 896, 32), (16, 64, 160), (17, 64, 32), (2, 1, 5), (3, 72, 64), (3, 64, 72), (3, 64, 0)],
 )
-def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
+def test_a_transposed_weight(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "_has_vnni", lambda: vnni)
     x, weight = torch.randn(rows, inner).to(dtype), torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
     scale = (torch.rand(columns) / 127).to(dtype)
     y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
@@ -27,7 +31,7 @@ def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.d
     size = (x.double().abs() @ weight.double().abs().T) * scale.double()
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size).all()
-    blocks = (inner % 32, columns % 32) == (0, 0)
+    blocks = columns > 0 and (inner % 32, columns % 32) == (0, 0)
     assert _takes_packed(x, weight.mT) == (blocks and rows <= 16 and dtype != torch.float32)
 
 
@@ -132,19 +136,31 @@ def test_a_bias_is_added_before_rounding() -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_the_processor_is_asked_once(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: asked.append(1) or there)
+    quantization._has_vnni.cache_clear()
+    try:
+        assert [quantization._has_vnni(), quantization._has_vnni()] == [there, there]
+    finally:
+        quantization._has_vnni.cache_clear()
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("by_digits", [True, False])
 @pytest.mark.parametrize("size", [1.0, 2.0**90, 2.0**-100, 2.0**-126])
 @pytest.mark.parametrize("rows", [1, 5, 16])
-def test_a_product_by_digits_is_as_exact_as_one_in_float32(
-    rows: int, size: float, vnni: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_product_by_digits_is_as_exact_as_one_in_float32(rows: int, size: float, by_digits: bool) -> None:
     """Whatever the sizes within a row: a few activations of real models are hundreds of times the others."""
-    monkeypatch.setattr(quantization, "_has_vnni", lambda: vnni)
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 96), torch.randint(-127, 128, (64, 96), dtype=torch.int8)
     x[:, 3] *= 300
     x, scale = x * size, torch.ones(64)
-    y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
+    if by_digits:
+        y = quantization._product_of_digits(x, weight.mT)
+    else:
+        y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
     exact = x.double() @ weight.double().T
     bound = x.double().abs() @ weight.double().abs().T
     assert ((y.double() - exact).abs() <= 16 * torch.finfo(torch.float32).eps * bound + 2.0**-140).all()
@@ -158,6 +174,14 @@ def test_a_row_of_zeros_and_one_that_is_not_finite() -> None:
     assert torch.equal(y[0], torch.zeros(32))
     assert not y[1:3].isfinite().any()
     assert torch.equal(y[3], torch.full((32,), 64.0))
+
+
+@pytest.mark.parametrize("bias", [torch.int32, torch.float32, torch.bfloat16])
+def test_a_bias_of_every_dtype_of_a_result_in_bfloat16(bias: torch.dtype) -> None:
+    x1, added = torch.ones(3, 8, dtype=torch.int8), torch.arange(4).to(bias)
+    y = npu.npu_quant_matmul(x1, INT8_WEIGHT, torch.full((4,), 0.5), bias=added, output_dtype=15)
+    expected = 4 + added.double() * (0.5 if bias == torch.int32 else 1.0)
+    assert torch.equal(y.double(), expected.expand(3, 4))
 
 
 def test_int32_is_not_scaled() -> None:
@@ -286,8 +310,8 @@ def _gated(**changes: Any) -> Any:
         (_normed, {"x1": torch.ones(3, 8).double()}, "x1 is .*float64"),
         (_normed, {"x2": torch.ones(3, 8).half()}, "x2 is .* the dtype of the first"),
         (_normed, {"gamma": torch.ones(8).half()}, "gamma is .* the dtype of the first"),
-        (_normed, {"x2": torch.ones(2, 8)}, r"x2 is .* the shape of x1, \(3, 8\)"),
-        (_normed, {"x2": torch.ones(1, 8)}, r"x2 is .* the shape of x1, \(3, 8\)"),
+        *((_normed, {"x2": torch.ones(shape)}, r"x2 is .* the shape of x1, \(3, 8\)")
+          for shape in ((1, 8), (2, 8), (4, 8), (3, 7), (3, 9), (1, 3, 8))),
         (_normed, {"x1": torch.ones(8), "x2": torch.ones(8)}, "x2 is .* two or more dimensions"),
         (_normed, {"gamma": torch.ones(7)}, r"gamma is .*; supported: shape \(8,\)"),
         (_normed, {"gamma": torch.ones(9)}, r"gamma is .*; supported: shape \(8,\)"),

@@ -100,6 +100,7 @@ def test_rotary_mul_interleaved() -> None:
         ({"key": torch.zeros(2, 3, 2, 64).half()}, "key is .* the dtype of the first input"),
         ({"cos": torch.zeros(2, 3, 4, 64)}, r"cos is .* \(B, S, 1, D\) = \(2, 3, 1, 64\)"),
         ({"sin": torch.zeros(2, 1, 1, 64)}, "sin is"),
+        ({"sin": torch.zeros(3, 3, 1, 64)}, "sin is"),
     ],
 )  # fmt: skip
 def test_apply_errors(change: dict[str, Any], message: str) -> None:
@@ -117,6 +118,7 @@ def test_apply_errors(change: dict[str, Any], message: str) -> None:
         (torch.zeros(1, 2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "3 or 4 dimensions, the last even"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(3, 1, 1, 8), "half", r"broadcasts to the input's, \(2, 3, 4, 8\)"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 8), "half", "broadcasts"),
+        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "broadcasts"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8), "quarter", "rotary_mode is 'quarter'"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8).half(), "half", "r1 is .* the dtype of the first input"),
     ],

@@ -228,7 +228,7 @@ def _sum(**changes: Any) -> Any:
         (_sum, {"expanded_permuted_rows": ROWS.double()}, "expanded_permuted_rows is .*float64"),
         (_sum, {"expanded_permuted_rows": ROWS[None]}, r"expanded_permuted_rows is .*; supported: \(rows · k, H\)"),
         *((_sum, {"expanded_src_to_dst_row": given}, r"expanded_src_to_dst_row is .*; supported: a torch.int32 ")
-          for given in (PLACES.long(), PLACES[None], PLACES[1:], torch.zeros(7, dtype=torch.int32))),
+          for given in (PLACES.long(), PLACES[None], PLACES[0], PLACES[1:], torch.zeros(7, dtype=torch.int32))),
         (_sum, {"scales": None, "k": 2}, "k is 2; supported: 1 where there are no scales"),
         *((_sum, {"scales": torch.ones(shape)}, r"scales is .*; supported: \(rows, k\) with rows · k = 6")
           for shape in (6, (2, 2), (2, 4), (2, 3, 1))),

@@ -193,7 +193,10 @@ def test_fake_and_meta_tensors(lengths: list[int] | None, padded: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(2, 2, NQ, D)}, r"query is .* one query per row .* npu_prompt_flash_attention"),
+        *(
+            ({"query": torch.zeros(2, count, NQ, D)}, r"query is .* one query per row .* npu_prompt_flash_attention")
+            for count in (0, 2)
+        ),
         ({"input_layout": "BNSD_BSND"}, "input_layout is 'BNSD_BSND'; supported: BSH, BSND, BNSD"),
         ({"actual_seq_lengths": [33]}, r"actual_seq_lengths is \[33\]; supported: lengths from 0 to 32"),
         ({"actual_seq_lengths": [1, 2, 3]}, "actual_seq_lengths is .* 1 or 2 entries"),
@@ -202,9 +205,16 @@ def test_fake_and_meta_tensors(lengths: list[int] | None, padded: bool) -> None:
             {"kv_padding_size": torch.tensor([1.0]), "actual_seq_lengths": [3]},
             "kv_padding_size is .* an int64 tensor",
         ),
+        (
+            {"kv_padding_size": torch.zeros(0, dtype=torch.int64), "actual_seq_lengths": [3]},
+            "kv_padding_size is .* an int64 tensor with one element",
+        ),
         ({"atten_mask": torch.zeros(2, CACHE)}, "atten_mask is .* dtype bool, int8 or uint8"),
         ({"atten_mask": torch.zeros(1, CACHE).bool()}, r"atten_mask is .* with B=2"),
-        ({"atten_mask": torch.zeros(2, 2, CACHE).bool()}, "atten_mask is"),
+        *(
+            ({"atten_mask": torch.zeros(2, *ones, CACHE).bool()}, r"atten_mask is .* \(B, S\), \(B, 1, S\)")
+            for ones in ((2,), (0,), (1, 2), (2, 1), (1, 1, 1))
+        ),
         (
             {"atten_mask": torch.zeros(2, 8).bool(), "actual_seq_lengths": [9]},
             "atten_mask is .* at least 9, the live cache slots",

@@ -1,0 +1,29 @@
+"""Which bounds of a band cost anything: those that some query of the call can reach."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen2_npu.ops.attention import prefill
+from qwen2_npu.ops.attention.masks import Band
+
+
+@pytest.mark.parametrize(
+    ("band", "offset", "left"),
+    [
+        (Band(3, 5), 0, Band(None, None)),  # the fourth query looks back at 3 keys, the first ahead at 5
+        (Band(2, 4), 0, Band(2, 4)),
+        (Band(5, 3), 2, Band(None, None)),
+        (Band(4, 2), 2, Band(4, 2)),
+    ],
+)
+def test_a_bound_that_no_query_reaches_is_dropped(band: Band, offset: int, left: Band) -> None:
+    found = prefill._simplify(band, 4, 6, offset)
+    assert (found.before, found.after) == (left.before, left.after)
+
+
+@pytest.mark.parametrize("which", ["rows", "cols", "offset"])
+def test_a_size_that_is_not_known_yet_is_not_compared(which: str) -> None:
+    """Comparing it would put a guard into the graph, for one length alone."""
+    sizes = {"rows": 4, "cols": 6, "offset": 0} | {which: object()}
+    assert prefill._simplify(Band(3, 5), **sizes) == Band(3, 5)  # type: ignore[arg-type]
