@@ -147,11 +147,13 @@ def explain(
         find: says where a model that fails there goes wrong, as :func:`locate` does.
     """
     names = optimizations.names()
-    first = [Optimizations.of(names[:count]) for count in range(len(names) + 1)]  # what a switch needs is before it
     failures: dict[int, tuple[str, ...]] = {}
 
+    def first(count: int) -> Optimizations:
+        return Optimizations.of(names[:count])  # what a switch needs stands before it
+
     def passes(count: int) -> bool:
-        comparison = compare(build(first[count]))
+        comparison = compare(build(first(count)))
         if not comparison.passed:
             failures[count] = tuple(comparison.failures())
         return bool(comparison.passed)
@@ -168,7 +170,7 @@ def explain(
         else:
             wrong = tried
     step = names[wrong - 1] if wrong else None
-    return Explanation(step, first[wrong].names(), find(build(first[wrong])), failures[wrong])
+    return Explanation(step, first(wrong).names(), find(build(first(wrong))), failures[wrong])
 
 
 def trace_model(

@@ -134,6 +134,17 @@ def test_a_group_list_of_integers() -> None:
     assert torch.equal(made[0], grouped(x, weight, [2, 0, 5]))
 
 
+@pytest.mark.parametrize("wrong", range(3))
+def test_one_bias_of_another_dtype_is_refused(wrong: int) -> None:
+    bias = list(torch.zeros(3, 6))
+    bias[wrong] = bias[wrong].to(HALF)
+    with pytest.raises(ValueError, match=r"bias is .*; supported: torch.float32 tensors"):
+        npu.npu_grouped_matmul(
+            [torch.randn(7, 8)], list(torch.randn(3, 8, 6)), bias=bias, group_list=torch.tensor([2, 0, 5]),
+            group_list_type=1, group_type=0,
+        )  # fmt: skip
+
+
 def test_the_bias_is_summed_before_rounding() -> None:
     x, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.bfloat16)
     bias = torch.full((1, 1), 1.25 * 2.0**-8)

@@ -109,6 +109,11 @@ def test_apply_errors(change: dict[str, Any], message: str) -> None:
         npu.npu_apply_rotary_pos_emb(**(arguments | change))
 
 
+def test_an_input_of_three_dimensions_is_turned_as_one_of_four() -> None:
+    x, cos, sin = torch.randn(3, 4, 8), torch.randn(3, 1, 8), torch.randn(3, 1, 8)
+    assert torch.equal(npu.npu_rotary_mul(x, cos, sin), npu.npu_rotary_mul(x[None], cos[None], sin[None])[0])
+
+
 @pytest.mark.parametrize(
     ("x", "table", "mode", "message"),
     [
@@ -118,6 +123,7 @@ def test_apply_errors(change: dict[str, Any], message: str) -> None:
         (torch.zeros(1, 2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "3 or 4 dimensions, the last even"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(3, 1, 1, 8), "half", r"broadcasts to the input's, \(2, 3, 4, 8\)"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 8), "half", "broadcasts"),
+        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1), "half", "broadcasts"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "broadcasts"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8), "quarter", "rotary_mode is 'quarter'"),
         (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8).half(), "half", "r1 is .* the dtype of the first input"),

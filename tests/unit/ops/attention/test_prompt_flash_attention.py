@@ -234,6 +234,10 @@ def random_like(batch: int, q_len: int, kv_len: int) -> tuple[Tensor, ...]:
             for mode in (2, 3, 4)
             for lead in ((2,), (3,), (2, 1), (1, 2))
         ),
+        *(
+            ({"sparse_mode": 2, "atten_mask": torch.zeros(shape, dtype=torch.bool)}, r"atten_mask is .* \(2048, 2048\)")
+            for shape in ((2047, 2048), (2049, 2048), (2048, 2049))
+        ),
         ({"atten_mask": torch.zeros(5, 9)}, "atten_mask is .* dtype bool, int8 or uint8"),
         ({"atten_mask": CAUSAL[:9, :5]}, "atten_mask is .* B=2, Sq=5, Skv=9"),
         ({"atten_mask": CAUSAL[:5, :9].expand(3, 5, 9)}, "atten_mask is"),
