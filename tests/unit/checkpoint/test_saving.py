@@ -162,7 +162,9 @@ def test_killed_at_any_point(tmp_path, before, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [pytest.param(*PAIRS[0], marks=pytest.mark.slow_in_ci), *PAIRS[1:]])
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param(*PAIRS[0], marks=(pytest.mark.slow, pytest.mark.slow_in_ci)), *PAIRS[1:]]
+)
 def test_killed_at_any_point_while_the_configuration_changes(tmp_path, before, after):
     """The old checkpoint, then none that could be loaded with the wrong configuration, then the new one."""
     assert kill_everywhere(tmp_path, before, after, NEW_CONFIG) == ["old", INTERRUPTED, "new"]
