@@ -91,9 +91,12 @@ def main(arguments: list[str]) -> int:
         index = os.environ.get("QWEN2_NPU_TORCH_INDEX") or CPU_INDEX
         # --no-deps: of torch's requirements, pip need not ask that index. A local version (+cpu) sorts before none.
         alone = ["--no-deps", "--extra-index-url", index, torch_requirement()]
-        # Where the index cannot be reached uv fails, and a wheel may lie elsewhere.
-        if not succeeds_with_uv(*alone) and not succeeds_with_uv("--no-deps", f"{torch_requirement()}+cpu"):
-            subprocess.run([*PIP, "install", "--retries", "1", *alone], check=False)
+        if not succeeds_with_uv(*alone):
+            # uv fails where the index cannot be reached, and a wheel may lie elsewhere.
+            if uv is not None:
+                print(f"PyTorch's CPU build is looked for without {index}", file=sys.stderr, flush=True)
+            if not succeeds_with_uv("--no-deps", f"{torch_requirement()}+cpu"):
+                subprocess.run([*PIP, "install", "--retries", "1", *alone], check=False)
     return 0 if succeeds_with_uv(*arguments) else subprocess.run([*PIP, "install", *arguments], check=False).returncode
 
 
