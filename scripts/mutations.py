@@ -268,8 +268,8 @@ class Syntax:
         self.spans = sorted(spans, key=lambda span: span[1] - span[0])
         self.alone: dict[tuple[int, int], bool] = {}
 
-    def keeps(self, mutation: Mutation) -> bool:
-        changed = mutation.apply(self.source)
+    def keeps(self, mutation: Mutation, changed: bytes) -> bool:
+        """``changed``: the source with the mutation."""
         longer = len(changed) - len(self.source)
         for start, end in self.spans:
             if start <= mutation.start and mutation.end <= end:
@@ -284,15 +284,12 @@ def mutations(source: bytes) -> list[Mutation]:
     """Every mutation of a source, in the order of its text."""
     tree = ast.parse(source)
     syntax = Syntax(source, tree)
-    found: dict[Mutation, None] = {}
+    unique: dict[Mutation, None] = {}
     for mutation in Finder(source).walk(tree):
-        if mutation.apply(source) != source and mutation not in found and syntax.keeps(mutation):
-            found[mutation] = None
-    return _numbered(list(found))
-
-
-def _numbered(found: list[Mutation]) -> list[Mutation]:
-    found.sort(key=lambda mutation: (mutation.start, mutation.end))
+        changed = mutation.apply(source)
+        if changed != source and mutation not in unique and syntax.keeps(mutation, changed):
+            unique[mutation] = None
+    found = sorted(unique, key=lambda mutation: (mutation.start, mutation.end))
     seen: Counter[str] = Counter()
     for index, mutation in enumerate(found):
         seen[mutation.name] += 1

@@ -75,8 +75,9 @@ and the fast lane has thousands of tests; so two things are left out:
   fixture keeps is built by the first of them alone. What they do not notice counts as not noticed, whatever slower
   tests would have said. A test that fails must pass without the mutant, and fail with it alone.
 - **Samples of one in {slices}**, by a hash of the mutant's name: {tried}.
-  What is missing was left for want of time. "At first" is before tests were added for what the samples had shown, and
-  speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
+  What is missing was left for want of time; slice 1 is of operators alone, tried by their own tests. After tests were
+  added, what had survived was put in once more by hand and noticed by tests of its file, some of which the seconds had
+  left out. "At first" is before that, and speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
 """
 
 FILES = """
