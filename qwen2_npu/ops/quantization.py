@@ -16,10 +16,14 @@ from qwen2_npu.ops.checks import check_float, check_same_dtype, invalid, is_read
 MAX_SIZE = 65535
 """The largest K and N of a quantised product on Atlas A2: the head of a vocabulary of 152,064 is too wide."""
 LARGEST = 127.0
-BLOCK = 32
-"""K and N that PyTorch's int8 product is given are multiples of it."""
-MAX_ROWS = 16
+PACKED_SIZES = 32
+"""K and N that PyTorch's product of packed int8 is given are multiples of it."""
+PACKED_ROWS = 16
 """Rows up to which that product is used."""
+BLOCK_BYTES = 1 << 21
+"""Of a weight in float32 that are made and multiplied at a time: they stay in the processor's cache (measured)."""
+EXACT_SUMS = 1024
+"""Products of two int8 whose sum float32 holds, in any order: 2^14 each."""
 
 OUTPUT_DTYPES = {3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
 """Number of a dtype in a schema -> the dtype."""
@@ -79,63 +83,34 @@ def npu_weight_quant_batchmatmul(
 
 def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight`` times one scale per column; from a transposed weight on a CPU it reads one byte per element."""
-    if is_readable(x) and _takes_packed(x, weight):
-        if bias is None and x.dtype == torch.bfloat16:  # it rounds to the dtype of x before a bias could be added
-            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
-        if _has_vnni():
-            y = _product_of_digits(x, weight)
-        else:
-            y = torch.ops.aten._weight_int8pack_mm(x.float().contiguous(), weight.mT, torch.ones_like(scale).float())
-    else:
-        y = x.float() @ weight.float()
-    y = y * scale.float()
+    if bias is None and _takes_packed(x, weight):  # it rounds to the dtype of x before a bias could be added
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.mT, scale)
+    y = product_by_blocks(x.float(), weight) * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-@cache
-def _has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers itself: elsewhere their product may be the slowest of all."""
-    return torch.cpu._is_vnni_supported()
+def product_by_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 ``x`` (M, K) times an int8 ``weight`` (K, N), whose columns a CPU converts a few at a time.
 
-
-DIGITS, DIGIT_BITS = 4, 7
-"""Integers of 8 bits that an activation is taken apart into: 27 bits below the largest of its row, float32 has 24."""
-PLACES = torch.arange(0, DIGITS * DIGIT_BITS, DIGIT_BITS, dtype=torch.int32, device="cpu").view(DIGITS, 1, 1)
-SMALLEST = -126
-"""Exponent of the smallest row that is scaled: 2 to the power of what a smaller one takes would be infinite."""
-
-
-def _product_of_digits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight`` (M, K) (K, N) as sums of products of integers: with VNNI several times as fast as in float32.
-
-    A row is scaled by a power of two to integers of 27 bits and a sign, and these are digits from -64 on to the base
-    128. All of it is exact but for the bits that float32 would lose in the sums, too.
+    The whole weight in float32 would be written to memory and read from there, four bytes per element.
     """
-    rows, low, wide = x.shape[0], DIGITS - 1, x.float()
-    largest = wide.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(largest).exponent.clamp_(min=SMALLEST)
-    whole = (torch.ldexp(wide, -exponent) * 2.0 ** (DIGITS * DIGIT_BITS - 1)).round_().int()
-    half = 1 << (DIGIT_BITS - 1)
-    shifted = whole + half * sum(1 << (DIGIT_BITS * place) for place in range(low))
-    digits = shifted >> PLACES
-    digits[:low].bitwise_and_((1 << DIGIT_BITS) - 1).sub_(half)
-    sums = torch._int_mm(digits.to(torch.int8).flatten(0, 1), weight).view(DIGITS, rows, -1)
-    y = sums[0].float()
-    for place in range(1, DIGITS):
-        y = sums[place].float().add_(y, alpha=2.0**-DIGIT_BITS)
-    not_finite = largest - largest  # nan where the row has one, or an infinity
-    return torch.ldexp(y, exponent - (DIGIT_BITS - 1)) + not_finite
+    columns = BLOCK_BYTES // (4 * max(1, weight.shape[0])) if x.is_cpu else weight.shape[1]
+    columns = max(1, columns)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for block, product in zip(weight.split(columns, 1), y.split(columns, 1), strict=True):
+        torch.mm(x, block.float(), out=product)
+    return y
 
 
 def _takes_packed(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's int8 product computes it.
+    """Whether PyTorch's product of packed int8 computes it.
 
-    That product is the faster one for few rows alone. It takes a transposed weight; and where K or N is no multiple of
-    :data:`BLOCK` it may read beyond the end of the weight (it does with one column). It adds up in float32, one term
-    after the other, which errs twice as much as an ordinary product does: too much for a result in float32.
+    It is the faster one for few rows of bfloat16 alone. It takes a transposed weight; and where K or N is no multiple
+    of :data:`PACKED_SIZES` it may read beyond the end of the weight (it does with one column). It adds up in float32,
+    one term after the other, which errs twice as much as an ordinary product does: too much for float32.
     """
-    blocks = weight.numel() > 0 and weight.shape[0] % BLOCK == 0 and weight.shape[1] % BLOCK == 0
-    few = x.dtype != torch.float32 and 0 < x.shape[0] <= MAX_ROWS
+    blocks = weight.numel() > 0 and weight.shape[0] % PACKED_SIZES == 0 and weight.shape[1] % PACKED_SIZES == 0
+    few = x.dtype == torch.bfloat16 and 0 < x.shape[0] <= PACKED_ROWS and is_readable(x)
     return blocks and few and weight.stride() == (1, weight.shape[0])
 
 
@@ -196,14 +171,31 @@ def npu_quant_matmul(
 
 
 def integer_product(x1: Tensor, x2: Tensor) -> Tensor:
-    """Exact sums: at most 65,535 products of 2^14 each fit int32, and float64."""
-    if not (x1.is_cpu and x1.numel() and x2.numel()):
-        return (x1.double() @ x2.double()).int()
-    inner = x1.shape[-1]
-    rows = x1.reshape(-1, inner).contiguous()
-    # A single row may have any stride, and PyTorch's product reads it wrong where that is 1: compiled graphs make such.
-    rows = rows.as_strided((rows.shape[0], inner), (inner, 1))
-    return torch._int_mm(rows, x2).view(*x1.shape[:-1], x2.shape[1])
+    """Exact sums of int8 (..., K) times int8 (K, N): at most 65,535 products of 2^14 each fit int32."""
+    inner, columns = x2.shape
+    rows = x1.flatten(0, -2)
+    if rows.is_cpu and rows.numel() and columns and _int8_product_is_exact():
+        # One row may have any stride, and PyTorch's product reads it wrong where that is 1: compiled graphs make such.
+        rows = rows.contiguous().as_strided((rows.shape[0], inner), (inner, 1))
+        sums = torch._int_mm(rows, x2)
+    else:
+        sums = rows.new_zeros(rows.shape[0], columns, dtype=torch.int32)
+        for part, weight in zip(rows.split(EXACT_SUMS, 1), x2.split(EXACT_SUMS), strict=True):
+            sums += product_by_blocks(part.float(), weight).int()
+    return sums.view(*x1.shape[:-1], columns)
+
+
+@cache
+def _int8_product_is_exact() -> bool:
+    """Whether the processor multiplies 8-bit integers itself (VNNI), and PyTorch's product uses that.
+
+    Without VNNI that product is slow. Where oneDNN is kept from VNNI (``ONEDNN_MAX_CPU_ISA``) it silently limits sums
+    of two products to 16 bits.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(largest, largest) == 64 * 127**2).all())
 
 
 def npu_dynamic_quant(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,16 +17,12 @@ from qwen2_npu.ops.quantization import _takes_packed
 npu = torch.ops.npu
 
 
-@pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "inner", "columns"),
     [(1, 96, 64), (3, 896, 32), (16, 64, 160), (17, 64, 32), (2, 1, 5), (3, 72, 64), (3, 64, 72), (3, 64, 0)],
 )
-def test_a_transposed_weight(
-    rows: int, inner: int, columns: int, dtype: torch.dtype, vnni: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantization, "_has_vnni", lambda: vnni)
+def test_a_transposed_weight(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(rows, inner).to(dtype), torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
     scale = (torch.rand(columns) / 127).to(dtype)
     y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
@@ -32,7 +31,7 @@ def test_a_transposed_weight(
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size).all()
     blocks = columns > 0 and (inner % 32, columns % 32) == (0, 0)
-    assert _takes_packed(x, weight.mT) == (blocks and rows <= 16 and dtype != torch.float32)
+    assert _takes_packed(x, weight.mT) == (blocks and rows <= 16 and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -136,34 +135,70 @@ def test_a_bias_is_added_before_rounding() -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_processor_is_asked_once(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("supported", "exact"), [(False, False), (True, True)])
+def test_the_processor_is_asked_once(supported: bool, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: asked.append(1) or there)
-    quantization._has_vnni.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: asked.append(1) or supported)
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.double() @ y.double()).int())
+    quantization._int8_product_is_exact.cache_clear()
     try:
-        assert [quantization._has_vnni(), quantization._has_vnni()] == [there, there]
+        assert [quantization._int8_product_is_exact() for _ in range(2)] == [exact, exact]
     finally:
-        quantization._has_vnni.cache_clear()
+        quantization._int8_product_is_exact.cache_clear()
     assert asked == [1]
 
 
-@pytest.mark.parametrize("by_digits", [True, False])
+@pytest.mark.parametrize("limit", ["", "AVX2"])
+def test_integers_are_exact_where_onednn_is_kept_from_vnni(limit: str) -> None:
+    """PyTorch's product of them is not, there."""
+    code = (
+        "import torch; from qwen2_npu.ops import quantization as q\n"
+        "x, y = (torch.randint(-128, 128, size, dtype=torch.int8) for size in ((5, 1536), (1536, 64)))\n"
+        "print(torch.equal(q.integer_product(x, y), (x.double() @ y.double()).int()))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("inner", [0, 1, 1024, 1025, 3000])
+@pytest.mark.parametrize("columns", [0, 1, 600])
+def test_integers_by_parts_are_exact(inner: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_int8_product_is_exact", lambda: False)
+    monkeypatch.setattr(quantization, "BLOCK_BYTES", 1 << 20)
+    x = torch.full((2, 3, inner), -128, dtype=torch.int8)
+    weight = torch.full((inner, columns), -128, dtype=torch.int8)
+    x[..., ::7] = 127  # odd numbers among the sums: float32 would round those above 2^24
+    sums = quantization.integer_product(x, weight)
+    assert (sums.dtype, sums.shape) == (torch.int32, (2, 3, columns))
+    assert torch.equal(sums.double(), x.double() @ weight.double())
+
+
 @pytest.mark.parametrize("size", [1.0, 2.0**90, 2.0**-100, 2.0**-126])
 @pytest.mark.parametrize("rows", [1, 5, 16])
-def test_a_product_by_digits_is_as_exact_as_one_in_float32(rows: int, size: float, by_digits: bool) -> None:
+@pytest.mark.parametrize("block", [1, 4 * 96 * 7, quantization.BLOCK_BYTES])
+def test_a_product_by_blocks_is_as_exact_as_a_whole_one(
+    rows: int, size: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the sizes within a row: a few activations of real models are hundreds of times the others."""
+    monkeypatch.setattr(quantization, "BLOCK_BYTES", block)
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 96), torch.randint(-127, 128, (64, 96), dtype=torch.int8)
     x[:, 3] *= 300
-    x, scale = x * size, torch.ones(64)
-    if by_digits:
-        y = quantization._product_of_digits(x, weight.mT)
-    else:
-        y = npu.npu_weight_quant_batchmatmul(x, weight.mT, scale)
-    exact = x.double() @ weight.double().T
-    bound = x.double().abs() @ weight.double().abs().T
-    assert ((y.double() - exact).abs() <= 16 * torch.finfo(torch.float32).eps * bound + 2.0**-140).all()
+    x = x * size
+    for given in (weight.mT, weight.mT.contiguous()):
+        y = quantization.product_by_blocks(x, given)
+        exact = x.double() @ weight.double().T
+        bound = x.double().abs() @ weight.double().abs().T
+        assert ((y.double() - exact).abs() <= 16 * torch.finfo(torch.float32).eps * bound + 2.0**-140).all()
+
+
+def test_of_a_weight_no_more_than_a_block_is_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, y, **given: made.append(y.nbytes) or product(x, y, **given))
+    quantization.product_by_blocks(torch.ones(2, 1024), torch.ones(1024, 1280, dtype=torch.int8))
+    assert made == [quantization.BLOCK_BYTES] * 2 + [1 << 20]
 
 
 def test_a_row_of_zeros_and_one_that_is_not_finite() -> None:
