@@ -191,8 +191,8 @@ PIECE = 1 << 19
 class KnownPath:
     """What ``path`` asks of the baseline and the reference alone: the same for every model that is compared with them.
 
-    Of N positions: ``best`` the baseline's tokens, ``noise``, and what ``log_softmax`` takes off the baseline's logits;
-    the RMS errors of the baseline and of float64 rounded once.
+    Of N positions: ``best`` the baseline's tokens, ``noise``, what ``log_softmax`` takes off the baseline's logits, and
+    ``squares`` the mean squares of its errors; the RMS errors of the baseline and of float64 rounded once.
     """
 
     path: str
@@ -200,6 +200,7 @@ class KnownPath:
     noise: Array
     largest: Array
     log_sum: Array
+    squares: Array
     rms_baseline: float
     rms_floor: float
 
@@ -314,17 +315,17 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
         largest[part], log_sum[part] = normalisers(baseline)
     for squares in (errors, floor):
         np.square(squares, out=squares)
-    return KnownPath(path, best, noise, largest, log_sum, root_mean(errors), root_mean(floor))
+    return KnownPath(path, best, noise, largest, log_sum, errors.mean(-1), root_mean(errors), root_mean(floor))
 
 
 def _with_usual_noise(path: KnownPath, known: dict[str, KnownPath], pooled: bool) -> KnownPath:
     """What a few positions cannot say: see ``noise``. Last tokens are positions of the prompt, which comes first."""
     whole = known["prefill"] if path.path == "last_token" else path
-    return replace(
-        path,
-        noise=np.maximum(path.noise, root_mean(np.square(whole.noise))) if pooled else path.noise,
-        rms_baseline=max(path.rms_baseline, whole.rms_baseline),
-    )
+    if not pooled:
+        return replace(path, rms_baseline=max(path.rms_baseline, whole.rms_baseline))
+    worst = np.sort(whole.squares)[-len(path.squares) :]
+    usual = root_mean(np.square(whole.noise))
+    return replace(path, noise=np.maximum(path.noise, usual), rms_baseline=root_mean(worst))
 
 
 def _compare_logits(

@@ -19,7 +19,9 @@ err where the baseline was lucky, so of a checkpoint with 8-bit weights the nois
 those of its path, and of last tokens that of the prefill which they are of. 8-bit activations make it necessary: a
 value whose quotient by its row's scale lies close to a half goes to one integer or to its neighbour, by whatever
 rounding came before it. Such a step is larger than all other rounding: in the logits of the tiny checkpoint the noise
-is 3 times that of the same weights without it in bfloat16, and 20 times in float16.
+is 3 times that of the same weights without it in bfloat16, and 20 times in float16. Of last tokens their RMS is chance,
+too: one position has such a step, or has none. Whatever rounds otherwise may have it there, so k last tokens may err as
+the k positions of their prefill where the baseline errs most.
 
 In float32 such steps are too rare to be measured: a whole pass has none or a few, and its noise is 10^-6 or 10^-2. No
 NPU operator scales a product of 8-bit activations to float32 either, so ``w8a8`` is not compared there.

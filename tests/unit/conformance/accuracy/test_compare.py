@@ -467,16 +467,19 @@ def test_another_token_where_the_baseline_was_lucky(pooled: bool) -> None:
 
 
 @pytest.mark.parametrize(("beyond", "within"), [(1 - 1e-9, True), (1 + 1e-9, False)])
-def test_last_tokens_have_at_least_the_noise_of_their_prefill(beyond: float, within: bool) -> None:
-    prefill = np.full((ROWS, WIDTH), NOISE)
-    prefill[:, -1] = 0
-    baseline, reference = uneven(prefill, np.zeros((ROWS, STEPS)))
-    usual = NOISE * np.sqrt(prefill[VALID].astype(bool).mean())
+@pytest.mark.parametrize(
+    ("pooled", "positions"),
+    [pytest.param(False, [3, 0, 1, 2, 0], id="all"), pytest.param(True, [3, 2], id="8-bit weights")],
+)
+def test_last_tokens_have_at_least_the_noise_of_their_prefill(
+    pooled: bool, positions: list[int], beyond: float, within: bool
+) -> None:
+    baseline, reference = uneven(NOISE * np.array([[9, 3, 0], [1, 2, 0]]), np.zeros((ROWS, STEPS)))
+    usual = NOISE * np.sqrt(np.square(positions).mean())
     ours = replace(baseline, last_logits=reference.prefill_logits[:, -1] + beyond * RMS_FACTOR * usual)
-    for pooled in (False, True):
-        found = compare_traces(ours, baseline, reference, torch.float32, pooled=pooled)
-        last = next(path for path in found.paths if path.path == "last_token")
-        assert last.error.within is within
+    found = compare_traces(ours, baseline, reference, torch.float32, pooled=pooled)
+    last = next(path for path in found.paths if path.path == "last_token")
+    assert last.error.within is within
 
 
 def test_where_all_positions_have_the_same_noise_pooling_changes_nothing() -> None:
