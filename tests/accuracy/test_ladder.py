@@ -38,9 +38,9 @@ EXPERT_PRESETS: dict[str, Optimizations] = {
 """What a mixture of experts runs by default; its other presets, which it shares with dense models, are slow."""
 
 COMPILED_SHAPE, COMPILED_WEIGHTS, COMPILED_DTYPES = "ragged", "qwen2-0.5b", ("float32", "bfloat16")
-COMPILED_BY_DEFAULT = {(LADDER[-1], "bfloat16")}
+COMPILED_BY_DEFAULT = set() if IS_V4 else {(LADDER[-1], "bfloat16")}
 """Compilation takes most of a minute: the other steps run nightly, as all do on an NPU, whose graphs tests/graph holds
-against eager."""
+against eager. With 4.37.0 tests/unit/models compiles some of them."""
 
 COMPILED_MODE = {"npu": "torchair"}
 """Device -> mode of the compiled runs; inductor elsewhere."""

@@ -390,7 +390,6 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_in_ci
 def test_what_a_test_notices_and_what_none_does(project: Project, tmp_path: Path) -> None:
     project.write("tests/test_process.py", IN_A_PROCESS)
     before = {path: path.read_bytes() for path in project.folder.rglob("*") if path.is_file()}

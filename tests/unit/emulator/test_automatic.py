@@ -117,7 +117,6 @@ def test_the_module_keeps_its_own_loader(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_in_ci
 def test_torch_npu_imported_first_or_after_a_torch_without_it() -> None:
     """The real ones: both orders that do not fail before this project is imported."""
     first = "import qwen2_npu, torch_npu, torch; print(torch.npu.device_count())"

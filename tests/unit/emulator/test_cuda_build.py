@@ -171,7 +171,6 @@ print((torch.ones(3, device="npu") * 2).sum().item())
 
 
 @pytest.mark.slow
-@pytest.mark.slow_in_ci
 @pytest.mark.skipif(not emulator.is_active(), reason="there are no emulated cards here")
 @pytest.mark.skipif(bool(cuda_build.installed()), reason="torch is a CUDA build itself")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
