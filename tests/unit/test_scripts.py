@@ -29,6 +29,7 @@ SHORT: dict[str, list[str]] = {
     "bench_cpu": ["--batch=1", "--prompt=8", "--candidate=ours eager", "--rounds=1", "--steps=1", "--no-memory"],
     "bench_emulator": ["--layers=1"],
     "bench_incre_attention": ["--rounds=1"],
+    "bench_int8_products": ["--size=64x96", "--rows=2", "--rounds=1"],
     "bench_merge_memory": ["--layers=1", "--tp-size=2"],
     "bench_quantized": ["--shape=0.5B", "--mode=eager", "--batch=1", "--prompt=4", "--rounds=1", "--layers=1"],
     "bench_small_batch": ["--rounds=1"],
