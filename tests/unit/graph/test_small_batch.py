@@ -172,13 +172,8 @@ def test_more_rows_or_wider_8_bit_weights_stay_with_the_eager_product(rows, inpu
     assert left(traced.graph) == 1
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        pytest.param("w8a16", marks=(pytest.mark.slow, pytest.mark.slow_in_ci)),
-        pytest.param("w8a8", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 def test_a_compiled_model_of_8_bit_weights_generates_the_tokens_of_the_eager_one(scheme):
     model = quantised_model(quantised_config(scheme, num_hidden_layers=1))
     ids = torch.arange(1, 9)[None]
