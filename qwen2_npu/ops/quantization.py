@@ -72,7 +72,6 @@ def npu_weight_quant_batchmatmul(
     if x.dim() != 2:
         raise invalid(op, "x", x, "(M, K)")
     columns = _check_weight(op, "weight", weight, "x", x)
-    check_same_dtype(op, x, antiquant_scale=antiquant_scale)
     _check_vector(op, "antiquant_scale", antiquant_scale, columns, (x.dtype,))
     if bias is not None:
         _check_vector(op, "bias", bias, columns, (torch.float32 if x.dtype == torch.bfloat16 else x.dtype,))
@@ -174,7 +173,7 @@ def integer_product(x1: Tensor, x2: Tensor) -> Tensor:
     """Exact sums of int8 (..., K) times int8 (K, N): at most 65,535 products of 2^14 each fit int32."""
     inner, columns = x2.shape
     rows = x1.flatten(0, -2)
-    if rows.is_cpu and rows.numel() and columns and _int8_product_is_exact():
+    if rows.is_cpu and _int8_product_is_exact():
         # One row may have any stride, and PyTorch's product reads it wrong where that is 1: compiled graphs make such.
         rows = rows.contiguous().as_strided((rows.shape[0], inner), (inner, 1))
         sums = torch._int_mm(rows, x2)

@@ -51,6 +51,10 @@ def test_few_rows_in_float32_err_no_more_than_an_ordinary_product(rows: int, bia
 
 def test_fake_tensors_tell_the_shape() -> None:
     with FakeTensorMode():
+        sums = torch.ops.qwen2_npu.integer_product(
+            *(torch.empty(size, dtype=torch.int8) for size in ((2, 3, 4), (4, 5)))
+        )
+        assert (sums.shape, sums.dtype) == ((2, 3, 5), torch.int32)
         x, weight = torch.empty(4, 3584).bfloat16(), torch.empty(4608, 3584, dtype=torch.int8)
         assert npu.npu_weight_quant_batchmatmul(x, weight.mT, torch.empty(4608).bfloat16()).shape == (4, 4608)
 
@@ -93,6 +97,7 @@ PER_ROW, PER_COLUMN = torch.ones(3), torch.ones(4)
         (_weight_only, {"bias": torch.ones(5)}, r"bias is .*torch.float32 of shape \(4,\) or \(1, 4\)$"),
         (_weight_only, {"bias": torch.ones(4).half()}, r"bias is .*float16.*; supported: torch.float32 of"),
         (_weight_only, {"inner_precise": 2}, r"inner_precise is 2; supported: 0 or 1$"),
+        (_weight_only, {"antiquant_group_size": 32}, r"antiquant_group_size"),
         (_integers, {"x1": torch.ones(8, dtype=torch.int8)}, r"x1 is .*; supported: .*two or more dimensions$"),
         (_integers, {"x1": torch.ones(3, 8)}, r"x1 is .*float32.*; supported: int8 of shape"),
         (_integers, {"x1": torch.ones(3, 9, dtype=torch.int8)}, r"x1 is .*\(3, 9\); supported: a last dimension of 8"),
@@ -163,14 +168,19 @@ def test_integers_are_exact_where_onednn_is_kept_from_vnni(limit: str) -> None:
 
 @pytest.mark.parametrize("inner", [0, 1, 1024, 1025, 3000])
 @pytest.mark.parametrize("columns", [0, 1, 600])
-def test_integers_by_parts_are_exact(inner: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "_int8_product_is_exact", lambda: False)
-    monkeypatch.setattr(quantization, "BLOCK_BYTES", 1 << 20)
-    x = torch.full((2, 3, inner), -128, dtype=torch.int8)
+@pytest.mark.parametrize("rows", [(2, 3), (0,)])
+@pytest.mark.parametrize("by_parts", [True, False])
+def test_integers_are_exact(
+    inner: int, columns: int, rows: tuple[int, ...], by_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_parts:
+        monkeypatch.setattr(quantization, "_int8_product_is_exact", lambda: False)
+        monkeypatch.setattr(quantization, "BLOCK_BYTES", 1 << 20)
+    x = torch.full((*rows, inner), -128, dtype=torch.int8)
     weight = torch.full((inner, columns), -128, dtype=torch.int8)
     x[..., ::7] = 127  # odd numbers among the sums: float32 would round those above 2^24
     sums = quantization.integer_product(x, weight)
-    assert (sums.dtype, sums.shape) == (torch.int32, (2, 3, columns))
+    assert (sums.dtype, sums.shape) == (torch.int32, (*rows, columns))
     assert torch.equal(sums.double(), x.double() @ weight.double())
 
 
@@ -199,6 +209,17 @@ def test_of_a_weight_no_more_than_a_block_is_made_in_float32(monkeypatch: pytest
     monkeypatch.setattr(torch, "mm", lambda x, y, **given: made.append(y.nbytes) or product(x, y, **given))
     quantization.product_by_blocks(torch.ones(2, 1024), torch.ones(1024, 1280, dtype=torch.int8))
     assert made == [quantization.BLOCK_BYTES] * 2 + [1 << 20]
+    made.clear()
+    monkeypatch.setattr(quantization, "BLOCK_BYTES", 1)  # a column at a time where one is larger than a block
+    quantization.product_by_blocks(torch.ones(2, 1024), torch.ones(1024, 3, dtype=torch.int8))
+    assert made == [4096] * 3
+
+
+def test_a_row_whose_scale_has_few_bits_keeps_to_int8() -> None:
+    """190 times the smallest number there is: its scale is rounded to one of them."""
+    x = torch.tensor([[190.0, -190.0, 1.0]]) * 2.0**-149
+    y, scale = npu.npu_dynamic_quant(x)
+    assert (y.tolist(), scale.item()) == ([[127, -128, 1]], 2.0**-149)
 
 
 def test_a_row_of_zeros_and_one_that_is_not_finite() -> None:
@@ -330,6 +351,11 @@ def _normed(**changes: Any) -> Any:
 def _gated(**changes: Any) -> Any:
     given = {"x": torch.ones(3, 8, dtype=torch.int32), "weight_scale": torch.ones(8), "quant_mode": 1}
     return npu.npu_dequant_swiglu_quant(**(given | changes))
+
+
+@pytest.mark.parametrize("dimension", [-1, 1])
+def test_the_last_dimension_is_gated_whatever_its_name(dimension: int) -> None:
+    assert all(map(torch.equal, _gated(activate_dim=dimension), _gated()))
 
 
 @pytest.mark.parametrize(
