@@ -91,13 +91,17 @@ def dequantising_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor 
 def product_by_blocks(x: Tensor, weight: Tensor) -> Tensor:
     """float32 ``x`` (M, K) times an int8 ``weight`` (K, N), whose columns a CPU converts a few at a time.
 
-    The whole weight in float32 would be written to memory and read from there, four bytes per element.
+    The whole weight in float32 would be written to memory and read from there, four bytes per element. Where ``x`` asks
+    for a gradient it is made all the same.
     """
-    columns = BLOCK_BYTES // (4 * max(1, weight.shape[0])) if x.is_cpu else weight.shape[1]
-    columns = max(1, columns)
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    for block, product in zip(weight.split(columns, 1), y.split(columns, 1), strict=True):
-        torch.mm(x, block.float(), out=product)
+    if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
+        return x @ weight.float()
+    inner, outputs = weight.shape
+    columns = max(1, BLOCK_BYTES // (4 * max(1, inner)))
+    block = x.new_empty(min(columns, outputs), inner)  # one for all: fresh memory costs more than the product
+    y = x.new_empty(x.shape[0], outputs)
+    for part, product in zip(weight.mT.split(columns), y.split(columns, 1), strict=True):
+        torch.mm(x, block[: part.shape[0]].copy_(part).mT, out=product)
     return y
 
 

@@ -215,6 +215,17 @@ def test_of_a_weight_no_more_than_a_block_is_made_in_float32(monkeypatch: pytest
     assert made == [4096] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_have_gradients(dtype: torch.dtype) -> None:
+    """A call outside of torch.no_grad has activations that ask for them."""
+    x, weight = torch.randn(20, 896).to(dtype).requires_grad_(), torch.randint(-127, 128, (640, 896), dtype=torch.int8)
+    scale = torch.rand(640).to(dtype)
+    npu.npu_weight_quant_batchmatmul(x, weight.mT, scale).float().sum().backward()
+    assert x.grad is not None
+    expected = (weight.double() * scale.double()[:, None]).sum(0).expand(20, -1)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-2, atol=2.0)
+
+
 def test_a_row_whose_scale_has_few_bits_keeps_to_int8() -> None:
     """190 times the smallest number there is: its scale is rounded to one of them."""
     x = torch.tensor([[190.0, -190.0, 1.0]]) * 2.0**-149
