@@ -182,18 +182,23 @@ def integer_product(x1: Tensor, x2: Tensor) -> Tensor:
         rows = rows.contiguous().as_strided((rows.shape[0], inner), (inner, 1))
         sums = torch._int_mm(rows, x2)
     else:
-        sums = rows.new_zeros(rows.shape[0], columns, dtype=torch.int32)
-        for part, weight in zip(rows.split(EXACT_SUMS, 1), x2.split(EXACT_SUMS), strict=True):
-            sums += product_by_blocks(part.float(), weight).int()
+        sums = integer_product_by_parts(rows, x2)
     return sums.view(*x1.shape[:-1], columns)
+
+
+def integer_product_by_parts(rows: Tensor, weight: Tensor) -> Tensor:
+    """:func:`integer_product` of (M, K), in float32, of as many inputs at a time as it adds up exactly."""
+    sums = rows.new_zeros(rows.shape[0], weight.shape[1], dtype=torch.int32)
+    for inputs, part in zip(rows.split(EXACT_SUMS, 1), weight.split(EXACT_SUMS), strict=True):
+        sums += product_by_blocks(inputs.float(), part).int()
+    return sums
 
 
 @cache
 def _int8_product_is_exact() -> bool:
-    """Whether the processor multiplies 8-bit integers itself (VNNI), and PyTorch's product uses that.
+    """Whether the processor multiplies 8-bit integers itself (VNNI, where it was measured), and PyTorch uses that.
 
-    Without VNNI that product is slow. Where oneDNN is kept from VNNI (``ONEDNN_MAX_CPU_ISA``) it silently limits sums
-    of two products to 16 bits.
+    Where oneDNN is kept from VNNI (``ONEDNN_MAX_CPU_ISA``) its product silently limits sums of two to 16 bits.
     """
     if not torch.cpu._is_vnni_supported():
         return False

@@ -313,9 +313,9 @@ def _known_path(path: str, stock: _Rows, true: _Rows, dtype: torch.dtype) -> Kno
         noise[part] = position_noise(baseline, reference, dtype)
         np.subtract(rounded(reference, dtype), reference, out=floor[part])
         largest[part], log_sum[part] = normalisers(baseline)
-    for squares in (errors, floor):
-        np.square(squares, out=squares)
-    return KnownPath(path, best, noise, largest, log_sum, errors.mean(-1), root_mean(errors), root_mean(floor))
+    squares = np.square(errors, out=errors).mean(-1)
+    floor_squares = np.square(floor, out=floor)
+    return KnownPath(path, best, noise, largest, log_sum, squares, root_mean(squares), root_mean(floor_squares))
 
 
 def _with_usual_noise(path: KnownPath, known: dict[str, KnownPath], pooled: bool) -> KnownPath:
