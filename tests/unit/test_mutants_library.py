@@ -346,6 +346,20 @@ def test_in_a_process():
     subprocess.run([sys.executable, "-c", "from lib.rules import unseen; assert unseen(1) == 2"], check=True)
 """
 
+DIES_IN_A_FORK = """import os
+
+from lib.rules import unseen
+
+HERE = os.getpid()
+
+
+def test_that_ends_a_fork():
+    value = unseen(1)
+    if os.getpid() != HERE:
+        os.abort()
+    assert value < 3
+"""
+
 
 class Project:
     """A repository with a library of one file, its tests and the scripts."""
@@ -417,6 +431,14 @@ def test_a_test_that_others_make_fail_notices_nothing(project: Project, scripts:
         "--slices", str(slices), "--slice", str(scripts["mutations"].part_of("lib/rules.py", fault, slices))
     )
     assert found[fault]["outcome"] == "survived"
+
+
+@pytest.mark.slow
+def test_a_fork_that_dies_says_nothing(project: Project) -> None:
+    project.write("tests/test_rules.py", DIES_IN_A_FORK)
+    _, _, found = project.run("--slices", "1")
+    assert found["unseen: + -> -"]["outcome"] == "survived"
+    assert found["unseen: 1 -> (1 * 10)"]["outcome"] == "killed"
 
 
 @pytest.mark.slow
