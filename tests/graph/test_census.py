@@ -11,7 +11,7 @@ from qwen2_npu.conformance.graph.baselines import BATCH, PAST, DocumentedGraph
 from qwen2_npu.conformance.graph.census import FEW, MORE, LayeredCensus, of_layers
 from qwen2_npu.conformance.graph.lowering import Lowered
 from qwen2_npu.conformance.sizes import SIZES
-from qwen2_npu.optimizations import EXPERTS, LADDER, QUANTIZED
+from qwen2_npu.optimizations import EXPERTS, LADDER, ORIGINAL, QUANTIZED
 from tests.graph import invariants
 
 LAST = LADDER[-1]
@@ -24,13 +24,23 @@ FAST = {
     *(f"7B-decode-b4-{scheme}" for scheme in QUANTIZED),
 }
 
+IN_CI = {f"7B-decode-b4-{ORIGINAL}", f"7B-prefill-b4-{ORIGINAL}"}
+"""Beside them: the other end of the ladder, whose code the last step does not run."""
+
+
+def _marks(graph: DocumentedGraph) -> tuple[pytest.MarkDecorator, ...]:
+    if str(graph) in FAST:
+        return ()
+    return (pytest.mark.slow, pytest.mark.slow_in_ci) if str(graph) in IN_CI else (pytest.mark.slow,)
+
+
 GRAPHS = [
-    pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
+    pytest.param(graph, id=str(graph), marks=_marks(graph))
     for graph in baselines.documented()
     if graph.batch == BATCH or graph.size in baselines.MIXTURES
 ]
 FINAL = [
-    pytest.param(graph, id=str(graph), marks=() if str(graph) in FAST else pytest.mark.slow)
+    pytest.param(graph, id=str(graph), marks=_marks(graph))
     for graph in baselines.documented()
     if graph.step == SIZES[graph.size].ladder[-1]
 ]
