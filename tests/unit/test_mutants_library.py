@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -123,6 +124,15 @@ def test_a_fault_gets_into_functions_that_are_imported(
     exec(compile(SOURCE, "/elsewhere.py", "exec"), module)
     assert answer(module) == right
     assert answer(put(scripts, name)) == wrong
+
+
+def test_functions_are_found_whatever_was_frozen(scripts: dict[str, ModuleType]) -> None:
+    lane = scripts["lane"]
+    gc.freeze()
+    try:
+        assert lane.living({lane.__file__})[lane.place(lane.living.__code__)] == [lane.living]
+    finally:
+        gc.unfreeze()
 
 
 def _set(rule: Any, value: int) -> Any:
