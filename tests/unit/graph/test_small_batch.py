@@ -32,9 +32,11 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: False)
 
 
-def graph_of(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.fx.GraphModule:
+def graph_of(
+    function: Callable[..., torch.Tensor], *arguments: torch.Tensor, mode: str = "fake"
+) -> torch.fx.GraphModule:
     """The aten graph that inductor's pass is given."""
-    return make_fx(function, tracing_mode="fake")(*arguments)
+    return make_fx(function, tracing_mode=mode)(*arguments)
 
 
 def products(graph: torch.fx.Graph) -> int:
@@ -67,6 +69,29 @@ def test_larger_batches_stay_with_blas(rows):
 
 def test_a_product_with_a_computed_matrix_is_left_alone():
     traced = graph_of(lambda x: x @ (x + 1).t().contiguous(), torch.randn(4, 96))
+    rewrite(traced.graph)
+    assert products(traced.graph) == 1
+
+
+@pytest.mark.parametrize("factors", [{"beta": 2}, {"alpha": 2}], ids=str)
+def test_a_sum_with_factors_is_left_alone(factors):
+    arguments = torch.randn(40), torch.randn(4, 96), torch.randn(40, 96)
+    traced = graph_of(lambda bias, x, weight: torch.addmm(bias, x, weight.t(), **factors), *arguments)
+    rewrite(traced.graph)
+    assert products(traced.graph) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments"),
+    [
+        ("symbolic", (torch.zeros(4, 96), torch.zeros(40, 96))),
+        ("fake", (torch.zeros(4, 96, device="meta"), torch.zeros(40, 96, device="meta"))),
+        ("fake", (torch.zeros(4, 96, dtype=torch.int32), torch.zeros(40, 96, dtype=torch.int32))),
+    ],
+    ids=["any number of rows", "another device", "integers"],
+)
+def test_other_products_are_left_alone(mode, arguments):
+    traced = graph_of(lambda x, weight: x @ weight.t(), *arguments, mode=mode)
     rewrite(traced.graph)
     assert products(traced.graph) == 1
 
@@ -168,6 +193,26 @@ def test_8_bit_weights_become_loops_with_the_numbers_of_eager_mode(dtype, rows, 
 def test_more_rows_or_wider_8_bit_weights_stay_with_the_eager_product(rows, inputs):
     arguments = torch.randn(rows, inputs), torch.zeros(64, inputs, dtype=torch.int8), torch.ones(64)
     traced = graph_of(quantised, *arguments)
+    rewrite(traced.graph)
+    assert left(traced.graph) == 1
+
+
+def test_an_8_bit_weight_that_is_not_transposed_stays_with_the_eager_product():
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu.npu_weight_quant_batchmatmul(x, weight, scale)
+
+    traced = graph_of(product, torch.randn(4, 96), torch.zeros(96, 64, dtype=torch.int8), torch.ones(64))
+    rewrite(traced.graph)
+    assert left(traced.graph) == 1
+
+
+@pytest.mark.parametrize(("mode", "device"), [("symbolic", "cpu"), ("fake", "meta")])
+def test_any_number_of_rows_and_other_devices_keep_their_8_bit_product(mode, device):
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return quantization.IN_GRAPHS(x, weight.mT, scale, None)
+
+    arguments = torch.zeros(4, 96), torch.zeros(64, 96, dtype=torch.int8), torch.ones(64)
+    traced = graph_of(product, *(tensor.to(device) for tensor in arguments), mode=mode)
     rewrite(traced.graph)
     assert left(traced.graph) == 1
 
