@@ -57,7 +57,7 @@ def check_geometry(
     if not 1 <= num_heads <= MAX_HEADS:
         raise invalid(op, "num_heads", num_heads, f"1 to {MAX_HEADS}")
     kv_heads = num_key_value_heads or num_heads
-    if kv_heads < 0 or num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
+    if num_key_value_heads < 0 or num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
         supported = f"0 (as num_heads) or a divisor of num_heads={num_heads}, at most {MAX_GROUP} times smaller"
         raise invalid(op, "num_key_value_heads", num_key_value_heads, supported)
     check_float(op, "query", query)
