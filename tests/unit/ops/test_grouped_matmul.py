@@ -63,7 +63,9 @@ def test_no_rows() -> None:
 
 def test_ends_and_sizes() -> None:
     x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
-    assert torch.equal(grouped(x, weight, [2, 0, 5]), grouped(x, weight, [2, 2, 7], group_list_type=0))
+    expected = grouped(x, weight, [2, 0, 5])
+    for kind in (0, None):
+        assert torch.equal(grouped(x, weight, [2, 2, 7], group_list_type=kind), expected)
 
 
 def test_one_result_per_group() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, compare
 from qwen2_npu.conformance.operators.check import to_array, to_tensors
 from qwen2_npu.conformance.operators.mm_all_reduce import golden_of_ranks
 from qwen2_npu.conformance.operators.one_rank import group as one_rank
+from qwen2_npu.ops import mm_all_reduce
 from qwen2_npu.ops.mm_all_reduce import communicator_name
 from qwen2_npu.parallel.collectives import Ranks
 from tests.unit.parallel.virtual import Run, virtual_ranks
@@ -85,6 +89,21 @@ def test_fake_tensors_need_no_group() -> None:
         x1, x2 = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(8, 5, dtype=torch.bfloat16)
         found = npu.npu_mm_all_reduce_base(x1, x2, "nobody")
     assert (found.shape, found.dtype) == ((2, 3, 5), torch.bfloat16)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_the_collectives_are_loaded_where_pytorch_has_them(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in sys.modules: importing it raises, as in a PyTorch that was built without them."""
+    monkeypatch.setitem(sys.modules, "torch.distributed._functional_collectives", None)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
+    again = ModuleType("again")
+    loader = SourceFileLoader("again", str(mm_all_reduce.__file__))
+    if available:
+        with pytest.raises(ImportError, match="_functional_collectives"):
+            loader.exec_module(again)
+    else:
+        loader.exec_module(again)
+        assert again.OP == mm_all_reduce.OP
 
 
 def test_errors() -> None:
