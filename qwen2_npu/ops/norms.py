@@ -12,12 +12,12 @@ from torch import Tensor
 from qwen2_npu.ops.checks import check_float, check_same_dtype, invalid
 
 
-def _check_gamma(op: str, x: Tensor, gamma: Tensor) -> list[int]:
-    """The dimensions of `x` to normalise over: as many trailing ones as gamma has."""
-    check_float(op, "input", x)
+def _check_gamma(op: str, name: str, x: Tensor, gamma: Tensor) -> list[int]:
+    """The dimensions of `x`, the argument `name`, to normalise over: as many trailing ones as gamma has."""
+    check_float(op, name, x)
     rank = gamma.dim()
     if not 1 <= rank <= x.dim() or gamma.shape != x.shape[x.dim() - rank :]:
-        raise invalid(op, "gamma", gamma, f"the trailing dimensions of the input, whose shape is {tuple(x.shape)}")
+        raise invalid(op, "gamma", gamma, f"the trailing dimensions of {name}, whose shape is {tuple(x.shape)}")
     return list(range(-rank, 0))
 
 
@@ -38,7 +38,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     Raises:
         ValueError: dtype or shape of `gamma` does not fit.
     """
-    dims = _check_gamma("npu_rms_norm", input, gamma)
+    dims = _check_gamma("npu_rms_norm", "input", input, gamma)
     if gamma.dtype != torch.float32:
         check_same_dtype("npu_rms_norm", input, gamma=gamma)
     x = input.float()
@@ -59,7 +59,7 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     Raises:
         ValueError: shapes or dtypes differ.
     """
-    dims = _check_gamma("npu_add_rms_norm", x1, gamma)
+    dims = _check_gamma("npu_add_rms_norm", "x1", x1, gamma)
     check_same_dtype("npu_add_rms_norm", x1, x2=x2, gamma=gamma)
     if x1.shape != x2.shape:
         raise invalid("npu_add_rms_norm", "x2", x2, f"the shape of x1, {tuple(x1.shape)}")

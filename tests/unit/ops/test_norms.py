@@ -53,22 +53,42 @@ def test_rms_norm_takes_fp32_gamma() -> None:
     assert y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("x", "gamma", "message"),
-    [
-        (torch.zeros(2, 8), torch.zeros(4), "gamma is a torch.float32 tensor of shape"),
-        (torch.zeros(2, 8), torch.zeros(()), "gamma"),
-        (torch.zeros(2, 8).double(), torch.zeros(8).double(), "input .* float32, bfloat16 or float16"),
-        (torch.zeros(2, 8), torch.zeros(8).half(), "gamma .* the dtype of the first input"),
-    ],
-)
-def test_errors(x: Tensor, gamma: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=f"npu::npu_rms_norm: {message}"):
-        npu.npu_rms_norm(x, gamma)
+def test_gamma_may_span_all_dimensions() -> None:
+    x, gamma = torch.randn(4, 8), torch.randn(4, 8)
+    y, rstd = npu.npu_rms_norm(x, gamma)
+    assert rstd.shape == (1, 1)
+    torch.testing.assert_close(y.double(), x.double() * (x.double().square().mean() + 1e-6).rsqrt() * gamma.double())
 
 
-def test_add_rms_norm_wants_equal_shapes_and_dtypes() -> None:
+@pytest.mark.parametrize("shape", [(4,), (7,), (9,), (), (3, 8), (1, 2, 8)], ids=str)
+def test_gamma_has_the_trailing_dimensions(shape: tuple[int, ...]) -> None:
+    x, gamma = torch.zeros(2, 8), torch.zeros(shape)
+    for op, name, arguments in (("npu_rms_norm", "input", (x,)), ("npu_add_rms_norm", "x1", (x, x))):
+        message = rf"^npu::{op}: gamma is a torch.float32 tensor of shape .*trailing dimensions of {name}, .* \(2, 8\)$"
+        with pytest.raises(ValueError, match=message):
+            getattr(npu, op)(*arguments, gamma)
+
+
+def test_dtypes_that_are_not_taken() -> None:
+    x, gamma = torch.zeros(2, 8), torch.zeros(8)
+    with pytest.raises(ValueError, match=r"npu_rms_norm: input is .*float64.* float32, bfloat16 or float16"):
+        npu.npu_rms_norm(x.double(), gamma.double())
+    with pytest.raises(ValueError, match=r"npu_add_rms_norm: x1 is .*float64.* float32, bfloat16 or float16"):
+        npu.npu_add_rms_norm(x.double(), x.double(), gamma.double())
+    with pytest.raises(ValueError, match=r"npu_rms_norm: gamma is .* the dtype of the first input"):
+        npu.npu_rms_norm(x, gamma.half())
+    half = gamma.half()
+    for x2, other, name in ((x, half, "gamma"), (x.half(), gamma, "x2"), (x.half(), half, "x2")):
+        with pytest.raises(ValueError, match=f"npu_add_rms_norm: {name} is .* the dtype of the first input"):
+            npu.npu_add_rms_norm(x, x2, other)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 8), (2, 2, 8)], ids=str)
+def test_add_rms_norm_wants_equal_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x2 is .* supported: the shape of x1, \(2, 8\)"):
-        npu.npu_add_rms_norm(torch.zeros(2, 8), torch.zeros(1, 8), torch.zeros(8))
+        npu.npu_add_rms_norm(torch.zeros(2, 8), torch.zeros(shape), torch.zeros(8))
+
+
+def test_add_rms_norm_takes_no_fp32_gamma_of_halves() -> None:
     with pytest.raises(ValueError, match="gamma is"):
         npu.npu_add_rms_norm(torch.zeros(2, 8).half(), torch.zeros(2, 8).half(), torch.zeros(8))
