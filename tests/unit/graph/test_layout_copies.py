@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
@@ -29,6 +30,25 @@ def swiglu(graph, source):
 
 def test_a_copy_between_operators_goes():
     assert clones_left(lambda g: swiglu(g, copied(g, g.call_function(aten.neg.default, (g.placeholder("x"),))))) == 0
+
+
+def test_every_such_copy_goes():
+    def build(g):
+        negative = g.call_function(aten.neg.default, (g.placeholder("x"),))
+        return tuple(swiglu(g, copied(g, negative)) for _ in range(3))
+
+    assert clones_left(build) == 0
+
+
+def test_a_graph_that_is_out_of_order_is_an_error():
+    def build(g):
+        first = g.call_function(aten.neg.default, (g.placeholder("x"),))
+        second = g.call_function(aten.neg.default, (first,))
+        first.prepend(second)
+        return second
+
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        clones_left(build)
 
 
 def test_a_copy_of_an_input_stays():

@@ -66,6 +66,20 @@ def test_what_a_step_is_given_has_one_form(index):
     assert not hasattr(growing, steps.MARK)
 
 
+def test_caches_are_marked_once(monkeypatch):
+    """They come back every step, which would spend more of the host's time on marks than on all the rest."""
+    marked, mark = [], torch._dynamo.mark_static
+    monkeypatch.setattr(torch._dynamo, "mark_static", lambda tensor: marked.append(tensor) or mark(tensor))
+    step = CompiledStep(lambda *given: None, lambda call: lambda *given: None)
+    caches = [(torch.zeros(1, 128, 1, 4), torch.zeros(1, 128, 1, 4))]
+    counts = []
+    for _ in range(2):
+        step(torch.ones(1, 8, dtype=torch.int64), INPUTS, caches)
+        counts.append([sum(each is tensor for each in marked) for tensor in caches[0]])
+    assert counts == [[1, 1], [1, 1]]
+    assert len(marked) == 2 + 2 * 2  # tokens and positions are new each time
+
+
 def test_a_step_runs_on_the_card_of_its_tokens(monkeypatch):
     entered = []
 
