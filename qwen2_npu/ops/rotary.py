@@ -56,7 +56,7 @@ def npu_apply_rotary_pos_emb(
     if key.dim() != 4 or (key.shape[0], key.shape[1], key.shape[3]) != (batch, length, head_dim):
         raise invalid(op, "key", key, f"(B, S, N, D) with the query's B, S and D; query is {tuple(query.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 4 or table.shape[1:] != (length, 1, head_dim) or table.shape[0] not in (1, batch):
+        if table.shape[1:] != (length, 1, head_dim) or table.shape[0] not in (1, batch):
             raise invalid(op, name, table, f"(B, S, 1, D) = ({batch}, {length}, 1, {head_dim})")
     if is_plain(query) and is_plain(key):
         return _rotate_in_place(query, cos, sin), _rotate_in_place(key, cos, sin)
@@ -93,7 +93,7 @@ def npu_rotary_mul(
         raise invalid(op, "rotary_mode", rotary_mode, " or ".join(map(repr, _ROTATIONS)))
     check_float(op, "input", input)
     check_same_dtype(op, input, r1=r1, r2=r2)
-    if input.dim() not in (3, 4) or input.shape[-1] % 2 or not 0 < input.shape[-1] < MUL_MAX_HEAD_DIM:
+    if input.dim() not in (3, 4) or input.shape[-1] % 2 or not 2 <= input.shape[-1] < MUL_MAX_HEAD_DIM:
         raise invalid(op, "input", input, f"3 or 4 dimensions, the last even and below {MUL_MAX_HEAD_DIM}")
     for name, table in (("r1", r1), ("r2", r2)):
         if table.dim() != input.dim() or any(

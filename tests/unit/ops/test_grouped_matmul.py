@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.ops import grouped_matmul
 from qwen2_npu.ops.grouped_matmul import empty_weight, npu_grouped_matmul, products
 from tests.unit.ops.support import Recorder, compiled
 
@@ -132,8 +133,11 @@ def test_products_that_a_gradient_is_wanted_of() -> None:
 def test_a_group_list_of_integers() -> None:
     """The operator's other overload, which is an NPU's alone."""
     x, weight = torch.randn(7, 8), torch.randn(3, 8, 6)
-    made = npu_grouped_matmul([x], list(weight), group_list=[2, 2, 7], split_item=3)
-    assert torch.equal(made[0], grouped(x, weight, [2, 0, 5]))
+    for group_type in (None, 0):
+        made = npu_grouped_matmul([x], list(weight), group_list=[2, 2, 7], split_item=3, group_type=group_type)
+        assert torch.equal(made[0], grouped(x, weight, [2, 0, 5]))
+    with pytest.raises(ValueError, match="group_type is -1; supported: 0"):
+        npu_grouped_matmul([x], list(weight), group_list=[2, 2, 7], split_item=3, group_type=-1)
 
 
 @pytest.mark.parametrize("wrong", range(3))
@@ -205,6 +209,8 @@ X, WEIGHT, HALF = torch.zeros(7, 8), torch.zeros(3, 8, 6), torch.float16
         ({"weight": [WEIGHT[:0]]}, "weight is .*; supported: weights of 1 to 1024 groups"),
         ({"weight": [torch.zeros(1025, 8, 1)]}, "weight is .*; supported: weights of 1 to 1024 groups"),
         ({"weight": [WEIGHT, WEIGHT]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\) per group"),
+        ({"weight": [WEIGHT[0], WEIGHT[0], WEIGHT]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\)"),
+        ({"weight": [WEIGHT, WEIGHT[0], WEIGHT[0]]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\)"),
         ({"weight": [WEIGHT[None]]}, r"weight is .*; supported: one \(groups, K, N\), or one \(K, N\) per group"),
         ({"weight": [*WEIGHT[:2], torch.zeros(7, 6)]}, r"x is .*; supported: \(..., K\) with K = \[8, 8, 7\]"),
         *(({"weight": [*WEIGHT[:2], torch.zeros(8, n)]}, "weight is .*; supported: weights with the same N")
@@ -215,6 +221,8 @@ X, WEIGHT, HALF = torch.zeros(7, 8), torch.zeros(3, 8, 6), torch.float16
         ({"bias": list(torch.zeros(3, 6))}, r"bias is .*; supported: torch.float32 tensors of shapes \[\(3, 6\)\]"),
         ({"bias": [torch.zeros(3, 6).to(HALF)]}, "bias is .*; supported: torch.float32 tensors"),
         ({"group_list": torch.tensor([2, 0, 5]).int()}, "group_list is .*; supported: an int64 tensor"),
+        *(({"group_list": torch.tensor(sizes)}, r"group_list is .*; supported: an int64 tensor of shape \(3,\)")
+          for sizes in ([2, 5], [2, 0, 5, 0])),
         ({"group_list": torch.tensor([[2, 0, 5]])}, "group_list is .*; supported: an int64 tensor"),
         ({"x": [X[None]]}, r"x is .*; supported: \(M, K\) where a group_list divides the rows"),
         ({"x": [X, X, X]}, "group_list is .*; supported: None where every group has an x of its own"),
@@ -264,6 +272,7 @@ def test_memory_of_weights_is_the_layout_that_the_device_multiplies_fastest(dtyp
     assert (weight.shape, weight.dtype) == ((3, 64, 48), dtype)
     assert (weight.mT if dtype == torch.bfloat16 else weight).is_contiguous()
     weight.copy_(torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0)))
+    assert empty_weight((3, 64, 48), dtype, torch.device("meta")).is_contiguous()
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     found, expected = (grouped(x, memory, [1, 0, 5]) for memory in (weight, weight.contiguous()))
     torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
@@ -276,3 +285,31 @@ def test_without_gradients_products_go_straight_to_their_places(dtype: torch.dty
     expected = grouped(x, weight, [3, 0, 1, 5])
     with torch.no_grad():
         assert torch.equal(grouped(x, weight, [3, 0, 1, 5]), expected)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_without_gradients_every_group_has_its_bias_too(stacked: bool) -> None:
+    x, weight, bias = torch.randn(7, 8), torch.randn(3, 8, 6), torch.randn(3, 6)
+    with torch.no_grad():
+        found = npu_grouped_matmul(
+            [x], [weight] if stacked else list(weight), bias=[bias] if stacked else list(bias), group_list=[2, 2, 7],
+            split_item=2,
+        )[0]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat((x[:2] @ weight[0] + bias[0], x[2:] @ weight[2] + bias[2])))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_transposed_weights_alone_are_multiplied_as_those_of_linear_layers(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight is (N, K), contiguous; for one row of bfloat16 it reads that faster."""
+    taken: list[Tensor] = []
+    right = grouped_matmul.linear
+    monkeypatch.setattr(grouped_matmul, "linear", lambda x, weight: taken.append(weight) or right(x, weight))
+    x, weight = torch.randn(6, 8), torch.randn(3, 8, 6)
+    with torch.set_grad_enabled(gradients):
+        for memory, groups in ((weight, 0), (weight.mT.contiguous().mT, 2)):
+            found = grouped(x, memory, [1, 0, 5])
+            torch.testing.assert_close(found, torch.cat((x[:1] @ weight[0], x[1:] @ weight[2])))
+            assert [tuple(own.shape) for own in taken] == [(6, 8)] * groups
+            assert all(own.is_contiguous() for own in taken)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen2_npu.ops.rotary import npu_apply_rotary_pos_emb
 from tests.unit.ops.support import compiled
 
 npu = torch.ops.npu
@@ -43,6 +44,24 @@ def test_eager_writes_through_a_strided_view() -> None:
     want = rotated(fused, cos, sin)
     npu.npu_apply_rotary_pos_emb(fused[:, :, :4], fused[:, :, 4:], cos, sin, layout="BSND")
     assert torch.equal(fused, want)
+
+
+def test_one_table_serves_every_row() -> None:
+    q, k, cos, sin = inputs()
+    want = rotated(q, cos[:1], sin[:1]), rotated(k, cos[:1], sin[:1])
+    assert all(map(torch.equal, npu.npu_apply_rotary_pos_emb(q, k, cos[:1], sin[:1]), want))
+
+
+@pytest.mark.parametrize("other", [0, 1], ids=["query", "key"])
+def test_a_tensor_of_another_class_is_not_written(other: int) -> None:
+    """Nor is the one beside it: what traces has classes of its own."""
+    q, k, cos, sin = inputs()
+    states = [q.clone(), k.clone()]
+    states[other] = states[other].as_subclass(type("Other", (Tensor,), {}))
+    turned = npu_apply_rotary_pos_emb(*states, cos, sin)
+    for before, state, found in zip((q, k), states, turned, strict=True):
+        assert torch.equal(state, before)
+        assert torch.equal(found, rotated(before, cos, sin))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -98,9 +117,12 @@ def test_rotary_mul_interleaved() -> None:
             (2, 3, 2, 64, 1),
         )),
         ({"key": torch.zeros(2, 3, 2, 64).half()}, "key is .* the dtype of the first input"),
-        ({"cos": torch.zeros(2, 3, 4, 64)}, r"cos is .* \(B, S, 1, D\) = \(2, 3, 1, 64\)"),
-        ({"sin": torch.zeros(2, 1, 1, 64)}, "sin is"),
-        ({"sin": torch.zeros(3, 3, 1, 64)}, "sin is"),
+        ({"query": torch.zeros(2, 3, 4, 64).double()}, "query is .* float32, bfloat16 or float16"),
+        *(({name: torch.zeros(2, 3, 1, 64).half()}, f"{name} is .* the dtype of the first") for name in ("cos", "sin")),
+        *(({name: torch.zeros(shape)}, rf"{name} is .* \(B, S, 1, D\) = \(2, 3, 1, 64\)")
+          for name in ("cos", "sin")
+          for shape in ((2, 3, 4, 64), (2, 1, 1, 64), (2, 4, 1, 64), (2, 3, 1, 32), (2, 3, 1, 128), (0, 3, 1, 64),
+                        (3, 3, 1, 64), (3, 1, 64), (2, 3, 1, 64, 1))),
     ],
 )  # fmt: skip
 def test_apply_errors(change: dict[str, Any], message: str) -> None:
@@ -115,20 +137,41 @@ def test_an_input_of_three_dimensions_is_turned_as_one_of_four() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "table", "mode", "message"),
+    ("shape", "taken"),
+    [((1, 2, 2), True), ((1, 2, 894), True), ((1, 2, 0), False), ((1, 2, 7), False), ((1, 2, 896), False),
+     ((1, 1, 2, 8), True), ((2, 8), False), ((1, 1, 2, 4, 8), False)],
+)  # fmt: skip
+def test_sizes_that_rotary_mul_takes(shape: tuple[int, ...], taken: bool) -> None:
+    x, table = torch.zeros(shape), torch.zeros(*[1] * (len(shape) - 1), shape[-1])
+    if taken:
+        assert npu.npu_rotary_mul(x, table, table).shape == shape
+    else:
+        with pytest.raises(ValueError, match=r"input is .*; supported: 3 or 4 dimensions, the last even and below 896"):
+            npu.npu_rotary_mul(x, table, table)
+
+
+@pytest.mark.parametrize("name", ["r1", "r2"])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1, 8), (1, 2, 1, 8), (1, 1, 3, 8), (1, 1, 1, 2), (1, 1, 1, 9), (1, 8), (1, 1), (1, 1, 1, 1, 8)],
+    ids=str,
+)  # fmt: skip
+def test_each_table_of_rotary_mul_broadcasts(name: str, shape: tuple[int, ...]) -> None:
+    given = {"r1": torch.zeros(1, 1, 1, 8), "r2": torch.zeros(1, 1, 1, 8), name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"npu_rotary_mul: {name} is .* broadcasts to the input's, \(2, 3, 4, 8\)"):
+        npu.npu_rotary_mul(torch.zeros(2, 3, 4, 8), **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
     [
-        (torch.zeros(2, 3, 4, 7), torch.zeros(1, 1, 1, 7), "half", "the last even and below 896"),
-        (torch.zeros(2, 3, 4, 896), torch.zeros(1, 1, 1, 896), "half", "the last even and below 896"),
-        (torch.zeros(3, 8), torch.zeros(1, 8), "half", "3 or 4 dimensions, the last even"),
-        (torch.zeros(1, 2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "3 or 4 dimensions, the last even"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(3, 1, 1, 8), "half", r"broadcasts to the input's, \(2, 3, 4, 8\)"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 8), "half", "broadcasts"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1), "half", "broadcasts"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 1, 8), "half", "broadcasts"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8), "quarter", "rotary_mode is 'quarter'"),
-        (torch.zeros(2, 3, 4, 8), torch.zeros(1, 1, 1, 8).half(), "half", "r1 is .* the dtype of the first input"),
+        ({"rotary_mode": "quarter"}, "rotary_mode is 'quarter'; supported: 'half' or 'interleave'"),
+        ({"rotate": torch.zeros(1)}, "rotate is .*; supported: only the default None"),
+        ({"input": torch.zeros(2, 3, 4, 8).double()}, "input is .* float32, bfloat16 or float16"),
+        ({"r1": torch.zeros(1, 1, 1, 8).half()}, "r1 is .* the dtype of the first input"),
+        ({"r2": torch.zeros(1, 1, 1, 8).half()}, "r2 is .* the dtype of the first input"),
     ],
 )
-def test_mul_errors(x: Tensor, table: Tensor, mode: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        npu.npu_rotary_mul(x, table, table, mode)
+def test_mul_errors(change: dict[str, Any], message: str) -> None:
+    table = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match=f"npu_rotary_mul: {message}"):
+        npu.npu_rotary_mul(**({"input": torch.zeros(2, 3, 4, 8), "r1": table, "r2": table} | change))
