@@ -43,7 +43,7 @@ def reject_unsupported(op: str, arguments: dict[str, Any]) -> None:
         if name not in defaults:
             raise TypeError(f"npu::{op} has no argument {name!r}")
         default = defaults[name]
-        if value is not default and (isinstance(value, Tensor) or value != default):
+        if isinstance(value, Tensor) or value != default:
             raise invalid(op, name, value, f"only the default {default!r}: the portable kernels do not implement it")
 
 

@@ -32,7 +32,7 @@ def check_lengths(op: str, argument: str, lengths: Sequence[int], batch: int, li
         for n in lengths:
             if n < 0 or n > limit:
                 raise invalid(op, argument, list(lengths), f"lengths from 0 to {limit}, the sequence dimension")
-        if len(lengths) > 1 and lengths.count(lengths[0]) == len(lengths):
+        if len(set(lengths)) == 1:
             return lengths[:1]
     return lengths
 

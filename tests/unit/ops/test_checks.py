@@ -10,6 +10,8 @@ import torch
 from qwen2_npu.ops import checks
 from qwen2_npu.ops.schemas import UNSUPPORTED
 
+ACCELERATOR = next((k for k in ("npu", "cuda") if hasattr(torch, k) and getattr(torch, k).is_available()), None)
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
@@ -32,6 +34,10 @@ def test_arguments_that_are_not_implemented_may_have_their_defaults_alone(op: st
             with pytest.raises(ValueError, match=rf"^npu::{op}: {name} is .*; supported: only the default"):
                 checks.reject_unsupported(op, {**UNSUPPORTED[op], name: value})
         assert not isinstance(default, torch.Tensor)
+
+
+def test_a_number_that_equals_the_default_is_the_default() -> None:
+    checks.reject_unsupported("npu_dequant_swiglu_quant", {"clamp_limit": float("7"), "swiglu_mode": 0.0})
 
 
 def test_an_argument_that_the_schema_does_not_have_is_no_value_error() -> None:
@@ -64,3 +70,16 @@ def test_only_a_plain_tensor_of_the_cpu_is_read() -> None:
     for other in (plain.to("meta"), plain.as_subclass(type("Other", (torch.Tensor,), {}))):
         assert not checks.is_plain(other)
         assert not checks.is_readable(other)
+
+
+def test_nothing_is_plain_while_a_graph_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not checks.is_plain(torch.zeros(2))
+    assert not checks.is_readable(torch.zeros(2))
+
+
+@pytest.mark.skipif(ACCELERATOR is None, reason="needs an NPU or a GPU")
+def test_a_tensor_of_an_accelerator_is_plain_and_not_read() -> None:
+    tensor = torch.zeros(2, device=ACCELERATOR)
+    assert checks.is_plain(tensor)
+    assert not checks.is_readable(tensor)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from qwen2_npu.ops.attention.lengths import as_column, check_lengths, longest
+from qwen2_npu.ops.attention.lengths import all_known, as_column, check_lengths, longest
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,27 @@ def test_one_length_stands_for_rows_that_share_it(given: list[int], found: list[
 def test_lengths_that_no_row_can_have(given: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^npu::npu_x: lengths is \[.*\]; supported: {message}"):
         check_lengths("npu_x", "lengths", given, 3, 9)
+
+
+def test_no_rows_have_no_lengths() -> None:
+    assert check_lengths("npu_x", "lengths", [], 0, 9) == []
+
+
+@pytest.mark.parametrize("symbol", [0, 1], ids=["first", "last"])
+def test_a_graph_takes_lengths_that_were_symbols_beside_numbers(symbol: int) -> None:
+    """Nothing asks for their values: the same graph serves another length, beyond the limit of the checks, too."""
+
+    def column(x: Tensor) -> Tensor:
+        lengths = [3, 3]
+        lengths[symbol] = x.shape[0]
+        assert not all_known(lengths)
+        assert check_lengths("npu_x", "lengths", lengths, 2, 2) is lengths
+        return as_column(lengths, x.device)
+
+    graph = make_fx(column, tracing_mode="symbolic")(torch.zeros(5))
+    for size in (5, 8):
+        expected = [3, 3]
+        expected[symbol] = size
+        found = graph(torch.zeros(size))
+        assert found.dtype == torch.int64
+        assert found.tolist() == [[[[n]]] for n in expected]
