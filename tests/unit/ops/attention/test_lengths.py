@@ -17,7 +17,9 @@ def test_one_length_stands_for_rows_that_share_it(given: list[int], found: list[
     """A window that all rows have needs no mask."""
     assert check_lengths("npu_x", "lengths", given, 3, 9) == found
     assert longest(given) == max(given)
-    assert as_column(given, torch.device("cpu")).tolist() == [[[[n]]] for n in given]
+    column = as_column(given, torch.device("cpu"))
+    assert column.tolist() == [[[[n]]] for n in given]
+    assert not column.is_pinned()  # memory that only a copy to a GPU makes use of
 
 
 @pytest.mark.parametrize(
