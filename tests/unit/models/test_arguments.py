@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from qwen2_npu.compat import growing_cache
 from qwen2_npu.errors import UnsupportedError
@@ -29,6 +30,7 @@ from qwen2_npu.models.inputs import Rows
             r"no argument num_logits_to_keep; .*its name is logits_to_keep",
         ),
         ({"num_items_in_batch": 3}, r"num_items_in_batch: the loss is the mean"),
+        ({"shift_labels": [[1]]}, r"takes no argument shift_labels; shift_labels: pass labels: they are shifted here$"),
     ],
 )
 def test_an_argument_without_effect_is_refused(given, message):
@@ -50,6 +52,23 @@ def test_options_that_draft_with_layers_of_the_stock_model_are_refused(name, val
     for off in (None, False):
         arguments.check_generation(SimpleNamespace(**{name: off}))
     arguments.check_generation(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("mode", "named"),
+    [
+        ("assisted_generation", r"^assisted generation \(assistant_model, prompt_lookup_num_tokens\) takes"),
+        ("contrastive_search", r"^contrastive search \(penalty_alpha\) takes"),
+    ],
+)
+def test_modes_of_generation_that_take_the_cache_apart_are_refused(mode, named):
+    """4.37.0 asks; 5.x has the first of them for other caches."""
+    with pytest.raises(
+        UnsupportedError, match=rf"{named} the KV cache apart as transformers {transformers.__version__}"
+    ):
+        arguments.check_mode(mode)
+    for other in ("greedy_search", "sample", "beam_search", "group_beam_search"):
+        arguments.check_mode(other)
 
 
 @pytest.mark.parametrize(
@@ -242,12 +261,18 @@ def prompt_checked(past=None, **call):
     arguments.check_prompt(call, torch.device("cpu"), 9, past)
 
 
+@pytest.mark.parametrize("given", [{"input_ids": IDS}, {"inputs": IDS}, {"inputs_embeds": EMBEDS}], ids="".join)
 @pytest.mark.parametrize(("past", "fits"), [(None, True), (0, True), (2, True), (3, False), (4, False)])
-def test_a_prompt_that_the_cache_holds_already_is_none(past, fits):
+def test_a_prompt_that_the_cache_holds_already_is_none(given, past, fits):
     """Of three tokens per row: with two in the cache the third is new."""
-    with nullcontext() if fits else pytest.raises(ValueError, match=rf"3 tokens per row, and the cache holds {past}"):
-        prompt_checked(past, input_ids=IDS)
-    prompt_checked(past, input_ids=IDS, attention_mask=torch.ones(2, 3 + (past or 0)))
+    message = rf"3 tokens per row, and the cache holds {past} .* past \+ new tokens\) = \(2, {(past or 0) + 3}\)$"
+    for narrow in ({}, {"attention_mask": torch.ones(2, 3)}):
+        with nullcontext() if fits else pytest.raises(ValueError, match=message):
+            prompt_checked(past, **given, **narrow)
+    prompt_checked(past, **given, attention_mask=torch.ones(2, 3 + (past or 0)))
+    if past is not None:
+        with pytest.raises(ValueError, match=r"^attention_mask of shape \(3, \d\): pass"):
+            prompt_checked(past, **given, attention_mask=torch.ones(3, 3 + past + 1))
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,20 @@ def test_what_is_not_asked_for_is_not_there(stock, asked):
     assert model(ids, use_cache=False, **given).get(CACHE_NAME) is None
 
 
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_hidden_states_of_a_prompt_and_of_a_step_are_the_stock_ones(stock, name):
+    """No compiled step records them."""
+    ids, found = tokens(2, 6), []
+    for candidate in (stock, model_of(name, stock)):
+        prompt = candidate(ids[:, :5], use_cache=True, output_hidden_states=True)
+        step = candidate(ids[:, 5:], output_hidden_states=True, **{CACHE_NAME: cache_of(prompt)})
+        found.append((*prompt.hidden_states, *step.hidden_states))
+    assert len(found[1]) == len(found[0]) == 4
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
 KEPT = [torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([False]), slice(0, 0), torch.tensor(-1)]
 
 
