@@ -293,6 +293,26 @@ def test_masks_of_a_prompt_that_do_not_fit(mask, message):
         prompt_checked(input_ids=IDS, attention_mask=mask)
 
 
+@pytest.mark.parametrize("mask", [torch.ones(6), torch.ones(2, 1, 6)])
+def test_masks_of_other_dimensions_beside_a_cache(mask):
+    """They cover nothing of it; nor do they make a prompt one that it does not hold yet."""
+    with pytest.raises(ValueError, match=r"^the prompt has 3 tokens per row, and the cache holds 3 already"):
+        prompt_checked(3, input_ids=IDS, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"^attention_mask of shape \((6,|2, 1, 6)\): pass"):
+        prompt_checked(2, input_ids=IDS, attention_mask=mask)
+
+
+def test_what_is_no_prompt_is_left_to_transformers():
+    """It begins with a token of its own, or says what is missing."""
+    prompt_checked(3)
+    prompt_checked(3, attention_mask=torch.ones(2, 4))
+
+
+def test_embeddings_of_other_dimensions_are_no_prompt():
+    with pytest.raises(ValueError, match=r"^inputs_embeds \(batch, tokens, hidden\) expected, got shape \(3, 4\)$"):
+        prompt_checked(inputs_embeds=EMBEDS[0])
+
+
 @pytest.mark.parametrize("positions", [[[0, 1, 2]] * 2, IDS.numpy()])
 def test_positions_of_a_prompt_that_are_no_tensor(positions):
     with pytest.raises(ValueError, match=r"^position_ids is a (list|ndarray): pass a tensor \(batch, tokens\)$"):

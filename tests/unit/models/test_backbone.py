@@ -9,6 +9,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
@@ -194,11 +195,22 @@ def test_keys_and_values_are_where_the_cache_says(name):
 
 @pytest.mark.parametrize("name", ["none", "all"])
 @torch.no_grad()
-def test_a_cache_is_made_where_the_call_or_else_the_configuration_says(name):
-    for usual, asked, made in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
-        model = model_of(name, small_stock(small_config(num_hidden_layers=1, use_cache=usual)))
+def test_a_cache_is_made_where_the_call_or_else_the_configuration_says(name, monkeypatch):
+    """Elsewhere there is none, not even one that is thrown away: it would hold the keys and values of all layers."""
+    made = []
+    for owner, what in ((backbone, "growing_cache"), (FixedKVCache, "__init__")):
+        right = getattr(owner, what)
+        monkeypatch.setattr(owner, what, lambda *given, right=right: made.append(given) or right(*given))
+    model = model_of(name, small_stock(small_config(num_hidden_layers=1)))
+    for usual, asked, wanted in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
+        model.config.use_cache = usual
+        made.clear()
         output = model(tokens(1, 3), **({} if asked is None else {"use_cache": asked}))
-        assert (output.get(CACHE_NAME) is not None) == made
+        assert (output.get(CACHE_NAME) is not None) == (len(made) == 1) == wanted
+        cache = model.allocate_cache(1, 8)
+        made.clear()
+        assert model(tokens(1, 3), use_cache=True, **{CACHE_NAME: cache}).get(CACHE_NAME) is cache
+        assert not made
 
 
 # ---- the rotary table -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import Cache
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
@@ -46,6 +47,17 @@ def test_inputs_are_prepared_outside_of_a_generation_too(stock, model):
             assert torch.equal(ours[name][live], theirs[name][live])
     with pytest.raises(ValueError, match="row 1 of the prompt is padded on the right"):
         model.prepare_inputs_for_generation(IDS, attention_mask=torch.tensor([[1] * 5, [1, 1, 1, 1, 0]]))
+
+
+def test_processors_are_made_outside_of_a_generation_too(stock, model):
+    given = {
+        "input_ids_seq_length": 5, "encoder_input_ids": IDS, "prefix_allowed_tokens_fn": None, "logits_processor": [],
+        "model_kwargs": {},
+    }  # fmt: skip
+    settings = GenerationConfig(repetition_penalty=1.2, min_new_tokens=3, eos_token_id=7, max_new_tokens=9)
+    ours, theirs = (candidate._get_logits_processor(settings, **given) for candidate in (model, stock))
+    assert [type(one) for one in ours] == [type(one) for one in theirs]
+    assert RepetitionPenaltyLogitsProcessor in [type(one) for one in ours]
 
 
 # ---- what 4.37.0 leaves to the model, on every version --------------------------------------------------------------
