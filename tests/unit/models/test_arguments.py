@@ -147,6 +147,9 @@ def test_a_mask_of_any_dtype(dtype):
         (torch.arange(9).view(3, 3), r"^position_ids of shape \(3, 3\): pass"),
         (torch.arange(0).view(0, 3), r"^position_ids of shape \(0, 3\): pass"),
         (torch.arange(3).view(1, 1, 3), r"^position_ids of shape \(1, 1, 3\): pass"),
+        (torch.arange(6).view(2, 3, 1), r"^position_ids of shape \(2, 3, 1\): pass"),
+        (torch.tensor(3), r"^position_ids of shape \(\): pass"),
+        (torch.arange(4), r"^position_ids of shape \(4,\): pass"),
         (torch.arange(3.0)[None], r"^position_ids holds torch.float32: pass torch.int64 or torch.int32$"),
         (torch.arange(3, device="meta"), r"^position_ids is on meta, the model on cpu: pass position_ids.to"),
     ],
@@ -162,6 +165,10 @@ def test_positions_of_padding_do_not_count():
     assert rows.tolist() == [[7, 8, 9], [0, 8, 9]]
     assert arguments.rows_of_positions(torch.tensor([7, 8, 9]), None, IDS).tolist() == [[7, 8, 9]] * 2
     assert arguments.rows_of_positions(torch.tensor([[5]]), mask, IDS[:, :1]).tolist() == [[5], [5]]
+    step = arguments.rows_of_positions(torch.tensor([[5]]), torch.tensor([[1, 1], [1, 0]]), IDS[:, :1])
+    assert step.tolist() == [[5], [5]]  # kept: nobody reads the second, and a step has an operator less
+    own = [[7, 8, 9], [4, 5, 6]]
+    assert arguments.rows_of_positions(torch.tensor(own), None, IDS).tolist() == own
     assert arguments.rows_of_positions(None, mask, IDS) is None
 
 
