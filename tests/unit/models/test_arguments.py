@@ -77,7 +77,10 @@ def test_modes_of_generation_that_take_the_cache_apart_are_refused(mode, named):
         ({"full_attention": None}, r"attention_mask is a dict: pass a 2-D mask .* = \(2, 5\)"),
         (torch.ones(2, 1, 2, 5), r"shape \(2, 1, 2, 5\): pass a 2-D mask"),
         (torch.ones(3, 5), r"shape \(3, 5\): pass a 2-D mask"),
+        (torch.ones(2), r"shape \(2,\): pass a 2-D mask"),
+        (torch.ones(1, 5), r"shape \(1, 5\): pass a 2-D mask"),
         (torch.ones(2, 4), r"covers 4 tokens, but 3 are in the cache and 2 are new: pass"),
+        (torch.ones(2, 6), r"covers 6 tokens, but 3 are in the cache and 2 are new: pass"),
     ],
 )
 def test_masks_that_do_not_fit(mask, message):
@@ -105,6 +108,7 @@ IDS, EMBEDS, TABLE = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, 4), t
         (None, [[[1.0]]], r"^inputs_embeds is a list: pass a tensor \(batch, tokens, hidden\) of embeddings$"),
         (None, EMBEDS[0], r"^inputs_embeds \(batch, tokens, hidden\) expected, got shape \(3, 4\)$"),
         (None, EMBEDS[:, :, :2], r"inputs_embeds of shape \(2, 3, 2\): the model has hidden_size=4; pass .* 4\)$"),
+        (None, EMBEDS.repeat(1, 1, 2), r"inputs_embeds of shape \(2, 3, 8\): the model has hidden_size=4; pass"),
         (None, EMBEDS.double(), r"^inputs_embeds is torch.float64, the model torch.float32: pass .*\.to"),
         (None, EMBEDS.long(), r"^inputs_embeds is torch.int64, the model torch.float32"),
         (IDS, EMBEDS, r"^pass exactly one of input_ids and inputs_embeds$"),
@@ -168,7 +172,8 @@ def test_positions_of_padding_do_not_count():
     step = arguments.rows_of_positions(torch.tensor([[5]]), torch.tensor([[1, 1], [1, 0]]), IDS[:, :1])
     assert step.tolist() == [[5], [5]]  # kept: nobody reads the second, and a step has an operator less
     own = [[7, 8, 9], [4, 5, 6]]
-    assert arguments.rows_of_positions(torch.tensor(own), None, IDS).tolist() == own
+    for prompt in (IDS, EMBEDS):
+        assert arguments.rows_of_positions(torch.tensor(own), None, prompt).tolist() == own
     assert arguments.rows_of_positions(None, mask, IDS) is None
 
 
@@ -198,8 +203,10 @@ def test_a_cache_that_is_none_or_of_other_rows():
     assert arguments.check_cache(cache, 2) is cache
     cache.update(torch.ones(3, 1, 2, 4), torch.ones(3, 1, 2, 4), 0)
     assert arguments.check_cache(cache, 3) is cache
-    with pytest.raises(ValueError, match=r"holds 3 rows, and the batch has 2: pass a cache"):
-        arguments.check_cache(cache, 2)
+    assert arguments.check_cache(cache, None) is cache
+    for batch in (2, 4):
+        with pytest.raises(ValueError, match=rf"holds 3 rows, and the batch has {batch}: pass a cache"):
+            arguments.check_cache(cache, batch)
 
 
 @pytest.mark.parametrize(
