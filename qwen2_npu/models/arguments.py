@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import Cache
 
 from qwen2_npu.checkpoint.sources import check_dtype
@@ -187,6 +188,20 @@ MODES_OF_TUPLES = {
     "contrastive_search": "penalty_alpha",
 }
 """Modes of generation that 4.37.0 implements over tuples of tensors alone, and the arguments that choose them."""
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode of generation that takes the KV cache apart.
+
+    Raises:
+        UnsupportedError: naming the arguments that choose it.
+    """
+    if mode in MODES_OF_TUPLES:
+        raise UnsupportedError(
+            f"{mode.replace('_', ' ')} ({MODES_OF_TUPLES[mode]}) takes the KV cache apart as transformers "
+            f"{transformers.__version__} does, in tuples, which this model does not have: leave it out, or install "
+            "'transformers>=5,<6', which has assisted decoding and prompt lookup for it"
+        )
 
 
 def check_generation(configuration: Any) -> None:

@@ -185,7 +185,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         return FixedKVCache(self.cache_shape(batch_size, capacity))
 
     def _prepare_rotary(
-        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None, padded: int = 0
+        self, device: torch.device, tokens: int, cache: Cache | None, position_ids: torch.Tensor | None, padded: int
     ) -> None:
         """Have the rotary table hold the positions of ``tokens``, and those that the cache has room for: a generation
         then has one table from its first step to its last, and one graph.
@@ -307,7 +307,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         over_all = labels is not None and labels.shape[1] == tokens
         kept = None if over_all else arguments.kept_positions(logits_to_keep, tokens)
         one = isinstance(kept, torch.Tensor) and kept.dim() == 0
-        wanted = kept.reshape(1) if isinstance(kept, torch.Tensor) and one else kept
+        wanted = torch.atleast_1d(kept) if isinstance(kept, torch.Tensor) else kept
         asked = Pass(
             given,
             attention_mask,

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers.cache_utils import Cache
 
 from qwen2_npu.cache import CacheShape, FixedKVCache
@@ -269,12 +268,7 @@ class GenerationHooks:
 
     def _get_generation_mode(self, generation_config: Any, assistant_model: Any) -> Any:
         mode = super()._get_generation_mode(generation_config, assistant_model)  # type: ignore[misc]
-        if mode.value in arguments.MODES_OF_TUPLES:
-            raise UnsupportedError(
-                f"{mode.value.replace('_', ' ')} ({arguments.MODES_OF_TUPLES[mode.value]}) takes the KV cache apart as "
-                f"transformers {transformers.__version__} does, in tuples, which this model does not have: leave it "
-                "out, or install 'transformers>=5,<6', which has assisted decoding and prompt lookup for it"
-            )
+        arguments.check_mode(mode.value)
         return mode
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -306,36 +300,51 @@ class GenerationHooks:
             arguments.check_ends(input_ids, attention_mask, given)
         if call is not None:
             call.started = True
-        if not IS_V4:
-            return super().prepare_inputs_for_generation(
-                input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                **{CACHE_NAME: past_key_values},
-                **kwargs,
-            )
-        use_cache = kwargs.get("use_cache")
-        first_of_embeds = inputs_embeds is not None and past == 0
-        if past == 0:
-            rows, tokens = (inputs_embeds if inputs_embeds is not None else input_ids).shape[:2]
-            if past_key_values is None and use_cache:
-                new_tokens = 1 if call is None else call.new_tokens
-                past_key_values = self._cache_for_generation(rows, tokens + new_tokens - 1)
-        if past > 0:
-            total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
-            input_ids = input_ids[:, -(total - past) :]
-        position_ids = kwargs.get("position_ids")
+        if IS_V4:
+            return self._inputs_of_v4(input_ids, past_key_values, attention_mask, inputs_embeds, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: past_key_values},
+            **kwargs,
+        )
+
+    def _inputs_of_v4(  # type: ignore[misc]
+        self: Qwen2ForCausalLM,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """What 4.37.0 leaves to the model: a cache for the first pass, positions, and the ids that are new.
+
+        It needs nothing of that version, so that it is tested with any.
+        """
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        computed = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if position_ids is not None and past > 0:
-            position_ids = position_ids[:, -input_ids.shape[1] :]
-        model_inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds} if first_of_embeds else {"input_ids": input_ids}
-        model_inputs.update(
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-        )
+        if past > 0:
+            total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
+            inputs_embeds, computed = None, input_ids[:, -(total - past) :]
+            if position_ids is not None:
+                position_ids = position_ids[:, -computed.shape[1] :]
+        elif past_key_values is None and use_cache:
+            call = self._call()
+            new_tokens = 1 if call is None else call.new_tokens
+            rows, tokens = computed.shape[:2]
+            past_key_values = self._cache_for_generation(rows, tokens + new_tokens - 1)
+        model_inputs: dict[str, Any] = {
+            "input_ids" if inputs_embeds is None else "inputs_embeds": computed,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+        }
         if self.optimizations.last_token_logits:
             model_inputs["logits_to_keep"] = 1
         return model_inputs

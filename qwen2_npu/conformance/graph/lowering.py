@@ -179,7 +179,7 @@ def fake_model(
                 model = Qwen2ForCausalLM.of_kind(config)(config, optimizations, ranks).eval()
         finally:
             torch.set_default_dtype(before)
-        model._prepare_rotary(torch.device(DEVICE), 1, None, None)
+        model._prepare_rotary(torch.device(DEVICE), 1, None, None, padded=0)
         yield model
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from qwen2_npu.compat import growing_cache
 from qwen2_npu.errors import UnsupportedError
@@ -29,6 +30,7 @@ from qwen2_npu.models.inputs import Rows
             r"no argument num_logits_to_keep; .*its name is logits_to_keep",
         ),
         ({"num_items_in_batch": 3}, r"num_items_in_batch: the loss is the mean"),
+        ({"shift_labels": [[1]]}, r"takes no argument shift_labels; shift_labels: pass labels: they are shifted here$"),
     ],
 )
 def test_an_argument_without_effect_is_refused(given, message):
@@ -53,12 +55,32 @@ def test_options_that_draft_with_layers_of_the_stock_model_are_refused(name, val
 
 
 @pytest.mark.parametrize(
+    ("mode", "named"),
+    [
+        ("assisted_generation", r"^assisted generation \(assistant_model, prompt_lookup_num_tokens\) takes"),
+        ("contrastive_search", r"^contrastive search \(penalty_alpha\) takes"),
+    ],
+)
+def test_modes_of_generation_that_take_the_cache_apart_are_refused(mode, named):
+    """4.37.0 asks; 5.x has the first of them for other caches."""
+    with pytest.raises(
+        UnsupportedError, match=rf"{named} the KV cache apart as transformers {transformers.__version__}"
+    ):
+        arguments.check_mode(mode)
+    for other in ("greedy_search", "sample", "beam_search", "group_beam_search"):
+        arguments.check_mode(other)
+
+
+@pytest.mark.parametrize(
     ("mask", "message"),
     [
         ({"full_attention": None}, r"attention_mask is a dict: pass a 2-D mask .* = \(2, 5\)"),
         (torch.ones(2, 1, 2, 5), r"shape \(2, 1, 2, 5\): pass a 2-D mask"),
         (torch.ones(3, 5), r"shape \(3, 5\): pass a 2-D mask"),
+        (torch.ones(2), r"shape \(2,\): pass a 2-D mask"),
+        (torch.ones(1, 5), r"shape \(1, 5\): pass a 2-D mask"),
         (torch.ones(2, 4), r"covers 4 tokens, but 3 are in the cache and 2 are new: pass"),
+        (torch.ones(2, 6), r"covers 6 tokens, but 3 are in the cache and 2 are new: pass"),
     ],
 )
 def test_masks_that_do_not_fit(mask, message):
@@ -86,6 +108,7 @@ IDS, EMBEDS, TABLE = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, 4), t
         (None, [[[1.0]]], r"^inputs_embeds is a list: pass a tensor \(batch, tokens, hidden\) of embeddings$"),
         (None, EMBEDS[0], r"^inputs_embeds \(batch, tokens, hidden\) expected, got shape \(3, 4\)$"),
         (None, EMBEDS[:, :, :2], r"inputs_embeds of shape \(2, 3, 2\): the model has hidden_size=4; pass .* 4\)$"),
+        (None, EMBEDS.repeat(1, 1, 2), r"inputs_embeds of shape \(2, 3, 8\): the model has hidden_size=4; pass"),
         (None, EMBEDS.double(), r"^inputs_embeds is torch.float64, the model torch.float32: pass .*\.to"),
         (None, EMBEDS.long(), r"^inputs_embeds is torch.int64, the model torch.float32"),
         (IDS, EMBEDS, r"^pass exactly one of input_ids and inputs_embeds$"),
@@ -128,6 +151,9 @@ def test_a_mask_of_any_dtype(dtype):
         (torch.arange(9).view(3, 3), r"^position_ids of shape \(3, 3\): pass"),
         (torch.arange(0).view(0, 3), r"^position_ids of shape \(0, 3\): pass"),
         (torch.arange(3).view(1, 1, 3), r"^position_ids of shape \(1, 1, 3\): pass"),
+        (torch.arange(6).view(2, 3, 1), r"^position_ids of shape \(2, 3, 1\): pass"),
+        (torch.tensor(3), r"^position_ids of shape \(\): pass"),
+        (torch.arange(4), r"^position_ids of shape \(4,\): pass"),
         (torch.arange(3.0)[None], r"^position_ids holds torch.float32: pass torch.int64 or torch.int32$"),
         (torch.arange(3, device="meta"), r"^position_ids is on meta, the model on cpu: pass position_ids.to"),
     ],
@@ -143,6 +169,11 @@ def test_positions_of_padding_do_not_count():
     assert rows.tolist() == [[7, 8, 9], [0, 8, 9]]
     assert arguments.rows_of_positions(torch.tensor([7, 8, 9]), None, IDS).tolist() == [[7, 8, 9]] * 2
     assert arguments.rows_of_positions(torch.tensor([[5]]), mask, IDS[:, :1]).tolist() == [[5], [5]]
+    step = arguments.rows_of_positions(torch.tensor([[5]]), torch.tensor([[1, 1], [1, 0]]), IDS[:, :1])
+    assert step.tolist() == [[5], [5]]  # kept: nobody reads the second, and a step has an operator less
+    own = [[7, 8, 9], [4, 5, 6]]
+    for prompt in (IDS, EMBEDS):
+        assert arguments.rows_of_positions(torch.tensor(own), None, prompt).tolist() == own
     assert arguments.rows_of_positions(None, mask, IDS) is None
 
 
@@ -172,8 +203,10 @@ def test_a_cache_that_is_none_or_of_other_rows():
     assert arguments.check_cache(cache, 2) is cache
     cache.update(torch.ones(3, 1, 2, 4), torch.ones(3, 1, 2, 4), 0)
     assert arguments.check_cache(cache, 3) is cache
-    with pytest.raises(ValueError, match=r"holds 3 rows, and the batch has 2: pass a cache"):
-        arguments.check_cache(cache, 2)
+    assert arguments.check_cache(cache, None) is cache
+    for batch in (2, 4):
+        with pytest.raises(ValueError, match=rf"holds 3 rows, and the batch has {batch}: pass a cache"):
+            arguments.check_cache(cache, batch)
 
 
 @pytest.mark.parametrize(
@@ -242,12 +275,18 @@ def prompt_checked(past=None, **call):
     arguments.check_prompt(call, torch.device("cpu"), 9, past)
 
 
+@pytest.mark.parametrize("given", [{"input_ids": IDS}, {"inputs": IDS}, {"inputs_embeds": EMBEDS}], ids="".join)
 @pytest.mark.parametrize(("past", "fits"), [(None, True), (0, True), (2, True), (3, False), (4, False)])
-def test_a_prompt_that_the_cache_holds_already_is_none(past, fits):
+def test_a_prompt_that_the_cache_holds_already_is_none(given, past, fits):
     """Of three tokens per row: with two in the cache the third is new."""
-    with nullcontext() if fits else pytest.raises(ValueError, match=rf"3 tokens per row, and the cache holds {past}"):
-        prompt_checked(past, input_ids=IDS)
-    prompt_checked(past, input_ids=IDS, attention_mask=torch.ones(2, 3 + (past or 0)))
+    message = rf"3 tokens per row, and the cache holds {past} .* past \+ new tokens\) = \(2, {(past or 0) + 3}\)$"
+    for narrow in ({}, {"attention_mask": torch.ones(2, 3)}):
+        with nullcontext() if fits else pytest.raises(ValueError, match=message):
+            prompt_checked(past, **given, **narrow)
+    prompt_checked(past, **given, attention_mask=torch.ones(2, 3 + (past or 0)))
+    if past is not None:
+        with pytest.raises(ValueError, match=r"^attention_mask of shape \(3, \d\): pass"):
+            prompt_checked(past, **given, attention_mask=torch.ones(3, 3 + past + 1))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +305,26 @@ def test_a_prompt_that_the_cache_holds_already_is_none(past, fits):
 def test_masks_of_a_prompt_that_do_not_fit(mask, message):
     with pytest.raises(ValueError, match=message):
         prompt_checked(input_ids=IDS, attention_mask=mask)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(6), torch.ones(2, 1, 6)])
+def test_masks_of_other_dimensions_beside_a_cache(mask):
+    """They cover nothing of it; nor do they make a prompt one that it does not hold yet."""
+    with pytest.raises(ValueError, match=r"^the prompt has 3 tokens per row, and the cache holds 3 already"):
+        prompt_checked(3, input_ids=IDS, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"^attention_mask of shape \((6,|2, 1, 6)\): pass"):
+        prompt_checked(2, input_ids=IDS, attention_mask=mask)
+
+
+def test_what_is_no_prompt_is_left_to_transformers():
+    """It begins with a token of its own, or says what is missing."""
+    prompt_checked(3)
+    prompt_checked(3, attention_mask=torch.ones(2, 4))
+
+
+def test_embeddings_of_other_dimensions_are_no_prompt():
+    with pytest.raises(ValueError, match=r"^inputs_embeds \(batch, tokens, hidden\) expected, got shape \(3, 4\)$"):
+        prompt_checked(inputs_embeds=EMBEDS[0])
 
 
 @pytest.mark.parametrize("positions", [[[0, 1, 2]] * 2, IDS.numpy()])

@@ -9,6 +9,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
@@ -194,11 +195,22 @@ def test_keys_and_values_are_where_the_cache_says(name):
 
 @pytest.mark.parametrize("name", ["none", "all"])
 @torch.no_grad()
-def test_a_cache_is_made_where_the_call_or_else_the_configuration_says(name):
-    for usual, asked, made in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
-        model = model_of(name, small_stock(small_config(num_hidden_layers=1, use_cache=usual)))
+def test_a_cache_is_made_where_the_call_or_else_the_configuration_says(name, monkeypatch):
+    """Elsewhere there is none, not even one that is thrown away: it would hold the keys and values of all layers."""
+    made = []
+    for owner, what in ((backbone, "growing_cache"), (FixedKVCache, "__init__")):
+        right = getattr(owner, what)
+        monkeypatch.setattr(owner, what, lambda *given, right=right: made.append(given) or right(*given))
+    model = model_of(name, small_stock(small_config(num_hidden_layers=1)))
+    for usual, asked, wanted in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
+        model.config.use_cache = usual
+        made.clear()
         output = model(tokens(1, 3), **({} if asked is None else {"use_cache": asked}))
-        assert (output.get(CACHE_NAME) is not None) == made
+        assert (output.get(CACHE_NAME) is not None) == (len(made) == 1) == wanted
+        cache = model.allocate_cache(1, 8)
+        made.clear()
+        assert model(tokens(1, 3), use_cache=True, **{CACHE_NAME: cache}).get(CACHE_NAME) is cache
+        assert not made
 
 
 # ---- the rotary table -----------------------------------------------------------------------------------------------
@@ -322,6 +334,20 @@ def test_what_is_not_asked_for_is_not_there(stock, asked):
         assert (output.get(CACHE_NAME) is not None) == use_cache
     given[CACHE_NAME] = model.allocate_cache(1, 5)
     assert model(ids, use_cache=False, **given).get(CACHE_NAME) is None
+
+
+@pytest.mark.parametrize("name", ["none", *FIXED])
+@torch.no_grad()
+def test_hidden_states_of_a_prompt_and_of_a_step_are_the_stock_ones(stock, name):
+    """No compiled step records them."""
+    ids, found = tokens(2, 6), []
+    for candidate in (stock, model_of(name, stock)):
+        prompt = candidate(ids[:, :5], use_cache=True, output_hidden_states=True)
+        step = candidate(ids[:, 5:], output_hidden_states=True, **{CACHE_NAME: cache_of(prompt)})
+        found.append((*prompt.hidden_states, *step.hidden_states))
+    assert len(found[1]) == len(found[0]) == 4
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 KEPT = [torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([False]), slice(0, 0), torch.tensor(-1)]

@@ -423,20 +423,3 @@ def test_continuous_batching_is_refused_at_once(model, name):
 def test_cache_implementations_are_refused_with_the_call_that_works(model, prompt, kind):
     with pytest.raises(UnsupportedError, match=rf"^cache_implementation='{kind}': .*=model.allocate_cache\(batch_size"):
         model.generate(**prompt, max_new_tokens=2, cache_implementation=kind)
-
-
-# ---- a loop of one's own ------------------------------------------------------------------------------------------
-def test_inputs_are_prepared_outside_of_a_generation_too(stock, model, prompt):
-    """As the stock class prepares them; a prompt that ends in padding is refused there, too."""
-    given = {"attention_mask": prompt["attention_mask"], "use_cache": False}
-    ours = model.prepare_inputs_for_generation(prompt["input_ids"], **given)
-    theirs = stock.prepare_inputs_for_generation(prompt["input_ids"], **given)
-    for name in ("input_ids", "attention_mask", "position_ids"):
-        assert (ours.get(name) is None) == (theirs.get(name) is None)
-        if ours.get(name) is not None:
-            live = given["attention_mask"].bool()  # 4.37.0 has other positions at padding
-            assert torch.equal(ours[name][live], theirs[name][live])
-    mask = prompt["attention_mask"].clone()
-    mask[1, -1] = 0
-    with pytest.raises(ValueError, match="row 1 of the prompt is padded on the right"):
-        model.prepare_inputs_for_generation(prompt["input_ids"], attention_mask=mask)

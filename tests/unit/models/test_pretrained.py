@@ -29,14 +29,46 @@ def model(folder):
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
+HARMLESS = (
+    "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_kwargs", "adapter_name", "allow_all_kernels",
+    "cache_dir", "disable_mmap", "force_download", "local_files_only", "low_cpu_mem_usage", "mirror", "offload_buffers",
+    "offload_folder", "offload_state_dict", "proxies", "resume_download", "revision", "token", "tqdm_class",
+    "trust_remote_code", "use_auth_token", "use_flash_attention_2", "weights_only",
+)  # fmt: skip
+REFUSED = (
+    "_adapter_model_path", "attn_implementation", "device_mesh", "distributed_config", "experts_implementation",
+    "from_flax", "from_tf", "fusion_config", "gguf_file", "ignore_mismatched_sizes", "kernel_config", "key_mapping",
+    "load_in_4bit", "load_in_8bit", "max_memory", "output_loading_info", "quantization_config", "state_dict", "tp_plan",
+    "use_kernels", "use_safetensors", "variant",
+)  # fmt: skip
+"""Keywords of some version of transformers, by hand: none may be lost from the tables."""
+
+UNSET = (None, False, "")
+DEFAULTS = {
+    "attn_implementation": (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+    "use_safetensors": (None, True),
+    "safe_serialization": (None, True),
+}
+"""Values that ask for nothing, where they are others than UNSET."""
+
+
 def test_keywords_that_ask_for_nothing(folder):
     """Every harmless keyword with a value, every refused one with the values that mean its default."""
-    given = dict.fromkeys(pretrained.LOADING_HARMLESS, "x")
-    for name, refused in pretrained.LOADING_REFUSED.items():
-        for value in refused.harmless:
-            pretrained.effective("from_pretrained", {name: value}, (), pretrained.LOADING_REFUSED)
-        given[name] = refused.harmless[-1]
+    assert {*pretrained.LOADING_REFUSED} == {*REFUSED}
+    given = dict.fromkeys(HARMLESS, "x")
+    for name in REFUSED:
+        for value in DEFAULTS.get(name, UNSET):
+            assert not pretrained.effective("from_pretrained", {name: value}, (), pretrained.LOADING_REFUSED)
+            given[name] = value
     assert isinstance(Qwen2ForCausalLM.from_pretrained(folder, **given), Qwen2ForCausalLM)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_unset_elsewhere_may_be_a_choice(name):
+    for table in (pretrained.LOADING_REFUSED, pretrained.SAVING_REFUSED):
+        if name in table:
+            with pytest.raises(UnsupportedError, match=rf"^f\({name}=False\): "):
+                pretrained.effective("f", {name: False}, (), table)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash_attention_2"])
@@ -47,7 +79,7 @@ def test_a_usual_call(folder, implementation):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", pretrained.LOADING_REFUSED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_ignored_is_refused_by_name_and_value(folder, name):
     with pytest.raises(UnsupportedError, match=rf"^from_pretrained\({name}='x\.y'\): \w.{{20,}}") as caught:
         Qwen2ForCausalLM.from_pretrained(folder, **{name: "x.y"})
@@ -204,15 +236,21 @@ def test_from_state_dict_refuses_the_same(model):
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
+SAVING = ("push_to_hub", "state_dict", "save_function", "variant", "distributed_checkpoint", "safe_serialization")
+"""Those of ``save_pretrained`` that are refused, by hand."""
+
+
 def test_save_keywords_that_ask_for_nothing(model, tmp_path):
-    model.save_pretrained(
-        tmp_path / "ours", push_to_hub=False, state_dict=None, is_main_process=True, variant=None, token="x",
-        save_peft_format=True, safe_serialization=True,
-    )  # fmt: skip
+    given = dict.fromkeys(("save_peft_format", "save_original_format", "token", "use_auth_token"), "x")
+    for name in SAVING:
+        for value in DEFAULTS.get(name, UNSET):
+            assert not pretrained.effective("save_pretrained", {name: value}, (), pretrained.SAVING_REFUSED)
+            given[name] = value
+    model.save_pretrained(tmp_path / "ours", is_main_process=True, **given)
     assert (tmp_path / "ours" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", pretrained.SAVING_REFUSED)
+@pytest.mark.parametrize("name", sorted({*SAVING, *pretrained.SAVING_REFUSED}))
 def test_save_keywords_that_would_be_ignored(model, tmp_path, name):
     with pytest.raises(UnsupportedError, match=rf"^save_pretrained\({name}='x\.y'\): \w.{{20,}}"):
         model.save_pretrained(tmp_path / "x", **{name: "x.y"})
