@@ -99,7 +99,9 @@ def chosen(path: str, source: bytes, mutation: Mutation, record: Record, budget:
     reaching = record.reaching(path, lines)
     reached = set(reaching)
     files = {record.file(index) for index in reaching}
-    files |= {file for file in map(record.file, range(len(record.tests))) if not nearness(path, file)}
+    near = {file: nearness(path, file) for file in map(record.file, range(len(record.tests)))}
+    # What runs at import alone, such as a table in an __init__.py, is reached by no test: those of its folder, then.
+    files |= {file for file, distance in near.items() if distance <= (0 if reaching else 1)}
     beside = [i for i in range(len(record.tests)) if record.file(i) in files and i not in reached]
     ordered = _ordered(path, reaching, record) + _ordered(path, beside, record)
     taken, spent = [], 0.0

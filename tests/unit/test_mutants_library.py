@@ -209,6 +209,22 @@ def test_near_and_short_tests_that_reach_the_line_come_first(scripts: dict[str, 
     assert [found.tests[index].partition("::test_")[2] for index in short] == ["a", "a", "quick", "elsewhere"]
 
 
+def test_what_no_test_reaches_is_tried_by_those_of_its_folder(scripts: dict[str, ModuleType]) -> None:
+    found = record(
+        scripts,
+        accuracy__test_all__at__a=(0.1, [2]),
+        unit__models__test_other__at__a=(0.2, []),
+        unit__models__test_rules__at__a=(0.3, []),
+    )
+    table = "qwen2_npu/models/__init__.py"
+    fault = scripts["mutations"].mutations(b"LIMIT = 3\n")[0]
+    chosen = scripts["library"].chosen(table, b"LIMIT = 3\n", fault, found, 100.0)
+    assert [found.file(index) for index in chosen] == [
+        "tests/unit/models/test_other.py",
+        "tests/unit/models/test_rules.py",
+    ]
+
+
 def test_one_of_a_function_comes_before_its_siblings(scripts: dict[str, ModuleType]) -> None:
     ids = ["a.py::t[1]", "a.py::t[2]", "b.py::t[1]", "b.py::t[2]"]
     found = scripts["reached"].Record(ids, [0.2, 0.1, 0.1, 0.2], {PATH: {2: 15}}, {PATH: []})
