@@ -329,12 +329,12 @@ def _cut_off(folder, stock):
         (
             lambda folder, stock: write(folder, stock, [], target_modules=["w_pack"]),
             CheckpointError,
-            r"missing of 0 of 0 products",
+            r"missing of 0 of 0 products, and 0 more are there; fetch it again",
         ),
         (
             lambda folder, stock: write(folder, stock, target_modules=["q_proj"]),
             CheckpointError,
-            r"missing of 0 of 3 products, and 18 more are there",
+            r"missing of 0 of 3 products, and 18 more are there, first of model\.layers\.\d\.\S*[^q]_proj; fetch it",
         ),
         (
             lambda folder, stock: write(folder, stock, target_modules="(q_proj"),

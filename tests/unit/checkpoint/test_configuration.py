@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,30 @@ def test_a_folder_that_a_save_left_unfinished(folder):
         read_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (
+            [f".saving-{number:08x}" for number in range(8)],
+            "a save into it was interrupted, or is under way: save the model again, or wait",
+        ),
+        ([".merging-qkv.json"], "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again"),
+        ([".quantizing.json"], "qwen2-npu quantize was interrupted, or is under way: run the same command again"),
+    ],
+    ids=["save", "merge-qkv", "quantize"],
+)
+def test_what_was_interrupted_is_seen_among_other_files(tmp_path, marks, message):
+    """Wherever it is in the order that a folder has of its own, which is another one for each name."""
+    others = [f"{kind}{number}" for number in range(5) for kind in (".git", "README", "model-", "~")]
+    for mark in marks:
+        folder = tmp_path / f"with {mark}"
+        folder.mkdir()
+        for name in [*others[:10], mark, *others[10:]]:
+            (folder / name).touch()
+        with pytest.raises(CheckpointError, match=rf"has no config\.json: {re.escape(message)}"):
+            read_config(folder)
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "config.json", "no\0name", "x" * 300])
 def test_no_folder(folder, name):
     if not name:
@@ -136,6 +161,16 @@ def test_ways_to_generate_that_there_are_not(folder, change):
     (folder / "generation_config.json").write_text(json.dumps(change), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not served by this model; remove it"):
         read_generation_config(folder, 199)
+
+
+@pytest.mark.parametrize("name", ["assistant_early_exit", "is_assistant"])
+@pytest.mark.parametrize("value", [None, False])
+def test_ways_to_generate_that_there_are_not_may_be_turned_off(folder, name, value):
+    """As transformers writes them."""
+    (folder / "generation_config.json").write_text(json.dumps({name: value, "top_k": 7}), encoding="utf-8")
+    config = read_generation_config(folder, 199)
+    assert config is not None
+    assert config.top_k == 7
 
 
 @pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]")])

@@ -400,6 +400,18 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_killed_save_left_goes_before_the_disk_is_needed(tmp_path):
+    """A disk may have room for one checkpoint beside the one there is."""
+    (tmp_path / ".saving-dead" / "new").mkdir(parents=True)
+    beside: list[list[Path]] = []
+
+    def write(new: Path) -> None:
+        beside.append([path for path in tmp_path.iterdir() if path != new.parent])
+
+    saving.replace_checkpoint(tmp_path, write)
+    assert beside == [[]]
+
+
 def test_leftovers_where_folders_have_no_locks(tmp_path, monkeypatch):
     """A network file system: what has a lock is judged by that, what has none may belong to someone."""
     flock = fcntl.flock
