@@ -371,6 +371,18 @@ def test_an_adapter_that_cannot_be_used(base, stock, tmp_path, written, error, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("change", [(1, 0), (0, 1), (-1, 0), (0, -1)], ids=str)
+def test_parts_that_fit_neither_the_weight_nor_the_rank(tmp_path, part, change):
+    """A row or a column more or fewer; a weight of 5 x 7, and r=3."""
+    shapes = {"A": (3, 7), "B": (5, 3)}
+    shapes[part] = (shapes[part][0] + change[0], shapes[part][1] + change[1])
+    parts = {name: torch.ones(size) for name, size in shapes.items()}
+    message = f"q has lora_A {shapes['A']} and lora_B {shapes['B']}, expected (3, 7) and (5, 3) for r=3; pass the model"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        adapters._low_rank("q", parts, {"r": 3, "lora_alpha": 6}, tmp_path, (5, 7))
+
+
 def test_quantised_parts_are_refused(base, stock, tmp_path):
     tensors = write(tmp_path / "lora", stock)
     quantised = {f"base_model.model.{name}": tensor.to(torch.int8) for name, tensor in tensors.items()}
