@@ -38,7 +38,7 @@ def round_prompt(tokens: int, capacity: int) -> int:
 
     Four buckets per octave: at most a quarter more is computed, and a day of prompts needs some thirty graphs.
     """
-    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 3))
+    step = 1 << max(3, tokens.bit_length() - 3)
     return min(math.ceil(tokens / step) * step, capacity)
 
 

@@ -37,6 +37,17 @@ def test_prompts_of_one_bucket_share_a_length():
     assert len({round_prompt(n, 1 << 20) for n in range(1, 4097)}) < 40
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (5 << 20, "5 MiB"),
+        (3 << 30, "3 GiB"), (7 << 40, "7 TiB"), (3 << 50, "3072 TiB"), (12345678, "11.77 MiB"), (0.5, "0.5 B"),
+    ],
+)  # fmt: skip
+def test_bytes_are_told_in_the_largest_unit_of_which_there_is_one(count, text):
+    assert human_bytes(count) == text
+
+
 def test_memory_is_estimated_exactly_and_reported_before_allocation():
     with TestCase().assertLogs("qwen2_npu.cache", "INFO") as logs:
         cache = FixedKVCache(shape(dtype=torch.bfloat16))
@@ -209,5 +220,12 @@ def test_masks_that_nobody_reads_are_left_alone():
 def test_what_transformers_asks_of_a_cache():
     cache = FixedKVCache(shape())
     assert cache.is_recording_past(0) is True
+    assert (cache.is_initialized, cache.is_croppable, cache.is_compileable) == (True, True, False)
+    assert cache.is_sliding == cache.is_linear == [False, False]
+    assert (len(cache), cache.batch_size, cache.get_max_length(), cache.get_max_cache_shape()) == (2, 3, 128, 128)
+    with cache.step([2, 4, 3], 4):
+        pass
+    assert (cache.get_seq_length(), cache.get_usable_length(1)) == (4, 4)
+    assert repr(cache).endswith("; lengths=[2, 4, 3])")
     with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
         cache.batch_select_indices(torch.tensor([0, 2]))
