@@ -58,7 +58,17 @@ def test_memory_is_estimated_exactly_and_reported_before_allocation():
 
 @pytest.mark.parametrize(("layout", "expected"), [("BSND", (3, 128, 2, 4)), ("BNSD", (3, 2, 128, 4))])
 def test_layouts(layout, expected):
-    assert FixedKVCache(shape(layout=layout)).key_cache[1].shape == expected
+    cache = FixedKVCache(shape(layout=layout, layers=3))
+    assert [tensor.shape for tensor in cache.key_cache] == [tensor.shape for tensor in cache.value_cache]
+    assert [tensor.shape for tensor in cache.key_cache] == [expected] * 3
+
+
+def test_slots_are_counted_over_all_rows():
+    """As one operator writes them: of a tensor (batch · capacity, …)."""
+    cache = FixedKVCache(shape())
+    with cache.step([2, 5, 3], 5):
+        assert cache.slots.tolist() == [0, 128, 256]
+    assert cache.slots.tolist() == [2, 133, 259]
 
 
 def test_masks_and_write_positions_follow_ragged_rows():
@@ -93,10 +103,17 @@ def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
     with cache.step([100, 120, 90], 120):
         pass
     before = (list(cache.lengths), cache.seen_tokens, cache.drop_mask.clone())
-    with pytest.raises(CacheOverflowError, match=r"9 new tokens after 120 do not fit the KV cache of 128 slots"):
+    with pytest.raises(
+        CacheOverflowError,
+        match=r"9 new tokens after 120 do not fit the KV cache of 128 slots; call grow\(129 or more\) .* "
+        r"allocate_cache\(batch_size=3, capacity=129 or more\)",
+    ):
         cache.check_room(3, 9)
-    with pytest.raises(CacheOverflowError, match=r"2 rows .* allocated for 3"):
-        cache.check_room(2, 1)
+    for rows in (2, 4):
+        with pytest.raises(
+            CacheOverflowError, match=rf"{rows} rows .* allocated for 3; allocate_cache\(batch_size={rows}, capacity=…"
+        ):
+            cache.check_room(rows, 1)
     cache.check_room(3, 8)
     assert (cache.lengths, cache.seen_tokens) == before[:2]
     assert torch.equal(cache.drop_mask, before[2])
