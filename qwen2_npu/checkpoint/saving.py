@@ -55,8 +55,7 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
             if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets only their owner read its files
                 path.chmod(mode)
             _sync(path)
-        for path in (new, staging):
-            _sync(path)
+        _sync(new)
         with locked(folder) as alone:
             _Exchange(folder, staging, new).run()
             _remove_leftovers(folder, alone)

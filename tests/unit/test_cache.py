@@ -183,6 +183,41 @@ def test_crop_forgets_the_last_tokens():
         cache.crop(-2)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["", "to a length"])
+@pytest.mark.parametrize("kept", range(8))
+def test_crop_takes_padding_with_the_tokens(kept, early):
+    """Counted row by row; what was seen after the prompt is no padding."""
+    prompt = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    cache = FixedKVCache(shape())
+    with cache.step([row.count(0) for row in prompt], 5, padding=torch.tensor(prompt).bool()):
+        pass
+    for _ in range(2):
+        with cache.step([1, 1, 1], 1):
+            pass
+    if kept or not early:  # 0 is a number of tokens to remove
+        cache.crop(kept if early else kept - 7)
+        seen = [[*row, 0, 0][:kept] for row in prompt]
+        assert cache.lengths == [row.count(0) for row in seen] == cache.write_index.tolist()
+        assert live_slots(cache.drop_mask) == [list(range(length)) for length in cache.lengths]
+        assert cache.seen_tokens == kept
+        assert cache.padding_of(kept).int().tolist() == seen
+
+
+@pytest.mark.parametrize("removed", [8, 9, 12, 100])
+def test_crop_of_more_than_there_was_changes_nothing(removed):
+    prompt = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    for padding, lengths in ((None, [5, 5, 5]), (prompt, [3, 5, 0])):
+        cache = FixedKVCache(shape())
+        with cache.step(lengths, 5, padding=padding):
+            pass
+        with cache.step([1, 1, 1], 1):
+            pass
+        with pytest.raises(CacheOverflowError, match=rf"crop\(-{removed}\) of rows of .* a row has fewer tokens"):
+            cache.crop(-removed)
+        assert (cache.lengths, cache.seen_tokens) == ([length + 1 for length in lengths], 6)
+        assert (cache.padding is None) == (padding is None)
+
+
 def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
     cache = FixedKVCache(shape())
     with cache.step([4, 6, 5], 6):

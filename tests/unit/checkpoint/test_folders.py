@@ -23,6 +23,7 @@ from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CheckpointError
+from tests.unit.checkpoint.merges import open_below
 from tests.unit.small import V4, small_stock
 
 NOBODY = 65534
@@ -219,6 +220,19 @@ def test_a_folder_that_is_released_is_had_at_once(tmp_path):
         assert alone
     assert 0.04 < time.monotonic() - began < 10
     timer.join()
+
+
+def test_no_folder_stays_open(tmp_path):
+    """One that is refused, neither."""
+    with locked(tmp_path), locked(tmp_path / "nowhere"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "LOCK_SECONDS", 0.0)
+        with pytest.raises(CheckpointError, match="is held by another process"), locked(tmp_path):
+            pass
+    (tmp_path / "file").touch()
+    folders.sync(tmp_path / "file")
+    folders.sync(tmp_path)
+    folders.check_readable(tmp_path / "file")
+    assert not open_below(tmp_path)
 
 
 def test_a_child_does_not_keep_what_its_parent_released(tmp_path):

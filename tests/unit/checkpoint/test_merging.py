@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import random
 import shutil
@@ -28,7 +29,7 @@ from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART
 from qwen2_npu.checkpoint.merge_plan import plan_merge
 from qwen2_npu.checkpoint.merging import merge_qkv, unmerge_qkv
 from qwen2_npu.errors import CheckpointError
-from tests.unit.checkpoint.merges import config_of, digest, weights_of, write_folder
+from tests.unit.checkpoint.merges import config_of, digest, open_below, weights_of, write_folder
 from tests.unit.memory import least_peak
 
 CONFIG = config_of(4, 2, layers=1)
@@ -294,6 +295,13 @@ def test_nothing_is_moved_in_that_a_power_cut_could_take(
         path = output / name
         expected += [("fsync", part), ("drop", part, *everything), ("replace", part, path), ("fsync", path.parent)]
     assert done == [*expected, ("unlink", output / MERGING), ("fsync", output)]
+
+
+def test_no_file_stays_open(origin: Path, tmp_path: Path) -> None:
+    merge_qkv(origin, tmp_path / "merged")
+    unmerge_qkv(tmp_path / "merged", tmp_path / "unmerged")
+    gc.collect()  # what safetensors has open goes with its objects
+    assert not open_below(tmp_path, origin)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007], ids=oct)
