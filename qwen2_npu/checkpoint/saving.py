@@ -131,8 +131,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from error
         return {}
-    valid = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-    return weight_map if valid and weight_map is not None else {}
+    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+        return weight_map
+    return {}
 
 
 # ---- the exchange ----------------------------------------------------------------------------------------------------

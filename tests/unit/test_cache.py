@@ -279,5 +279,6 @@ def test_what_transformers_asks_of_a_cache():
         pass
     assert (cache.get_seq_length(), cache.get_usable_length(1)) == (4, 4)
     assert repr(cache).endswith("; lengths=[2, 4, 3])")
-    with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
-        cache.batch_select_indices(torch.tensor([0, 2]))
+    for change in (lambda: cache.batch_select_indices(torch.tensor([0, 2])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
+            change()

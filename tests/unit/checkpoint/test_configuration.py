@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen2_npu import Qwen2ForCausalLM
-from qwen2_npu.checkpoint.configuration import check_fields, read_config, read_generation_config, read_object
+from qwen2_npu.checkpoint.configuration import check_fields, one_line, read_config, read_generation_config, read_object
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_config
 
@@ -156,6 +156,20 @@ def test_tokens_that_generate_puts_in_are_in_the_vocabulary(folder, name):
     assert getattr(read_generation_config(folder, 200), name) == 199
 
 
+def test_each_of_several_tokens_is_in_the_vocabulary(folder):
+    path = folder / "generation_config.json"
+    for tokens in ([1, 199], [199, 1]):
+        path.write_text(json.dumps({"forced_eos_token_id": tokens}), encoding="utf-8")
+        message = f"forced_eos_token_id={tokens} is outside the vocabulary of vocab_size=199"
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read_generation_config(folder, 199)
+
+
+def test_an_exception_in_one_line():
+    assert one_line(ValueError("a\n  b\tc ")) == "a b c"
+    assert one_line(ValueError()) == one_line(ValueError("\n")) == "ValueError"
+
+
 @pytest.mark.parametrize("change", [{"assistant_early_exit": 2}, {"is_assistant": True}])
 def test_ways_to_generate_that_there_are_not(folder, change):
     (folder / "generation_config.json").write_text(json.dumps(change), encoding="utf-8")
@@ -173,7 +187,7 @@ def test_ways_to_generate_that_there_are_not_may_be_turned_off(folder, name, val
     assert config.top_k == 7
 
 
-@pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]")])
+@pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]"), ("[[], ", "]"), ('{"b": [], "a": ', "}")])
 def test_objects_and_lists_that_nest_too_deep(tmp_path, before, after):
     path = tmp_path / "x.json"
     path.write_text('{"a": ' + before * 200 + "1" + after * 200 + "}", encoding="utf-8")

@@ -560,7 +560,24 @@ def test_links_to_files_elsewhere(tmp_path, fails, monkeypatch):
     assert links == {name: f"../blobs/{name}" for name in before if fails or "config" in name}
 
 
-@pytest.mark.parametrize("weight_map", [{"a": 1}, ["a"], "a", None])
+@pytest.mark.parametrize("weight_map", [{"a": 1}, {"a": "file", "b": 1}, ["a"], "a", None])
 def test_an_index_without_a_map_of_texts_names_no_file(tmp_path, weight_map):
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     assert saving._weight_map(tmp_path) == {}
+
+
+def test_an_index_that_cannot_be_read_is_not_taken_for_none(tmp_path):
+    assert saving._weight_map(tmp_path) == {}
+    (tmp_path / INDEX_FILE).mkdir()
+    with pytest.raises(IsADirectoryError):
+        saving._weight_map(tmp_path)
+
+
+def test_what_the_index_names_is_not_removed(tmp_path):
+    """Wherever it names it; another folder whose name begins alike is."""
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": ".saving-12/old/model-00002-of-00002.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    for name in (".saving-12", ".saving-1"):
+        (tmp_path / name).mkdir()
+        saving._remove(tmp_path / name)
+    assert [path.name for path in tmp_path.glob(".*")] == [".saving-12"]
