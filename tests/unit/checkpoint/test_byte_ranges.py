@@ -83,7 +83,7 @@ def test_ranges_that_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert equal([], [])
     for first, second in (([one], [other]), ([one, one], [same, other]), ([one, one], [other, same])):
         assert not equal(first, second)
-    for first, second in ((one, longer), (longer, one)):
+    for first, second in ((one, longer), (longer, one), (Range(path, 0, 4), longer), (longer, Range(path, 0, 4))):
         assert not equal([first], [second])
 
 

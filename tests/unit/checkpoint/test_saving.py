@@ -568,6 +568,10 @@ def test_an_index_without_a_map_of_texts_names_no_file(tmp_path, weight_map):
 
 def test_an_index_that_cannot_be_read_is_not_taken_for_none(tmp_path):
     assert saving._weight_map(tmp_path) == {}
+    for text in ("{", "[]"):
+        (tmp_path / INDEX_FILE).write_text(text)
+        assert saving._weight_map(tmp_path) == {}
+    (tmp_path / INDEX_FILE).unlink()
     (tmp_path / INDEX_FILE).mkdir()
     with pytest.raises(IsADirectoryError):
         saving._weight_map(tmp_path)
