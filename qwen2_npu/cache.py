@@ -38,7 +38,7 @@ def round_prompt(tokens: int, capacity: int) -> int:
 
     Four buckets per octave: at most a quarter more is computed, and a day of prompts needs some thirty graphs.
     """
-    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 3))
+    step = 1 << max(3, tokens.bit_length() - 3)
     return min(math.ceil(tokens / step) * step, capacity)
 
 
@@ -421,7 +421,7 @@ class FixedKVCache(Cache):
             tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
         kept = self.seen_tokens + tokens_to_remove
         removed = [-tokens_to_remove] * self.shape.batch_size
-        if self.padding is not None and 0 <= kept < self.padding.shape[1]:
+        if self.padding is not None:  # of more than there was, a row keeps less than nothing either way
             removed = [-tokens_to_remove - padding for padding in self.padding[:, kept:].sum(dim=1).tolist()]
         lengths = [length - live for length, live in zip(self.lengths, removed, strict=True)]
         if min(lengths) < 0:

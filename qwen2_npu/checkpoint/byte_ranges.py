@@ -210,6 +210,6 @@ def _open(path: Path) -> Iterator[int]:
 def _read(handle: int, size: int) -> bytes:
     """As many bytes as there are, up to ``size``: a single call may return fewer."""
     found = os.read(handle, size)
-    while len(found) < size and (more := os.read(handle, size - len(found))):
+    while more := os.read(handle, size - len(found)):
         found += more
     return found

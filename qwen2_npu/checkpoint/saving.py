@@ -55,8 +55,7 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
             if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets only their owner read its files
                 path.chmod(mode)
             _sync(path)
-        for path in (new, staging):
-            _sync(path)
+        _sync(new)
         with locked(folder) as alone:
             _Exchange(folder, staging, new).run()
             _remove_leftovers(folder, alone)
@@ -132,8 +131,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from error
         return {}
-    valid = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-    return weight_map if valid and weight_map is not None else {}
+    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+        return weight_map
+    return {}
 
 
 # ---- the exchange ----------------------------------------------------------------------------------------------------

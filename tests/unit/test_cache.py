@@ -37,6 +37,17 @@ def test_prompts_of_one_bucket_share_a_length():
     assert len({round_prompt(n, 1 << 20) for n in range(1, 4097)}) < 40
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (5 << 20, "5 MiB"),
+        (3 << 30, "3 GiB"), (7 << 40, "7 TiB"), (3 << 50, "3072 TiB"), (12345678, "11.77 MiB"), (0.5, "0.5 B"),
+    ],
+)  # fmt: skip
+def test_bytes_are_told_in_the_largest_unit_of_which_there_is_one(count, text):
+    assert human_bytes(count) == text
+
+
 def test_memory_is_estimated_exactly_and_reported_before_allocation():
     with TestCase().assertLogs("qwen2_npu.cache", "INFO") as logs:
         cache = FixedKVCache(shape(dtype=torch.bfloat16))
@@ -47,7 +58,17 @@ def test_memory_is_estimated_exactly_and_reported_before_allocation():
 
 @pytest.mark.parametrize(("layout", "expected"), [("BSND", (3, 128, 2, 4)), ("BNSD", (3, 2, 128, 4))])
 def test_layouts(layout, expected):
-    assert FixedKVCache(shape(layout=layout)).key_cache[1].shape == expected
+    cache = FixedKVCache(shape(layout=layout, layers=3))
+    assert [tensor.shape for tensor in cache.key_cache] == [tensor.shape for tensor in cache.value_cache]
+    assert [tensor.shape for tensor in cache.key_cache] == [expected] * 3
+
+
+def test_slots_are_counted_over_all_rows():
+    """As one operator writes them: of a tensor (batch · capacity, …)."""
+    cache = FixedKVCache(shape())
+    with cache.step([2, 5, 3], 5):
+        assert cache.slots.tolist() == [0, 128, 256]
+    assert cache.slots.tolist() == [2, 133, 259]
 
 
 def test_masks_and_write_positions_follow_ragged_rows():
@@ -82,10 +103,17 @@ def test_overflow_and_other_batch_sizes_raise_before_anything_changes():
     with cache.step([100, 120, 90], 120):
         pass
     before = (list(cache.lengths), cache.seen_tokens, cache.drop_mask.clone())
-    with pytest.raises(CacheOverflowError, match=r"9 new tokens after 120 do not fit the KV cache of 128 slots"):
+    with pytest.raises(
+        CacheOverflowError,
+        match=r"9 new tokens after 120 do not fit the KV cache of 128 slots; call grow\(129 or more\) .* "
+        r"allocate_cache\(batch_size=3, capacity=129 or more\)",
+    ):
         cache.check_room(3, 9)
-    with pytest.raises(CacheOverflowError, match=r"2 rows .* allocated for 3"):
-        cache.check_room(2, 1)
+    for rows in (2, 4):
+        with pytest.raises(
+            CacheOverflowError, match=rf"{rows} rows .* allocated for 3; allocate_cache\(batch_size={rows}, capacity=…"
+        ):
+            cache.check_room(rows, 1)
     cache.check_room(3, 8)
     assert (cache.lengths, cache.seen_tokens) == before[:2]
     assert torch.equal(cache.drop_mask, before[2])
@@ -155,6 +183,41 @@ def test_crop_forgets_the_last_tokens():
         cache.crop(-2)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["", "to a length"])
+@pytest.mark.parametrize("kept", range(8))
+def test_crop_takes_padding_with_the_tokens(kept, early):
+    """Counted row by row; what was seen after the prompt is no padding."""
+    prompt = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    cache = FixedKVCache(shape())
+    with cache.step([row.count(0) for row in prompt], 5, padding=torch.tensor(prompt).bool()):
+        pass
+    for _ in range(2):
+        with cache.step([1, 1, 1], 1):
+            pass
+    if kept or not early:  # 0 is a number of tokens to remove
+        cache.crop(kept if early else kept - 7)
+        seen = [[*row, 0, 0][:kept] for row in prompt]
+        assert cache.lengths == [row.count(0) for row in seen] == cache.write_index.tolist()
+        assert live_slots(cache.drop_mask) == [list(range(length)) for length in cache.lengths]
+        assert cache.seen_tokens == kept
+        assert cache.padding_of(kept).int().tolist() == seen
+
+
+@pytest.mark.parametrize("removed", [8, 9, 12, 100])
+def test_crop_of_more_than_there_was_changes_nothing(removed):
+    prompt = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    for padding, lengths in ((None, [5, 5, 5]), (prompt, [3, 5, 0])):
+        cache = FixedKVCache(shape())
+        with cache.step(lengths, 5, padding=padding):
+            pass
+        with cache.step([1, 1, 1], 1):
+            pass
+        with pytest.raises(CacheOverflowError, match=rf"crop\(-{removed}\) of rows of .* a row has fewer tokens"):
+            cache.crop(-removed)
+        assert (cache.lengths, cache.seen_tokens) == ([length + 1 for length in lengths], 6)
+        assert (cache.padding is None) == (padding is None)
+
+
 def test_crop_to_a_length_as_early_releases_of_transformers_5_ask_for():
     cache = FixedKVCache(shape())
     with cache.step([4, 6, 5], 6):
@@ -209,5 +272,13 @@ def test_masks_that_nobody_reads_are_left_alone():
 def test_what_transformers_asks_of_a_cache():
     cache = FixedKVCache(shape())
     assert cache.is_recording_past(0) is True
-    with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
-        cache.batch_select_indices(torch.tensor([0, 2]))
+    assert (cache.is_initialized, cache.is_croppable, cache.is_compileable) == (True, True, False)
+    assert cache.is_sliding == cache.is_linear == [False, False]
+    assert (len(cache), cache.batch_size, cache.get_max_length(), cache.get_max_cache_shape()) == (2, 3, 128, 128)
+    with cache.step([2, 4, 3], 4):
+        pass
+    assert (cache.get_seq_length(), cache.get_usable_length(1)) == (4, 4)
+    assert repr(cache).endswith("; lengths=[2, 4, 3])")
+    for change in (lambda: cache.batch_select_indices(torch.tensor([0, 2])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(CacheOverflowError, match="cannot change its number of rows; switch fixed_kv_cache off"):
+            change()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def digest(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def open_below(*folders: Path) -> list[str]:
+    """What this process has open in these folders, and which of them."""
+    found: list[str] = []
+    for handle in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them
+            found.append(os.readlink(f"/proc/self/fd/{handle}"))
+    return [path for path in found if any(Path(path).is_relative_to(folder) for folder in folders)]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

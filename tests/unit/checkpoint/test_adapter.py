@@ -329,12 +329,12 @@ def _cut_off(folder, stock):
         (
             lambda folder, stock: write(folder, stock, [], target_modules=["w_pack"]),
             CheckpointError,
-            r"missing of 0 of 0 products",
+            r"missing of 0 of 0 products, and 0 more are there; fetch it again",
         ),
         (
             lambda folder, stock: write(folder, stock, target_modules=["q_proj"]),
             CheckpointError,
-            r"missing of 0 of 3 products, and 18 more are there",
+            r"missing of 0 of 3 products, and 18 more are there, first of model\.layers\.\d\.\S*[^q]_proj; fetch it",
         ),
         (
             lambda folder, stock: write(folder, stock, target_modules="(q_proj"),
@@ -369,6 +369,18 @@ def test_an_adapter_that_cannot_be_used(base, stock, tmp_path, written, error, m
     with pytest.raises(error, match=message) as caught:
         Qwen2ForCausalLM.from_pretrained(base, adapter=tmp_path / "lora")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("change", [(1, 0), (0, 1), (-1, 0), (0, -1)], ids=str)
+def test_parts_that_fit_neither_the_weight_nor_the_rank(tmp_path, part, change):
+    """A row or a column more or fewer; a weight of 5 x 7, and r=3."""
+    shapes = {"A": (3, 7), "B": (5, 3)}
+    shapes[part] = (shapes[part][0] + change[0], shapes[part][1] + change[1])
+    parts = {name: torch.ones(size) for name, size in shapes.items()}
+    message = f"q has lora_A {shapes['A']} and lora_B {shapes['B']}, expected (3, 7) and (5, 3) for r=3; pass the model"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        adapters._low_rank("q", parts, {"r": 3, "lora_alpha": 6}, tmp_path, (5, 7))
 
 
 def test_quantised_parts_are_refused(base, stock, tmp_path):

@@ -31,7 +31,10 @@ def origin(tmp_path: Path) -> Path:
 def test_a_copy_is_the_same_file_byte_for_byte(origin: Path, tmp_path: Path) -> None:
     """The header, its order and its padding included."""
     metadata, tensors = read_header(origin)
-    file = tensor_file("x", metadata, {name: (each.dtype, each.shape, [each.bytes]) for name, each in tensors.items()})
+    for order in (sorted(tensors), sorted(tensors, reverse=True)):  # whichever they are given in
+        parts = {name: (tensors[name].dtype, tensors[name].shape, [tensors[name].bytes]) for name in order}
+        file = tensor_file("x", metadata, parts)
+        assert b"".join(file.content()) == origin.read_bytes()
     file.write(tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == origin.read_bytes()
     assert file.size == origin.stat().st_size
@@ -55,6 +58,33 @@ def test_buffers_of_any_size(chunk: int, tmp_path: Path, monkeypatch: pytest.Mon
     file.write(tmp_path / "out", moved.append)
     assert (tmp_path / "out").read_bytes() == b"head" + content[3:200]
     assert sum(moved) == file.size == 201
+    moved.clear()
+    assert file.same(tmp_path / "out", moved.append)
+    assert sum(moved) == 201
+
+
+def test_reads_that_give_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for comes in one buffer all the same, and nothing beyond it."""
+    (tmp_path / "in").write_bytes(bytes(range(250)))
+    real = os.read
+    monkeypatch.setattr(byte_ranges, "CHUNK", 10)
+    monkeypatch.setattr(os, "read", lambda handle, size: real(handle, min(size, 4)))
+    assert list(chunks(Range(tmp_path / "in", 1, 26))) == [bytes(range(a, b)) for a, b in ((1, 11), (11, 21), (21, 26))]
+
+
+def test_ranges_that_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own, to the last buffer, and as long."""
+    monkeypatch.setattr(byte_ranges, "CHUNK", 2)
+    path = tmp_path / "in"
+    path.write_bytes(b"abcdeabcdfabcde")
+    one, longer = Range(path, 0, 5), Range(path, 0, 6)
+    other, same = Range(path, 5, 10), Range(path, 10, 15)
+    assert equal([one, other], [same, other])
+    assert equal([], [])
+    for first, second in (([one], [other]), ([one, one], [same, other]), ([one, one], [other, same])):
+        assert not equal(first, second)
+    for first, second in ((one, longer), (longer, one), (Range(path, 0, 4), longer), (longer, Range(path, 0, 4))):
+        assert not equal([first], [second])
 
 
 def test_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

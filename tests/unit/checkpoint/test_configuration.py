@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen2_npu import Qwen2ForCausalLM
-from qwen2_npu.checkpoint.configuration import check_fields, read_config, read_generation_config, read_object
+from qwen2_npu.checkpoint.configuration import check_fields, one_line, read_config, read_generation_config, read_object
 from qwen2_npu.errors import CheckpointError
 from tests.unit.small import small_config
 
@@ -82,6 +83,30 @@ def test_a_folder_that_a_save_left_unfinished(folder):
         read_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (
+            [f".saving-{number:08x}" for number in range(8)],
+            "a save into it was interrupted, or is under way: save the model again, or wait",
+        ),
+        ([".merging-qkv.json"], "qwen2-npu merge-qkv was interrupted, or is under way: run the same command again"),
+        ([".quantizing.json"], "qwen2-npu quantize was interrupted, or is under way: run the same command again"),
+    ],
+    ids=["save", "merge-qkv", "quantize"],
+)
+def test_what_was_interrupted_is_seen_among_other_files(tmp_path, marks, message):
+    """Wherever it is in the order that a folder has of its own, which is another one for each name."""
+    others = [f"{kind}{number}" for number in range(5) for kind in (".git", "README", "model-", "~")]
+    for mark in marks:
+        folder = tmp_path / f"with {mark}"
+        folder.mkdir()
+        for name in [*others[:10], mark, *others[10:]]:
+            (folder / name).touch()
+        with pytest.raises(CheckpointError, match=rf"has no config\.json: {re.escape(message)}"):
+            read_config(folder)
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "config.json", "no\0name", "x" * 300])
 def test_no_folder(folder, name):
     if not name:
@@ -131,6 +156,20 @@ def test_tokens_that_generate_puts_in_are_in_the_vocabulary(folder, name):
     assert getattr(read_generation_config(folder, 200), name) == 199
 
 
+def test_each_of_several_tokens_is_in_the_vocabulary(folder):
+    path = folder / "generation_config.json"
+    for tokens in ([1, 199], [199, 1]):
+        path.write_text(json.dumps({"forced_eos_token_id": tokens}), encoding="utf-8")
+        message = f"forced_eos_token_id={tokens} is outside the vocabulary of vocab_size=199"
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read_generation_config(folder, 199)
+
+
+def test_an_exception_in_one_line():
+    assert one_line(ValueError("a\n  b\tc ")) == "a b c"
+    assert one_line(ValueError()) == one_line(ValueError("\n")) == "ValueError"
+
+
 @pytest.mark.parametrize("change", [{"assistant_early_exit": 2}, {"is_assistant": True}])
 def test_ways_to_generate_that_there_are_not(folder, change):
     (folder / "generation_config.json").write_text(json.dumps(change), encoding="utf-8")
@@ -138,7 +177,17 @@ def test_ways_to_generate_that_there_are_not(folder, change):
         read_generation_config(folder, 199)
 
 
-@pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]")])
+@pytest.mark.parametrize("name", ["assistant_early_exit", "is_assistant"])
+@pytest.mark.parametrize("value", [None, False])
+def test_ways_to_generate_that_there_are_not_may_be_turned_off(folder, name, value):
+    """As transformers writes them."""
+    (folder / "generation_config.json").write_text(json.dumps({name: value, "top_k": 7}), encoding="utf-8")
+    config = read_generation_config(folder, 199)
+    assert config is not None
+    assert config.top_k == 7
+
+
+@pytest.mark.parametrize(("before", "after"), [('{"a": ', "}"), ("[", "]"), ("[[], ", "]"), ('{"b": [], "a": ', "}")])
 def test_objects_and_lists_that_nest_too_deep(tmp_path, before, after):
     path = tmp_path / "x.json"
     path.write_text('{"a": ' + before * 200 + "1" + after * 200 + "}", encoding="utf-8")

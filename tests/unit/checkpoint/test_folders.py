@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from qwen2_npu.checkpoint.folders import locked
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CheckpointError
+from tests.unit.checkpoint.merges import open_below
 from tests.unit.small import V4, small_stock
 
 NOBODY = 65534
@@ -188,6 +191,48 @@ def test_another_process_that_keeps_it(tmp_path, monkeypatch):
         process.kill()  # the lock ends with it
     with locked(tmp_path) as alone:
         assert alone
+
+
+def test_a_held_folder_is_tried_now_and_then(tmp_path, monkeypatch):
+    """Whoever waits leaves the processor to whoever holds it."""
+    monkeypatch.setattr(folders, "LOCK_SECONDS", 0.1)
+    tries = 0
+
+    def flock(handle: int, operation: int, really: Callable[[int, int], None] = fcntl.flock) -> None:
+        nonlocal tries
+        tries += 1
+        really(handle, operation)
+
+    with locked(tmp_path):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(CheckpointError, match="is held by another process"), locked(tmp_path):
+            pass
+    assert 2 <= tries <= 0.1 / folders.LOCK_POLL_SECONDS + 4  # the first one, the last one, two that release it
+
+
+def test_a_folder_that_is_released_is_had_at_once(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    assert folders.try_lock(handle) is True
+    timer = threading.Timer(0.05, os.close, [handle])
+    timer.start()
+    began = time.monotonic()
+    with locked(tmp_path) as alone:
+        assert alone
+    assert 0.04 < time.monotonic() - began < 10
+    timer.join()
+
+
+def test_no_folder_stays_open(tmp_path):
+    """One that is refused, neither."""
+    with locked(tmp_path), locked(tmp_path / "nowhere"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "LOCK_SECONDS", 0.0)
+        with pytest.raises(CheckpointError, match="is held by another process"), locked(tmp_path):
+            pass
+    (tmp_path / "file").touch()
+    folders.sync(tmp_path / "file")
+    folders.sync(tmp_path)
+    folders.check_readable(tmp_path / "file")
+    assert not open_below(tmp_path)
 
 
 def test_a_child_does_not_keep_what_its_parent_released(tmp_path):

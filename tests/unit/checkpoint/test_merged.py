@@ -292,6 +292,19 @@ def test_one_clear_error(spoil: Callable[[Path], object], message: str, merged: 
     assert str(merged) in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(15, 8), (17, 8), ()], ids=str)
+@pytest.mark.parametrize("guide", [False, True], ids=["recorded", "by the guide"])
+def test_another_number_of_rows(shape: tuple[int, ...], guide: bool, merged: Path, by_guide: Path) -> None:
+    """q, k and v of the model have 8, 4 and 4, however many ranks share them."""
+    folder = by_guide if guide else merged
+    name = f"model.layers.1.self_attn.{'qkv' if guide else 'qkv_proj'}.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    way_out = "pass the tp_size that it was merged for" if guide else "merge the checkpoint again"
+    message = f"{name} has shape {shape}, and q, k and v merged for tp_size=2 have 16 rows; {way_out}"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Qwen2ForCausalLM.from_pretrained(folder, assume_tp=2 if guide else None)
+
+
 # ---- the stock model ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["auto", torch.float32])
 def test_the_stock_model_of_a_merged_folder(merged: Path, ordinary: Path, dtype: Any) -> None:

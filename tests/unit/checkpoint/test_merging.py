@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import random
 import shutil
@@ -28,7 +29,7 @@ from qwen2_npu.checkpoint.folders import MERGING, MERGING_PART
 from qwen2_npu.checkpoint.merge_plan import plan_merge
 from qwen2_npu.checkpoint.merging import merge_qkv, unmerge_qkv
 from qwen2_npu.errors import CheckpointError
-from tests.unit.checkpoint.merges import config_of, digest, weights_of, write_folder
+from tests.unit.checkpoint.merges import config_of, digest, open_below, weights_of, write_folder
 from tests.unit.memory import least_peak
 
 CONFIG = config_of(4, 2, layers=1)
@@ -261,6 +262,58 @@ def test_a_disk_that_gives_back_something_else(
     assert digest(tmp_path / "merged") == digest(merged)
 
 
+def test_nothing_is_moved_in_that_a_power_cut_could_take(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is synchronised and dropped from memory, so that the disk is read; then moved in, for good."""
+    folder, output = Path(shutil.copytree(origin, tmp_path / "ordinary")), tmp_path / "merged"
+    (folder / "assets").mkdir()
+    (folder / "assets" / "a").write_text("a")
+    done: list[tuple[object, ...]] = []
+
+    def path_of(handle: int) -> Path:
+        return Path(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def replace(source: Path, target: Path, really: Callable[..., None] = os.replace) -> None:
+        done.append(("replace", source, target))
+        really(source, target)
+
+    def unlink(path: Path, really: Callable[..., None] = os.unlink) -> None:
+        done.append(("unlink", path))
+        really(path)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("fsync", path_of(handle))))
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, *advice: done.append(("drop", path_of(handle), *advice)))
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "unlink", unlink)
+    merge_qkv(folder, output)
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    others = ["LICENSE", "tokenizer_config.json", "assets/a"]
+    part, everything = output / MERGING_PART, (0, 0, os.POSIX_FADV_DONTNEED)
+    expected: list[tuple[object, ...]] = []
+    for name in [MERGING, *shards, *others, "model.safetensors.index.json", "config.json"]:
+        path = output / name
+        expected += [("fsync", part), ("drop", part, *everything), ("replace", part, path), ("fsync", path.parent)]
+    assert done == [*expected, ("unlink", output / MERGING), ("fsync", output)]
+
+
+def test_no_file_stays_open(origin: Path, tmp_path: Path) -> None:
+    merge_qkv(origin, tmp_path / "merged")
+    unmerge_qkv(tmp_path / "merged", tmp_path / "unmerged")
+    gc.collect()  # what safetensors has open goes with its objects
+    assert not open_below(tmp_path, origin)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007], ids=oct)
+def test_who_may_read_it_is_up_to_the_umask(umask: int, origin: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        merge_qkv(origin, tmp_path / "merged")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o7777 for path in (tmp_path / "merged").iterdir()} == {0o666 & ~umask}
+
+
 def test_an_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = write_folder(tmp_path / "ordinary", CONFIG, weights_of(CONFIG), shards=2)
     output = tmp_path / "merged"
@@ -389,3 +442,21 @@ def test_progress_moves_on_to_its_end(origin: Path, tmp_path: Path, monkeypatch:
     assert done == sorted(done)
     assert seen[-1] == ("config.json, MB", seen[0][2], seen[0][2])
     assert seen[0][0] == "model-00001-of-00002.safetensors, MB"
+
+
+def test_progress_of_a_run_that_goes_on(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there already counts as written and read back; what is there and damaged as neither."""
+    monkeypatch.setattr(merging, "MB", 1)
+    output = tmp_path / "merged"
+    count = number_of_changes(lambda output: merge_qkv(origin, output), tmp_path / "whole")
+    with pytest.raises(Killed), interrupted(count - 4, Killed, for_good=True):
+        merge_qkv(origin, output)
+    shard = output / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    seen: list[tuple[str, int, int]] = []
+    merge_qkv(origin, output, progress=lambda *state: seen.append(state))
+    total = 2 * sum(path.stat().st_size for path in output.iterdir())
+    assert seen[-1] == ("config.json, MB", total, total)
+    first = 2 * (output / "model-00001-of-00002.safetensors").stat().st_size
+    assert ("model-00001-of-00002.safetensors, MB", first, total) in seen
+    assert [done for label, done, _ in seen if label.startswith(shard.name)][-1] == first + 2 * shard.stat().st_size

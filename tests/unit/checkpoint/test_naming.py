@@ -86,6 +86,7 @@ def test_usual_names_cost_nothing():
         ([f"model.model.{LAYER}"], [f"model.{LAYER}"], [f"model.model.{LAYER}"]),
         ([f"model.{HEAD}", f"model.{LAYER}"], [HEAD, f"model.{LAYER}"], [f"model.{HEAD}", f"model.{LAYER}"]),
         (["score.weight", LAYER], ["score.weight", f"model.{LAYER}"], ["score.weight", f"model.{LAYER}"]),
+        ([LAYER, "model.norm.weight"], [f"model.{LAYER}", "model.norm.weight"], [LAYER, "model.norm.weight"]),
         (["modelled", LAYER], ["modelled", f"model.{LAYER}"], ["modelled", LAYER]),
         (["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"], ["normal.weight", "layers", "h.0"]),
         ([f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"], [f"model.model.model.{LAYER}"]),
@@ -93,6 +94,8 @@ def test_usual_names_cost_nothing():
 )  # fmt: skip
 def test_names_as_the_installed_transformers_finds_them(stored, v5, v4):
     assert list(stock_names(stored, where="x", tied=False).values()) == (v4 if IS_V4 else v5)
+    for names_of, expected in ((naming._names_of_v4, v4), (naming._names_of_v5, v5)):
+        assert names_of(stored, "x") == dict(zip(stored, expected, strict=True))
 
 
 @pytest.mark.parametrize("tied", [False, True])

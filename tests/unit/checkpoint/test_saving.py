@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import stat
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import saving, weights
 from qwen2_npu.checkpoint.shards import INDEX_FILE
 from qwen2_npu.errors import CheckpointError
+from tests.unit.checkpoint.merges import open_below
 from tests.unit.small import small_config, small_stock, stock_weights
 
 LAYOUTS = {"single": "1GB", "several": "40KB", "many": "20KB"}
@@ -31,6 +33,8 @@ LAYOUTS = {"single": "1GB", "several": "40KB", "many": "20KB"}
 
 CHANGES = ("replace", "rename", "unlink", "remove", "link", "symlink", "mkdir", "rmdir")
 """Functions of ``os`` that change a folder."""
+
+REALLY_UNLINK = os.unlink
 
 
 @pytest.fixture(autouse=True)
@@ -242,37 +246,70 @@ def test_a_process_that_is_really_killed(tmp_path, at):
     assert loaded(tmp_path, NEW) == "new"
 
 
-def test_nothing_is_moved_in_that_a_power_cut_could_take(tmp_path, monkeypatch):
-    """Every file is synchronised before it is moved, and the folder before the old files go."""
+@pytest.mark.parametrize("linked", [True, False], ids=["", "without hard links"])
+@pytest.mark.parametrize("after", ["several", "many", "single"])
+def test_nothing_is_moved_in_that_a_power_cut_could_take(tmp_path, monkeypatch, after, linked):
+    """Every file is synchronised before it is moved, and the folder before the next step, and before old files go."""
     OLD.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
-    synced: set[Path] = set()
+    synced: dict[Path, int] = {}  # what was, and when
+    names: dict[Path, int] = {}  # second names of files, and when they were given
+    times = count()
     moved: list[Path] = []
-    last = ""
+    pending: tuple[object, ...] = ()  # the last step, while a power cut could take it
 
     def fsync(handle: int, really: Callable[[int], None] = os.fsync) -> None:
-        nonlocal last
-        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
-        last = "fsync" if tmp_path in synced else last
+        nonlocal pending
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path] = next(times)
+        pending = () if path == tmp_path else pending
         really(handle)
 
+    def link(source: Path, target: Path, really: Callable[..., None] = os.link) -> None:
+        if not linked:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        really(source, target)
+        names[Path(target)] = next(times)
+
     def replace(source: Path, target: Path, really: Callable[..., None] = os.replace) -> None:
-        nonlocal last
-        assert Path(source) in synced, f"{source} was not synchronised"
-        assert Path(source).parent in synced, f"the name of {source} was not synchronised"
-        moved.append(Path(target))
-        synced.discard(tmp_path)
-        last = "replace"
+        nonlocal pending
+        alone = target.name in (INDEX_FILE, "model.safetensors", "config.json")
+        same = () if alone else ("replace", source.parent)
+        assert pending in ((), same), f"{target} is moved in before {pending} is for good"
+        assert source in synced, f"{source} was not synchronised"
+        assert synced[source.parent] > synced[source], f"the name of {source} was not synchronised"
+        if target.name == INDEX_FILE:
+            for file in set(json.loads(source.read_text())["weight_map"].values()):
+                if "/" in file:
+                    aside = tmp_path / file
+                    assert synced[aside.parent] > (names if linked else synced)[aside], f"{aside} is not there for good"
+        moved.append(target)
+        pending = ("replace", source.parent)
         really(source, target)
 
-    def rmtree(path: Path, really: Callable[..., None] = shutil.rmtree) -> None:
-        assert last == "fsync"
+    def unlink(path: Path, really: Callable[[Path], None] = os.unlink) -> None:
+        nonlocal pending
+        assert pending in ((), ("unlink",)), f"{path} goes before {pending} is for good"
+        pending = ("unlink",)
         really(path)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    NEW_CONFIG.save_pretrained(tmp_path, max_shard_size=LAYOUTS["several"])
+    def rmtree(path: Path, really: Callable[[Path], None] = shutil.rmtree) -> None:
+        assert pending == ()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", REALLY_UNLINK)
+            really(path)
+
+    for module, function in ((os, fsync), (os, link), (os, replace), (os, unlink), (shutil, rmtree)):
+        monkeypatch.setattr(module, function.__name__, function)
+    NEW_CONFIG.save_pretrained(tmp_path, max_shard_size=LAYOUTS[after])
     assert {path.name for path in moved} == set(content(tmp_path))
+    assert (len(names) > 0) == linked
+
+
+def test_a_new_folder_is_there_after_a_power_cut(tmp_path, monkeypatch):
+    synced: set[str] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.readlink(f"/proc/self/fd/{handle}")))
+    NEW.save_pretrained(tmp_path / "new")
+    assert {str(tmp_path), str(tmp_path / "new")} <= synced
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------
@@ -400,6 +437,26 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_killed_save_left_goes_before_the_disk_is_needed(tmp_path):
+    """A disk may have room for one checkpoint beside the one there is."""
+    (tmp_path / ".saving-dead" / "new").mkdir(parents=True)
+    beside: list[list[Path]] = []
+
+    def write(new: Path) -> None:
+        beside.append([path for path in tmp_path.iterdir() if path != new.parent])
+
+    saving.replace_checkpoint(tmp_path, write)
+    assert beside == [[]]
+
+
+def test_no_file_stays_open(tmp_path):
+    (tmp_path / ".saving-dead").mkdir()
+    OLD.save_pretrained(tmp_path)
+    NEW.save_pretrained(tmp_path)
+    gc.collect()
+    assert not open_below(tmp_path)
+
+
 def test_leftovers_where_folders_have_no_locks(tmp_path, monkeypatch):
     """A network file system: what has a lock is judged by that, what has none may belong to someone."""
     flock = fcntl.flock
@@ -503,7 +560,28 @@ def test_links_to_files_elsewhere(tmp_path, fails, monkeypatch):
     assert links == {name: f"../blobs/{name}" for name in before if fails or "config" in name}
 
 
-@pytest.mark.parametrize("weight_map", [{"a": 1}, ["a"], "a", None])
+@pytest.mark.parametrize("weight_map", [{"a": 1}, {"a": "file", "b": 1}, ["a"], "a", None])
 def test_an_index_without_a_map_of_texts_names_no_file(tmp_path, weight_map):
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     assert saving._weight_map(tmp_path) == {}
+
+
+def test_an_index_that_cannot_be_read_is_not_taken_for_none(tmp_path):
+    assert saving._weight_map(tmp_path) == {}
+    for text in ("{", "[]"):
+        (tmp_path / INDEX_FILE).write_text(text)
+        assert saving._weight_map(tmp_path) == {}
+    (tmp_path / INDEX_FILE).unlink()
+    (tmp_path / INDEX_FILE).mkdir()
+    with pytest.raises(IsADirectoryError):
+        saving._weight_map(tmp_path)
+
+
+def test_what_the_index_names_is_not_removed(tmp_path):
+    """Wherever it names it; another folder whose name begins alike is."""
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": ".saving-12/old/model-00002-of-00002.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    for name in (".saving-12", ".saving-1"):
+        (tmp_path / name).mkdir()
+        saving._remove(tmp_path / name)
+    assert [path.name for path in tmp_path.glob(".*")] == [".saving-12"]

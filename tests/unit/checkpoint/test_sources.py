@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,17 @@ def test_tensors_by_name_are_of_the_checkpoint_that_was_opened(folder, how):
     assert str(shard) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("start again" in str(caught.value)) is (how != "removed")
+
+
+@pytest.mark.parametrize("field", ["st_dev", "st_ino", "st_size", "st_mtime_ns"])
+def test_what_tells_a_file_from_the_one_that_was_opened(field):
+    """Each alone: another disk may have a file of the same number, size and time."""
+    values = dict.fromkeys(("st_dev", "st_ino", "st_size", "st_mtime_ns"), 1)
+    opened, same, other = (
+        sources._version(SimpleNamespace(stat=lambda status=status: SimpleNamespace(**status)))
+        for status in (values, values | {"st_atime_ns": 2}, values | {field: 2})
+    )
+    assert opened == same != other
 
 
 def test_unknown_dtype_names_the_supported_ones(folder):

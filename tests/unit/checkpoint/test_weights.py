@@ -264,6 +264,22 @@ def test_a_saved_folder_says_which_dtype_it_holds(folder, tmp_path, dtype):
     assert auto.dtype == getattr(torch, dtype)
 
 
+def test_a_saved_folder_names_no_file_of_the_one_that_was_loaded(folder, tmp_path):
+    """transformers 5.x reads the weights that config.json names."""
+    for name in ("model.safetensors", "named.safetensors"):
+        save_file(folder_tensors(folder), tmp_path / name, metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(values | {"transformers_weights": "named.safetensors"}))
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert model.config.transformers_weights == "named.safetensors"
+    model.save_pretrained(tmp_path / "ours")
+    assert not hasattr(model.config, "transformers_weights")  # as 5.x itself leaves it
+    assert "transformers_weights" not in json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
+    again = type(small_stock()).from_pretrained(tmp_path / "ours").state_dict()
+    for name, tensor in folder_tensors(folder).items():
+        assert torch.equal(again[name], tensor), name
+
+
 @pytest.mark.parametrize("size", ["300KB", "5GB"])
 def test_a_saved_folder_is_whole(folder, tmp_path, size):
     """An index of every tensor where there are several files, and what generate() does by default."""
