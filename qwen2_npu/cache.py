@@ -421,7 +421,7 @@ class FixedKVCache(Cache):
             tokens_to_remove = min(tokens_to_remove - self.seen_tokens, 0)
         kept = self.seen_tokens + tokens_to_remove
         removed = [-tokens_to_remove] * self.shape.batch_size
-        if self.padding is not None:  # of more than there was, a row keeps less than nothing either way
+        if self.padding is not None and kept < self.padding.shape[1]:
             removed = [-tokens_to_remove - padding for padding in self.padding[:, kept:].sum(dim=1).tolist()]
         lengths = [length - live for length, live in zip(self.lengths, removed, strict=True)]
         if min(lengths) < 0:
