@@ -206,13 +206,13 @@ def test_an_8_bit_weight_that_is_not_transposed_stays_with_the_eager_product():
     assert left(traced.graph) == 1
 
 
-@pytest.mark.parametrize(("mode", "device"), [("symbolic", "cpu"), ("fake", "meta")])
-def test_any_number_of_rows_and_other_devices_keep_their_8_bit_product(mode, device):
+@pytest.mark.parametrize(("mode", "where"), [("symbolic", "cpu"), ("fake", "meta")])
+def test_any_number_of_rows_and_other_devices_keep_their_8_bit_product(mode, where):
     def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return quantization.IN_GRAPHS(x, weight.mT, scale, None)
 
     arguments = torch.zeros(4, 96), torch.zeros(64, 96, dtype=torch.int8), torch.ones(64)
-    traced = graph_of(product, *(tensor.to(device) for tensor in arguments), mode=mode)
+    traced = graph_of(product, *(tensor.to(where) for tensor in arguments), mode=mode)
     rewrite(traced.graph)
     assert left(traced.graph) == 1
 
