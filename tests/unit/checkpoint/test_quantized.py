@@ -66,6 +66,18 @@ def test_integers_and_scales_whatever_the_files(scheme: str, shards: int | None,
     assert list(source.read([f"{DOWN}.weight"])) == [f"{DOWN}.weight"]
 
 
+def test_sizes_that_are_stored() -> None:
+    """Four integers to an int32, the last of a row with what is left; all else as it is."""
+    tensors = {"a.weight": torch.zeros(3, 10, dtype=torch.int8), "a.weight_scale": torch.zeros(3, 1)}
+    scale = {"a.weight_scale": ((3, 1), torch.float32)}
+    packed = {"a.weight_packed": ((3, 3), torch.int32), "a.weight_shape": ((2,), torch.int64), **scale}
+    plain = {"a.weight": ((3, 10), torch.int8), **scale}
+    for expected, how in ((packed, True), (plain, False)):
+        found = quantized.stored_sizes(tensors, packed=how)
+        assert {name: (tuple(each.shape), each.dtype) for name, each in found.items()} == expected
+        assert all(each.is_meta for each in found.values())
+
+
 def test_a_scale_comes_right_before_its_weight(folders: dict[str, Path]) -> None:
     """Who dequantises keeps one of them, and not all."""
     names = [name for name, _ in open_checkpoint(folders["w8a16"]).tensors()]
