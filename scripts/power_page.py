@@ -74,11 +74,12 @@ and the fast lane has thousands of tests; so two things are left out:
   short ones before long ones, up to {budget:g} recorded seconds; then other tests of the same files, since what a
   fixture keeps is built by the first of them alone. What they do not notice counts as not noticed, whatever slower
   tests would have said. A test that fails must pass without the mutant, and fail with it alone.
-- **Samples of one in {slices}**, by a hash of the mutant's name: {tried}.
-  What is missing was left for want of time; slice 1 is of operators alone, tried by their own tests. After tests were
-  added, what had survived was put in once more by hand and noticed by tests of its file, some of which the seconds had
-  left out. "At first" is before that, and speaks for the rest of the mutants; the interval is Wilson's, of 95 %.
-"""
+{samples}"""
+
+SAMPLES = """**Samples of one in {slices}**, by a hash of the mutant's name: {tried}. What is missing was left for want
+of time; slice 1 is of operators alone, tried by their own tests. After tests were added, what had survived was tried
+once more with the tests of its file, some of which the seconds had left out. "At first" is before that, and speaks for
+the rest of the mutants; the interval is Wilson's, of 95 %."""
 
 FILES = """
 | files | mutants | tried | noticed at first | noticed | change no rule | not noticed |
@@ -218,7 +219,8 @@ def page(kept: dict[str, Any]) -> str:
         done, left = (sum(entry[key] for entry in entries.values()) for key in ("tried", "left"))
         tried.append(f"{done} of {done + left} in slice {name}")
     mutants = sum(file["mutants"] for file in library.values())
-    text += LIBRARY.format(mutants=mutants, budget=kept["budget"], slices=kept["slices"], tried=", ".join(tried))
+    samples = _item(SAMPLES.format(slices=kept["slices"], tried=", ".join(tried)))
+    text += LIBRARY.format(mutants=mutants, budget=kept["budget"], samples=samples)
     return text + FILES + library_table(library) + changed_since(library) + REASONS + reasons_of(library)
 
 
