@@ -25,7 +25,7 @@ aten = torch.ops.aten
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-MULTIPLIES_BF16 = small_batch._multiplies_bf16
+MULTIPLIES_BF16 = small_batch._multiplies_bf16  # the fixture puts another one in its place
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +33,6 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """An x86 without bf16, whatever runs the tests."""
     monkeypatch.setattr(small_batch.linear, "_measured_here", lambda: True)
     monkeypatch.setattr(small_batch, "_multiplies_bf16", lambda: False)
-
-
-@pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize("avx512", [False, True])
-def test_processors_that_multiply_bf16(avx512, amx, monkeypatch):
-    """By either set of instructions."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert MULTIPLIES_BF16() is (avx512 or amx)
 
 
 def graph_of(
@@ -53,6 +44,15 @@ def graph_of(
 
 def products(graph: torch.fx.Graph) -> int:
     return sum(len(graph.find_nodes(op="call_function", target=t)) for t in (aten.mm.default, aten.addmm.default))
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_processors_that_multiply_bf16(avx512, amx, monkeypatch):
+    """By either set of instructions."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert MULTIPLIES_BF16() is (avx512 or amx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
