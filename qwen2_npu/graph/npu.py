@@ -140,8 +140,8 @@ def fingerprint(model: Qwen2ForCausalLM) -> str:
 
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    folders = (package, *(package / name for name in ("models", "graph", "parallel", "ops")))
-    for source in sorted(source for folder in folders for source in folder.glob("*.py")):
+    folders = [package / name for name in ("models", "graph", "parallel", "ops")]
+    for source in sorted([*package.glob("*.py"), *(source for folder in folders for source in folder.rglob("*.py"))]):
         digest.update(source.read_bytes())
     described = {
         "config": model.config.to_dict(),

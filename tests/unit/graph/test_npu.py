@@ -228,7 +228,14 @@ def test_a_fingerprint_tells_models_and_versions_apart(change, monkeypatch):
 @needs_torch_npu
 @pytest.mark.parametrize(
     "source",
-    ["cache.py", "models/attention.py", "graph/layout_copies.py", "parallel/collectives.py", "ops/linear.py"],
+    [
+        "cache.py",
+        "models/attention.py",
+        "graph/layout_copies.py",
+        "parallel/collectives.py",
+        "ops/linear.py",
+        "ops/attention/layouts.py",
+    ],
 )
 def test_a_fingerprint_tells_sources_apart(model, source, monkeypatch):
     """All that a graph is traced from."""
