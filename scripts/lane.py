@@ -28,7 +28,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
-from mutations import Mutation, mutations
+from mutations import Mutation, mutations, parsed
 from reached import FAST_LANE, Record
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=native"]
@@ -78,7 +78,7 @@ def index_of(source: bytes, mutation: Mutation) -> int | None:
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    for index, function in enumerate(outer_functions(ast.parse(source))):
+    for index, function in enumerate(outer_functions(parsed(source))):
         begin = starts[function.body[0].lineno - 1] + function.body[0].col_offset
         end = starts[function.end_lineno - 1] + function.end_col_offset  # type: ignore[operator]
         if begin <= mutation.start and mutation.end <= end:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lane import Work, index_of, outer_functions
-from mutations import Mutation
+from mutations import Mutation, parsed
 from reached import Record
 
 TABLE = Path("scripts", "library.toml")
 
 QUICK = 0.05
-"""Seconds: unit tests of the file itself that take no longer go first, with whatever parameters."""
+"""Seconds: unit tests of the same folder that take no longer go first, with whatever parameters."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def lines_of(source: bytes, mutation: Mutation) -> list[int]:
     line = mutation.line
     around = [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
     if not around:
@@ -66,7 +66,7 @@ def needs_import(source: bytes, mutation: Mutation, imported: Sequence[int]) -> 
     index = index_of(source, mutation)
     if index is None:
         return True
-    function = outer_functions(ast.parse(source))[index]
+    function = outer_functions(parsed(source))[index]
     inside = range(function.body[0].lineno, (function.end_lineno or function.lineno) + 1)
     return any(line in inside for line in imported)
 
@@ -91,18 +91,18 @@ def chosen(path: str, source: bytes, mutation: Mutation, record: Record, budget:
     if index_of(source, mutation) is None:
         lines = [
             line
-            for function in outer_functions(ast.parse(source))
+            for function in outer_functions(parsed(source))
             for line in range(function.body[0].lineno, (function.end_lineno or function.lineno) + 1)
         ]
     else:
         lines = lines_of(source, mutation)
     reaching = record.reaching(path, lines)
     reached = set(reaching)
-    files = {record.file(index) for index in reaching}
-    near = {file: nearness(path, file) for file in map(record.file, range(len(record.tests)))}
+    files = {record.files[index] for index in reaching}
+    near = {file: nearness(path, file) for file in set(record.files)}
     # What runs at import alone, such as a table in an __init__.py, is reached by no test: those of its folder, then.
     files |= {file for file, distance in near.items() if distance <= (0 if reaching else 1)}
-    beside = [i for i in range(len(record.tests)) if record.file(i) in files and i not in reached]
+    beside = [i for i, file in enumerate(record.files) if file in files and i not in reached]
     ordered = _ordered(path, reaching, record) + _ordered(path, beside, record)
     taken, spent = [], 0.0
     for index in ordered:
@@ -117,15 +117,15 @@ def _ordered(path: str, tests: Sequence[int], record: Record) -> list[int]:
     passes: dict[int, bool] = {}
     for index in sorted(tests, key=lambda index: record.seconds[index]):
         function = record.tests[index].partition("[")[0]
-        quick = record.seconds[index] < QUICK and not nearness(path, record.file(index))
+        quick = record.seconds[index] < QUICK and nearness(path, record.files[index]) < 2
         passes[index] = function in seen and not quick
         seen.add(function)
     totals: dict[tuple[bool, str], float] = defaultdict(float)
     for index in tests:
-        totals[passes[index], record.file(index)] += record.seconds[index]
+        totals[passes[index], record.files[index]] += record.seconds[index]
 
     def key(index: int) -> tuple[bool, int, float, str, float]:
-        file = record.file(index)
+        file = record.files[index]
         near = nearness(path, file)
         return passes[index], near, totals[passes[index], file], file, record.seconds[index]
 

@@ -6,6 +6,7 @@
     python scripts/mutants.py --group library --slice tonight
     python scripts/mutants.py --json result.json
     python scripts/mutants.py --again result.json  # only what survived there; what was noticed is taken over
+    python scripts/mutants.py --group library --slices 1 --untried --minutes 60  # of what docs/power.json lacks
 
 Works in a copy of the working tree, in a temporary directory. The tests of a judge are imported once; then every mutant
 has a process of its own, forked from there, which imports the judge and its tests again and nothing else. The library
@@ -34,10 +35,13 @@ from typing import Any
 from judges import NOTICED, Judge, Result, judge_alone, judges, noticed_in, outcomes_in
 from lane import lane
 from library import Library, nearness, work_for
-from mutations import Mutation, in_order, mutations, part_of
+from mutations import Mutation, in_order, key_of, mutations, part_of
 from reached import Record, record
 
 ROOT = Path(__file__).resolve().parents[1]
+
+KEPT = ROOT / "docs" / "power.json"
+"""Results of earlier runs: see ``power_page.py``."""
 
 CHANGED_MINUTES = 4.0
 """For ``--changed``: with the copy and the last test that runs, five."""
@@ -119,7 +123,11 @@ def wanted(path: str, given: argparse.Namespace) -> list[Mutation]:
         lines = changed_lines(ROOT, given.changed, path)
         return in_order(path, [mutation for mutation in every if mutation.line in lines], lines)
     number = number_of(given.slice, given.slices)
-    return [mutation for mutation in every if part_of(path, mutation.name, given.slices) == number]
+    tried: set[str] = set()
+    if given.untried:
+        entry = json.loads(KEPT.read_text(encoding="utf-8"))["library"].get(path, {})
+        tried = {key for keys in entry.values() for key in keys}
+    return [m for m in every if part_of(path, m.name, given.slices) == number and key_of(path, m.name) not in tried]
 
 
 def recorded(
@@ -198,6 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--group", choices=["judges", "library"], help="only these (default: both)")
     add("--slice", default="0", metavar="K", help=f"of the library: the part to take, or {TONIGHT} (default: 0)")
     add("--slices", type=int, default=14, metavar="N", help="of how many (default: 14)")
+    add("--untried", action="store_true", help="of the library: only mutants that docs/power.json has no result of")
     add("--again", type=Path, metavar="FILE", help="only mutants that survived in that result")
     add("--json", type=Path, metavar="FILE", help="write every result")
     add("--record", type=Path, metavar="FILE", help="of the library: read which tests reach what, or write it there")
@@ -238,8 +247,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         bad[group] += 1
                 found[path] = {
                     "group": group,
-                    "slice": number_of(given.slice, given.slices),
-                    "slices": given.slices,
                     "budget": given.budget,
                     "mutants": len(mutations((ROOT / path).read_bytes())),
                     "score": score(results),

@@ -7,6 +7,7 @@ since they are words and not rules: texts, type annotations, docstrings, ``__str
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -280,9 +281,15 @@ class Syntax:
         return parses(changed)
 
 
+@functools.lru_cache(maxsize=8)
+def parsed(source: bytes) -> ast.Module:
+    """The tree of a file, which thousands of its mutations are looked up in."""
+    return ast.parse(source)
+
+
 def mutations(source: bytes) -> list[Mutation]:
     """Every mutation of a source, in the order of its text."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     syntax = Syntax(source, tree)
     unique: dict[Mutation, None] = {}
     for mutation in Finder(source).walk(tree):
@@ -295,6 +302,11 @@ def mutations(source: bytes) -> list[Mutation]:
         seen[mutation.name] += 1
         found[index] = replace(mutation, count=seen[mutation.name])
     return found
+
+
+def key_of(path: str, name: str) -> str:
+    """A mutation's name, short: what docs/power.json knows it by."""
+    return hashlib.sha256(f"{path}: {name}".encode()).hexdigest()[:8]
 
 
 def part_of(path: str, name: str, parts: int) -> int:

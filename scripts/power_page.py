@@ -3,8 +3,9 @@
     python scripts/power_page.py RESULT.json …      later ones count
     python scripts/power_page.py                    the page alone
 
-power.json has a judge as it was last tried, and each file of the library by slices: how many mutants were tried and
-noticed, how many at first, before tests were added, and those that were not, by name. What no result speaks of stays.
+power.json has a judge as it was last tried. Of each file of the library it has the mutants that were tried, as
+``mutations.key_of`` names them: ``noticed``; ``later``, noticed since tests were added; ``missed``, which no test
+notices. The page counts those that the file has today. What no result speaks of stays.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from mutations import mutations
+from judges import NOTICED
+from library import Library
+from mutations import key_of, mutations
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "power.md"
 KEPT = ROOT / "docs" / "power.json"
 Entry = dict[str, Any]
-"""What is kept of one file: see :func:`summary`."""
+"""What is said of one file: see :func:`summary`."""
+
+GROUPS = ("noticed", "later", "missed")
 
 PACKAGES = ("torch", "torch_npu", "transformers", "pytest")
 
@@ -46,10 +52,12 @@ tox -e mutants -- --changed main                            # what a branch chan
 tox -e mutants -- --only accuracy/compare
 tox -e mutants -- --group library --slice 3                 # another slice
 tox -e mutants -- --group library --slice tonight           # that of this day: all of them in two weeks
+tox -e mutants -- --group library --slices 1 --untried --minutes 60    # what this page has no result of
 ```
 
 `--json RESULT.json` writes every result, and `python scripts/power_page.py RESULT.json` takes it into this page. After
-tests were added, `--again RESULT.json` tries what had survived and takes the rest over.
+tests were added, `--again RESULT.json` tries what had survived and takes the rest over. Results are kept by the names
+of mutants: one whose text is another now counts as not tried.
 """
 
 JUDGES = """
@@ -74,16 +82,13 @@ and the fast lane has thousands of tests; so two things are left out:
   short ones before long ones, up to {budget:g} recorded seconds; then other tests of the same files, since what a
   fixture keeps is built by the first of them alone. What they do not notice counts as not noticed, whatever slower
   tests would have said. A test that fails must pass without the mutant, and fail with it alone.
-{samples}"""
-
-SAMPLES = """**Samples of one in {slices}**, by a hash of the mutant's name: {tried}. What is missing was left for want
-of time; slice 1 is of operators alone, tried by their own tests. After tests were added, what had survived was tried
-once more with the tests of its file, some of which the seconds had left out; 11 of slices 2 and 3 were not, since their
-code is another now, and count as noticed. "At first" is before that, and speaks for the rest of the mutants; the
-interval is Wilson's, of 95 %."""
+- **{tried} of them were tried**, in no order that the files have, so they are a sample of the rest. "At first" is
+  before tests were added for those that no test had noticed, and speaks for what was not tried; the interval is
+  Wilson's, of 95 %. "Of all" takes its lower limit for what was not tried, and what is noticed now for the others.
+"""
 
 FILES = """
-| files | mutants | tried | noticed at first | noticed | change no rule | not noticed |
+| file | mutants | tried | noticed at first | noticed | change no rule | not noticed |
 |---|---:|---:|---:|---:|---:|---:|
 """
 
@@ -103,27 +108,23 @@ def digest(path: str) -> str:
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def summary(path: str, result: dict[str, Any], before: Entry | None = None) -> Entry:
-    """What is kept of the result of one file.
-
-    Args:
-        before: of the same slice, when it was tried earlier: what survives only now is of mutants that are tried first.
-    """
-    score = {"killed": 0, "timeout": 0, "equal": 0, "survived": 0, "left": 0} | result["score"]
+def summary(path: str, result: dict[str, Any]) -> Entry:
+    """What is kept of the result of a judge."""
+    score = {"killed": 0, "timeout": 0, "equal": 0, "survived": 0} | result["score"]
     noticed = score["killed"] + score["timeout"]
-    tried = noticed + score["equal"] + score["survived"]
     unnoticed = [
         {name: each[name] for name in ("name", "line", "outcome", "reason")}
         for each in result["results"]
         if each["outcome"] in ("equal", "survived")
     ]
-    first = noticed
-    if before is not None:
-        known = {each["name"] for each in before["unnoticed"]}
-        new = sum(each["name"] not in known for each in unnoticed)
-        first = before["first"] + max(0, tried - before["tried"] - new)
-    entry = {"mutants": result["mutants"], "tried": tried, "noticed": noticed, "first": first}
-    return entry | {"left": score["left"], "digest": digest(path), "unnoticed": unnoticed}
+    tried = noticed + len(unnoticed)
+    return {
+        "mutants": result["mutants"],
+        "tried": tried,
+        "noticed": noticed,
+        "digest": digest(path),
+        "unnoticed": unnoticed,
+    }
 
 
 def counts(entry: Entry) -> list[int]:
@@ -132,12 +133,37 @@ def counts(entry: Entry) -> list[int]:
     return [entry["tried"], entry["noticed"], equal, len(entry["unnoticed"]) - equal]
 
 
-def together(slices: list[Entry]) -> Entry:
-    """The slices of one file: a mutant is in one of them."""
-    added = {name: sum(entry[name] for entry in slices) for name in ("tried", "noticed", "first", "left")}
-    digests = {entry["digest"] for entry in slices}
-    unnoticed = [each for entry in slices for each in entry["unnoticed"]]
-    return slices[-1] | added | {"digest": digests.pop() if len(digests) == 1 else "", "unnoticed": unnoticed}
+def add(known: dict[str, list[str]], path: str, results: list[dict[str, Any]]) -> None:
+    """Results of a file of the library: what was missed once and is noticed now is so ``later``."""
+    keys = {group: set(known.get(group, ())) for group in GROUPS}
+    for each in results:
+        key = key_of(path, each["name"])
+        if each["outcome"] in NOTICED:
+            group = "later" if key in keys["missed"] | keys["later"] else "noticed"
+        elif each["outcome"] in ("equal", "survived"):
+            group = "missed"
+        else:
+            continue
+        for name in GROUPS:
+            keys[name].discard(key)
+        keys[group].add(key)
+    known.update({group: sorted(keys[group]) for group in GROUPS})
+
+
+def count(path: str, known: dict[str, list[str]], reasons: dict[str, str]) -> Entry:
+    """Of the mutants that a file of the library has now, as :func:`summary` says it of a judge."""
+    group_of = {key: group for group, keys in known.items() for key in keys}
+    every = mutations((ROOT / path).read_bytes())
+    groups = [(mutation, group_of.get(key_of(path, mutation.name))) for mutation in every]
+    first, later = (sum(group == name for _, group in groups) for name in ("noticed", "later"))
+    unnoticed = [
+        {"name": m.name, "line": m.line, "outcome": "equal" if m.name in reasons else "survived"}
+        | {"reason": reasons.get(m.name, "")}
+        for m, group in groups
+        if group == "missed"
+    ]
+    tried = first + later + len(unnoticed)
+    return {"mutants": len(every), "tried": tried, "first": first, "noticed": first + later, "unnoticed": unnoticed}
 
 
 def changed_since(found: dict[str, Entry]) -> str:
@@ -173,17 +199,18 @@ def library_table(found: dict[str, Entry]) -> str:
         for name in (area(path), "together"):
             areas[name] = [a + b for a, b in zip(areas.get(name, [0] * 6), row, strict=True)]
         text += f"| `{path}` | {' | '.join(map(str, row))} |\n"
-    text += "\n| area | mutants | tried | at first | of all mutants that change a rule | noticed now | not noticed |\n"
-    text += "|---|---:|---:|---:|---:|---:|---:|\n"
+    text += "\n| area | mutants | tried | at first | interval | noticed now | not noticed | of all |\n"
+    text += "|---|---:|---:|---:|---:|---:|---:|---:|\n"
     areas["together"] = areas.pop("together")
     for name, (mutants, tried, before, noticed, equal, survived) in areas.items():
         rules = tried - equal
         if not rules:
-            text += f"| {name} | {mutants} | {tried} | – | – | – | {survived} |\n"
+            text += f"| {name} | {mutants} | {tried} | – | – | – | {survived} | – |\n"
             continue
         low, high = interval(before, rules)
         text += f"| {name} | {mutants} | {tried} | {before / rules:.1%} | {low:.1%} to {high:.1%} "
-        text += f"| {noticed / rules:.1%} | {survived} |\n"
+        now, known = noticed / rules, tried / mutants
+        text += f"| {now:.1%} | {survived} | {now * known + low * (1 - known):.1%} |\n"
     return text
 
 
@@ -212,17 +239,13 @@ def page(kept: dict[str, Any]) -> str:
     text = TEXT.format(date=datetime.date.today().isoformat(), versions=versions)
     judges: dict[str, Entry] = dict(sorted(kept["judges"].items()))
     text += JUDGES + judges_table(judges) + changed_since(judges) + REASONS + reasons_of(judges)
-    slices: dict[str, dict[str, Entry]] = kept["library"]
-    paths = sorted({path for entries in slices.values() for path in entries})
-    library = {path: together([entries[path] for entries in slices.values() if path in entries]) for path in paths}
-    tried = []
-    for name, entries in sorted(slices.items(), key=lambda item: int(item[0])):
-        done, left = (sum(entry[key] for entry in entries.values()) for key in ("tried", "left"))
-        tried.append(f"{done} of {done + left} in slice {name}")
-    mutants = sum(file["mutants"] for file in library.values())
-    samples = _item(SAMPLES.format(slices=kept["slices"], tried=", ".join(tried)))
-    text += LIBRARY.format(mutants=mutants, budget=kept["budget"], samples=samples)
-    return text + FILES + library_table(library) + changed_since(library) + REASONS + reasons_of(library)
+    table = Library.load(ROOT)
+    library = {
+        path: count(path, kept["library"].get(path, {}), table.equal.get(path, {})) for path in table.paths(ROOT)
+    }
+    mutants, tried = (sum(file[name] for file in library.values()) for name in ("mutants", "tried"))
+    text += LIBRARY.format(mutants=mutants, budget=kept["budget"], tried=tried)
+    return text + FILES + library_table(library) + REASONS + reasons_of(library)
 
 
 def take(kept: dict[str, Any], results: dict[str, Any]) -> None:
@@ -230,12 +253,15 @@ def take(kept: dict[str, Any], results: dict[str, Any]) -> None:
     for path, result in results.items():
         if result["group"] == "judges":
             kept["judges"][path] = summary(path, result)
-        elif result["slices"] != kept["slices"]:
-            raise SystemExit(f"{path}: one of {result['slices']} slices, and power.json has those of {kept['slices']}")
         else:
-            entries = kept["library"].setdefault(str(result["slice"]), {})
-            entries[path] = summary(path, result, entries.get(path))
+            add(kept["library"].setdefault(path, {}), path, result["results"])
             kept["budget"] = result["budget"]
+
+
+def written(kept: dict[str, Any]) -> str:
+    """JSON with one line for each group of keys."""
+    text = json.dumps(kept, indent=1, ensure_ascii=False)
+    return re.sub(r'(?<=\[)\s+((?:"[0-9a-f]{8}",?\s*)+)(?=\])', lambda m: " ".join(m[1].split()), text) + "\n"
 
 
 def main(*files: str) -> None:
@@ -243,7 +269,7 @@ def main(*files: str) -> None:
     for file in files:
         take(kept, json.loads(Path(file).read_text(encoding="utf-8")))
     text = page(kept)
-    KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    KEPT.write_text(written(kept), encoding="utf-8")
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ reached while nothing but imports run belongs to no test.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,13 @@ class Record:
             bits |= known.get(line, 0)
         return [index for index, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
 
-    def file(self, index: int) -> str:
-        return self.tests[index].partition("::")[0]
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """Of each test."""
+        return [test.partition("::")[0] for test in self.tests]
 
     def save(self, file: Path) -> None:
-        content = vars(self) | {
+        content = {each.name: getattr(self, each.name) for each in fields(self)} | {
             "lines": {p: {str(line): f"{bits:x}" for line, bits in found.items()} for p, found in self.lines.items()}
         }
         with gzip.open(file, "wt", encoding="utf-8") as out:

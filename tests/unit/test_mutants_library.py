@@ -219,7 +219,7 @@ def test_what_no_test_reaches_is_tried_by_those_of_its_folder(scripts: dict[str,
     table = "qwen2_npu/models/__init__.py"
     fault = scripts["mutations"].mutations(b"LIMIT = 3\n")[0]
     chosen = scripts["library"].chosen(table, b"LIMIT = 3\n", fault, found, 100.0)
-    assert [found.file(index) for index in chosen] == [
+    assert [found.files[index] for index in chosen] == [
         "tests/unit/models/test_other.py",
         "tests/unit/models/test_rules.py",
     ]
@@ -230,6 +230,11 @@ def test_one_of_a_function_comes_before_its_siblings(scripts: dict[str, ModuleTy
     found = scripts["reached"].Record(ids, [0.2, 0.1, 0.1, 0.2], {PATH: {2: 15}}, {PATH: []})
     chosen = scripts["library"].chosen(PATH, BODY, scripts["mutations"].mutations(BODY)[0], found, 9.0)
     assert [ids[index] for index in chosen] == ["a.py::t[2]", "b.py::t[1]", "a.py::t[1]", "b.py::t[2]"]
+    near = "tests/unit/models/test_other.py::t"
+    ids = ["a.py::t", f"{near}[1]", f"{near}[2]", f"{near}[3]"]  # quick ones of the same folder go with it
+    found = scripts["reached"].Record(ids, [0.1, 0.01, 0.02, 0.06], {PATH: {2: 15}}, {PATH: []})
+    chosen = scripts["library"].chosen(PATH, BODY, scripts["mutations"].mutations(BODY)[0], found, 9.0)
+    assert [ids[index] for index in chosen] == [f"{near}[1]", f"{near}[2]", "a.py::t", f"{near}[3]"]
 
 
 def test_every_fault_is_in_one_part_and_stays_there(scripts: dict[str, ModuleType]) -> None:
@@ -275,49 +280,54 @@ def test_the_interval_of_a_sample(scripts: dict[str, ModuleType]) -> None:
     assert scripts["power_page"].interval(10, 10)[1] == pytest.approx(1.0)
 
 
-def result(slice: int, killed: int, *survived: str, left: int = 0) -> dict[str, Any]:
-    """Of one file of the library, as ``mutants.py`` writes it."""
-    names = [f"f: {number} -> x" for number in range(killed)]
-    return {
-        "qwen2_npu/ops/swiglu.py": {
-            "group": "library", "slice": slice, "slices": 14, "budget": 30.0, "mutants": 16,
-            "score": {"killed": killed, "survived": len(survived), "left": left},
-            "results": [
-                {"name": name, "line": 1, "outcome": outcome, "reason": ""}
-                for outcome, group in (("killed", names), ("survived", survived))
-                for name in group
-            ],
-        }
-    }  # fmt: skip
+SWIGLU = "qwen2_npu/ops/swiglu.py"
+
+
+def result(**outcomes: list[str]) -> dict[str, Any]:
+    """Of one file of the library, as ``mutants.py`` writes it: outcome -> names."""
+    results = [{"name": name, "outcome": outcome} for outcome, names in outcomes.items() for name in names]
+    return {SWIGLU: {"group": "library", "budget": 30.0, "results": results}}
 
 
 def test_the_page_keeps_what_no_result_speaks_of_and_what_was_noticed_at_first(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    power_page, path = scripts["power_page"], "qwen2_npu/ops/swiglu.py"
+    power_page = scripts["power_page"]
     monkeypatch.setattr(power_page, "PACKAGES", ("pytest",))
     kept = json.loads((ROOT / "docs" / "power.json").read_text(encoding="utf-8")) | {"library": {}}
     judge = "qwen2_npu/conformance/perf/rows.py"
     kept["judges"] = {judge: kept["judges"][judge]}
     judges = json.dumps(kept["judges"])
-    power_page.take(kept, result(0, 1, left=1))
+    every = [mutation.name for mutation in scripts["mutations"].mutations((ROOT / SWIGLU).read_bytes())]
+    a, b, c, d, e, f, *_ = every
     for given, row in (
-        (result(3, 3, "f: a -> b", left=2), [5, 4, 4, 0, 1]),
-        (result(3, 4, left=2), [5, 4, 5, 0, 0]),  # a test was added
-        (result(3, 5, "f: c -> d"), [7, 5, 6, 0, 1]),  # the two that were left
-        (result(5, 1, "f: e -> f"), [9, 6, 7, 0, 2]),  # another slice
+        (result(killed=[a], left=[b]), [1, 1, 1, 0, 0]),
+        (result(killed=[b], timeout=[c], survived=[d]), [4, 3, 3, 0, 1]),
+        (result(killed=[a, d]), [4, 3, 4, 0, 0]),  # a test was added
+        (result(killed=[d, e]), [5, 4, 5, 0, 0]),  # which makes it none that was noticed at first
+        (result(survived=[a, f]), [6, 3, 4, 0, 2]),  # a test is gone
+        (result(killed=["of a text that is another now"]), [6, 3, 4, 0, 2]),
     ):
         power_page.take(kept, given)
         assert json.dumps(kept["judges"]) == judges
         text = power_page.page(kept)
-        assert f"| `{path}` | 16 | {' | '.join(map(str, row))} |" in text
-    assert "1 of 2 in slice 0, 6 of 6 in slice 3, 2 of 2 in slice 5" in text
-    assert text.count("**A test is missing**: `qwen2_npu/ops/swiglu.py:1`") == 2
-    assert "Changed since, and not run again" not in text.split("## The library")[1]
-    kept["library"]["5"][path]["digest"] = "of other mutants"
-    assert f"Changed since, and not run again: `{path}`" in power_page.page(kept)
-    with pytest.raises(SystemExit, match=r"one of 7 slices, and power.json has those of 14"):
-        power_page.take(kept, {path: {**result(3, 1)[path], "slices": 7}})
+        assert f"| `{SWIGLU}` | {len(every)} | {' | '.join(map(str, row))} |" in text
+    assert text.count(f"**A test is missing**: `{SWIGLU}:") == 2
+    assert "**6 of them were tried**" in text
+    low, _ = power_page.interval(3, 6)
+    files, mutants = scripts["library"].Library.load(ROOT).paths(ROOT), 0
+    for path in (path for path in files if path.startswith("qwen2_npu/ops/")):
+        mutants += len(scripts["mutations"].mutations((ROOT / path).read_bytes()))
+    share = 4 / 6 * 6 / mutants + low * (1 - 6 / mutants)
+    assert f"| ops | {mutants} | 6 | 50.0% | {low:.1%} to " in text
+    assert f"| 66.7% | 2 | {share:.1%} |" in text
+    equal = power_page.count(SWIGLU, kept["library"][SWIGLU], {a: "a reason", e: "one that is not asked for"})
+    assert power_page.counts(equal) == [6, 4, 1, 1]
+
+
+def test_what_is_kept_is_read_as_it_was_written(scripts: dict[str, ModuleType]) -> None:
+    text = (ROOT / "docs" / "power.json").read_text(encoding="utf-8")
+    assert scripts["power_page"].written(json.loads(text)) == text
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------
@@ -482,7 +492,10 @@ def test_a_fault_that_never_ends_is_noticed_and_a_reason_counts(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.slow_in_ci
-def test_slices_are_parts_and_none_is_tried_without_time(project: Project, tmp_path: Path) -> None:
+def test_slices_are_parts_and_none_is_tried_without_time(
+    project: Project, tmp_path: Path, scripts: dict[str, ModuleType]
+) -> None:
+    mutations = scripts["mutations"]
     given = ("--record", str(tmp_path / "record.json.gz"), "--minutes", "0", "--slices")
     parts = [project.run(*given, "2", "--slice", part)[2] for part in "01"]
     everything = project.run(*given, "1")
@@ -490,6 +503,12 @@ def test_slices_are_parts_and_none_is_tried_without_time(project: Project, tmp_p
     assert not parts[0].keys() & parts[1].keys()
     assert {each["outcome"] for each in everything[2].values()} == {"left"}
     assert everything[0] == 0
+    first, second, *others = everything[2]
+    noticed, missed = (mutations.key_of("lib/rules.py", name) for name in (first, second))
+    project.write(
+        "docs/power.json", json.dumps({"library": {"lib/rules.py": {"noticed": [noticed], "missed": [missed]}}})
+    )
+    assert list(project.run(*given, "1", "--untried")[2]) == others
 
 
 @pytest.mark.slow
