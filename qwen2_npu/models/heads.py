@@ -167,9 +167,9 @@ class Qwen2ForSequenceClassification(_Classifier):
             position = torch.arange(tokens, device=given.device)
             last = (position * (given != padding)).argmax(-1)
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= tokens:
-            counts = mask[:, -tokens:].to(given.device).gather(1, last[:, None])[:, 0]
-            if not bool((counts != 0).all()):
-                row = int((counts == 0).nonzero()[0])
+            masked = ~mask[:, -tokens:].to(given.device).gather(1, last[:, None])[:, 0].bool()
+            if bool(masked.any()):
+                row = int(masked.nonzero()[0])
                 raise ValueError(
                     f"row {row}: attention_mask is 0 at position {int(last[row])}, the last token that is not "
                     f"config.pad_token_id={padding}: set it to the padding token of the tokenizer, or pad on the left"

@@ -178,6 +178,11 @@ def test_another_number_of_ranks(tmp_path: Path) -> None:
         f"qwen2-npu merge-qkv --tp-size 2 --model-path {merged}-unmerged --output-path {merged}-tp2",
     ):
         assert f"`{command}`" in str(caught.value)
+    guide = write_folder(tmp_path / "guide", config, guide_merged(config, weights_of(config), 4))
+    with pytest.raises(CheckpointError, match="merged for tp_size=4, and 2 ranks load it") as caught:
+        Qwen2ForCausalLM.from_pretrained(guide, tp_size=2, tp_rank=0, assume_tp=4)
+    command = f"qwen2-npu merge-qkv --unmerge --assume-tp 4 --model-path {guide} --output-path {guide}-unmerged"
+    assert f"`{command}`" in str(caught.value)
 
 
 # ---- the guide's own script -----------------------------------------------------------------------------------------

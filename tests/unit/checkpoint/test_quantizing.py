@@ -217,7 +217,13 @@ def test_what_is_quantised_already(scheme: str, origin: Path, tmp_path: Path) ->
 
 def test_what_is_merged(origin: Path, tmp_path: Path) -> None:
     merge_qkv(origin, tmp_path / "merged", tp_size=2)
-    with pytest.raises(CheckpointError, match=rf"has merged q, k and v .*merge-qkv --unmerge .*{tmp_path}/merged-unm"):
+    with pytest.raises(
+        CheckpointError, match=rf"has merged q, k and v .*merge-qkv --unmerge --model-path .*{tmp_path}/merged-unm"
+    ):
+        quantize(tmp_path / "merged", tmp_path / "written", scheme="w8a8")
+    (config := tmp_path / "merged" / "config.json").write_bytes((origin / "config.json").read_bytes())
+    assert config.exists()  # and does not say for how many ranks it was merged, as the guide's does not
+    with pytest.raises(CheckpointError, match=r"merge-qkv --unmerge --assume-tp N --model-path "):
         quantize(tmp_path / "merged", tmp_path / "written", scheme="w8a8")
 
 

@@ -13,6 +13,7 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
+from qwen2_npu.checkpoint import tokenizer
 from qwen2_npu.checkpoint.tokenizer import chat_text, load_tokenizer
 from qwen2_npu.cli import main
 from qwen2_npu.conformance import tiny
@@ -154,6 +155,17 @@ def test_nothing_to_render_it_with(monkeypatch):
 
 def test_a_template_that_renders():
     assert chat_text(load_tokenizer(tiny.path()), "Who are you?").count("Who are you?") == 1
+
+
+def test_every_file_of_it_is_asked_whether_it_may_be_read(folder, monkeypatch):
+    vocabulary_alone(folder)
+    (folder / "special_tokens_map.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(tokenizer, "check_readable", asked.append)
+    load_tokenizer(folder)
+    names = {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in asked} - {"chat_template.jinja", "added_tokens.json"} == names
+    assert all(path.exists() for path in asked)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", None])

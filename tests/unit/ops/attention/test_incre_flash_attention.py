@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen2_npu.ops.attention import decode
+from qwen2_npu.ops.attention import decode, incre_flash_attention
 from tests.unit.ops.attention.reference import (
     HEADS,
     NKV,
@@ -218,6 +218,10 @@ def test_fake_and_meta_tensors(lengths: list[int] | None, padded: bool) -> None:
         (
             {"atten_mask": torch.zeros(2, 8).bool(), "actual_seq_lengths": [9]},
             "atten_mask is .* at least 9, the live cache slots",
+        ),
+        (
+            dict.fromkeys(("key", "value"), torch.zeros(1).expand(2, incre_flash_attention.MAX_CACHE + 1, NKV, D)),
+            f"key is .* at most {incre_flash_attention.MAX_CACHE} cache slots",
         ),
         ({"inner_precise": 2}, "inner_precise is 2; supported: 0 or 1"),
         ({"block_table": torch.zeros(1)}, "block_table is"),

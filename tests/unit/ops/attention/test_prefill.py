@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwen2_npu.ops.attention import prefill
 from qwen2_npu.ops.attention.masks import Band
@@ -20,6 +22,22 @@ from qwen2_npu.ops.attention.masks import Band
 def test_a_bound_that_no_query_reaches_is_dropped(band: Band, offset: int, left: Band) -> None:
     found = prefill._simplify(band, 4, 6, offset)
     assert (found.before, found.after) == (left.before, left.after)
+
+
+@pytest.mark.parametrize("unknown", [0, 1], ids=["q", "kv"])
+def test_lengths_that_are_not_known_yet_are_subtracted_on_the_device(unknown: int) -> None:
+    """Telling equal offsets apart would put a guard into the graph, for one length alone."""
+
+    def offset(x: torch.Tensor) -> torch.Tensor:
+        lens = [[1, 3], [4, 6]]
+        lens[unknown][1] = x.shape[0]
+        found = prefill._offset(*lens, x.device)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    graph = make_fx(offset, tracing_mode="symbolic")(torch.zeros(5))
+    for size in (5, 8):
+        assert graph(torch.zeros(size)).flatten().tolist() == [3, 6 - size if unknown == 0 else size - 3]
 
 
 @pytest.mark.parametrize("which", ["rows", "cols", "offset"])
