@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 
@@ -13,6 +14,9 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
+from qwen2_npu.parallel.agreement import fingerprint
+from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.checkpoint.test_adapter import write
 from tests.unit.small import V4, small_config, small_stock
 
 
@@ -183,6 +187,35 @@ def test_what_is_no_folder_is_refused_by_name(given):
         UnsupportedError, match=r"^pretrained_model_name_or_path=.*: pass a local folder; weights in mem"
     ):
         Qwen2ForCausalLM.from_pretrained(given)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "with an adapter"])
+def test_ranks_compare_the_files_that_they_have_read(folder, adapted, tmp_path, monkeypatch):
+    """By their content, the adapter's, too; and none is kept from the folder while they wait for one another."""
+    lora, held, compared = tmp_path / "lora", [], []
+    write(lora, small_stock())
+
+    @contextlib.contextmanager
+    def locked(path, *, shared=False):
+        held.append((path, shared))
+        yield True
+        held.clear()
+
+    def agree(facts, *, way_out):
+        assert not held
+        compared.append((dict(facts), way_out))
+
+    read = pretrained.sources.open_checkpoint
+    monkeypatch.setattr(pretrained, "current", lambda *given: Ranks(group="a group"))
+    monkeypatch.setattr(pretrained, "locked", locked)
+    monkeypatch.setattr(pretrained, "agree", agree)
+    monkeypatch.setattr(
+        pretrained.sources, "open_checkpoint",
+        lambda *given, **options: read(*given, **options) if held == [(folder, True)] else pytest.fail("not held"),
+    )  # fmt: skip
+    Qwen2ForCausalLM.from_pretrained(folder, adapter=lora if adapted else None)
+    of_adapter = {f"the adapter's {name}": mark for name, mark in fingerprint(lora).items()} if adapted else {}
+    assert compared == [(fingerprint(folder) | of_adapter, f"copy one checkpoint to all nodes ({folder})")]
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
