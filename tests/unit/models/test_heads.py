@@ -177,6 +177,17 @@ def test_the_loss_of_sequences(problem, labels):
 
 
 @torch.no_grad()
+def test_the_kind_of_problem_is_found_out_in_every_call():
+    """The stock class writes that of the first call into its configuration; a later call may have other labels."""
+    model, (ids, mask) = ours_of(stock_of("Qwen2ForSequenceClassification")), ragged("right")
+    for labels in (torch.tensor([0, 4, 2]), torch.rand(3, 5), torch.tensor([1, 1, 3])):
+        fresh = ours_of(stock_of("Qwen2ForSequenceClassification"))
+        losses = [each(ids, attention_mask=mask, labels=labels).loss for each in (model, fresh)]
+        assert torch.equal(*losses)
+        assert model.config.problem_type is None
+
+
+@torch.no_grad()
 def test_one_label_is_a_regression():
     config = small_config(num_labels=1)
     torch.manual_seed(2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.models import backbone, layers
@@ -110,6 +110,20 @@ def config_of(rope: str, positions: int) -> Any:
         return small_config(max_position_embeddings=positions)
     parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}
     return small_config(max_position_embeddings=positions, rope_parameters=parameters)
+
+
+@pytest.mark.skipif(V4, reason="4.37.0's model has no rope scaling, and a table of its own")
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_has_the_stock_numbers_bit_for_bit(rope, dtype):
+    """cos and sin are scaled before they are rounded; yarn alone scales them."""
+    config = config_of(rope, 512)
+    table, places = RotaryTable(config), torch.arange(512)[None]
+    table.prepare(dtype, CPU)
+    stock = Qwen2RotaryEmbedding(config)
+    assert (stock.attention_scaling != 1) == (rope == "yarn")
+    for found, expected in zip(table(places, head_axis=2), stock(torch.empty(0, dtype=dtype), places), strict=True):
+        assert torch.equal(found[:, :, 0], expected)
 
 
 @pytest.mark.parametrize("rope", ROPES)

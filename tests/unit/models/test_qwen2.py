@@ -279,16 +279,15 @@ def test_loss_over_kept_logits(full, stock, ids):
         full(ids, labels=ids[:, -2:], logits_to_keep=4)
 
 
-def test_loss_over_kept_logits_leaves_out_what_follows_padding(full, ids, left_padding):
-    mask, kept = left_padding.flip(1), slice(-6, None)  # padding at the end: within what is kept
-    losses = [
-        full(ids, attention_mask=mask, labels=labels[:, kept], logits_to_keep=6).loss
-        for labels in (ids, torch.cat((ids[:, :-1].masked_fill(mask[:, 1:] == 0, 3), ids[:, -1:]), dim=1))
-    ]
+@pytest.mark.parametrize("keep", [6, torch.tensor([9, 0, 5, 2, 7])], ids=repr)
+def test_loss_over_kept_logits_leaves_out_what_follows_padding(full, ids, left_padding, keep):
+    """Padding at the end, within what is kept; positions may be kept in any order."""
+    mask, kept = left_padding.flip(1), slice(-keep, None) if isinstance(keep, int) else keep
+    loss = full(ids, attention_mask=mask, labels=ids[:, kept], logits_to_keep=keep).loss
     logits = full(ids, attention_mask=mask).logits[:, kept]
     counted = mask[:, kept][:, :-1].bool()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, kept][:, 1:][counted])
-    assert_close(losses[0], expected)
+    assert_close(loss, expected)
 
 
 def test_loss_leaves_out_what_follows_padding(full, ids, left_padding):
