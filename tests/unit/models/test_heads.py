@@ -102,6 +102,16 @@ def test_embeddings_tuples_and_no_cache(pair):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
+def test_embeddings_of_16_bits_are_no_ids_either(stock, optimizations, dtype):
+    model, ids = ours_of(stock, optimizations).to(dtype), ragged("left")[0].clamp(min=1)
+    embeds = model.get_input_embeddings()(ids)
+    assert embeds.dtype == dtype
+    assert torch.equal(first(model(inputs_embeds=embeds)), first(model(ids)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
 def test_a_cache_is_continued(optimizations):
     stock = stock_of("Qwen2Model")
