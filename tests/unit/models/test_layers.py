@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.models import backbone, layers
 from qwen2_npu.models.layers import Embedding, RMSNorm, RotaryTable, RowParallelLinear
 from qwen2_npu.models.quantized import QuantizedRows
@@ -303,3 +304,25 @@ def test_product_and_sum_are_one_operator_in_prefill_alone(monkeypatch):
     for phase in ("prefill", "extend", "decode"):
         assert torch.allclose(layer(x, phase), x @ layer.weight.t())
     assert calls == ["group", "group", "all_reduce"]
+
+
+@pytest.mark.parametrize("step", ["none", "flash_attention", "fused_gate_up", "swiglu", "last_layer", "all"])
+@torch.no_grad()
+def test_every_product_that_is_summed_is_told_the_phase(step, monkeypatch):
+    """Where few rows are computed, which the fused operator is not for, it is that of a decode step."""
+    optimizations = {"none": Optimizations.none(), "all": Optimizations.all()}.get(step) or Optimizations.up_to(step)
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=2), optimizations)
+    told, right = [], RowParallelLinear.forward
+
+    def forward(self, given, phase="not told"):
+        told.append(phase)
+        return right(self, given, phase)
+
+    monkeypatch.setattr(RowParallelLinear, "forward", forward)
+    cache, few = model.allocate_cache(1, 9), "decode" if optimizations.last_layer else None
+    for tokens, phase in ((5, "prefill"), (3, "extend"), (1, "decode")):
+        if phase == "decode" and not optimizations.fixed_kv_cache:
+            continue  # the growing cache's steps are of any number of tokens
+        told.clear()
+        model(torch.ones(1, tokens, dtype=torch.int64), logits_to_keep=1, **{CACHE_NAME: cache})
+        assert told == [phase] * 2 + [few or phase] * 2
