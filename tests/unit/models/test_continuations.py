@@ -102,6 +102,23 @@ def test_positions_are_counted_as_the_stock_model_counts_them(model, stock, rows
     assert_alike(model, stock, tokens(2, 10), [mask[:, :width] for width in SPLITS[split]])
 
 
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("rows", ["left padding", "holes"])
+@torch.no_grad()
+def test_embeddings_are_taken_as_their_ids_are_in_every_pass(model, rows, split):
+    """In a prompt whose bucket is longer, too."""
+    ids, masks = tokens(2, 10), [mask_of(ROWS[rows])[:, :width] for width in SPLITS[split]]
+    of_embeds, cache, seen = [], None, 0
+    for mask in masks:
+        width = mask.shape[1]
+        embeds = model.get_input_embeddings()(ids[:, seen:width])
+        output = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache})
+        cache, seen = cache_of(output), width
+        of_embeds.append(output.logits)
+    live = masks[-1].bool()
+    assert torch.equal(torch.cat(of_embeds, dim=1)[live], torch.cat(list(passes(model, ids, masks)), dim=1)[live])
+
+
 @pytest.mark.skipif(V4, reason="4.37.0 masks by itself, and has no positions beside the mask")
 @pytest.mark.parametrize("split", SPLITS)
 @torch.no_grad()
