@@ -159,6 +159,15 @@ def test_the_dtype_is_the_caller_s_or_else_that_of_the_configuration(folder, sto
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
+@pytest.mark.parametrize("given", [None, torch.float16], ids=str)
+def test_weights_in_memory_keep_their_dtype_unless_another_is_given(model, given):
+    """Whatever the configuration says: they need not be of the checkpoint that it describes."""
+    config = small_config()
+    set_torch_dtype(config, torch.bfloat16)
+    made = Qwen2ForCausalLM.from_state_dict(config, model.stock_state_dict(), dtype=given)
+    assert {parameter.dtype for parameter in made.parameters()} == {given or torch.float32}
+
+
 @torch.no_grad()
 def test_the_first_layers_alone(folder, model):
     """Asked for by number, or by a configuration in hand; that of a folder must be the checkpoint's own."""
