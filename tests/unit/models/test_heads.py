@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -13,6 +14,7 @@ import qwen2_npu
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 from qwen2_npu.compat import cache_of
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.models.backbone import Backbone
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
@@ -305,6 +307,29 @@ def test_a_causal_language_model_of_a_network_with_tied_embeddings(tmp_path):
     ids = ragged("left")[0]
     theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
     assert close(Qwen2ForCausalLM.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+
+
+# ---- what is handed on -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("given_as", ["input_ids", "inputs_embeds"])
+def test_a_head_hands_on_every_argument_that_it_takes(name, given_as, monkeypatch):
+    """All but labels, and of a classifier return_dict: it needs the fields to make its own output of them."""
+    ours = getattr(qwen2_npu, name)
+    model, signature, handed = ours(small_config(num_hidden_layers=1)), inspect.signature(Backbone.forward), {}
+
+    def forward(*given, **more):
+        handed.update(signature.bind(*given, **more).arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    own = {"self", "others", "labels", "input_ids", "inputs_embeds"} | (
+        {"return_dict"} if name != "Qwen2Model" else set()
+    )
+    given = {argument: object() for argument in inspect.signature(ours.forward).parameters if argument not in own}
+    given[given_as] = torch.ones(1, 3, dtype=torch.int64) if given_as == "input_ids" else torch.ones(1, 3, 256)
+    with pytest.raises(InterruptedError):
+        model(**given)
+    assert {argument: value for argument, value in given.items() if handed.get(argument) is not value} == {}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

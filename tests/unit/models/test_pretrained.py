@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -359,7 +360,8 @@ def test_a_part_is_neither_saved_nor_given_adapters(model, tmp_path):
     part = Qwen2ForCausalLM.from_state_dict(
         model.config, model.stock_state_dict(), optimizations=Optimizations.none(), tp_size=2, tp_rank=1
     )
-    for call in (lambda: part.save_pretrained(tmp_path / "part"), part.stock_state_dict):
+    saves = [partial(part.save_pretrained, tmp_path / "part", is_main_process=main) for main in (True, False)]
+    for call in (*saves, part.stock_state_dict):
         with pytest.raises(UnsupportedError, match=r"\(\): this is part 1 of 2 of a model; load it with tp_size=1"):
             call()
     assert not (tmp_path / "part").exists()
