@@ -15,6 +15,7 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassific
 from qwen2_npu.compat import cache_of
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models.backbone import Backbone
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
@@ -246,6 +247,22 @@ def test_the_decoder_gives_hidden_states(optimizations):
     assert decoder(ids, **call)[0].dtype == decoder.dtype == torch.bfloat16
     other = copy.deepcopy(model)
     assert other.get_decoder().model is other.model is not model.model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
+def test_the_decoder_of_a_part_is_that_part(optimizations):
+    """Its caches have the heads of this rank, and its answer is that of all ranks."""
+    stock, ids = small_stock(small_config(num_hidden_layers=1)), ragged("left")[0]
+    expected = stock.model(ids)[0]
+
+    def run(ranks):
+        decoder = sharded(stock.config, stock_weights(stock), ranks, optimizations).get_decoder()
+        begun = decoder(ids[:, :8], use_cache=True)
+        return torch.cat((begun[0], decoder(ids[:, 8:], past_key_values=cache_of(begun))[0]), dim=1)
+
+    with virtual_ranks(2) as on_all:
+        assert all(close(found, expected) for found in on_all(run))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

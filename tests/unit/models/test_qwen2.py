@@ -11,6 +11,8 @@ from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
 from qwen2_npu.compat import CACHE_NAME, cache_of, torch_dtype_of
 from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import VARIANTS
+from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
 
@@ -385,3 +387,19 @@ def test_random_initialisation_follows_the_config():
 
 def test_the_config_keeps_the_dtype(full):
     assert torch_dtype_of(full.config) in (None, torch.float32)
+
+
+@pytest.mark.parametrize("vocabulary", [198, 199], ids=["cut", "whole"])
+@torch.no_grad()
+def test_all_ranks_choose_a_token_of_the_same_bits(ids, vocabulary):
+    """A head that is whole on every rank may round otherwise on each card: the logits are those of the first."""
+    stock = small_stock(small_config(num_hidden_layers=1, vocab_size=vocabulary))
+
+    def run(ranks: Ranks) -> torch.Tensor:
+        model = sharded(stock.config, stock_weights(stock), ranks)
+        model.lm_head.weight += 1e-3 * ranks.shard.rank  # another card
+        return model(ids % vocabulary).logits
+
+    with virtual_ranks(2) as on_all:
+        first, second = on_all(run)
+    assert torch.equal(first, second)
