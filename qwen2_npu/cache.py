@@ -87,10 +87,11 @@ class CacheShape:
 
     def describe(self) -> str:
         """One line for logs and errors."""
+        window = "" if self.sliding_window is None else f" with a window of {self.sliding_window}"
         return (
-            f"KV cache {self.layout}: {self.layers} layers × 2 × {self.batch_size} rows × {self.capacity} slots × "
-            f"{self.kv_heads} heads × {self.head_dim} × {str(self.dtype).removeprefix('torch.')} = "
-            f"{human_bytes(self.nbytes)}"
+            f"KV cache {self.layout}{window}: {self.layers} layers × 2 × {self.batch_size} rows × "
+            f"{self.capacity} slots × {self.kv_heads} heads × {self.head_dim} × "
+            f"{str(self.dtype).removeprefix('torch.')} = {human_bytes(self.nbytes)}"
         )
 
     @classmethod

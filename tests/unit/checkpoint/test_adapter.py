@@ -205,6 +205,12 @@ def test_the_folder_of_an_adapter_in_place_of_the_model(base, stock, tmp_path):
         Qwen2ForCausalLM.from_pretrained(tmp_path / "lora")
 
 
+def test_an_adapter_in_a_subfolder(base, stock, tmp_path):
+    """It is looked for where the model is, and names a base that is elsewhere."""
+    tensors = write(tmp_path / "lora", stock, base_model_name_or_path=str(base))
+    check(Qwen2ForCausalLM.from_pretrained(tmp_path, subfolder="lora"), summed(stock, tensors))
+
+
 def test_a_folder_with_a_model_and_an_adapter(stock, tmp_path, monkeypatch):
     """The stock class applies the adapter where peft is installed: here the caller says."""
     stock.save_pretrained(tmp_path, safe_serialization=True)

@@ -80,3 +80,18 @@ def test_a_single_query_is_told_no_band():
     with Told() as found:
         model_of("masks", None)(torch.tensor([[5]]))
     assert [(mode, mask) for mode, _, _, mask in found.calls] == [(AS_IT_IS, None)] * 2
+
+
+@pytest.mark.skipif(V4, reason="4.37.0 has hidden_size / num_attention_heads always")
+@pytest.mark.parametrize("size", [32, 96, 128])
+@pytest.mark.parametrize("step", ["none", "fixed_kv_cache", "flash_attention", "all", "fused_infer_attention"])
+@torch.no_grad()
+def test_heads_have_the_size_that_the_configuration_names(size, step):
+    """Not that of hidden_size shared among them: the scale of the scores, the angles and the cache follow it."""
+    switches = {"none": Optimizations.none(), "all": Optimizations.all()}
+    optimizations = switches.get(step) or Optimizations.only(step)
+    stock, ids = small_stock(small_config(num_hidden_layers=1, head_dim=size)), torch.arange(1, 19).view(2, 9)
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+    cache, expected = model.allocate_cache(2, 9), stock(ids).logits
+    passes = [model(ids[:, part], **{CACHE_NAME: cache}).logits for part in (slice(5), slice(5, 8), slice(8, 9))]
+    assert (torch.cat(passes, dim=1) - expected).abs().max() < 2e-4  # as in test_qwen2.py

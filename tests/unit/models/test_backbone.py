@@ -158,6 +158,25 @@ def test_a_generation_says_nothing_to_another_model(stock):
     assert capacities == [usual, usual]
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["another model", "the same model"])
+@torch.no_grad()
+def test_a_generation_goes_on_after_one_within_it(stock, same):
+    """An assistant, or a criterion that generates: the outer call is known again, so no step looks into masks."""
+    model, ids, known = model_of("all", stock), tokens(1, 5), []
+    inner = model if same else model_of("all", stock)
+
+    def criterion(*given, **more) -> torch.Tensor:
+        outer = model._call()
+        inner.generate(ids[:, :3], max_new_tokens=2, do_sample=False)
+        known.append(outer is not None and model._call() is outer)
+        return torch.tensor([False])
+
+    call = {"max_new_tokens": 4, "do_sample": False}
+    found = model.generate(ids, **call, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert known == [True] * 4
+    assert_same_tokens(found, model.generate(ids, **call))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @torch.no_grad()
 def test_a_generation_that_has_ended_says_nothing_to_later_calls(stock, fails):

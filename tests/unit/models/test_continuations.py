@@ -19,6 +19,7 @@ from qwen2_npu.models import backbone
 from qwen2_npu.models.inputs import Rows
 from tests.unit.models.test_inputs import state_of
 from tests.unit.small import V4, small_config, small_stock, stock_weights
+from tests.unit.test_cache import shape
 from tests.unit.tokens import assert_same_tokens
 
 SWITCHES = {
@@ -100,6 +101,23 @@ def test_positions_are_counted_as_the_stock_model_counts_them(model, stock, rows
     """Without position_ids: padding takes one, wherever it stands, and a token of a step may be padding, too."""
     mask = mask_of(ROWS[rows])
     assert_alike(model, stock, tokens(2, 10), [mask[:, :width] for width in SPLITS[split]])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("rows", ["left padding", "holes"])
+@torch.no_grad()
+def test_embeddings_are_taken_as_their_ids_are_in_every_pass(model, rows, split):
+    """In a prompt whose bucket is longer, too."""
+    ids, masks = tokens(2, 10), [mask_of(ROWS[rows])[:, :width] for width in SPLITS[split]]
+    of_embeds, cache, seen = [], None, 0
+    for mask in masks:
+        width = mask.shape[1]
+        embeds = model.get_input_embeddings()(ids[:, seen:width])
+        output = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache})
+        cache, seen = cache_of(output), width
+        of_embeds.append(output.logits)
+    live = masks[-1].bool()
+    assert torch.equal(torch.cat(of_embeds, dim=1)[live], torch.cat(list(passes(model, ids, masks)), dim=1)[live])
 
 
 @pytest.mark.skipif(V4, reason="4.37.0 masks by itself, and has no positions beside the mask")
@@ -280,26 +298,31 @@ def test_no_room_to_grow_is_said_before_the_first_token(full, monkeypatch):
     assert all(map(torch.equal, state_of(cache), before))
 
 
-def test_growing_keeps_the_tokens_and_the_masks():
-    from tests.unit.test_cache import live_slots, shape
+@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
+def test_a_cache_that_grew_is_one_that_was_large_from_the_start(layout):
+    """In all that it holds and knows, padding included, and in what later steps make of it."""
+    padding = torch.tensor([[1, 1, 0, 1, 0], [0] * 5, [0, 0, 0, 1, 1]]).bool()
+    small, large = (FixedKVCache(shape(layout=layout, sliding_window=3, capacity=size)) for size in (128, 256))
 
-    for layout in ("BSND", "BNSD"):
-        cache = FixedKVCache(shape(layout=layout, sliding_window=3))
-        for tensor in cache.key_cache + cache.value_cache:
-            tensor.normal_()
-        with cache.step([2, 5, 3], 5):
-            pass
-        before = [tensor.narrow(cache.shape.slot_axis, 0, 5).clone() for tensor in cache.key_cache]
-        cache.grow(128)
-        assert cache.shape.capacity == 128
-        cache.grow(129)
-        assert cache.shape.capacity == 256
-        assert (cache.lengths, cache.seen_tokens, cache.write_index.tolist()) == ([2, 5, 3], 5, [2, 5, 3])
-        assert live_slots(cache.drop_mask) == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2]]
-        assert live_slots(cache.sliding_drop_mask) == [[0, 1], [2, 3, 4], [0, 1, 2]]
-        for old, new in zip(before, cache.key_cache, strict=True):
-            assert torch.equal(new.narrow(cache.shape.slot_axis, 0, 5), old)
-            assert not new.narrow(cache.shape.slot_axis, 5, 251).any()
+    def step(new_lengths: list[int], tokens: int, padding: torch.Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        states = torch.randn(4, 3, tokens, 2, 4, generator=generator)
+        for cache in (small, large):
+            with cache.step(new_lengths, tokens, padding=padding) as past:
+                for tensor, own in zip(cache.key_cache + cache.value_cache, states, strict=True):
+                    by_slot = tensor if layout == "BSND" else tensor.transpose(1, 2)
+                    for row, (start, count) in enumerate(zip(past, new_lengths, strict=True)):
+                        by_slot[row, start : start + count] = own[row, :count]
+
+    step([2, 5, 3], 5, padding)
+    small.grow(128)
+    assert small.shape.capacity == 128
+    small.grow(129)
+    for more in (None, ([1, 1, 1], 1), ([4, 4, 4], 4)):
+        if more is not None:
+            step(*more)
+        assert small.shape == large.shape
+        assert all(map(torch.equal, state_of(small), state_of(large)))
 
 
 def test_a_full_cache_names_the_calls_that_work(full):

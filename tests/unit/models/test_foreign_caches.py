@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 import torch
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
-from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.cache import CacheShape, FixedKVCache
 from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.errors import UnsupportedError
 from tests.unit.small import V4, small_config, small_stock, stock_weights
@@ -84,3 +86,20 @@ def test_a_prompt_that_the_cache_holds_already(model):
         with pytest.raises(ValueError, match=r"and the cache holds 11 already: pass the whole sequence, or the new"):
             model.generate(given, max_new_tokens=2, past_key_values=cache)
     assert cache.get_seq_length() == 11
+
+
+@pytest.mark.parametrize("field", sorted({f.name for f in dataclasses.fields(CacheShape)} - {"batch_size", "capacity"}))
+def test_a_cache_of_a_model_that_differs_in_anything_is_refused(field):
+    """Rows and slots alone are the caller's choice; a window that one of the two does not have is seen nowhere else."""
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=2))
+    own = model.cache_shape(3, 64)
+    others: dict[str, Any] = {
+        "layout": "BNSD", "dtype": torch.bfloat16, "device": torch.device("meta"), "sliding_window": 4,
+    }  # fmt: skip
+    other = dataclasses.replace(own, **{field: others.get(field) or getattr(own, field) * 2})
+    cache = FixedKVCache(other)
+    message = rf"is the {re.escape(other.describe())} on .*, and this model writes a {re.escape(own.describe())} on "
+    with pytest.raises(UnsupportedError, match=message):
+        model(**PROMPT, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 0
+    assert field == "device" or other.describe() != own.describe()

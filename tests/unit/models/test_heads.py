@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -13,6 +14,8 @@ import qwen2_npu
 from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 from qwen2_npu.compat import cache_of
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.models.backbone import Backbone
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 TOLERANCE = 2e-4
@@ -102,6 +105,16 @@ def test_embeddings_tuples_and_no_cache(pair):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
+def test_embeddings_of_16_bits_are_no_ids_either(stock, optimizations, dtype):
+    model, ids = ours_of(stock, optimizations).to(dtype), ragged("left")[0].clamp(min=1)
+    embeds = model.get_input_embeddings()(ids)
+    assert embeds.dtype == dtype
+    assert torch.equal(first(model(inputs_embeds=embeds)), first(model(ids)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
 def test_a_cache_is_continued(optimizations):
     stock = stock_of("Qwen2Model")
@@ -177,6 +190,17 @@ def test_the_loss_of_sequences(problem, labels):
 
 
 @torch.no_grad()
+def test_the_kind_of_problem_is_found_out_in_every_call():
+    """The stock class writes that of the first call into its configuration; a later call may have other labels."""
+    model, (ids, mask) = ours_of(stock_of("Qwen2ForSequenceClassification")), ragged("right")
+    for labels in (torch.tensor([0, 4, 2]), torch.rand(3, 5), torch.tensor([1, 1, 3])):
+        fresh = ours_of(stock_of("Qwen2ForSequenceClassification"))
+        losses = [each(ids, attention_mask=mask, labels=labels).loss for each in (model, fresh)]
+        assert torch.equal(*losses)
+        assert model.config.problem_type is None
+
+
+@torch.no_grad()
 def test_one_label_is_a_regression():
     config = small_config(num_labels=1)
     torch.manual_seed(2)
@@ -223,6 +247,22 @@ def test_the_decoder_gives_hidden_states(optimizations):
     assert decoder(ids, **call)[0].dtype == decoder.dtype == torch.bfloat16
     other = copy.deepcopy(model)
     assert other.get_decoder().model is other.model is not model.model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimizations", SWITCHES.values(), ids=SWITCHES)
+def test_the_decoder_of_a_part_is_that_part(optimizations):
+    """Its caches have the heads of this rank, and its answer is that of all ranks."""
+    stock, ids = small_stock(small_config(num_hidden_layers=1)), ragged("left")[0]
+    expected = stock.model(ids)[0]
+
+    def run(ranks):
+        decoder = sharded(stock.config, stock_weights(stock), ranks, optimizations).get_decoder()
+        begun = decoder(ids[:, :8], use_cache=True)
+        return torch.cat((begun[0], decoder(ids[:, 8:], past_key_values=cache_of(begun))[0]), dim=1)
+
+    with virtual_ranks(2) as on_all:
+        assert all(close(found, expected) for found in on_all(run))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -284,6 +324,29 @@ def test_a_causal_language_model_of_a_network_with_tied_embeddings(tmp_path):
     ids = ragged("left")[0]
     theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
     assert close(Qwen2ForCausalLM.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+
+
+# ---- what is handed on -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("given_as", ["input_ids", "inputs_embeds"])
+def test_a_head_hands_on_every_argument_that_it_takes(name, given_as, monkeypatch):
+    """All but labels, and of a classifier return_dict: it needs the fields to make its own output of them."""
+    ours = getattr(qwen2_npu, name)
+    model, signature, handed = ours(small_config(num_hidden_layers=1)), inspect.signature(Backbone.forward), {}
+
+    def forward(*given, **more):
+        handed.update(signature.bind(*given, **more).arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    own = {"self", "others", "labels", "input_ids", "inputs_embeds"} | (
+        {"return_dict"} if name != "Qwen2Model" else set()
+    )
+    given = {argument: object() for argument in inspect.signature(ours.forward).parameters if argument not in own}
+    given[given_as] = torch.ones(1, 3, dtype=torch.int64) if given_as == "input_ids" else torch.ones(1, 3, 256)
+    with pytest.raises(InterruptedError):
+        model(**given)
+    assert {argument: value for argument, value in given.items() if handed.get(argument) is not value} == {}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def weights():
 def state_of(cache) -> list[torch.Tensor]:
     """Everything a later step reads, as copies; slots that are not live, as 0."""
     if isinstance(cache, FixedKVCache):
-        accounts = [torch.tensor([*cache.lengths, cache.seen_tokens]), cache.write_index, cache.drop_mask]
+        accounts = [torch.tensor([*cache.lengths, cache.seen_tokens]), cache.write_index, cache.slots, cache.drop_mask]
+        accounts.append(cache.padding_of(cache.seen_tokens))
         sliding = [] if cache.sliding_drop_mask is None else [cache.sliding_drop_mask]
         dead = torch.arange(cache.shape.capacity) >= cache.write_index[:, None]
         dead = dead[:, :, None, None] if cache.shape.layout == "BSND" else dead[:, None, :, None]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.models import backbone, layers
 from qwen2_npu.models.layers import Embedding, RMSNorm, RotaryTable, RowParallelLinear
 from qwen2_npu.models.quantized import QuantizedRows
@@ -110,6 +111,20 @@ def config_of(rope: str, positions: int) -> Any:
         return small_config(max_position_embeddings=positions)
     parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}
     return small_config(max_position_embeddings=positions, rope_parameters=parameters)
+
+
+@pytest.mark.skipif(V4, reason="4.37.0's model has no rope scaling, and a table of its own")
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_has_the_stock_numbers_bit_for_bit(rope, dtype):
+    """cos and sin are scaled before they are rounded; yarn alone scales them."""
+    config = config_of(rope, 512)
+    table, places = RotaryTable(config), torch.arange(512)[None]
+    table.prepare(dtype, CPU)
+    stock = Qwen2RotaryEmbedding(config)
+    assert (stock.attention_scaling != 1) == (rope == "yarn")
+    for found, expected in zip(table(places, head_axis=2), stock(torch.empty(0, dtype=dtype), places), strict=True):
+        assert torch.equal(found[:, :, 0], expected)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -289,3 +304,25 @@ def test_product_and_sum_are_one_operator_in_prefill_alone(monkeypatch):
     for phase in ("prefill", "extend", "decode"):
         assert torch.allclose(layer(x, phase), x @ layer.weight.t())
     assert calls == ["group", "group", "all_reduce"]
+
+
+@pytest.mark.parametrize("step", ["none", "flash_attention", "fused_gate_up", "swiglu", "last_layer", "all"])
+@torch.no_grad()
+def test_every_product_that_is_summed_is_told_the_phase(step, monkeypatch):
+    """Where few rows are computed, which the fused operator is not for, it is that of a decode step."""
+    optimizations = {"none": Optimizations.none(), "all": Optimizations.all()}.get(step) or Optimizations.up_to(step)
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=2), optimizations)
+    told, right = [], RowParallelLinear.forward
+
+    def forward(self, given, phase="not told"):
+        told.append(phase)
+        return right(self, given, phase)
+
+    monkeypatch.setattr(RowParallelLinear, "forward", forward)
+    cache, few = model.allocate_cache(1, 9), "decode" if optimizations.last_layer else None
+    for tokens, phase in ((5, "prefill"), (3, "extend"), (1, "decode")):
+        if phase == "decode" and not optimizations.fixed_kv_cache:
+            continue  # the growing cache's steps are of any number of tokens
+        told.clear()
+        model(torch.ones(1, tokens, dtype=torch.int64), logits_to_keep=1, **{CACHE_NAME: cache})
+        assert told == [phase] * 2 + [few or phase] * 2

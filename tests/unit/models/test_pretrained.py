@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
 from qwen2_npu.compat import set_torch_dtype
 from qwen2_npu.errors import CheckpointError, UnsupportedError
 from qwen2_npu.models import pretrained
+from qwen2_npu.parallel.agreement import fingerprint
+from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.checkpoint.test_adapter import write
 from tests.unit.small import V4, small_config, small_stock
 
 
@@ -155,6 +160,15 @@ def test_the_dtype_is_the_caller_s_or_else_that_of_the_configuration(folder, sto
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
+@pytest.mark.parametrize("given", [None, torch.float16], ids=str)
+def test_weights_in_memory_keep_their_dtype_unless_another_is_given(model, given):
+    """Whatever the configuration says: they need not be of the checkpoint that it describes."""
+    config = small_config()
+    set_torch_dtype(config, torch.bfloat16)
+    made = Qwen2ForCausalLM.from_state_dict(config, model.stock_state_dict(), dtype=given)
+    assert {parameter.dtype for parameter in made.parameters()} == {given or torch.float32}
+
+
 @torch.no_grad()
 def test_the_first_layers_alone(folder, model):
     """Asked for by number, or by a configuration in hand; that of a folder must be the checkpoint's own."""
@@ -183,6 +197,35 @@ def test_what_is_no_folder_is_refused_by_name(given):
         UnsupportedError, match=r"^pretrained_model_name_or_path=.*: pass a local folder; weights in mem"
     ):
         Qwen2ForCausalLM.from_pretrained(given)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "with an adapter"])
+def test_ranks_compare_the_files_that_they_have_read(folder, adapted, tmp_path, monkeypatch):
+    """By their content, the adapter's, too; and none is kept from the folder while they wait for one another."""
+    lora, held, compared = tmp_path / "lora", [], []
+    write(lora, small_stock())
+
+    @contextlib.contextmanager
+    def locked(path, *, shared=False):
+        held.append((path, shared))
+        yield True
+        held.clear()
+
+    def agree(facts, *, way_out):
+        assert not held
+        compared.append((dict(facts), way_out))
+
+    read = pretrained.sources.open_checkpoint
+    monkeypatch.setattr(pretrained, "current", lambda *given: Ranks(group="a group"))
+    monkeypatch.setattr(pretrained, "locked", locked)
+    monkeypatch.setattr(pretrained, "agree", agree)
+    monkeypatch.setattr(
+        pretrained.sources, "open_checkpoint",
+        lambda *given, **options: read(*given, **options) if held == [(folder, True)] else pytest.fail("not held"),
+    )  # fmt: skip
+    Qwen2ForCausalLM.from_pretrained(folder, adapter=lora if adapted else None)
+    of_adapter = {f"the adapter's {name}": mark for name, mark in fingerprint(lora).items()} if adapted else {}
+    assert compared == [(fingerprint(folder) | of_adapter, f"copy one checkpoint to all nodes ({folder})")]
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -317,7 +360,8 @@ def test_a_part_is_neither_saved_nor_given_adapters(model, tmp_path):
     part = Qwen2ForCausalLM.from_state_dict(
         model.config, model.stock_state_dict(), optimizations=Optimizations.none(), tp_size=2, tp_rank=1
     )
-    for call in (lambda: part.save_pretrained(tmp_path / "part"), part.stock_state_dict):
+    saves = [partial(part.save_pretrained, tmp_path / "part", is_main_process=main) for main in (True, False)]
+    for call in (*saves, part.stock_state_dict):
         with pytest.raises(UnsupportedError, match=r"\(\): this is part 1 of 2 of a model; load it with tp_size=1"):
             call()
     assert not (tmp_path / "part").exists()

@@ -11,6 +11,8 @@ from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
 from qwen2_npu.compat import CACHE_NAME, cache_of, torch_dtype_of
 from qwen2_npu.errors import CacheOverflowError, CheckpointError, UnsupportedError
 from qwen2_npu.optimizations import VARIANTS
+from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.parallel.virtual import sharded, virtual_ranks
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
 
@@ -279,16 +281,15 @@ def test_loss_over_kept_logits(full, stock, ids):
         full(ids, labels=ids[:, -2:], logits_to_keep=4)
 
 
-def test_loss_over_kept_logits_leaves_out_what_follows_padding(full, ids, left_padding):
-    mask, kept = left_padding.flip(1), slice(-6, None)  # padding at the end: within what is kept
-    losses = [
-        full(ids, attention_mask=mask, labels=labels[:, kept], logits_to_keep=6).loss
-        for labels in (ids, torch.cat((ids[:, :-1].masked_fill(mask[:, 1:] == 0, 3), ids[:, -1:]), dim=1))
-    ]
+@pytest.mark.parametrize("keep", [6, torch.tensor([9, 0, 5, 2, 7])], ids=repr)
+def test_loss_over_kept_logits_leaves_out_what_follows_padding(full, ids, left_padding, keep):
+    """Padding at the end, within what is kept; positions may be kept in any order."""
+    mask, kept = left_padding.flip(1), slice(-keep, None) if isinstance(keep, int) else keep
+    loss = full(ids, attention_mask=mask, labels=ids[:, kept], logits_to_keep=keep).loss
     logits = full(ids, attention_mask=mask).logits[:, kept]
     counted = mask[:, kept][:, :-1].bool()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, kept][:, 1:][counted])
-    assert_close(losses[0], expected)
+    assert_close(loss, expected)
 
 
 def test_loss_leaves_out_what_follows_padding(full, ids, left_padding):
@@ -386,3 +387,19 @@ def test_random_initialisation_follows_the_config():
 
 def test_the_config_keeps_the_dtype(full):
     assert torch_dtype_of(full.config) in (None, torch.float32)
+
+
+@pytest.mark.parametrize("vocabulary", [198, 199], ids=["cut", "whole"])
+@torch.no_grad()
+def test_all_ranks_choose_a_token_of_the_same_bits(ids, vocabulary):
+    """A head that is whole on every rank may round otherwise on each card: the logits are those of the first."""
+    stock = small_stock(small_config(num_hidden_layers=1, vocab_size=vocabulary))
+
+    def run(ranks: Ranks) -> torch.Tensor:
+        model = sharded(stock.config, stock_weights(stock), ranks)
+        model.lm_head.weight += 1e-3 * ranks.shard.rank  # another card
+        return model(ids % vocabulary).logits
+
+    with virtual_ranks(2) as on_all:
+        first, second = on_all(run)
+    assert torch.equal(first, second)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
+from qwen2_npu.compat import CACHE_NAME
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel import generation
 from qwen2_npu.parallel.collectives import ALONE, Ranks
@@ -79,6 +81,19 @@ def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict
         generation.start(ranks, call, CPU)
     assert facts[0] == facts[1], "equal arguments, and a streamer that one rank has for itself"
     assert facts[2] != facts[0]
+
+
+@pytest.mark.parametrize("name", [None, "inputs", "input_ids"], ids=["by position", "inputs", "input_ids"])
+def test_all_that_a_call_is_given_is_compared_however_it_is_passed(
+    name: str | None, facts: list[dict[str, Any]]
+) -> None:
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=1))
+    model.ranks = SecondRank(Shard(1, 2))
+    by_position = [IDS] if name is None else []
+    by_name: dict[str, Any] = {} if name is None else {name: IDS}
+    with torch.random.fork_rng(devices=[]), pytest.raises(UnsupportedError, match="max_time"):
+        model.generate(*by_position, **by_name, max_time=1.0, past_key_values=model.allocate_cache(1, 8))
+    assert [set(each) for each in facts] == [{name or "inputs", "max_time", CACHE_NAME}]
 
 
 def test_alone_nothing_is_agreed_on_and_no_state_changes(facts: list[dict[str, Any]]) -> None:
