@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen2_npu.conformance.accuracy import channels, locate_error, pair, text
+from qwen2_npu.conformance.accuracy import channels, locate_error, pair, teacher_forcing, text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
+from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import Pair
 from qwen2_npu.conformance.accuracy.quantised import InputRounding
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair
@@ -186,7 +188,61 @@ def test_what_ends_a_text_is_said_by_the_generation_config_first(
     assert (found.eos_token_ids, found.pad_token_id) == (ends, padding)
 
 
-def test_a_streamed_pair_keeps_losses_of_both_kinds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = StreamedPair(name="x", dtype=torch.bfloat16, config=None, build=model_of, models=None)  # type: ignore[arg-type]
+class Rounding:
+    """Takes down for which models it is active."""
+
+    def __init__(self) -> None:
+        self.active: list[Any] = []
+
+    @contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        self.active.append(model)
+        yield
+        self.active.remove(model)
+
+
+def test_both_stock_models_round_activations_where_ours_does_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And answers of one kind are not given to the other."""
+    rounding: Any = Rounding()
+    config = SimpleNamespace(num_hidden_layers=2)
+    common: Any = {"name": "x", "dtype": torch.bfloat16, "config": config, "build": model_of, "scheme": "w8a8"}
+    common |= {"rounding": rounding, "ranks": 4}
+    whole = ModelPair(baseline="stock", reference="true", **common)
+    layered = StreamedPair(models=SimpleNamespace(layer=lambda index: ("stock", "true")), **common)
+    said: list[tuple[str, list[str], tuple[Any, ...]]] = []
+
+    def told(name: str, *answer: Any) -> Any:
+        return lambda *given, **named: said.append((name, [*rounding.active], given)) or (answer[0] if answer else name)
+
+    chosen: list[Any] = ["experts"]
+    for owner, name, *answer in (
+        (teacher_forcing, "run", SimpleNamespace(forced="forced", chosen=chosen)), (teacher_forcing, "run_reference"),
+        (locate_error, "locate"), (text, "losses_and_experts", ("losses", chosen)), (text, "reference_losses"),
+        (text, "compare_texts", ([], None)), (ModelPair, "greedy", [[1]]), (ModelPair, "check_finite_logits"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, told(name, *answer))
+    monkeypatch.setattr(text, "last_logits", lambda model: nullcontext(["logits"]))
+    monkeypatch.setattr(whole, "batch", lambda shape: shape)
+    for step in ("w8a16", "w8a8"):
+        rounded = whole.rounds(model_of(step))
+        said.clear()
+        assert whole.traces("one", rounded) is whole.traces("one", rounded)
+        assert whole.losses([], rounded) == ("losses", "reference_losses", chosen)
+        whole.locate(model_of(step), "one")
+        whole.stock_texts(["batch"], [[2]], 3, rounded)  # type: ignore[arg-type]
+        assert len(said) == 8, "traces once, for both questions"
+        assert {tuple(active) for _, active, _ in said} == {("stock", "true") if rounded else ()}
+        given = {name: given for name, _, given in said}
+        assert given["run_reference"] == ("true", "one", "forced", chosen)
+        assert given["reference_losses"] == ("true", [], chosen)
+        assert given["locate"][1:6] == ("stock", "true", "one", "forced", torch.bfloat16)
+        assert given["locate"][-1] is chosen
+        assert given["compare_texts"] == ([[2]], [[1]], ["batch"], "stock", "true", ["logits"], True)
+        for each, places in ((whole, (0, 1)), (layered, (0, 0))):
+            assert list(each.layers(rounded)) == [
+                channels.LayerOfBoth(number, "stock", "true", place, config, rounding if rounded else None, 4)
+                for number, place in enumerate(places)
+            ]
     monkeypatch.setattr(StreamedPair, "_read_once", lambda self, rounded: self._losses.update({rounded: rounded}))
-    assert [found.losses([], rounded) for rounded in (True, False, True)] == [True, False, True]  # type: ignore[comparison-overlap]
+    monkeypatch.setattr(StreamedPair, "windows", lambda self: [])
+    assert [layered.losses([], rounded) for rounded in (True, False, True)] == [True, False, True]
