@@ -19,6 +19,8 @@ from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import Pair
 from qwen2_npu.conformance.accuracy.quantised import InputRounding
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
+from qwen2_npu.errors import CheckpointError
 from qwen2_npu.optimizations import Optimizations
 
 STEPS = ("swiglu", "w8a16", "w8a8")
@@ -186,6 +188,18 @@ def test_what_ends_a_text_is_said_by_the_generation_config_first(
     found.tokenizer.pad_token_id = None
     found.config.eos_token_id, found.generation_config = config, SimpleNamespace(eos_token_id=own)
     assert (found.eos_token_ids, found.pad_token_id) == (ends, padding)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_at_any_token_are_refused(value: float) -> None:
+    """Not at padding, where they mean nothing."""
+    logits, valid = np.zeros((2, 3, 4)), np.array([[False, True, True], [True, True, True]])
+    logits[0, 0, 1] = value
+    found, trace = pair_of(""), Trace(logits, logits, np.zeros((2, 3), np.int64), valid)
+    found.check_finite_logits(trace)
+    logits[1, 0, 3] = value
+    with pytest.raises(CheckpointError, match="x: the stock model's own logits are not finite"):
+        found.check_finite_logits(trace)
 
 
 class Rounding:

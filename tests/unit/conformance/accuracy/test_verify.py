@@ -116,6 +116,18 @@ def test_every_question_is_about_the_model_of_its_step_in_the_mode(
         assert row.tokens_per_second == row.baseline_tokens_per_second == 6 / 14
 
 
+def test_the_other_ranks_read_the_checkpoint_as_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(module.Orders, "of_ranks", lambda: "orders")
+    monkeypatch.setattr(
+        module, "weights_of_checkpoint", lambda *of, **how: given.append((of, how)) or SimpleNamespace(build="build")
+    )
+    monkeypatch.setattr(module, "follow", lambda *of: of)
+    assert module.take_part(Path("/x"), device="npu:1", dtype="float16", assume_tp=2) == ("orders", "build")
+    how = {"dtype": "float16", "device": "npu:1", "decode_steps": DECODE_STEPS, "assume_tp": 2}
+    assert given == [((Path("/x"),), how)]
+
+
 # ---- steps that only several ranks have -----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("ranks", "device", "dtype", "steps", "left_out"),
