@@ -11,7 +11,10 @@ import pytest
 
 from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.perf import plugin
+from qwen2_npu.conformance.perf.rows import MODES, Configuration
+from qwen2_npu.conformance.perf.runner import Request
 from qwen2_npu.conformance.perf.session import EVERY_ROW
+from qwen2_npu.optimizations import LADDER
 
 
 def start(path: Path) -> None:
@@ -49,3 +52,23 @@ def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_accepted() -> None:
     start(tiny.path())
+
+
+@pytest.mark.parametrize("path", [None, tiny.path()], ids=["random", "checkpoint"])
+@pytest.mark.parametrize("steps", [None, ("swiglu", "fixed_kv_cache")], ids=["last", "some"])
+def test_the_runner_is_asked_for_what_the_user_asked_for(path: Path | None, steps: tuple[str, ...] | None) -> None:
+    """``decode_steps`` has the accuracy suite's default: only what was given counts."""
+    size = None if path else "0.5B"
+    given = {"device": "cpu", "model_path": path, "random_weights": size, "assume_tp": 2, "steps": steps}
+    option = SimpleNamespace(**given, decode_steps=6, decode_steps_given=None)
+    hook = SimpleNamespace(pytest_qwen2_npu_runner=plugin.pytest_qwen2_npu_runner)
+    config: Any = SimpleNamespace(option=option, stash=pytest.Stash(), hook=hook)
+    runner: Any = plugin.runner_of(config)
+    assert runner.request == Request("cpu", size, path, 2, None)
+    option.decode_steps_given = 9
+    assert plugin.pytest_qwen2_npu_runner(config).request.decode_steps == 9  # type: ignore[attr-defined]
+    runner.request = Request("cpu", size, path)  # the folder is no merged one
+    name = size or tiny.path().name
+    assert [row.configuration for row in plugin._user_rows(config) if row.phase == "decode"] == [
+        Configuration(name, 1, batch, mode, step) for step in steps or LADDER[-1:] for mode in MODES for batch in (1, 4)
+    ]
