@@ -24,9 +24,9 @@ SHORT = {"input_tokens": 1000, "asked_steps": 9, "decode_ms": [50.0] * 7, "conte
 USER = user_rows("0.5B", (3,), ("eager",), ("swiglu",))[0]
 
 
-def gate_of(folder: Path, reason: str | None = None, **settings: Any) -> LatencyGate:
+def gate_of(folder: Path, reason: str | None = None, scope: str = EVERY_ROW, **settings: Any) -> LatencyGate:
     runner = FakeRunner({"recordable": True, "changes": SHORT} | settings)
-    return LatencyGate(GateOptions(True, EVERY_ROW, reason, False), runner, [USER], folder)
+    return LatencyGate(GateOptions(True, scope, reason, False), runner, [USER], folder)
 
 
 def handed(gate: LatencyGate, row: Row, monkeypatch: pytest.MonkeyPatch) -> Against:
@@ -64,6 +64,12 @@ def test_a_row_is_compared_with_what_is_its_own(
         ),
         elsewhere=[],
     )
+
+
+def test_the_rows_of_every_pattern_count(tmp_path: Path) -> None:
+    gate = gate_of(copied_baselines(tmp_path), scope=f"7b-batch-b1-*, {USER.id}")
+    assert [*gate.rows] == [*(f"7b-batch-b1-graph-fused_qkv-{phase}" for phase in ("prefill", "decode")), USER.id]
+    assert len(gate.rows) + gate.outside == len(gate.documented) + 1
 
 
 def test_memory_is_judged_on_npus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
