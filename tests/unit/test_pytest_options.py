@@ -54,8 +54,18 @@ def test_decode_steps_that_can(decode_steps: Callable[[str], int], value: str, n
     assert decode_steps(value) == number
 
 
-def test_assume_tp_is_for_a_folder(conftest: Any, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["nope", "swiglu,nope", "nope,swiglu", ",", ""])
+def test_a_step_that_there_is_not_is_refused(conftest: Any, value: str) -> None:
+    with pytest.raises(pytest.UsageError, match=f"^--steps {value}: the steps of the ladder are fixed_kv_cache, "):
+        conftest._steps(value)
+
+
+@pytest.mark.parametrize("size", [None, "0.5B"])
+def test_assume_tp_is_for_a_folder(
+    conftest: Any, pytestconfig: pytest.Config, size: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pytestconfig.option, "assume_tp", 2)
+    monkeypatch.setattr(pytestconfig.option, "random_weights", size)
     monkeypatch.setattr(pytestconfig.option, "model_path", None)
     with pytest.raises(pytest.UsageError, match=r"^--assume-tp needs --model-path DIR$"):
         conftest.pytest_configure(pytestconfig)

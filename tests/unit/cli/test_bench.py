@@ -36,6 +36,20 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["bench", *arguments])
 
 
+def test_every_option_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Weights, "of", lambda *of: given.append(of) or Weights.of_checkpoint(of[1]))
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(bench, "check", lambda setup, todo: given.append((setup, todo)) or 1 / 0)
+    options = "--assume-tp 2 --batch 3,5 --steps swiglu,original --mode inductor --dtype float16 --threads 1"
+    run(*TINY, *options.split())
+    weights = Weights.of_checkpoint(tiny.path())
+    setup = bench.Setup(weights, "inductor", "cpu", torch.float16, 16, 5, 1)
+    todo = [bench.BenchCase(step, batch) for step in ("swiglu", "original") for batch in (3, 5)]
+    threads, asked, made = given
+    assert (threads, asked[1:], made) == (1, (tiny.path(), 2), (setup, todo))
+
+
 def test_measures_every_step_and_batch(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     result = run(*TINY, "--batch", "1,2", "--steps", "original,swiglu", "--json", str(path))

@@ -13,10 +13,13 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+import qwen2_npu
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.checkpoint.quantizing import quantize
 from qwen2_npu.cli import main
+from qwen2_npu.cli.generate import FiniteLogits
 from qwen2_npu.conformance import tiny
+from qwen2_npu.models import arguments
 from qwen2_npu.optimizations import QUANTIZED
 
 
@@ -204,3 +207,66 @@ def test_a_checkpoint_that_asks_for_beams(folder: Path, wanted: dict[str, int], 
     assert result.exit_code == 0, result.output
     for number in range(prompts):
         assert result.stdout.count(f"prompt {number}:") == wanted.get("num_return_sequences", 1)
+
+
+def test_every_option_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def asked(self: Any, **how: Any) -> None:
+        given.update(how, seed=torch.initial_seed(), dtype=self.dtype, steps=self.optimizations.names())
+        raise ValueError("enough")
+
+    right = Qwen2ForCausalLM.from_pretrained
+
+    def loaded(folder: Path, *, assume_tp: int, **how: Any) -> Any:
+        given.update(assume_tp=assume_tp)
+        return right(folder, **how)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", asked)
+    monkeypatch.setattr(qwen2_npu, "compile_model", lambda model, mode: given.update(mode=mode))
+    monkeypatch.setattr(arguments, "check_capacity", lambda positions, tokens: given.update(tokens=tokens))
+    options = (
+        "--sample --temperature 0.5 --top-p 0.25 --top-k 3 --seed 7 --max-new-tokens 9 --device cpu --mode inductor"
+    )
+    options += " --assume-tp 4 --dtype bfloat16 --steps fixed_kv_cache --prompt a --prompt three"
+    assert generate(*options.split(), "--prompt", "a b c d").exit_code == 2
+    longest = given["attention_mask"].sum(dim=1).max()
+    assert given["attention_mask"].sum(dim=1).argmax() == 2, "the first prompt is not the longest"
+    assert given["attention_mask"][:, -1].all(), "padded on the left"
+    wanted = {
+        "do_sample": True, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "seed": 7, "max_new_tokens": 9,
+        "mode": "inductor", "assume_tp": 4, "dtype": torch.bfloat16, "steps": ("fixed_kv_cache",), "streamer": None,
+        "tokens": longest + 9 - 1,
+    }  # fmt: skip
+    assert {name: given[name] for name in wanted} == wanted
+    given.clear()
+    generate("--sample", "--seed", 8, "--prompt", "a")
+    assert (given["seed"], given["mode"]) == (8, "eager")
+    assert not given.keys() & {"temperature", "top_p", "top_k"}, "the checkpoint's own"
+
+
+def test_several_answers_stand_below_their_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 2, "num_return_sequences": 2}))
+    monkeypatch.setattr(
+        Qwen2ForCausalLM,
+        "generate",
+        lambda self, input_ids, **how: torch.cat([input_ids] * 2, 1).repeat_interleave(2, 0),
+    )
+    done = generate("--model-path", folder, "--device", "cpu", "--prompt", "one", "--prompt", "two")
+    assert done.output.split() == ["oneone", "oneone", "twotwo", "twotwo"]
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_of_any_step_that_are_not_finite_are_noted(place: int, value: float) -> None:
+    noted = FiniteLogits(torch.bfloat16)
+    for step in range(3):
+        scores = torch.zeros(2, 4)
+        scores[0, 1] = -float("inf")  # a token that is ruled out
+        if step == place:
+            scores[1] = value
+        assert noted(None, scores) is scores
+    with pytest.raises(ValueError, match="the logits are not finite in bfloat16"):
+        noted.check()

@@ -58,6 +58,25 @@ def test_quick_runs_stay_out_of_the_history(tmp_path: Path, monkeypatch: pytest.
     assert "--append" not in run(tmp_path, monkeypatch, 0, report=9)[1]
 
 
+@pytest.mark.parametrize(("flags", "appended"), [("", True), ("--no-append", False), ("--quick --append", True)])
+def test_every_option_reaches_the_run_and_the_report(
+    flags: str, appended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages run in another folder: relative names are made absolute."""
+    given: list[Any] = []
+    monkeypatch.setattr(engine, "run", lambda options, say, finish: given.append(options) or finish() or [])
+    monkeypatch.setattr(nightly, "_report", lambda command: given.append(command) or 0)
+    monkeypatch.chdir(tmp_path)
+    options = f"--results r --history h --device cpu --model-path m --gate-rows 7b-* --workers 3 --minutes 5 {flags}"
+    assert CliRunner().invoke(main, ["nightly", *options.split()]).exit_code == 0
+    asked, report = given
+    quick = "--quick" in flags
+    assert asked == engine.NightlyOptions(tmp_path / "r", "cpu", tmp_path / "m", quick, "7b-*", 3, 5.0)
+    names = ["--results", str(tmp_path / "r"), "--summary", str(tmp_path / "r" / "summary.md")]
+    names += ["--history", str(tmp_path / "h"), *(["--append"] if appended else [])]
+    assert report == [*engine.CLI, "report", "--check", *names]
+
+
 def test_the_summary_is_shown_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = tmp_path / "github.md"
     shown.write_text("before\n", encoding="utf-8")

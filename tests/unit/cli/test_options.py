@@ -33,6 +33,15 @@ def test_an_emulated_card_has_a_number(name: str) -> None:
         options.check_device(name)
 
 
+@pytest.mark.parametrize("value", ["c", "a,c", "c,a", ",", ""])
+def test_a_name_that_there_is_not_is_refused_wherever_it_stands(value: str) -> None:
+    assert options.names_of(" b, a,", ("a", "b")) == ("b", "a")
+    with pytest.raises(
+        click.BadParameter, match=f"^no step {'c' if 'c' in value else repr(value)}; the steps are a, b$"
+    ):
+        options.names_of(value, ("a", "b"))
+
+
 SHARE = options.FiniteFloat("a number above 0 and at most 1", min=0, min_open=True, max=1)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from qwen2_npu.cli import COMMANDS, main, ranks
-from qwen2_npu.parallel import launch
+from qwen2_npu.parallel import agreement, launch
 from tests.unit.parallel.job import BOTH, NO_NPU, run
 
 SECOND = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -83,6 +87,37 @@ def test_a_command_alone_gets_what_it_was_given():
     command(device="cpu", number=4)
     assert seen == [(None, 3), ("cpu", 4)]
     assert click.get_current_context(silent=True) is None
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_ranks_agree_on_options_checkpoint_and_status(status, rank, readable, monkeypatch, tmp_path):
+    """On all of them, whatever one of them cannot read: who does not ask leaves the others waiting."""
+    said = []
+
+    def fingerprint(folder):
+        if not readable:
+            raise OSError
+        return {"files": str(folder)}
+
+    monkeypatch.setattr(ranks, "_met", False)
+    monkeypatch.setattr(launch, "launched", lambda: SimpleNamespace(world_size=2, rank=rank))
+    group = SimpleNamespace(device="npu:1", rank=rank)
+    monkeypatch.setattr(launch, "joined", lambda device, given_as: nullcontext(group))
+    monkeypatch.setattr(agreement, "agree", lambda what, way_out="": said.append(what))
+    monkeypatch.setattr(agreement, "fingerprint", fingerprint)
+
+    @ranks.in_ranks
+    def command(device: str, steps: tuple[str, ...], model_path: Path) -> None:
+        assert device == "npu:1"
+        sys.exit(status)
+
+    with pytest.raises(SystemExit) as end:
+        command(device="cpu", steps=("a", "b"), model_path=tmp_path)
+    assert end.value.code == (status if rank == 0 else 0)
+    options = {"--device": "cpu", "--steps": ["a", "b"], "--model-path": str(tmp_path)}
+    assert said == [options, {"files": str(tmp_path)} if readable else {}, {"exit status": status}]
 
 
 @pytest.mark.slow

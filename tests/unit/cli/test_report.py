@@ -47,6 +47,14 @@ def test_page_history_and_summary(tmp_path: Path) -> None:
     assert len(list((tmp_path / "history").iterdir())) == 1
 
 
+def test_check_fails_where_a_run_of_the_history_cannot_be_read(tmp_path: Path) -> None:
+    """What it would have told is not known."""
+    Night(0).write(tmp_path)
+    assert run("--results", tmp_path, "--append", "--check").exit_code == 0
+    (tmp_path / "history" / "broken.json").touch()
+    assert run("--results", tmp_path, "--check").exit_code == 1
+
+
 @pytest.mark.parametrize("content", [b"<title>my site</title>", b"", b"\xff\xfe"])
 def test_a_page_of_somebody_else_is_not_overwritten(content: bytes, tmp_path: Path) -> None:
     """The user named the folder, not the file."""

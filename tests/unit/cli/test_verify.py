@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from qwen2_npu.cli import main
+from qwen2_npu.cli import main, ranks
 from qwen2_npu.conformance import tiny
+from qwen2_npu.conformance.accuracy import verify as engine
 from qwen2_npu.conformance.accuracy.layer_by_layer import LayerByLayer
 from tests.accuracy import quantised
 from tests.accuracy.faults import FAULTS
@@ -40,6 +41,38 @@ def test_a_step_of_several_ranks_on_one(tmp_path: Path) -> None:
     (line,) = filter(None, result.output.splitlines())
     assert line.startswith("error: --steps mm_all_reduce: mm_all_reduce takes 2, 4, 8 ranks, and there is 1; leave it")
     assert not report.exists()
+
+
+def test_every_option_reaches_the_comparison_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the report can be written: a comparison may take hours."""
+    given: list[Any] = []
+
+    def verify(*of: Any, progress: Any, **how: Any) -> Any:
+        given.append((of, how))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(engine, "verify", verify)
+    monkeypatch.setattr(engine, "take_part", lambda *of, **how: given.append((of, how)))
+    options = [
+        "--model-path",
+        str(tmp_path),
+        "--assume-tp",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float16",
+        "--no-stream",
+    ]
+    options += ["--steps", "swiglu", "--mode", "inductor", "--against", str(tmp_path), "--json"]
+    refused = CliRunner().invoke(main, ["verify", *options, str(tmp_path)])
+    assert (refused.exit_code, given) == (2, [])
+    assert CliRunner().invoke(main, ["verify", *options, str(tmp_path / "a.json")]).exit_code == 2
+    common = {"device": "cpu", "dtype": "float16", "assume_tp": 2}
+    first = common | {"steps": ("swiglu",), "mode": "inductor", "stream": False, "against": tmp_path}
+    monkeypatch.setattr(ranks, "first", lambda: False)
+    assert CliRunner().invoke(main, ["verify", *options, str(tmp_path / "a.json")]).exit_code == 1
+    assert given == [((tmp_path,), first), ((tmp_path,), common)]
 
 
 def test_layer_by_layer_with_every_other_option(tmp_path: Path) -> None:

@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2_npu.checkpoint.experts import one_by_one
 from qwen2_npu.checkpoint.sources import StateDictSource, open_checkpoint
-from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing
+from qwen2_npu.conformance.accuracy import layer_by_layer, locate_error, teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import Batch, random_batch, random_continuation
 from qwen2_npu.conformance.accuracy.layer_by_layer import Feed, LayerByLayer, at_once, layer_parameters, step_by_step
 from qwen2_npu.conformance.accuracy.stock import exact, exact_reference, stock_from_state_dict
 from qwen2_npu.errors import CheckpointError
+from tests.unit.mixture import mixture_config, needs_mixtures
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 
 STEPS = 3
 
 
 def models_of(config: Any, dtype: torch.dtype) -> tuple[LayerByLayer, Any]:
-    """The same weights layer by layer, and as a whole stock model."""
-    state = {name: tensor.to(dtype) for name, tensor in stock_weights(small_stock(config)).items()}
+    """The same weights, stored in float32, layer by layer and as a whole stock model."""
+    state = one_by_one(stock_weights(small_stock(config)))
     return LayerByLayer(StateDictSource(config, state), dtype), stock_from_state_dict(config, state, dtype=dtype)
 
 
@@ -66,16 +68,23 @@ def test_bit_for_bit_the_whole_models(changes: dict[str, Any], dtype: torch.dtyp
     np.testing.assert_allclose(found.decode_logits, exact_trace.decode_logits, rtol=0, atol=1e-12)
 
 
-def test_intermediate_tensors_are_those_of_the_whole_models() -> None:
-    config = small_config()
+@pytest.mark.parametrize("mixture", [False, pytest.param(True, marks=needs_mixtures)], ids=["dense", "mixture"])
+def test_intermediate_tensors_are_those_of_the_whole_models(mixture: bool) -> None:
+    """Of a mixture with any experts forced on it, in the layers that have some."""
+    config: Any = mixture_config(num_hidden_layers=3, mlp_only_layers=[0]) if mixture else small_config()
     models, whole = models_of(config, torch.float32)
     batch, forced = asked(config)
+    forced = forced[:, :1] if mixture else forced  # which is slow
+    count = forced.shape[1]
+    shape = 2, len(forced), batch.input_ids.shape[1] + count, 8
+    chosen = np.random.default_rng(0).permuted(np.broadcast_to(np.arange(8), shape), axis=-1)[..., :3]
+    experts = chosen if mixture else None
     reference = exact_reference(whole, torch.float64)
-    expected = [locate_error.captures(whole, batch, forced)]
+    expected = [locate_error.captures(whole, batch, forced, experts)]
     with exact(reference):
-        expected.append(locate_error.captures(reference, batch, forced))
-    found: tuple[list[Any], list[Any]] = [[] for _ in range(STEPS + 1)], [[] for _ in range(STEPS + 1)]
-    for layer, *recorders in models.points(step_by_step(batch, forced)):
+        expected.append(locate_error.captures(reference, batch, forced, experts))
+    found: tuple[list[Any], list[Any]] = [[] for _ in range(count + 1)], [[] for _ in range(count + 1)]
+    for layer, *recorders in models.points(step_by_step(batch, forced), experts):
         for side, passes in zip(found, recorders, strict=True):
             for step, recorder in enumerate(passes):
                 side[step] += [point for point in recorder.points if point.layer == layer]
@@ -84,6 +93,26 @@ def test_intermediate_tensors_are_those_of_the_whole_models() -> None:
             assert [(point.layer, point.name) for point in got] == list(recorder.by_place())
             for ours, point in zip(got, recorder.points, strict=True):
                 np.testing.assert_allclose(ours.values, point.values, rtol=0, atol=1e-12)
+
+
+@needs_mixtures
+def test_the_experts_of_the_stock_model_are_forced_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mixture_config(num_hidden_layers=2)
+    models, _ = models_of(config, torch.bfloat16)
+    right, said = layer_by_layer.watching, list[Any]()
+
+    def watching(part: Any, live: Any, chosen: Any = None, **how: Any) -> Any:
+        said.append(chosen)
+        return right(part, live, chosen, **how)
+
+    monkeypatch.setattr(layer_by_layer, "watching", watching)
+    batch, forced = asked(config)
+    (passes,), _ = models.run([Feed(step_by_step(batch, forced))], [Feed(at_once(batch, forced))])
+    choices = np.concatenate([one.choices.wanted for one in passes if one.choices], axis=2)
+    live = np.concatenate((batch.attention_mask.bool().numpy(), np.ones(forced.shape, bool)), axis=1)
+    assert [chosen is None for chosen in said] == [True, False] * 2
+    for layer, chosen in enumerate(said[1::2]):
+        assert np.array_equal(chosen[0][live], choices[layer][live])
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +155,12 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 def test_size_of_a_layer() -> None:
     model = small_stock()
     assert layer_parameters(model.config) == sum(math.prod(p.shape) for p in model.model.layers[0].parameters())
+
+
+@needs_mixtures
+def test_the_largest_layer_counts() -> None:
+    model = small_stock(mixture_config(num_hidden_layers=3, mlp_only_layers=[0, 2]))
+    assert layer_parameters(model.config) == sum(math.prod(p.shape) for p in model.model.layers[1].parameters())
 
 
 def test_layers_are_announced_with_their_pace() -> None:

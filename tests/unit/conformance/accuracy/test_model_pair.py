@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ from qwen2_npu.conformance import tiny
 from qwen2_npu.conformance.accuracy import pair, stock
 from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.pair import PERPLEXITY_WINDOW
+from qwen2_npu.conformance.accuracy.streamed_pair import pair_of_checkpoint
 from qwen2_npu.errors import CheckpointError, UnsupportedError
+from qwen2_npu.optimizations import Optimizations
+from tests.accuracy import quantised
+from tests.unit.checkpoint.merges import config_of, guide_merged, weights_of, write_folder
 from tests.unit.small import small_stock
 
 
@@ -112,3 +118,25 @@ def test_padding_is_a_token_that_the_model_knows() -> None:
     found.baseline.generation_config.eos_token_id = 10**6
     assert found.pad_token_id == 0
     assert torch.tensor(found.heldout_ids()).max() < found.baseline.config.vocab_size
+
+
+# ---- as it was asked for ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kind", [ModelPair.of_checkpoint, *(partial(pair_of_checkpoint, stream=s) for s in (True, False))]
+)
+def test_both_sides_read_a_merged_folder_for_the_ranks_that_are_given(kind: Any, tmp_path: Path) -> None:
+    config = config_of(4, 2)
+    folder = write_folder(tmp_path / "guide", config, guide_merged(config, weights_of(config), 2))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    found = kind(folder, assume_tp=2, decode_steps=1)
+    assert found.eos_token_ids == [7, 5]
+    assert found.compare(found.build(Optimizations.none()), "one")[0].passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scales_are_rounded_to_what_the_models_compute_in(dtype: torch.dtype) -> None:
+    """Not to what they are stored in, which is bfloat16."""
+    found: Any = pair.weights_of_checkpoint(quantised.folder("w8a16"), dtype=dtype, device="cpu", decode_steps=1)
+    assert (found.dtype, found.source.dtype) == (dtype, dtype)

@@ -258,7 +258,7 @@ def test_what_ranks_capture_is_the_whole(
             for ours, whole in zip(found, expected, strict=True):
                 assert [point.where for point in ours.points] == [point.where for point in whole.points]
                 for point, same in zip(ours.points, whole.points, strict=True):
-                    assert point.values.shape == same.values.shape, point.where
+                    assert (point.values.shape, point.heads) == (same.values.shape, same.heads), point.where
                     np.testing.assert_allclose(point.values, same.values, rtol=1e-4, atol=1e-4, err_msg=point.where)
 
 

@@ -230,3 +230,5 @@ def test_the_float64_self_has_the_exact_weights_and_the_stock_model_their_roundi
         else:
             assert torch.equal(tensor, stock.double())
     assert copy.deepcopy(reference).dtype == torch.float64
+    smaller = exact_reference(baseline, torch.float32, exactly.items()).state_dict()  # where memory is short
+    assert all(torch.equal(smaller[name], tensor.float()) for name, tensor in exactly.items())

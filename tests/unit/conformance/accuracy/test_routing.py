@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from qwen2_npu import Optimizations
+from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.conformance.accuracy import locate_error, teacher_forcing, text
+from qwen2_npu.conformance.accuracy.batches import random_batch
 from qwen2_npu.conformance.accuracy.compare_routing import compare_routing
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.accuracy.locate_error import Divergence
@@ -18,6 +19,8 @@ from qwen2_npu.conformance.accuracy.model_pair import ModelPair
 from qwen2_npu.conformance.accuracy.routing import UNKNOWN, Routers, sparse_layers, watching
 from qwen2_npu.conformance.accuracy.stock import exact
 from qwen2_npu.conformance.accuracy.streamed_pair import StreamedPair
+from tests.unit.mixture import mixture_config
+from tests.unit.small import small_stock, stock_weights
 
 SHAPE, STEPS = "qwen2-57b-a14b", 2
 EVERY = {"none": Optimizations.none(), "swiglu": Optimizations.up_to("swiglu"), "all": Optimizations.all()}
@@ -71,6 +74,17 @@ def test_forced_experts_are_those_of_each_token_in_every_layout(pair: ModelPair,
         (ours.decode_logits, baseline.decode_logits),
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_weights_of_forced_experts_are_normalised_where_the_model_says_so(normalised: bool) -> None:
+    config = mixture_config(norm_topk_prob=normalised)
+    stock, batch = small_stock(config), random_batch("ragged", config.vocab_size)
+    model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(stock))
+    chosen = np.broadcast_to([1, 4, 6], (1, *batch.input_ids.shape, 3))
+    theirs, ours = (teacher_forcing.run(each, batch, chosen=chosen) for each in (stock, model))
+    valid = theirs.valid
+    np.testing.assert_allclose(ours.prefill_logits[valid], theirs.prefill_logits[valid], rtol=1e-3, atol=1e-3)
 
 
 def test_the_reference_is_forced_too_and_in_float64(pair: ModelPair, others: Any) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2_npu.conformance.accuracy import teacher_forcing
+from qwen2_npu.conformance.accuracy import stock, teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import random_batch
 from qwen2_npu.conformance.accuracy.configs import SHAPES, random_state_dict, small_config
 from qwen2_npu.conformance.accuracy.noise import rms
@@ -13,6 +13,7 @@ from qwen2_npu.conformance.accuracy.stock import (
     reference_dtype,
     stock_from_state_dict,
 )
+from qwen2_npu.errors import CheckpointError
 
 
 class NarrowFloats(TorchDispatchMode):
@@ -73,6 +74,18 @@ def test_reference_computes_in_float64_throughout() -> None:
         ).logits
     assert logits.dtype == torch.float64
     assert not narrow.seen
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "PIECE", 2)
+    for value, counted in ((float("nan"), "1 NaN and 0"), (float("-inf"), "0 NaN and 1"), (1e5, "0 NaN and 1")):
+        tensor = torch.zeros(5)
+        tensor[place] = value
+        with pytest.raises(
+            CheckpointError, match=f"^here: tensor b has {counted} infinite of 5 values in torch.float16"
+        ):
+            stock.check_finite({"a": torch.zeros(5), "b": tensor}, "here", torch.float16)
 
 
 def test_exact_leaves_other_dtypes_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,91 @@ def test_a_failure_of_a_compiled_model_is_explained(stream: bool, device: str, m
     result = verify(device=device, steps=["swiglu"], mode=mode, stream=stream)
     assert not result.passed
     assert "with every optimisation off, layer" in result.rows[0].explanation
+
+
+# ---- what is asked of what -------------------------------------------------------------------------------------------
+class Asked:
+    """A pair that answers at once, and takes down which model each question is about."""
+
+    name, dtype, reference_dtype, scheme = "x", torch.bfloat16, torch.float64, ""
+
+    def __init__(self, fails: str, perplexity: bool) -> None:
+        self.fails, self.passed, self.said = fails, perplexity, list[Any]()
+
+    def _traces(self, shape: str) -> Any:
+        number = list(BATCH_SHAPES).index(shape) + 1
+        return SimpleNamespace(timed_tokens=number, decode_seconds=float(number**2))
+
+    def lead(self, orders: Any) -> None:
+        self.said.append(orders)
+
+    def build(self, optimizations: Optimizations) -> Any:
+        return optimizations
+
+    def ask(self, function: Any, model: Any, **how: Any) -> Any:
+        return function.__name__, model, how
+
+    def traces(self, shape: str) -> Any:
+        return self._traces(shape), None
+
+    def compare(self, model: Any, shape: str) -> Any:
+        self.said.append((model, shape))
+        return SimpleNamespace(passed=shape != self.fails or len(self.said) < 5), self._traces(shape)
+
+    def explain(self, optimizations: Optimizations, shape: str, *, build: Any) -> str:
+        return f"{shape} of {build(optimizations) == optimizations}"
+
+    def samples(self, model: Any, prompts: Any) -> list[Any]:
+        self.said.append((model, len(prompts)))
+        return []
+
+    def perplexity(self, model: Any) -> Any:
+        self.said.append((model, "perplexity"))
+        return SimpleNamespace(passed=self.passed, error=SimpleNamespace(optimised=2.0, noise=1.0))
+
+
+@pytest.mark.parametrize("mode", ["eager", "torchair"])
+@pytest.mark.parametrize(("fails", "perplexity"), [("", True), ("ragged", True), ("", False)])
+def test_every_question_is_about_the_model_of_its_step_in_the_mode(
+    mode: str, fails: str, perplexity: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two steps fails, or the perplexity alone: the other ranks hear of both."""
+    pair, given, checked = Asked(fails, perplexity), list[Any](), list[Any]()
+    orders: Any = SimpleNamespace(tell=lambda what, **how: given.append((what, how)))
+    monkeypatch.setattr(module.Orders, "of_ranks", lambda: orders)
+    monkeypatch.setattr(module, "pair_of_checkpoint", lambda path, **how: given.append((path, how)) or pair)
+    monkeypatch.setattr(module, "check_mode", lambda mode, place, step: checked.append((mode, place.type, step)))
+    monkeypatch.setattr(module, "comparable", lambda *of: of)
+    monkeypatch.setattr(module, "measure", lambda *of: of[:2])
+    steps = [Optimizations.up_to(step) for step in ("fixed_kv_cache", "swiglu")]
+    result = verify(
+        None, device="cpu", dtype="float16", steps=["fixed_kv_cache", "swiglu"], mode=mode, stream=True, assume_tp=None,
+        against=Path("/plain"),
+    )  # fmt: skip
+    first, second = ((step if mode == "eager" else ("compile_model", step, {"mode": mode})) for step in steps)
+    asked = [(model, shape) for model in (first, second) for shape in BATCH_SHAPES]
+    assert pair.said == [orders, *asked, (second, module.SAMPLE_PROMPTS), (second, "perplexity")]
+    assert checked == [(mode, "cpu", step) for step in steps]
+    how = {"dtype": "float16", "device": "cpu", "stream": True, "assume_tp": None}
+    assert given == [(None, how), ("end", {"passed": not fails and perplexity})]
+    assert result.passed is (not fails and perplexity)
+    assert [row.passed for row in result.rows] == [True, not fails]
+    assert result.rows[1].explanation == ("swiglu: batch ragged: ragged of True" if fails else "")
+    assert result.cost == ((None, Path("/plain"), torch.float16), "cpu")  # type: ignore[comparison-overlap]
+    for row in result.rows:
+        assert row.tokens_per_second == row.baseline_tokens_per_second == 6 / 14
+
+
+def test_the_other_ranks_read_the_checkpoint_as_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(module.Orders, "of_ranks", lambda: "orders")
+    monkeypatch.setattr(
+        module, "weights_of_checkpoint", lambda *of, **how: given.append((of, how)) or SimpleNamespace(build="build")
+    )
+    monkeypatch.setattr(module, "follow", lambda *of: of)
+    assert module.take_part(Path("/x"), device="npu:1", dtype="float16", assume_tp=2) == ("orders", "build")
+    how = {"dtype": "float16", "device": "npu:1", "decode_steps": DECODE_STEPS, "assume_tp": 2}
+    assert given == [((Path("/x"),), how)]
 
 
 # ---- steps that only several ranks have -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qwen2_npu.conformance.graph.memory import peak_activation_bytes
@@ -38,10 +39,14 @@ def test_views_and_writes_in_place_take_no_memory():
     assert peak_activation_bytes(graph.lowered(out)) == 0
 
 
-def test_a_view_keeps_its_source_alive():
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("is_result", [False, True])
+def test_a_view_keeps_its_source_alive(views: int, is_result: bool):
     graph = Graph()
-    source = graph.op("Relu", "x", kilobyte(graph))
-    view = graph.op("Reshape", "x shape", source, graph.const(2, KB // 4))
+    view = graph.op("Relu", "x", kilobyte(graph))
+    for rows in range(1, views + 1):
+        view = graph.op("Reshape", "x shape", view, graph.const(2 * rows, KB // 4 // rows))
     value = graph.op("Relu", "x", kilobyte(graph))
     value = graph.op("Relu", "x", value)
-    assert peak_activation_bytes(graph.lowered(graph.op("Relu", "x", view), value)) == 3 * KB
+    result = view if is_result else graph.op("Relu", "x", view)
+    assert peak_activation_bytes(graph.lowered(result, value)) == 3 * KB

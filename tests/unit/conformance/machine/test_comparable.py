@@ -54,3 +54,4 @@ def test_cards() -> None:
         "nothing is known of Ascend910B2: add its bandwidth and peak to qwen2_npu/conformance/machine/hardware.py",
     )
     assert card_of(Fingerprint.read({"device": "cpu"})) == (None, "")
+    assert card_of(Fingerprint.read({"device": "cuda", "soc": "H100"}))[1].startswith("nothing is known of H100")

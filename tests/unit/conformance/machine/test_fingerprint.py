@@ -34,6 +34,7 @@ def test_any_difference_is_another_fingerprint(key: str) -> None:
     assert there.name != here.name
     assert here.differences(there) == [f"{key}: {here.identity[key]} → changed"]
     assert here.differences(here) == []
+    assert Fingerprint.read({}).differences(Fingerprint.read({key: "new"})) == [f"{key}: None → new"]
 
 
 def test_names_are_folders(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_each_bound(tmp_path: Path) -> None:
     assert "100 involuntary context switches per second, above 50" in preempted
 
 
+def test_one_core_with_another_governor_is_named_and_the_fastest_core_counts(tmp_path: Path) -> None:
+    """An idle core is slow by right."""
+    folder = fake_sys(tmp_path) / "cpu" / "cpu1" / "cpufreq"
+    (folder / "scaling_governor").write_text("schedutil\n")
+    (folder / "scaling_cur_freq").write_text("800000\n")
+    host = Host.read(tmp_path, affinity=(0, 1))
+    (warning,) = host.warnings_since(host)
+    assert host.governor == "performance,schedutil"
+    assert "frequency governor schedutil" in warning
+
+
 def test_a_handful_of_switches_in_a_short_run_is_no_warning(tmp_path: Path) -> None:
     host = Host.read(fake_sys(tmp_path), affinity=(0, 1))
     before = replace(host, seconds=host.seconds - 0.01, preemptions=host.preemptions - 5)

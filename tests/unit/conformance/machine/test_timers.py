@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,18 @@ def test_events_measure_the_device_beside_the_host(device: BackgroundDevice) -> 
     assert len(timer.steps_ms()) == len(timer.wall_ms()) == 2
     for step, wall in zip(timer.steps_ms(), timer.wall_ms(), strict=True):
         assert 0.9 * WORK_SECONDS * 1e3 <= step <= wall
+
+
+def test_events_stand_between_the_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of them they would time the waiting, too, or be read before the device has reached them."""
+    said: list[str] = []
+    event = SimpleNamespace(record=lambda: said.append("event"))
+    timer = EventTimer(SimpleNamespace(synchronize=lambda: said.append("wait"), Event=lambda **_: event))
+    timer.start()
+    said.append("work")
+    timer.stop()
+    assert said == ["wait", "event", "work", "event", "wait"]
+    assert 0 < timer.wall_ms()[0] < 1e6
 
 
 def test_the_device_at_hand_has_a_clock(device: BackgroundDevice) -> None:

@@ -308,30 +308,26 @@ def test_scalars_have_no_strides_and_nothing_is_strided_unless_asked_for() -> No
     assert torch.equal(seen[0], seen[1])
 
 
-def test_every_output_and_every_argument_of_an_operator_is_looked_at() -> None:
-    """npu_add_rms_norm: three tensors and a number in, three tensors out."""
-    name = "npu_add_rms_norm"
+@pytest.mark.parametrize(("name", "outputs", "tensors"), [("npu_add_rms_norm", 3, 3), ("npu_grouped_matmul", 1, 3)])
+def test_every_output_and_every_argument_of_an_operator_is_looked_at(name: str, outputs: int, tensors: int) -> None:
+    """Three tensors and a number in, three tensors out; tensors in lists, and others."""
     parameters = CATALOGUE[name].samples[0].parameters
     operator = operator_of(name)
     check(name, parameters)
 
-    def all_wrong(**tensors: Any) -> Any:
-        outputs = [output + 1 for output in operator(**tensors)]
-        for value in tensors.values():
-            if isinstance(value, torch.Tensor):
-                value.add_(1)
-        return outputs
+    def all_wrong(**given: Any) -> Any:
+        found = [output.double() + 1 for output in operator(**given)]
+        for value in by_name(given).values():
+            value.add_(1)
+        return found
 
     problems = find_problems(CATALOGUE[name], parameters, "float32", implementation=all_wrong)
-    tensors = [
-        key for key, value in CATALOGUE[name].arguments(parameters, "float32").items() if not isinstance(value, float)
-    ]
-    outputs = [
-        each.name for each in CATALOGUE[name].golden(CATALOGUE[name].arguments(parameters, "float32"), "float32")
-    ]
-    assert len(outputs) == len(tensors) == 3
+    arguments = CATALOGUE[name].arguments(parameters, "float32")
+    written = list(by_name(to_tensors(arguments, "float32")))
+    made = [each.name for each in CATALOGUE[name].golden(arguments, "float32")]
+    assert (len(made), len(written)) == (outputs, tensors)
     assert [problem.split(":")[0] for problem in problems] == [
-        *(f"output {name!r}" for name in outputs), *(f"argument {name!r} was overwritten" for name in tensors),
+        *(f"output {name!r}" for name in 2 * made), *(f"argument {name!r} was overwritten" for name in written),
     ]  # fmt: skip
     with pytest.raises(AssertionError) as raised:
         check(name, parameters, implementation=all_wrong)

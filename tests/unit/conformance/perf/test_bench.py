@@ -66,6 +66,25 @@ def test_a_steps_batches_come_together_so_that_its_model_is_built_once():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [("original", "swiglu"), ("swiglu", "original")], ids="_".join)
+def test_each_step_is_measured_with_its_own_model(steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[dict[str, Any]] = []
+    built: list[str] = []
+
+    def measure(model: str, **how: Any) -> Measurement:
+        measured.append({"model": model, **how})
+        return Measurement(100.0, (50.0,) * 3, (), (0, 6, 7, 8), 6, 3)
+
+    monkeypatch.setattr(bench.protocol, "measure", measure)
+    monkeypatch.setattr(bench, "build", lambda setup, step: built.append(step) or step)
+    setup = Setup(TINY, "eager", "cpu", torch.float32, 6, 4)
+    found = [(each.step, each.batch) for each in bench.run(setup, bench.cases(steps, [1, 4]), card=None)]
+    assert built == list(steps)
+    assert found == [(step, batch) for step in steps for batch in (1, 4)]
+    how = {"input_tokens": 6, "decode_steps": 3, "weights": TINY.description}
+    assert measured == [{"model": step, "batch": batch, **how} for step, batch in found]
+
+
 def test_the_guides_number_is_that_of_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 4), "eager") == (366, 25)
     assert numbers(monkeypatch, "7B", BenchCase("fused_qkv", 4), "torchair") == (345, 24)

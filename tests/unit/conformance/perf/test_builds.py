@@ -213,6 +213,13 @@ def test_a_published_size_is_recognised(name: str) -> None:
     assert size_of(SIZES[name].config(), "downloaded") is SIZES[name]
 
 
+def test_a_dense_model_of_a_mixtures_dimensions_is_not_that_mixture() -> None:
+    config = SIZES["7B"].config()
+    config.vocab_size = SIZES["57B-A14B"].vocab
+    found = size_of(config, "downloaded")
+    assert (found.name, found.experts) == ("downloaded", 0)
+
+
 @pytest.mark.skipif(IS_V4, reason="transformers 4.37.0 puts one of the two in the place of the other: refused")
 def test_a_part_of_the_stock_model_has_the_head_that_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where config.json calls it tied to an embedding that it differs from."""

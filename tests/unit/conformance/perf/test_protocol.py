@@ -14,6 +14,7 @@ import torch
 
 from qwen2_npu.cache import FixedKVCache
 from qwen2_npu.conformance.machine.hardware import Figure, Hardware
+from qwen2_npu.conformance.machine.host import Host
 from qwen2_npu.conformance.machine.timers import HostTimer
 from qwen2_npu.conformance.perf.gate import Against, judge
 from qwen2_npu.conformance.perf.protocol import measure
@@ -40,6 +41,32 @@ def test_one_prefill_then_every_decode_step(model: str) -> None:
     assert (len(found.decode_ms), found.input_tokens, found.asked_steps, found.weights) == (4, 8, 4, "small")
     assert len(calls) == 2 * 5  # a warm-up of the same length
     assert not found.self_test
+
+
+def test_the_host_is_watched_while_the_timed_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = ours(), list[Any]()
+    right = Host.read
+    model.register_forward_hook(lambda module, args, output: said.append("step"))
+    monkeypatch.setattr(Host, "read", lambda: said.append("host") or right())
+    monkeypatch.setattr(Host, "warnings_since", lambda after, before: (f"{after.seconds > before.seconds}",))
+    assert measure(model, batch=1, input_tokens=4, decode_steps=2).warnings == ("True",)
+    assert said == [*["step"] * 3, "host", *["step"] * 3, "host"]
+
+
+def test_every_row_has_a_prompt_of_its_own_and_every_call_the_same() -> None:
+    """Rows that are alike would choose the same experts."""
+    model, prompts = ours(), list[torch.Tensor]()
+
+    def keep(module: Any, args: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[1] > 1:
+            prompts.append(given["input_ids"])
+
+    model.register_forward_pre_hook(keep, with_kwargs=True)
+    measure(model, batch=3, input_tokens=8, decode_steps=1)
+    warm, timed = prompts
+    assert torch.equal(warm, timed)
+    assert len(timed.unique(dim=0)) == 3
+    assert timed.min() >= 1  # the padding token is none of them
 
 
 def test_no_token_ends_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ def test_both_phases_share_one_generate_call_and_batches_share_a_model(monkeypat
     ]
     bench.measured(Configuration("7B", 1, 8, "eager", "original"))
     assert built[1:] == [("original", "cpu")]
+
+
+@pytest.mark.parametrize("other", [{"model": "0.5B"}, {"mode": "graph"}, {"step": "original"}], ids=str)
+def test_what_is_another_model_is_built_anew(other: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Configuration] = []
+    monkeypatch.setattr(protocol, "measure", lambda model, **settings: model)
+    monkeypatch.setattr(
+        "qwen2_npu.conformance.perf.builds.Weights.build",
+        lambda self, what, device: built.append(what) or (self.size.name, what),
+    )
+    bench = DeviceRunner(Request("cpu"))
+    for what in (SEVEN, replace(SEVEN, **other)):
+        assert bench.measured(what) == (what.model, what)
+    assert built == [SEVEN, replace(SEVEN, **other)]
 
 
 def test_what_cannot_be_measured() -> None:
@@ -126,8 +140,12 @@ def test_a_row_on_several_cards_is_one_job_and_this_process_holds_no_model(monke
             Jobs(result={"verified": "emulated (torch_npu)", "measurement": asdict(ONE_STEP)}),
             "the ranks computed on emulated (torch_npu), and this process on npu (CANN 9)",
         ),
+        (
+            Jobs(result={"verified": "npu (CANN 8)", "measurement": asdict(ONE_STEP)}),
+            "the ranks computed on npu (CANN 8), and this process on npu (CANN 9)",
+        ),
     ],
-    ids=["failed", "no_result", "failed_at_the_end", "too_long", "on_another_device"],
+    ids=["failed", "no_result", "failed_at_the_end", "too_long", "on_another_device", "with_another_cann"],
 )
 def test_a_failed_job_is_one_cause_for_both_phases(ranks: Jobs, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "run_to_end", ranks)
@@ -151,20 +169,24 @@ def test_a_checkpoint_is_measured_for_real() -> None:
     assert bench.fingerprint.identity["device"] == "cpu"
 
 
-def test_a_folder_that_does_not_record_for_how_many_ranks_it_was_merged(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_record_for_how_many_ranks_it_was_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(4, 2)
     config.max_position_embeddings = 2048
     folder = write_folder(tmp_path / "guide", config, guide_merged(config, weights_of(config), 2))
-    bench = DeviceRunner(Request("cpu", model_path=folder, assume_tp=2, decode_steps=1))
-    found = bench.measured(Configuration(str(bench.model_name), 1, 1, "eager", "swiglu"))
-    assert found.weights == "guide"
+    monkeypatch.chdir(tmp_path)
+    bench = DeviceRunner(Request("cpu", model_path=Path("guide"), assume_tp=2, decode_steps=1))
+    for step in ("original", "swiglu"):
+        assert bench.measured(Configuration(str(bench.model_name), 1, 1, "eager", step)).weights == "guide"
     with pytest.raises(CheckpointError, match="--assume-tp N"):
         DeviceRunner(Request("cpu", model_path=folder)).model_name  # noqa: B018
     ranks = Jobs(result={"verified": bench.fingerprint.identity["verified"], "measurement": asdict(ONE_STEP)})
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(children, "run_to_end", ranks)
-        bench._measure_in_ranks(TWO)
-    assert (ranks.requests[0]["model_path"], ranks.requests[0]["assume_tp"]) == (str(folder), 2)
+    monkeypatch.setattr(children, "run_to_end", ranks)
+    bench._measure_in_ranks(TWO)
+    (request,) = ranks.requests
+    assert request["model_path"] == str(folder)  # the ranks run in another folder
+    assert (request["assume_tp"], request["decode_steps"]) == (2, 1)
 
 
 @pytest.fixture(autouse=True)

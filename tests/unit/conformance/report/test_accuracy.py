@@ -50,12 +50,18 @@ def test_modes_are_claims_of_their_own() -> None:
 
 def test_text_and_perplexity_can_fail() -> None:
     content = Night(0).verification()
-    content["samples"][0] |= {"divergence": "position 3: a, b", "passed": False}
+    content["samples"].append({**content["samples"][0], "divergence": "position 3: a, b", "passed": False})
     content["failures"] = ["perplexity: RMS error of the tokens' losses 1 exceeds 1.5 × noise 0.1"]
     found = claims(content)
     assert found["accuracy/eager/greedy text"].status is Status.FAIL
     assert found["accuracy/eager/greedy text"].message == "position 3: a, b"
     assert found["accuracy/eager/perplexity"].status is Status.FAIL
+
+
+def test_perplexity_is_shown_against_the_rounding_floor_where_that_is_larger() -> None:
+    content = Night(0).verification()
+    content["perplexity"]["error"] |= {"floor": 0.02}
+    assert claims(content)["accuracy/eager/perplexity"].value.number == pytest.approx(0.55)  # type: ignore[union-attr]
 
 
 def test_an_excused_divergence_of_text_passes() -> None:

@@ -57,6 +57,8 @@ def test_a_faulty_measurement_fails(tmp_path: Path) -> None:
     inputs = write(tmp_path, result("original", 900.0, 60.0, faults=["a missing synchronize"]))
     assert {claim.status for claim in bench.claims(inputs)} == {Status.FAIL}
     assert not Results.of(tmp_path).passed
+    noisy = write(tmp_path, result("original", 900.0, 60.0, warnings=["frequency governor powersave"]))
+    assert {claim.status for claim in bench.claims(noisy)} == {Status.NOT_COMPARABLE}, "said, and no failure"
 
 
 def test_the_table_holds_ratios_to_the_stock_model_of_the_same_batch(tmp_path: Path) -> None:

@@ -82,11 +82,23 @@ def test_another_fingerprint_is_said_and_not_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"verified": Verified.read("emulated (x)")}, {"verified": Verified()}, {"subject": "other weights"}]
+    "other",
+    [
+        {"verified": Verified.read("emulated (x)")},
+        {"verified": Verified()},
+        {"subject": "other weights"},
+        {"subject": ""},
+    ],
 )
 def test_another_device_or_subject_is_not_compared(other: dict[str, Any]) -> None:
     (change,) = found(claim(Status.FAIL), run(0, claim(**other)))
     assert change.kind is Kind.FAILING
+
+
+@pytest.mark.parametrize("other", [{}, {"verified": Verified.read("emulated (x)")}, {"subject": ""}], ids=str)
+def test_what_does_not_say_its_subject_is_compared_on_the_same_device(other: dict[str, Any]) -> None:
+    (change,) = found(claim(Status.FAIL, subject=""), run(0, claim(**other)))
+    assert change.kind is (Kind.FAILING if "verified" in other else Kind.REGRESSED)
 
 
 def test_a_later_run_is_no_history() -> None:
@@ -107,12 +119,15 @@ def test_no_longer_run() -> None:
     assert change.kind is Kind.LOST
     assert found(silent, run(0, claim(Status.FAIL))) == []
     assert found(silent, run(0, claim(), cann="other")) == []
+    assert [change.kind for change in found(silent, run(0, claim()), run(1, claim(Status.FAIL)))] == [Kind.LOST]
+    assert found(silent, run(0, claim()), run(1, claim(Status.NOT_COMPARABLE))) == []
 
 
 def test_passes_again() -> None:
     (change,) = found(claim(), run(0, claim()), run(1, claim(Status.FAIL, 30.0)))
     assert change.kind is Kind.FIXED
     assert change.amount == "30 → 24 ms (-20\u00a0%)"
+    assert found(claim(), run(0, claim()), run(1, claim(Status.FAIL)), run(2, claim())) == [], "said once"
 
 
 def quiet(count: int, ms: float = 24.0, start: int = 0) -> list[Run]:
@@ -143,10 +158,17 @@ def test_faster_is_no_change_for_the_worse() -> None:
     assert found(claim(ms=20.0), *quiet(6), run(6, claim(ms=20.0))) == []
 
 
-def test_a_ratio_gets_worse_downwards() -> None:
-    def ratio(number: float) -> Claim:
-        return claim(value=Value(number, "times as fast", lower_is_better=False))
+def test_what_failed_is_no_measure_for_what_passes() -> None:
+    """A step that leaves out work is fast, and wrong."""
+    fast = [run(i, claim(Status.FAIL, 10.0 + i / 100)) for i in range(6)]
+    assert found(claim(), *fast, run(7, claim()), run(8, claim())) == []
 
+
+def ratio(number: float, **changes: Any) -> Claim:
+    return claim(value=Value(number, "times as fast", lower_is_better=False), **changes)
+
+
+def test_a_ratio_gets_worse_downwards() -> None:
     good = [run(i, ratio(1.7)) for i in range(5)]
     (change,) = found(ratio(1.4), *good, run(6, ratio(1.4)))
     assert change.kind is Kind.DRIFTED
@@ -160,3 +182,9 @@ def test_the_worst_come_first() -> None:
         {entry.id: Entry.of(replace(entry, status=Status.PASS, value=Value(20.0, "ms"))) for entry in now},
     )
     assert [change.claim.id for change in changes(now, run(20, None), [before])] == ["latency/y", ID]
+
+
+def test_of_ratios_the_one_that_fell_comes_first() -> None:
+    now = [replace(ratio(number, status=Status.FAIL), id=f"relative/{number}") for number in (3.0, 1.6)]
+    before = Run(Night(0).provenance, {each.id: Entry.of(replace(ratio(2.0), id=each.id)) for each in now})
+    assert [change.claim.id for change in changes(now, run(20, None), [before])] == ["relative/1.6", "relative/3.0"]

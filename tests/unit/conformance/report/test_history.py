@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from qwen2_npu.conformance.files import write_json
+from qwen2_npu.conformance.machine.verified import Verified
 from qwen2_npu.conformance.report import history
-from qwen2_npu.conformance.report.claims import Status
+from qwen2_npu.conformance.report.claims import Claim, Status, Value
 from qwen2_npu.conformance.report.history import Run
 from qwen2_npu.conformance.report.results import Results
 from tests.unit.conformance.report.synthetic import SLOW, Night, commit_of, write_junit
@@ -36,6 +37,16 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert run == Run.of(found)
     assert run.entries[f"latency/{SLOW}"].status is Status.FAIL
     assert not any("72b" in id for id in run.entries), "what was not run is not remembered"
+
+
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("value", [None, Value(1.7, "times as fast", lower_is_better=False)], ids=["none", "ratio"])
+def test_all_that_is_known_of_a_claim_is_remembered(status: Status, value: Value | None, tmp_path: Path) -> None:
+    found = results(tmp_path / "a", Night(0))
+    one = Claim("x", "X", "x", status, subject="s", verified=Verified.read("cuda (x)"), value=value)
+    run = Run.of(replace(found, claims=(*found.claims, one)))
+    entry = Run.from_json(json.loads(json.dumps(run.to_json()))).entries.get("x")
+    assert entry == (None if status is Status.NOT_RUN else history.Entry(status, one.verified, "s", value))
 
 
 def test_twice_is_once_and_oldest_first(tmp_path: Path) -> None:

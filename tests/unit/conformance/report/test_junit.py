@@ -17,7 +17,9 @@ text</failure></testcase>
 <testcase classname="tests.a" name="test_skip"><skipped message="needs an NPU">x.py:3: needs an NPU</skipped></testcase>
 <testcase classname="tests.a" name="test_teardown"><skipped message="s">s</skipped><error message="e">e</error>
 </testcase>
-</testsuite></testsuites>"""
+<testcase classname="tests.a" name="test_after"><failure message="f">f</failure><skipped message="s">s</skipped>
+</testcase>
+</testsuite><testsuite><testcase classname="tests.b" name="test_of_another_suite"/></testsuite></testsuites>"""
 
 
 def test_cases(tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_cases(tmp_path: Path) -> None:
     path.write_text(FILE, encoding="utf-8")
     session = junit.read(path)
     assert session.properties == {"qwen2_npu.verified": '"cpu"'}
-    good, bad, skipped, both = session.cases
+    good, bad, skipped, *both, other = session.cases
     assert (good.module, good.function, good.parameters) == (
         "tests.graph.test_census",
         "test_census",
@@ -38,7 +40,8 @@ def test_cases(tmp_path: Path) -> None:
         {"ratio": "1.7"},
     )
     assert (skipped.outcome, skipped.message) == ("skipped", "needs an NPU")
-    assert both.outcome == "failed"
+    assert [case.outcome for case in both] == ["failed", "failed"]
+    assert (other.module, other.outcome) == ("tests.b", "passed")
 
 
 @pytest.mark.parametrize("text", [FILE[:200], "", "<html/>"])

@@ -83,6 +83,12 @@ def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
     assert "took longer than" in done[1].problem
 
 
+def test_a_run_that_is_killed_leaves_what_was_found_before(tmp_path: Path) -> None:
+    look = f"import json; print([s['status'] for s in json.load(open({str(tmp_path / 'run.json')!r}))['stages']])"
+    _, lines = run(tmp_path, python("bad", "exit(3)"), python("looks", look), python("later", "pass"))
+    assert "[0, 3, None, None]" in lines
+
+
 def test_an_interrupt_ends_the_stage_and_leaves_the_rest_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = nightly._run
 
@@ -207,7 +213,8 @@ def commands(where: Where, **changes: object) -> dict[str, str]:
 
 
 def test_latency_is_gated_on_a_real_npu_alone() -> None:
-    assert "--gate --gate-rows 7b-*" in commands(Where.NPU, gate_rows="7b-*")["perf"]
+    for quick in (False, True):
+        assert "--gate --gate-rows 7b-*" in commands(Where.NPU, gate_rows="7b-*", quick=quick)["perf"]
     for where in set(Where) - {Where.NPU}:
         assert "--gate" not in commands(where)["perf"]
 
@@ -234,6 +241,13 @@ def test_quick_is_the_fast_lane() -> None:
     for suite in ("accuracy", "graph", "perf"):
         assert "-m not slow" in found[suite]
     assert found["verify torchair"].endswith(f"--steps {LADDER[-1]}")
+    assert "--steps" not in found["verify eager"]
+
+
+def test_a_checkpoint_is_verified_compared_and_timed() -> None:
+    found = commands(Where.NPU, model_path=Path("/model"))
+    with_model = [name for name, command in found.items() if "--model-path /model" in command]
+    assert with_model == ["verify eager", "verify torchair", "accuracy", "perf"]
 
 
 def test_device_and_workers_are_handed_on() -> None:

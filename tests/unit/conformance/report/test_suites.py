@@ -64,10 +64,12 @@ def test_steps_operators_and_the_rest(tmp_path: Path) -> None:
         CaseText(LADDER_TEST, "test_none[none-bfloat16]"),
         CaseText(OPERATOR_TEST, "test_matches_golden[npu_rms_norm-tall-float16]"),
         CaseText(OPERATOR_TEST, "test_matches_golden[scatter_update_-first-float16]", failure="off by one"),
+        CaseText(OPERATOR_TEST, "test_matches_golden[npu_prompt_flash_attention-long-float16]", failure="off by one"),
     )
     assert found["suite/accuracy/fused_qkv"].status is Status.PASS
     assert found["suite/accuracy/swiglu"].status is Status.FAIL
     assert found["suite/accuracy/ifa_tiling"].status is Status.NOT_RUN
+    assert found["suite/accuracy/flash_attention"].status is Status.NOT_RUN, "an operator is not the step"
     assert found["operators/npu_rms_norm"].status is Status.PASS
     assert found["operators/npu_add_rms_norm"].status is Status.NOT_RUN
     assert found["operators/scatter_update_"].status is Status.FAIL
@@ -78,7 +80,10 @@ def test_steps_operators_and_the_rest(tmp_path: Path) -> None:
 
 
 def test_a_test_file_that_did_not_run_is_shown(tmp_path: Path) -> None:
-    found = claims(tmp_path, CaseText("tests.elsewhere.test_x", "test_y"))
+    found = claims(
+        tmp_path, CaseText("tests.elsewhere.test_x", "test_y"), CaseText(suites.LATENCY, "", "cannot import")
+    )
+    assert found[f"files/{suites.LATENCY}"].status is Status.FAIL, "it has no row that could say so"
     for module in (
         "tests.accuracy.test_negative_controls",
         "tests.graph.test_recompiles",
@@ -88,7 +93,14 @@ def test_a_test_file_that_did_not_run_is_shown(tmp_path: Path) -> None:
     assert found["files/tests.elsewhere.test_x"].status is Status.PASS
 
 
-@pytest.mark.parametrize(("verified", "where"), [(NPU, Where.NPU), (Verified.read("emulated (torch_npu)"), Where.CPU)])
+@pytest.mark.parametrize(
+    ("verified", "where"),
+    [
+        (NPU, Where.NPU),
+        (Verified.read("cuda (portable kernels)"), Where.CUDA),
+        (Verified.read("emulated (torch_npu)"), Where.CPU),
+    ],
+)
 def test_a_ratio_is_of_the_device_that_computed_it(verified: Verified, where: Where, tmp_path: Path) -> None:
     text = "1.72 (1.62 to 1.92 with 98% confidence, 12 rounds)"
     write_junit(
