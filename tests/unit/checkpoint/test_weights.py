@@ -326,6 +326,20 @@ def test_a_saved_folder_is_whole(folder, tmp_path, size):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_what_generate_does_by_default_is_replaced_where_nothing_else_changes(folder):
+    """Or removed."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    path, before = folder / "generation_config.json", (folder / "config.json").read_bytes()
+    model.generation_config.max_length = 77
+    model.save_pretrained(folder)
+    assert json.loads(path.read_text(encoding="utf-8"))["max_length"] == 77
+    model.generation_config = None
+    model.save_pretrained(folder)
+    assert not path.exists()
+    assert (folder / "config.json").read_bytes() == before
+
+
 def test_shapes_of_heads():
     config = small_config(num_labels=3, tie_word_embeddings=True)
     hidden = config.hidden_size
