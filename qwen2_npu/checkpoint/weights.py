@@ -11,6 +11,7 @@ import copy
 import errno
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -198,12 +199,15 @@ def check_room(config: Any, shard: Shard) -> None:
     """
     if torch.get_default_device().type != "cpu":
         return
-    one = copy.copy(config)
-    one.num_hidden_layers = 1
-    shapes, item = held_shapes(one, shard), torch.get_default_dtype().itemsize
-    sizes_of = {name: math.prod(shape) * (1 if name + OF_SCALE in shapes else item) for name, shape in shapes.items()}
-    layer = sum(size for name, size in sizes_of.items() if name.startswith("model.layers."))
-    needed = sum(sizes_of.values()) + layer * (config.num_hidden_layers - 1)
+    one, item, needed, rest = copy.copy(config), torch.get_default_dtype().itemsize, 0, 0
+    one.num_hidden_layers = one.decoder_sparse_step = 1
+    for sparse, count in Counter(is_sparse(config, index) for index in range(config.num_hidden_layers)).items():
+        one.mlp_only_layers = [] if sparse else [0]
+        shapes = held_shapes(one, shard)
+        sizes_of = {name: math.prod(held) * (1 if name + OF_SCALE in shapes else item) for name, held in shapes.items()}
+        layer = sum(size for name, size in sizes_of.items() if name.startswith("model.layers."))
+        needed, rest = needed + layer * count, sum(sizes_of.values()) - layer
+    needed += rest
     there = psutil.virtual_memory().total
     if needed > there:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")

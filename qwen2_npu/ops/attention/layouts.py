@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from qwen2_npu.ops.checks import check_float, check_same_dtype, invalid, is_plain
@@ -116,9 +115,3 @@ def from_heads_first(out: Tensor, layout: str) -> Tensor:
         return out.contiguous()
     out = out.transpose(1, 2)
     return out.flatten(2) if layout == "BSH" else out.contiguous()
-
-
-def zeros_like_output(query: Tensor, layout: str) -> Tensor:
-    """What attention over no key at all returns."""
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    return out.transpose(1, 2).contiguous() if layout == "BNSD_BSND" else out

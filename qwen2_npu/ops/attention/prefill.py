@@ -66,7 +66,7 @@ def prefill_attention(
         out, lse = attend(q, k[:, :, :rows], v[:, :, :rows], scale=scale, causal=True), None
     else:
         out, lse = _in_blocks(q, k, v, scale, drop, band, offset, kv_column, want_lse)
-    return _restore_rows(out, lse, full_q, q_lens, kv_lens)
+    return _restore_rows(out, lse, full_q, q_lens)
 
 
 def _in_blocks(
@@ -183,17 +183,11 @@ def _restore_rows(
     lse: Tensor | None,
     full_q: Tensor,
     q_lens: Sequence[int] | None,
-    kv_lens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Zero the rows past each length, and those of batch rows without keys, and pad to all queries."""
+    """Zero the rows past each length, and pad to all queries."""
     rows = out.shape[2]
-    live = None
     if q_lens is not None and len(q_lens) > 1:
         live = torch.arange(rows, device=out.device).view(1, 1, -1, 1) < as_column(q_lens, out.device)
-    if kv_lens is not None and len(kv_lens) > 1:
-        has_keys = as_column(kv_lens, out.device) > 0
-        live = has_keys if live is None else live & has_keys
-    if live is not None:
         out = torch.where(live, out, 0)
         lse = None if lse is None else torch.where(live, lse, torch.inf)
     if q_lens is not None:

@@ -70,6 +70,7 @@ def test_reads_that_give_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(byte_ranges, "CHUNK", 10)
     monkeypatch.setattr(os, "read", lambda handle, size: real(handle, min(size, 4)))
     assert list(chunks(Range(tmp_path / "in", 1, 26))) == [bytes(range(a, b)) for a, b in ((1, 11), (11, 21), (21, 26))]
+    assert NewFile("x", (Range(tmp_path / "in", 0, 250),)).same(tmp_path / "in")
 
 
 def test_ranges_that_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,10 @@ def test_each_of_several_tokens_is_in_the_vocabulary(folder):
         message = f"forced_eos_token_id={tokens} is outside the vocabulary of vocab_size=199"
         with pytest.raises(CheckpointError, match=re.escape(message)):
             read_generation_config(folder, 199)
+        config = small_config()
+        config.forced_eos_token_id = tokens  # 4.37.0 takes it from config.json, 5.x does not
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            check_fields(config)
 
 
 def test_an_exception_in_one_line():

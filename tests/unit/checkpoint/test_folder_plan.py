@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qwen2_npu.checkpoint import folder_plan
 from qwen2_npu.checkpoint.byte_ranges import Range, Stored, read_header
@@ -98,6 +98,12 @@ def test_a_new_file_has_the_metadata_of_the_others(folder: Path, tmp_path: Path)
     new = {"new.safetensors": {"a": (tensor.dtype, tensor.shape, [tensor.bytes])}}
     plan = plan_of(folder, tmp_path / "output", {}, headers, new, config_text="{}")
     assert b'"__metadata__":{"format":"pt"}' in plan.shards[0].head
+
+
+def test_a_file_keeps_its_own_metadata(folder: Path, tmp_path: Path) -> None:
+    save_file(load_file(folder / SHARDS[1]), folder / SHARDS[1], metadata={"format": "pt", "more": "1"})
+    plan = plan_like(folder, tmp_path / "output")
+    assert [b'"more":"1"' in file.head for file in plan.shards] == [file == SHARDS[1] for file in SHARDS]
 
 
 SIZE = sum(tensor.nbytes for tensor in WEIGHTS.values())

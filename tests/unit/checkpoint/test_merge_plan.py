@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen2_npu.checkpoint.folders import MERGING
 from qwen2_npu.checkpoint.merge_plan import plan_merge, plan_unmerge, with_record, without_record
-from qwen2_npu.checkpoint.merged import Layout
+from qwen2_npu.checkpoint.merged import PARTS, Layout
 from qwen2_npu.checkpoint.merging import merge_qkv, run, unmerge_qkv
 from qwen2_npu.checkpoint.sources import open_checkpoint
 from qwen2_npu.compat import IS_V4
@@ -253,15 +253,14 @@ def shards_elsewhere(folder: Path) -> None:
     index.write_text(index.read_text().replace(SHARD, f"sub/{SHARD}"))
 
 
-def other_dtype(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        save_file(
-            {
-                name: t.float() if "layers.1.self_attn.v_proj.weight" in name else t
-                for name, t in load_file(path).items()
-            },
-            path,
-        )
+def other_dtype(part: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        name = f"model.layers.1.self_attn.{part}"
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path)
+            save_file(tensors | ({name: tensors[name].float()} if name in tensors else {}), path)
+
+    return spoil
 
 
 def broken_link(folder: Path) -> None:
@@ -280,7 +279,11 @@ def quantised(folder: Path) -> None:
         (extra_tensor, r"1 tensors unexpected, first model\.layers\.7\.mlp\.up_proj\.weight"),
         (lambda folder: (folder / SHARD).unlink(), f"1 of 5 shards named by .* are missing, first {SHARD}"),
         (shards_elsewhere, f"names 'sub/{SHARD}', and files of the folder itself are read"),
-        (other_dtype, r"layers\.1\.self_attn\.q_proj\.weight is stored as BF16, and k or v of its layer in another"),
+        *(
+            (other_dtype(f"{part}.{kind}"), rf"layers\.1\.self_attn\.q_proj\.{kind} is stored as .*, and k or v of its")
+            for part in PARTS
+            for kind in ("weight", "bias")
+        ),
         (broken_link, r"merges\.txt is a link to a file that is missing; fetch it again"),
         (quantised, "is stored as I8, which is quantised"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
@@ -328,15 +331,17 @@ def test_what_is_not_merged(folder: Path, tmp_path: Path) -> None:
     assert plan.options == {"unmerge": "recorded"}
 
 
-def test_copies_of_a_head_that_differ(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("from_end", [1, 3], ids=["v", "k"])  # of the last rank: each has two rows
+def test_copies_of_a_head_that_differ(from_end: int, kind: str, tmp_path: Path) -> None:
     config = config_of(12, 2)
     folder = write_folder(tmp_path / "ordinary", config, weights_of(config))
     merge_qkv(folder, tmp_path / "merged", tp_size=4)
     path = tmp_path / "merged" / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.self_attn.qkv_proj.weight"][-1, 0] += 1  # v of the last rank
+    tensors[f"model.layers.1.self_attn.qkv_proj.{kind}"][-from_end] += 1
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.qkv_proj\.weight holds a kv head several times"):
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.self_attn\.qkv_proj\.{kind} holds a kv head several times"):
         unmerge_qkv(tmp_path / "merged", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

@@ -131,9 +131,15 @@ def test_a_head_that_is_the_embedding(kind):
     assert as_stock(source).config is CONFIG
 
 
-@pytest.mark.parametrize("change", [lambda head: head + 1, lambda head: head[:-1]], ids=["values", "shape"])
-def test_a_head_that_is_not_the_embedding(change):
-    source = StateDictSource(copy.deepcopy(CONFIG), WEIGHTS | {HEAD: change(WEIGHTS[EMBEDDING])})
+@pytest.mark.parametrize("changed", [HEAD, EMBEDDING])
+@pytest.mark.parametrize(
+    "change",
+    [lambda same: same + 1, lambda same: same[:-1], lambda same: same.bfloat16()],
+    ids=["values", "shape", "rounded"],
+)
+def test_a_head_that_is_not_the_embedding(change, changed):
+    both = dict.fromkeys((EMBEDDING, HEAD), WEIGHTS[EMBEDDING])
+    source = StateDictSource(copy.deepcopy(CONFIG), WEIGHTS | both | {changed: change(WEIGHTS[EMBEDDING])})
     given = source.config
     if IS_V4:
         with pytest.raises(

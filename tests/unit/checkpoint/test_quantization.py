@@ -293,10 +293,13 @@ def test_other_methods(method: str | None) -> None:
             quantization_of(config(values))
 
 
-def test_groups_with_different_settings() -> None:
+@pytest.mark.parametrize("other", [{"input_activations": None}, {"format": quantization.PACKED}])
+@pytest.mark.parametrize("order", [1, -1])
+def test_groups_with_different_settings(other: dict[str, Any], order: int) -> None:
+    """Whichever comes first."""
     values = said()
     group = values["config_groups"]["group_0"]
-    values["config_groups"] = {"a": group, "b": group | {"input_activations": None}}
+    values["config_groups"] = dict(zip("ab", [group, group | other][::order], strict=True))
     with pytest.raises(CheckpointError, match=r"config_groups has 2 groups with different settings \(a, b\)"):
         quantization_of(config(values))
 

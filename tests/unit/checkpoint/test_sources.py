@@ -292,6 +292,17 @@ def test_pickled_shards_by_their_index(pickled):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.stock_state_dict().items())
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "of an old torch"])
+def test_pickled_weights_of_a_card_that_is_not_here(pickled, zipped, monkeypatch):
+    path, weights = pickled / "pytorch_model.bin", stock_weights(small_stock())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "_package_registry", [(0, lambda storage: "cuda:97", lambda *_: None)])
+        torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    assert b"cuda:97" in path.read_bytes()
+    found = dict(sources.open_checkpoint(pickled, weights_file=path.name).tensors())
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
 def test_a_named_safetensors_file_is_the_one_that_is_read(folder):
     other = {name: tensor + 1 for name, tensor in stock_weights(small_stock()).items()}
     save_file(other, folder / "model.fp16.safetensors")

@@ -154,7 +154,10 @@ def test_nothing_to_render_it_with(monkeypatch):
 
 
 def test_a_template_that_renders():
-    assert chat_text(load_tokenizer(tiny.path()), "Who are you?").count("Who are you?") == 1
+    """Up to where the answer begins: else the model would continue with the next turn of its own choice."""
+    text = chat_text(load_tokenizer(tiny.path()), "Who are you?")
+    assert text.endswith("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("Who are you?") == 1
 
 
 def test_every_file_of_it_is_asked_whether_it_may_be_read(folder, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,10 @@ from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy.stock import HEAD_DIM_IS_FREE
 from qwen2_npu.errors import CheckpointError
 from qwen2_npu.models import backbone
-from qwen2_npu.parallel.sharding import WHOLE
+from qwen2_npu.parallel.collectives import Ranks
+from qwen2_npu.parallel.sharding import Shard
+from tests.unit.mixture import mixture_config, needs_mixtures
+from tests.unit.quantised import SCHEMES, quantised_config
 from tests.unit.small import small_config, small_stock, stock_weights
 
 
@@ -212,16 +216,30 @@ def test_heads_of_other_classes_are_left_where_they_are(head, tied, more, fits):
         weights.check_source(source, head)
 
 
-@pytest.mark.parametrize("short", [0, 1])
-def test_a_model_of_all_memory_is_built_and_one_of_a_byte_more_is_not(short, monkeypatch):
-    config = small_config(num_hidden_layers=5)
-    needed = sum(parameter.nbytes for parameter in Qwen2ForCausalLM(config).parameters())
-    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - short))
-    said = (
-        "the weights of this configuration take .*: correct hidden_size=256, intermediate_size=.* num_hidden_layers=5"
-    )
-    with nullcontext() if not short else pytest.raises(MemoryError, match=rf"{said}, vocab_size=\d+, or read"):
-        weights.check_room(config, WHOLE)
+@pytest.mark.parametrize(
+    ("make", "ranks"),
+    [
+        (small_config, 1),
+        (partial(small_config, tie_word_embeddings=True), 1),
+        (small_config, 2),
+        *((partial(quantised_config, scheme), 1) for scheme in SCHEMES),
+        pytest.param(partial(mixture_config, mlp_only_layers=[0]), 1, marks=needs_mixtures),
+        pytest.param(partial(mixture_config, mlp_only_layers=[3]), 2, marks=needs_mixtures),
+        pytest.param(partial(mixture_config, decoder_sparse_step=2), 1, marks=needs_mixtures),
+    ],
+    ids=["dense", "tied", "a rank", *SCHEMES, "first layer dense", "last layer dense, a rank", "every second sparse"],
+)
+def test_a_model_of_all_memory_is_built_and_one_of_a_byte_more_is_not(make, ranks, monkeypatch):
+    """What this rank holds, in the dtypes that it is held in, of layers that are not all of one kind."""
+    config, shard = make(num_hidden_layers=5), Shard(ranks - 1, ranks)
+    model = Qwen2ForCausalLM(config, None, Ranks(shard))
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed))
+    weights.check_room(model.config, shard)
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - 1))
+    fields = r"hidden_size=\d+, intermediate_size=\d+, num_hidden_layers=5, vocab_size=\d+"
+    with pytest.raises(MemoryError, match=rf"the weights of this configuration take .*: correct {fields}, or read"):
+        weights.check_room(model.config, shard)
 
 
 def test_a_state_dict_of_a_fused_model_is_named_as_such(folder):
@@ -307,6 +325,20 @@ def test_a_saved_folder_is_whole(folder, tmp_path, size):
     assert (again.generation_config.max_length, again.generation_config.eos_token_id) == (77, [5, 6])
     for name, tensor in model.stock_state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_what_generate_does_by_default_is_replaced_where_nothing_else_changes(folder):
+    """Or removed."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    path, before = folder / "generation_config.json", (folder / "config.json").read_bytes()
+    model.generation_config.max_length = 77
+    model.save_pretrained(folder)
+    assert json.loads(path.read_text(encoding="utf-8"))["max_length"] == 77
+    model.generation_config = None
+    model.save_pretrained(folder)
+    assert not path.exists()
+    assert (folder / "config.json").read_bytes() == before
 
 
 def test_shapes_of_heads():

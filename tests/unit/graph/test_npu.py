@@ -137,6 +137,32 @@ def test_options_reach_the_compiler(model, mode, chosen, monkeypatch):
         assert backends[0]["compiler_config"].post_grad_custom_post_pass.value is npu.drop_layout_copies
 
 
+@needs_torch_npu
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "on disk"])
+def test_graphs_are_those_of_the_model_its_ranks_and_options(kept, size, chosen, tmp_path, monkeypatch):
+    """Kept on disk or not; there in a folder of this model, whose graphs are read back without guards."""
+    import torch_npu  # noqa: F401 - puts torchair on the path
+    import torchair
+
+    configs = []
+    monkeypatch.setattr(torchair, "get_npu_backend", lambda compiler_config: configs.append(compiler_config))
+    monkeypatch.setattr(torch, "compile", lambda step, **given: step)
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=1))
+    model.ranks = Ranks(Shard(0, size))
+    options = graph.GraphOptions(chosen, not chosen, chosen, tmp_path if kept else None)
+    with warnings.catch_warnings():
+        step = npu.compiler("torchair", model, options)(model.decode_step)
+    if kept:
+        configs = [step.config]
+        assert (step.step, step.dynamic, step.folder) == (model.decode_step, chosen, tmp_path / npu.fingerprint(model))
+    (found,) = (config.experimental_config for config in configs)
+    assert (found.topology_sorting_strategy.value == "StableRDFS") == (size > 1)
+    assert found.frozen_parameter.value == ("0" if chosen else "1")
+    assert found.tiling_schedule_optimize.value == ("1" if chosen else "0")
+
+
 def test_equal_shapes_have_one_name():
     def arguments(batch=2, lengths=(3, 4)):
         return torch.zeros(batch, 1), list(lengths)

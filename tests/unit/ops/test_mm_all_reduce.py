@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, compare
 from qwen2_npu.conformance.operators.check import to_array, to_tensors
@@ -89,6 +90,17 @@ def test_fake_tensors_need_no_group() -> None:
         x1, x2 = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(8, 5, dtype=torch.bfloat16)
         found = npu.npu_mm_all_reduce_base(x1, x2, "nobody")
     assert (found.shape, found.dtype) == ((2, 3, 5), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sum_over_the_cards_is_taken_in_float32(dtype: torch.dtype) -> None:
+    """Two ranks cannot show it: a sum of two is rounded once in any dtype."""
+    with FakeTensorMode():
+        x1, x2 = torch.empty(3, 8, dtype=dtype), torch.empty(8, 5, dtype=dtype)
+        traced = make_fx(lambda x1, x2: npu.npu_mm_all_reduce_base(x1, x2, "nobody"))(x1, x2)
+    summed = torch.ops._c10d_functional.all_reduce.default
+    (node,) = traced.graph.find_nodes(op="call_function", target=summed)
+    assert node.args[0].meta["val"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -18,7 +18,6 @@ from qwen2_npu.ops.attention.layouts import (
     check_geometry,
     from_heads_first,
     heads_first,
-    zeros_like_output,
 )
 
 B, NQ, NKV, SQ, SKV, D = 2, 6, 3, 5, 9, 4
@@ -176,14 +175,3 @@ def test_heads_first_is_a_view_and_the_way_back_is_contiguous(layout: str) -> No
     back = from_heads_first(view, layout)
     assert back.is_contiguous()
     assert torch.equal(back, tensor.permute(0, 2, 1, 3) if layout == "BNSD_BSND" else tensor)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strided", [False, True])
-def test_zeros_have_the_shape_of_the_output(layout: str, strided: bool) -> None:
-    query = numbered(*SHAPES[layout][0])
-    query = query.mT.contiguous().mT if strided else query
-    zeros = zeros_like_output(query, layout)
-    assert zeros.shape == ((B, SQ, NQ, D) if layout == "BNSD_BSND" else query.shape)
-    assert zeros.is_contiguous()
-    assert not zeros.any()
