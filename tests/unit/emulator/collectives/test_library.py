@@ -52,7 +52,7 @@ class Rank:
         self.receive = torch.full((LENGTH,), UNTOUCHED, dtype=torch.int32)
         self.kept: list[Any] = []
 
-    def numbers(self, values: Sequence[int]) -> Any:
+    def numbers(self, values: Any) -> Any:
         """As C takes them; ``forget`` overwrites them."""
         self.kept.append((ctypes.c_uint64 * len(values))(*map(int, values)))
         return self.kept[-1]
@@ -63,7 +63,7 @@ class Rank:
 
     def call(self, name: str, *arguments: Any) -> None:
         given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        given = [ctypes.c_uint64(a) if isinstance(a, int | np.integer) else a for a in given]
+        given = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in given]
         code = getattr(runtime.library(), name)(*given, ctypes.byref(self.comm), None)
         assert code == 0, f"{name}: {code}"
 
@@ -262,8 +262,11 @@ def test_a_communicator_waits_as_long_as_its_process_group(
     known: dict[str, int], seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library, "timeouts", {name: timedelta(seconds=each) for name, each in known.items()})
-    here, info, config = runtime.library(), ctypes.create_string_buffer(4108), ctypes.create_string_buffer(512)
-    config[32:36] = b"mine"
+    here, info, config = (
+        runtime.library(),
+        ctypes.create_string_buffer(4108),
+        ctypes.create_string_buffer(bytes(32) + b"mine", 512),
+    )
     handle = ctypes.POINTER(library.Comm)()
     assert here.HcclGetRootInfo(info) == 0
     assert here.HcclCommInitRootInfoConfig(1, info, 0, config, ctypes.byref(handle)) == 0
