@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ class Driver:
         self._capture: Capture | None = None
         self._graphs: dict[int, Graph] = {}
         self._groups: dict[int, Group] = {}
+        self._handles = itertools.count(1)  # never one that a group of another graph still has
         self._updating: tuple[Group, Group] | None = None  # what is updated, and what it becomes
         self._waiting: dict[int, Iterator[Wait]] = {}
         library.emu_find_allocation.argtypes = (_pointer, ctypes.POINTER(ctypes.c_int32))
@@ -118,7 +120,7 @@ class Driver:
         group = self._under_way().end_group()
         if group is None:
             return 0
-        handle = len(self._groups) + 1
+        handle = next(self._handles)
         self._groups[handle] = group
         return handle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from qwen2_npu.parallel.launch import RankGroup
 def messages(*facts, **options):
     """What each rank says, one per entry of ``facts``."""
     store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))  # for ranks that wait for one another in vain
 
     def rank(number):
         try:
@@ -85,9 +87,11 @@ def test_a_fingerprint_tells_checkpoints_apart(tmp_path):
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
     assert fingerprint(tmp_path) == fingerprint(source)
-    for name in ("config.json", "model.safetensors"):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    source = fingerprint(tmp_path)
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(before + b" ")
         changed = fingerprint(tmp_path)
-        assert {key for key in changed if changed[key] != fingerprint(source)[key]} == {name}
+        assert {key for key in changed if changed[key] != source[key]} == {name}
         (tmp_path / name).write_bytes(before)

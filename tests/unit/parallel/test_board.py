@@ -34,6 +34,15 @@ def test_what_one_rank_says_the_others_hear():
     assert first.beats(1) == 2
 
 
+def test_ranks_on_other_nodes_are_no_processes_of_this_one(monkeypatch):
+    """Whose numbers may be those of others here."""
+    first, second = boards()
+    first.come()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another node")
+    second.come()
+    assert list(second.processes([0, 1])) == [1]
+
+
 def test_the_first_failure_is_the_cause():
     first, second = boards()
     assert first.failure() == ""

@@ -70,15 +70,17 @@ def test_random_numbers_are_those_of_the_device_that_samples(
         {"input_ids": IDS.to(torch.int32)},
         {"input_ids": IDS.view(torch.float64)},
         {"input_ids": IDS.T},
-        {"input_ids": IDS, "do_sample": True},
-        {"input_ids": IDS, "generation_config": GenerationConfig(top_k=3)},
+        {"do_sample": True},
+        {"generation_config": GenerationConfig(top_k=3)},
+        {"eos_token_id": [7, 8]},
     ],
-    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration"],
+    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration", "a list"],
 )
 def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     ranks = SecondRank(Shard(1, 2))
-    for call in ({"input_ids": IDS}, {"input_ids": IDS.clone(), "streamer": object()}, other):
-        generation.start(ranks, call, CPU)
+    call = {"input_ids": IDS, "generation_config": GenerationConfig(top_k=2), "eos_token_id": [7, 9]}
+    for more in ({}, {"input_ids": IDS.clone(), "streamer": object()}, other):
+        generation.start(ranks, {**call, **more}, CPU)
     assert facts[0] == facts[1], "equal arguments, and a streamer that one rank has for itself"
     assert facts[2] != facts[0]
 

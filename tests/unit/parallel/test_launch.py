@@ -97,6 +97,8 @@ def test_a_rank_and_its_card(monkeypatch, device):
         pytest.skip("no cards here")
     assert launch.own_device(two, "npu") == torch.device("npu:1")
     assert torch.npu.current_device() == 1
+    assert launch.own_device(Launch(18, 2, 24), "npu") == torch.device("npu:2")  # on the third of its nodes
+    assert launch.own_device(Launch(0, 0, 1), "npu:3") == torch.device("npu:3")  # one rank may choose
     torch.npu.set_device(0)
     count = torch.npu.device_count()
     with pytest.raises(

@@ -167,3 +167,17 @@ def test_no_rank_leaves_before_the_work_of_all_is_done(two):
     second.work_is_done()
     second.leave()  # does not wait for the one that keeps the store
     first.leave()
+
+
+def test_a_rank_that_has_left_may_be_silent():
+    """Rank 0 looks at all others, and they look at rank 0 alone."""
+    port = free_port()
+    boards = [Board.open(Launch(rank, rank, 3, port=port), 1.0) for rank in range(3)]
+    watches = [Monitor(board._launch, board, -1.0) for board in boards]  # whoever is silent is so for too long
+    heard = [{}, {}, {}]
+    for board in boards:
+        board.beat()
+    assert [watch._silent(watch._board, each) for watch, each in zip(watches, heard, strict=True)] == [[], [], []]
+    assert [watch._silent(watch._board, each) for watch, each in zip(watches, heard, strict=True)] == [[1, 2], [0], [0]]
+    boards[1].tell("left")
+    assert watches[0]._silent(boards[0], heard[0]) == [2]

@@ -36,11 +36,11 @@ def test_a_head_that_autotp_cut_from_a_tied_embedding_is_its_part(monkeypatch: p
     config = small_config(tie_word_embeddings=True)
     weights = stock_weights(small_stock(config))
     model = hollow(uninitialised(config, torch.float32), torch.float32, CPU)
-    half = config.hidden_size // 2
-    head = torch.zeros(()).expand(config.vocab_size, half)
+    columns = config.hidden_size // 4  # of rank 0; AutoTP's parts need not be equal
+    head = torch.zeros(()).expand(config.vocab_size, config.hidden_size - columns)
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
-    monkeypatch.setattr("qwen2_npu.parallel.stock.of_all_ranks", lambda sizes: [sizes, sizes])
+    monkeypatch.setattr("qwen2_npu.parallel.stock.of_all_ranks", lambda sizes: [dict.fromkeys(sizes, columns), sizes])
     found = filled(model, StateDictSource(config, weights), Ranks(Shard(1, 2)))
     embedding = weights["model.embed_tokens.weight"]
     assert torch.equal(found.model.embed_tokens.weight, embedding)
-    assert torch.equal(found.lm_head.weight, embedding[:, half:])
+    assert torch.equal(found.lm_head.weight, embedding[:, columns:])

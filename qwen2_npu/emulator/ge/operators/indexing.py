@@ -57,7 +57,8 @@ def view_copy(
     src_stride: Ints,
     src_storage_offset: Ints,
 ) -> Tensor:
-    source = src.as_strided(src_size, src_stride, src.storage_offset() + src_storage_offset[0])
+    # GE's tensors are dense, so the strides of src count in its elements in order; the engine's may be views.
+    source = src.contiguous().reshape(-1).as_strided(src_size, src_stride, src_storage_offset[0])
     dst.as_strided(dst_size, dst_stride, dst.storage_offset() + dst_storage_offset[0]).copy_(source)
     return dst
 

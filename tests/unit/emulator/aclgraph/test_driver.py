@@ -313,6 +313,29 @@ def test_a_replay_waits_for_its_update() -> None:
     assert out.flatten()[0].item() == mean_of(6)
 
 
+def test_nothing_that_needs_a_waiting_replay_passes() -> None:
+    x = device(1, 2)
+    other, _ = capture(lambda: x + 1)
+    graph, _ = capture(attention([3]), auto_dispatch_capture=True)
+    graph.replay()
+    for call in (other.replay, graph.replay, lambda: x + 1, x.tolist):
+        with pytest.raises(RuntimeError, match="waits for the update of its task groups"):
+            call()
+    graph.reset()  # nor does it wait any more
+    assert (x + 1).tolist() == [2, 3]
+
+
+def test_a_graph_is_updated_alone_when_others_have_gone() -> None:
+    gone, _ = capture(attention([3]), auto_dispatch_capture=True)
+    kept, out = capture(attention([3]), auto_dispatch_capture=True)
+    gone.reset()
+    new, other = capture(attention([3]), auto_dispatch_capture=True)
+    for graph, live in ((kept, 5), (new, 7)):
+        graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [live]}])
+        graph.replay()
+    assert (out.flatten()[0].item(), other.flatten()[0].item()) == (mean_of(5), mean_of(7))
+
+
 # ---- torch.compile -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def compiler() -> Iterator[None]:

@@ -8,16 +8,16 @@ import torch
 from qwen2_npu.emulator.eager import random
 
 DRAWS = {
-    "randn": lambda **g: torch.randn(5, device="npu", **g),
-    "rand_like": lambda: torch.rand_like(torch.empty(5, device="npu")),
-    "randint": lambda **g: torch.randint(0, 1000, (5,), device="npu", **g),
-    "randperm": lambda **g: torch.randperm(50, device="npu", **g),
-    "normal_": lambda **g: torch.empty(5, device="npu").normal_(**g),
-    "uniform_": lambda **g: torch.empty(5, device="npu").uniform_(**g),
-    "bernoulli": lambda **g: torch.bernoulli(torch.full((50,), 0.5, device="npu"), **g),
-    "multinomial": lambda **g: torch.multinomial(torch.ones(100, device="npu"), 20, **g),
-    "exponential_": lambda **g: torch.empty(5, device="npu").exponential_(**g),
-    "dropout": lambda: torch.nn.functional.dropout(torch.ones(50, device="npu"), 0.5),
+    "randn": lambda on="npu", **g: torch.randn(5, device=on, **g),
+    "rand_like": lambda on="npu": torch.rand_like(torch.empty(5, device=on)),
+    "randint": lambda on="npu", **g: torch.randint(0, 1000, (5,), device=on, **g),
+    "randperm": lambda on="npu", **g: torch.randperm(50, device=on, **g),
+    "normal_": lambda on="npu", **g: torch.empty(5, device=on).normal_(**g),
+    "uniform_": lambda on="npu", **g: torch.empty(5, device=on).uniform_(**g),
+    "bernoulli": lambda on="npu", **g: torch.bernoulli(torch.full((50,), 0.5, device=on), **g),
+    "multinomial": lambda on="npu", **g: torch.multinomial(torch.ones(100, device=on), 20, **g),
+    "exponential_": lambda on="npu", **g: torch.empty(5, device=on).exponential_(**g),
+    "dropout": lambda on="npu": torch.nn.functional.dropout(torch.ones(50, device=on), 0.5),
 }
 
 
@@ -59,6 +59,13 @@ def test_the_cpu_s_generator_stands_still(name):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_draw_that_fails_leaves_the_cpu_s_generator_as_it_was():
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError), random.as_default(torch.Generator().manual_seed(8)):
+        torch.rand(3).view(4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_saved_states():
     state = torch.npu.get_rng_state()
     first = torch.rand(3, device="npu")
@@ -79,6 +86,15 @@ def test_cards_have_generators_of_their_own():
     state = torch.npu.get_rng_state(1)
     torch.rand(3, device="npu:0")
     assert torch.equal(torch.npu.get_rng_state(1), state)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_is_of_the_card_of_its_tensor(name):
+    """Not of the current one."""
+    before = torch.npu.get_rng_state_all()
+    DRAWS[name]("npu:1")
+    moved = [not torch.equal(*states) for states in zip(before, torch.npu.get_rng_state_all(), strict=True)]
+    assert moved == [number == 1 for number in range(len(before))]
 
 
 def test_a_draw_moves_the_offset():

@@ -99,6 +99,17 @@ def test_empty_scalar_and_expanded_tensors():
     on_both(run)
 
 
+def test_results_have_the_strides_of_the_cpu_s():
+    """Of dense ones; a result that repeats its elements gets memory for each."""
+
+    def run(device):
+        x = torch.arange(24.0).reshape(2, 3, 4).to(device)
+        images = x.view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+        return [x.permute(2, 0, 1) + 1, x.mT.clone(), images.relu(), images.new_empty((1, 2, 3, 4)).copy_(images)]
+
+    on_both(run)
+
+
 def test_results_outlive_their_operands():
     x = torch.arange(1000.0, device=DEVICE)
     copy, view = x + 0, x[5:]

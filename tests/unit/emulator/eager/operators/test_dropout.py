@@ -53,15 +53,16 @@ def test_evaluation_draws_nothing():
     assert torch.equal(torch.npu.get_rng_state(), state)
 
 
-def test_dropout_with_add_softmax():
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_dropout_with_add_softmax(dim):
     torch.npu.manual_seed(1)
     x, x1 = (torch.randn(2, 3, 4, 8, device="npu", requires_grad=True) for _ in range(2))
-    mask, soft, out = npu.npu_dropout_with_add_softmax(x, x1, 0.5, P, -1)
-    torch.testing.assert_close(soft, torch.softmax(x1 + 0.5 * x, -1))
+    mask, soft, out = npu.npu_dropout_with_add_softmax(x, x1, 0.5, P, dim)
+    torch.testing.assert_close(soft, torch.softmax(x1 + 0.5 * x, dim))
     keep = unpack(mask.cpu(), out.shape).npu()
     torch.testing.assert_close(out, torch.where(keep, soft / (1 - P), 0))
     weights = torch.linspace(-1, 1, out.numel(), device="npu").view_as(out)
     found = torch.autograd.grad((out * weights).sum(), [x, x1])
-    expected = torch.autograd.grad((torch.softmax(x1 + 0.5 * x, -1) * keep / (1 - P) * weights).sum(), [x, x1])
+    expected = torch.autograd.grad((torch.softmax(x1 + 0.5 * x, dim) * keep / (1 - P) * weights).sum(), [x, x1])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

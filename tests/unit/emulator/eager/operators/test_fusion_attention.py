@@ -68,9 +68,11 @@ def expect(found, q, k, v, layout="BNSD", hidden=None, tolerance=1e-5, **more: A
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSND", "BSH", "SBH"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(layout, dtype):
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, D), (torch.bfloat16, D), (torch.float32, D // 2)])
+def test_layouts(layout, dtype, width):
+    """Values may be narrower than keys."""
     q, k, v = inputs(dtype=dtype)
+    v = v[..., :width]
     mask = torch.rand(B, 1, SQ, SKV, generator=torch.Generator().manual_seed(5)) < 0.3
     found = torch_npu.npu_fusion_attention(
         *(arranged(x, layout).detach().npu() for x in (q, k, v)), N, layout, atten_mask=mask.npu(), scale=SCALE
@@ -135,6 +137,14 @@ def test_position_bias_is_added_before_the_scale():
     expect(found, q, k, v, pse=pse[0].double().numpy())
 
 
+def test_position_bias_of_type_0_is_added_after_the_scale():
+    (q, k, v), pse = inputs(), draw(1, N, SQ, SKV, grad=False)
+    found = torch_npu.npu_fusion_attention_v2(
+        *(x.detach().npu() for x in (q, k, v)), N, "BNSD", pse=pse.npu(), scale=SCALE, pse_type=0
+    )
+    expect(found, q, k, v, pse=pse[0].double().numpy() / SCALE)
+
+
 def test_sinks():
     q, k, v = inputs()
     sink = draw(N, grad=False)
@@ -148,7 +158,7 @@ ENDS = [3, 3, 8], [4, 4, 10]
 """Three sequences, the second of them empty."""
 
 
-@pytest.mark.parametrize("mode", [0, 2, 3])
+@pytest.mark.parametrize("mode", [0, 2, 3, 7, 8])
 def test_packed_sequences_and_their_gradient(mode):
     q, k, v = draw(8, N, D), draw(10, GROUPS, D), draw(10, GROUPS, D, seed=1)
 
@@ -165,7 +175,7 @@ def test_packed_sequences_and_their_gradient(mode):
             mask = None if mode == 0 else TRIANGLE.npu()
             return torch_npu.npu_fusion_attention(
                 q, k, v, N, "TND", atten_mask=mask, scale=SCALE, sparse_mode=mode,
-                actual_seq_qlen=ENDS[0], actual_seq_kvlen=ENDS[1],
+                actual_seq_qlen=ENDS[0], actual_seq_kvlen=ENDS[1], pre_tockens=2, next_tockens=1,
             )[0]  # fmt: skip
 
     class Theirs:
@@ -175,8 +185,12 @@ def test_packed_sequences_and_their_gradient(mode):
             pieces = []
             for (q0, q1), (k0, k1) in (((0, 3), (0, 4)), ((3, 8), (4, 10))):
                 parts = [x[a:b].transpose(0, 1) for x, a, b in ((q, q0, q1), (k, k0, k1), (v, k0, k1))]
-                offset = {0: None, 2: 0, 3: (k1 - k0) - (q1 - q0)}[mode]
-                keep = None if offset is None else torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(offset)
+                end, whole = (k1 - k0) - (q1 - q0), torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+                # Of mode 7 the last sequence has a band from its end, of mode 8 the first one.
+                banded = whole.tril(end + 1).triu(end - 2)
+                kept = {0: [None] * 2, 2: [whole.tril(0)] * 2, 3: [whole.tril(end)] * 2}
+                kept |= {7: [whole.tril(end), banded], 8: [banded, whole.tril(0)]}
+                keep = kept[mode][q0 > 0]
                 out = F.scaled_dot_product_attention(*parts, attn_mask=keep, scale=SCALE, enable_gqa=True)
                 pieces.append(out.transpose(0, 1))
             return torch.cat(pieces)
@@ -225,11 +239,15 @@ def test_rope_parts_of_version_2():
         torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_the_same_backward():
+@pytest.mark.parametrize("layout", ["BNSD", "TND"])
+def test_dropout_is_the_same_backward(layout):
     torch.npu.manual_seed(3)
-    q, k = (torch.zeros(1, 1, 64, 8, device="npu") for _ in range(2))
-    v = torch.ones(1, 1, 64, 8, device="npu", requires_grad=True)
-    out = torch_npu.npu_fusion_attention(q, k, v, 1, "BNSD", keep_prob=0.5)[0]
+    shape, ends = ((1, 1, 64, 8), None) if layout == "BNSD" else ((64, 1, 8), [24, 24, 64])
+    q, k = (torch.zeros(shape, device="npu") for _ in range(2))
+    v = torch.ones(shape, device="npu", requires_grad=True)
+    out = torch_npu.npu_fusion_attention(
+        q, k, v, 1, layout, keep_prob=0.5, actual_seq_qlen=ends, actual_seq_kvlen=ends
+    )[0]
     assert abs(out.mean().item() - 1) < 0.1
     assert out.std().item() > 0.05
     by_value = torch.autograd.grad(out.sum(), v)[0]

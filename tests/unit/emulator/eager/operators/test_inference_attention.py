@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch_npu
 
@@ -39,15 +40,21 @@ def test_version_2_is_version_1_under_other_names():
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_results_are_written_into_the_given_tensors():
-    options = {"num_heads": 4, "num_key_value_heads": 2, "softmax_lse_flag": True}
-    q, k, v = tensors()
-    workspace = torch_npu._npu_fused_infer_attention_score_get_max_workspace(q, k, v, scale=0.25, **options, **common())
-    out = list(torch_npu._npu_fused_infer_attention_score_infer_output(q, v, input_layout="BSND", **options))
-    found = torch_npu.npu_fused_infer_attention_score.out(
-        q, k, v, scale=0.25, workspace=workspace, out=out, **options, **common()
-    )
-    expected = first_version()
+@pytest.mark.parametrize("version", ["", "_v2"])
+@pytest.mark.parametrize("layout", ["BSND", "BSH", "BNSD", "BNSD_BSND"])
+def test_results_are_written_into_the_given_tensors(layout, version):
+    q, k, v = (x.transpose(1, 2).contiguous() if "BNSD" in layout else x for x in tensors())
+    q, k, v = (x.flatten(2) if layout == "BSH" else x for x in (q, k, v))
+    shared = {**common(), "num_key_value_heads": 2, "input_layout": layout}
+    first = {"num_heads": 4, "softmax_lse_flag": True, "scale": 0.25}
+    names = ("num_query_heads", "return_softmax_lse", "softmax_scale") if version else tuple(first)
+    named = dict(zip(names, first.values(), strict=True))
+    name = f"npu_fused_infer_attention_score{version}"
+    shaping = {key: value for key, value in {**named, **shared}.items() if key in (*names[:2], "input_layout")}
+    workspace = getattr(torch_npu, f"_{name}_get_max_workspace")(q, k, v, **named, **shared)
+    out = list(getattr(torch_npu, f"_{name}_infer_output")(q, v, **shaping))
+    found = getattr(torch_npu, name).out(q, k, v, workspace=workspace, out=out, **named, **shared)
+    expected = torch_npu.npu_fused_infer_attention_score(q, k, v, **first, **shared)
     for one, given, other in zip(found, out, expected, strict=True):
         assert one.data_ptr() == given.data_ptr()
         assert torch.equal(given, other)

@@ -57,20 +57,27 @@ def test_products_with_a_wider_result():
     a, b = (draw(*shape, dtype=torch.bfloat16, grad=False) for shape in ((3, 64), (64, 5)))
     found = torch.mm(a.npu(), b.npu(), out_dtype=torch.float32)
     assert found.dtype is torch.float32
-    torch.testing.assert_close(found.cpu().double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+    product = a.double() @ b.double()
+    torch.testing.assert_close(found.cpu().double(), product, rtol=1e-5, atol=1e-5)
+    bias = draw(3, 5, dtype=torch.bfloat16, grad=False)
+    scaled = torch.addmm(bias.npu(), a.npu(), b.npu(), out_dtype=torch.float32, beta=2, alpha=3)
+    torch.testing.assert_close(scaled.cpu().double(), 2 * bias.double() + 3 * product, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [{"expert_tokens": [1, 2, 2]}, {"expert_tokens_index": [1, 3, 5]}], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "silu", "swiglu"])
-def test_ffn_of_two_experts(activation):
-    def formula(x, w1, w2, activation, expert_tokens, bias1):
+def test_ffn_of_three_experts(activation, rows):
+    def formula(x, w1, w2, activation, bias1, bias2, **_):
         acts = {"relu": lambda h: h.clamp(min=0), "silu": torch.nn.functional.silu}
         acts["swiglu"] = lambda h: torch.nn.functional.silu(h[..., :3]) * h[..., 3:]
-        parts = x.split(expert_tokens)
-        return torch.cat([acts[activation](p @ a + c) @ b for p, a, b, c in zip(parts, w1, w2, bias1, strict=True)])
+        experts = zip(x.split([1, 2, 2]), w1, w2, bias1, bias2, strict=True)
+        return torch.cat([acts[activation](part @ a + c) @ b + d for part, a, b, c, d in experts])
 
     hidden = 3 if activation == "swiglu" else 6
-    arguments = [draw(*shape, grad=False) for shape in ((5, 4), (2, 4, 6), (2, hidden, 4))]
-    check(npu.npu_ffn, formula, *arguments, activation, expert_tokens=[2, 3], bias1=draw(2, 6, grad=False))
+    arguments = [draw(*shape, grad=False) for shape in ((5, 4), (3, 4, 6), (3, hidden, 4))]
+    check(
+        npu.npu_ffn, formula, *arguments, activation, **rows, bias1=draw(3, 6, grad=False), bias2=draw(3, 4, grad=False)
+    )
 
 
 def test_unknown_activation_is_named():

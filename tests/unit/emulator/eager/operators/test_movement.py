@@ -36,7 +36,8 @@ def test_formats_keep_the_values():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_confusion_transpose_and_its_gradient(first):
-    perm, shape = [0, 2, 1], [2, 12] if first else [2, 4, 3]
+    # No permutation that is its own inverse.
+    perm, shape = [1, 2, 0], [3, 8] if first else [2, 4, 3]
     x = draw(2, 3, 4) if first else draw(2, 12)
 
     def formula(x, perm, shape, first):
@@ -52,6 +53,7 @@ def test_confusion_transpose_and_its_gradient(first):
         (npu.npu_transpose, ([2, 0, 1],), lambda x, perm: x.permute(perm)),
         (npu.npu_slice, ([0, 1, 0], [2, 2, -1]), lambda x, offsets, size: x[0:2, 1:3, :]),
         (npu.npu_indexing, ([0, 0, 1], [2, 3, 4], [1, 2, 2]), lambda x, *_: x[0:2:1, 0:3:2, 1:4:2]),
+        (npu.npu_indexing, ([1, 1, 1], [2, 2, 2], [1, 1, 1], 0b001, 0b100), lambda x, *_: x[:2, 1:2, 1:]),
         (npu.npu_pad, ([1, 0, 0, 2, 1, 1],), lambda x, _: torch.nn.functional.pad(x, [1, 1, 0, 2, 1, 0])),
         (npu.npu_stride_copy, ([3, 2], [1, 4], 2), lambda x, *_: x.reshape(-1).as_strided([3, 2], [1, 4], 2)),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.unit.emulator.ge.building import Make, compute
+from tests.unit.emulator.ge.building import Make, compute, ge
 
 Array = np.ndarray[Any, Any]
 
@@ -48,7 +48,7 @@ class Case:
         return (torch.float32, *HALVES) if has_floats and self.halves else (torch.float32,)
 
     def check(self, dtype: torch.dtype) -> None:
-        """Compute it and compare.
+        """Compute it and compare, in float32 from inputs that are views in the engine, too: GE's tensors are dense.
 
         Raises:
             AssertionError: another number of outputs, another shape, or an element out of its bound.
@@ -58,13 +58,32 @@ class Case:
         with np.errstate(all="ignore"):
             want = as_list(self.expected(*exact))
             size = [np.abs(value) for value in want] if self.size is None else as_list(self.size(*exact))
-        got = compute(self.make, *inputs)
+        self._compare(compute(self.make, *inputs), want, size)
+        if dtype is torch.float32:
+            self._compare(compute(from_views(self.make, inputs), *map(reversed_dims, inputs)), want, size)
+
+    def _compare(self, got: list[torch.Tensor], want: list[Any], size: list[Any]) -> None:
         assert len(got) == len(want), f"{len(got)} outputs, expected {len(want)}"
         for index, (have, value, magnitude) in enumerate(zip(got, want, size, strict=True)):
             value = np.asarray(value)
             assert tuple(have.shape) == value.shape, f"output {index}: shape {tuple(have.shape)}, not {value.shape}"
             assert kind(have) == value.dtype.kind or have.dtype == torch.from_numpy(value).dtype, f"output {index}"
             compare(as_array(have), value, magnitude, self.roundings * unit(have.dtype), index)
+
+
+def reversed_dims(value: torch.Tensor) -> torch.Tensor:
+    return value.permute(list(reversed(range(value.dim())))).contiguous()
+
+
+def from_views(make: Make, inputs: list[torch.Tensor]) -> Make:
+    """What takes ``inputs`` with their dimensions reversed, and turns them again before all else."""
+    orders = [list(reversed(range(value.dim()))) for value in inputs]
+
+    def turned(*nodes: Any) -> Any:
+        pairs = zip(nodes, orders, strict=True)
+        return make(*(ge.Transpose(node, order) if len(order) > 1 else node for node, order in pairs))
+
+    return turned
 
 
 def unit(dtype: torch.dtype) -> float:

@@ -208,6 +208,17 @@ def test_a_wrong_operator_of_the_table_is_seen(type_: str, monkeypatch: pytest.M
     assert find_problems(record, sample.parameters, "float32", "npu", sample.seed, implementation=run)
 
 
+@pytest.mark.parametrize("type_", ["IncreFlashAttention", "FusedInferAttentionScore"])
+def test_several_keys_or_values_are_refused(type_: str) -> None:
+    """One per row of the batch, on hardware."""
+    x, entry = torch.ones(1, 1, 16), TABLE[type_]
+    rest = [None] * (len(entry.parameters) - 3)
+    entry.function(x, [x], [x], *rest, num_heads=1)
+    for keys, values in (([x, x], [x]), ([x], [x, x])):
+        with pytest.raises(ValueError, match="2 keys or values: one tensor of each is emulated"):
+            entry.function(x, keys, values, *rest, num_heads=1)
+
+
 def test_a_golden_sees_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     record = CATALOGUE["npu_swiglu"]
     monkeypatch.setitem(ops.kernels, "npu_swiglu", lambda x, dim: x.chunk(2, dim)[0] * x.chunk(2, dim)[1])

@@ -7,65 +7,60 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed as dist
 
+from qwen2_npu.emulator.collectives import library
 from qwen2_npu.emulator.collectives.communicator import Communicator
 from qwen2_npu.emulator.collectives.reduction import COMPUTED_IN, OPERATIONS
 from qwen2_npu.emulator.ge.engine import Program
 from qwen2_npu.emulator.ge.operators import collectives
 from qwen2_npu.emulator.ge.operators.table import TABLE
 from qwen2_npu.emulator.ge.proto import parse
+from tests.unit.emulator.collectives.threads import SIZE, communicators, on_all
 from tests.unit.emulator.ge.building import Make, build, ge
 
 Tensor = torch.Tensor
 Run = Callable[..., list[list[Tensor]]]
 
-SIZE = 3
 GROUP = "of_threads"
-PATIENCE = timedelta(seconds=30)
+FLOAT32, INT64 = 0, 9
+"""GE's numbers of dtypes."""
 
 REDUCE: dict[str, Callable[..., Any]] = {"sum": np.sum, "prod": np.prod, "max": np.max, "min": np.min}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[list[Communicator]]:
-    store = dist.HashStore()
-    with ThreadPoolExecutor(SIZE) as pool:
-        make = lambda rank: Communicator(GROUP, rank, SIZE, store, PATIENCE, lambda: PATIENCE)  # noqa: E731
-        made = list(pool.map(make, range(SIZE)))
-    yield made
-    for communicator in made:
-        communicator.close()
+    with communicators(GROUP) as made:
+        yield made
 
 
 @pytest.fixture
 def run(ranks: list[Communicator], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Computes one graph on all ranks, from one input each; the outputs of every rank."""
+    """Computes one graph on all ranks, or one on each, from one input each; the outputs of every rank."""
     here = threading.local()
 
     def find(name: str) -> Communicator:
         assert name == GROUP
-        return here.communicator  # type: ignore[no-any-return]
+        return here.communicator
 
     monkeypatch.setattr(collectives, "find", find)
+    monkeypatch.setattr(library, "find", find)
 
-    def compute(make: Make, inputs: list[Tensor]) -> list[list[Tensor]]:
-        proto = build(make, inputs[0])
+    def compute(make: Make | Sequence[Make], inputs: list[Tensor]) -> list[list[Tensor]]:
+        makes = make if isinstance(make, Sequence) else [make] * SIZE
+        protos = [build(one, x) for one, x in zip(makes, inputs, strict=True)]
 
         def on(rank: int) -> list[Tensor]:
             here.communicator = ranks[rank]
-            return Program.plan("test", parse(proto)).run([inputs[rank]])
+            return Program.plan("test", parse(protos[rank])).run([inputs[rank]])
 
-        with ThreadPoolExecutor(SIZE) as pool:
-            return list(pool.map(on, range(SIZE)))
+        return on_all(on)
 
     return compute
 
@@ -120,8 +115,81 @@ def test_reduce_scatter_of_unequal_parts(run: Run, reduction: str) -> None:
 @pytest.mark.parametrize("root", range(SIZE))
 def test_broadcast(run: Run, root: int) -> None:
     inputs = operands()
-    found = run(lambda x: ge.HcomBroadcast([x], root_rank=root, group=GROUP), inputs)
-    assert all(torch.equal(y, inputs[root]) for (y,) in found)
+    found = run(lambda x: ge.HcomBroadcast([x, ge.Neg(x)], root_rank=root, group=GROUP), inputs)
+    assert all(torch.equal(y, inputs[root]) and torch.equal(z, -inputs[root]) for y, z in found)
+
+
+def numbers(*values: int) -> Any:
+    return ge.Const(list(values), dtype=INT64)
+
+
+def test_all_gather_of_unequal_parts(run: Run) -> None:
+    counts = [1, 3, 2]
+    inputs = [x[:count] for x, count in zip(operands(), counts, strict=True)]
+    found = run(lambda x: ge.HcomAllGatherV(x, numbers(0), numbers(*counts), None, group=GROUP), inputs)
+    assert all(torch.equal(y, torch.cat(inputs)) for (y,) in found)
+
+
+def test_all_to_all_of_unequal_parts(run: Run) -> None:
+    """What rank i sends to rank j is not what rank j sends to rank i."""
+    matrix = np.array([[1, 2, 0], [3, 1, 2], [2, 0, 4]])
+    inputs = [x[: rows.sum()] for x, rows in zip(operands(), matrix, strict=True)]
+    elements = matrix * inputs[0].shape[1]
+    zeros = [0] * SIZE
+
+    def make(rank: int) -> Make:
+        sent, received = numbers_of(elements[rank]), numbers_of(elements[:, rank])
+        return lambda x: ge.HcomAllToAllV(x, sent(), numbers(*zeros), received(), numbers(*zeros), group=GROUP)
+
+    found = run([make(rank) for rank in range(SIZE)], inputs)
+    for rank, (y,) in enumerate(found):
+        parts = [x.split(rows.tolist())[rank] for x, rows in zip(inputs, matrix, strict=True)]
+        assert torch.equal(y, torch.cat(parts))
+
+
+def numbers_of(values: Any) -> Callable[[], Any]:
+    return lambda: numbers(*values.tolist())
+
+
+def test_messages_find_their_receivers_by_rank_and_tag(run: Run) -> None:
+    """Around a ring: of two messages, the second one sent is received first."""
+    inputs = operands()
+    shape = list(inputs[0].shape)
+
+    def make(rank: int) -> Make:
+        def of(x: Any) -> list[Any]:
+            for tag, value in ((1, x), (2, ge.Neg(x))):
+                ge.HcomSend(value, group=GROUP, sr_tag=tag, dest_rank=(rank + 1) % SIZE)
+            return [
+                ge.HcomReceive(group=GROUP, sr_tag=tag, src_rank=(rank - 1) % SIZE, shape=shape, dtype=FLOAT32)
+                for tag in (2, 1)
+            ]
+
+        return of
+
+    found = run([make(rank) for rank in range(SIZE)], inputs)
+    for rank, (second, first) in enumerate(found):
+        assert torch.equal(first, inputs[rank - 1])
+        assert torch.equal(second, -inputs[rank - 1])
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_products_with_a_collective_are_rounded_once(run: Run, gathers: bool) -> None:
+    """64 · 32 + 1 is not a number of float16, and with the bias of 1 it is."""
+    inputs = [torch.tensor([[64.0, 1.0]] * SIZE).mul(rank + 1).half() for rank in range(SIZE)]
+    weight, bias = torch.tensor([[32.0, 1.0], [1.0, 2.0]]), torch.tensor([1.0, 3.0])
+    named = {"group": GROUP, "rank_size": SIZE}
+
+    def make(x: Any) -> list[Any]:
+        w, b = (ge.Cast(ge.Const(value.tolist(), dtype=FLOAT32), dst_type=1) for value in (weight, bias))
+        product, whole = ge.AllGatherMatmul(x, w, b, is_gather_out=gathers, **named)
+        return [product, whole, ge.MatmulReduceScatter(x, w, b, **named)]
+
+    each = [(x.double() @ weight.double() + bias.double()).half() for x in inputs]
+    for rank, (product, whole, part) in enumerate(run(make, inputs)):
+        assert torch.equal(product, torch.cat(each))
+        assert torch.equal(whole, torch.cat(inputs) if gathers else whole.new_empty(0))
+        assert torch.equal(part, sum(x.double() for x in each)[rank : rank + 1].half())  # type: ignore[index]
 
 
 def test_all_gather_and_all_to_all(run: Run) -> None:

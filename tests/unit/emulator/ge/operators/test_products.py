@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.emulator.ge.building import ge
+from tests.unit.emulator.ge.building import compute, ge
 from tests.unit.emulator.ge.operators.cases import Array, Case, floats
 
 A, B, BIAS = floats(3, 6), floats(6, 5, seed=1), floats(5, seed=2)
@@ -63,6 +63,12 @@ CASES = [
 def test_computes_its_reference(case: Case) -> None:
     for dtype in case.dtypes():
         case.check(dtype)
+
+
+def test_a_bias_is_added_before_the_product_is_rounded() -> None:
+    """64 · 32 + 1 is no number of float16, and with the bias of 1 it is."""
+    a, b, bias = (torch.tensor(values).half() for values in ([[64.0, 1.0]], [[32.0], [1.0]], [1.0]))
+    assert compute(ge.MatMul, a, b, bias)[0].tolist() == [[2050]]
 
 
 def test_a_product_of_the_wrong_side_is_seen() -> None:

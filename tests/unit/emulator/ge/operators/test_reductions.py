@@ -55,6 +55,10 @@ CASES = [
     Case("ReduceMax", lambda x: ge.ReduceMax(x, [0, 2]), (X,), lambda x: x.max((0, 2))),
     Case("ReduceMin", lambda x: ge.ReduceMin(x, [1], keep_dims=True), (X,), lambda x: x.min(1, keepdims=True)),
     Case("ReduceProd", lambda x: ge.ReduceProd(x, [0, 1]), (X,), lambda x: x.prod((0, 1)), roundings=14),
+    Case(
+        "ReduceProd", lambda x: ge.ReduceProd(x, [2, -2]), (X,), lambda x: x.prod((1, 2)), roundings=40,
+        note="from both ends",
+    ),
     Case("ReduceAll", lambda x: ge.ReduceAll(x, [2]), (FLAGS,), lambda x: x.all(2)),
     Case("ReduceAny", lambda x: ge.ReduceAny(x, [1, 2]), (FLAGS,), lambda x: x.any((1, 2))),
     Case(

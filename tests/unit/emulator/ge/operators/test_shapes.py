@@ -37,6 +37,10 @@ CASES = [
         "StridedSliceV2", lambda x: ge.StridedSliceV2(x, [0, -2], [2, 9], None, None), (X,), lambda x: x[:2, -2:],
         note="first dimensions",
     ),
+    Case(
+        "StridedSliceV2", lambda x: ge.StridedSliceV2(x, [0, 1], [-1, -2], [0, 2], [1, 1]), (X,),
+        lambda x: x[:-1, :, 1:-2], note="ends from the end",
+    ),
     Case("Slice", lambda x: ge.Slice(x, [1, 0, 2], [2, -1, 2]), (X,), lambda x: x[1:3, :, 2:4]),
     Case(
         "AsStrided", lambda x: ge.AsStrided(x, [2, 3], [7, 2], [4]), (X,),
