@@ -173,7 +173,7 @@ def test_a_generation_goes_on_after_one_within_it(stock, same):
 
     call = {"max_new_tokens": 4, "do_sample": False}
     found = model.generate(ids, **call, stopping_criteria=StoppingCriteriaList([criterion]))
-    assert known == [True] * 4
+    assert known == [True] * (3 if V4 else 4)  # 4.37.0 asks no criterion about the last token
     assert_same_tokens(found, model.generate(ids, **call))
 
 
