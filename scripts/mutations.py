@@ -206,7 +206,8 @@ class Finder:
 
     # ---- statements -------------------------------------------------------------------------------------------------
     def condition(self, node: ast.If | ast.While | ast.Assert) -> Iterator[Mutation]:
-        yield from self.negated(node.test)
+        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield from self.negated(node.test)
 
     visit_If = visit_While = visit_Assert = condition  # noqa: N815
 

@@ -85,6 +85,8 @@ and the fast lane has thousands of tests; so two things are left out:
 - **{tried} of them were tried**, in no order that the files have, so they are a sample of the rest. "At first" is
   before tests were added for those that no test had noticed, and speaks for what was not tried; the interval is
   Wilson's, of 95 %. "Of all" takes its lower limit for what was not tried, and what is noticed now for the others.
+- Before names were kept, in November 2026, 1,309 of 8,844 were tried, of four slices: 90.0% were noticed at first
+  (88.3% to 91.6%), and each of the others got a test or a reason. They are not counted here.
 """
 
 FILES = """

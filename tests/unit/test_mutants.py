@@ -133,6 +133,7 @@ def test_a_function_that_answers_at_once(finder: ModuleType, annotation: str, bo
         "def f(a: 1 < 2) -> 3:\n    'Words.'",
         "x: tuple[1, 2]",
         "import a, b",
+        "if TYPE_CHECKING:\n    import a",
         "class A:\n    def __str__(self) -> str:\n        return 1 < 2",
         "zip(a, b, strict=True).c",
     ],

@@ -261,6 +261,7 @@ def record(**changes: Any) -> Callable[[Path], None]:
         (record(layout="other"), "is no layout of merged weights; merge the original checkpoint again"),
         (record(tp_size="2"), "is no layout of merged weights"),
         (record(tp_size=True), "is no layout of merged weights"),
+        (record(version=0), "is no layout of merged weights"),
         (record(version=True), "is no layout of merged weights"),
         (record(moved=None), "is no layout of merged weights"),
         (record(moved={"model.layers.0.self_attn.k_proj.weight": "../x.safetensors"}), "is no layout of merged"),

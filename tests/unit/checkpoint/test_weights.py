@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen2_npu import LADDER, Optimizations, Qwen2ForCausalLM
@@ -250,15 +250,23 @@ def test_a_state_dict_of_a_fused_model_is_named_as_such(folder):
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
-def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
+FULL = "I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "over quota"), SafetensorError(FULL)],
+    ids=lambda error: f"{type(error).__name__} {error.args[0]}",
+)
+def test_a_full_disk_leaves_what_was_there(folder, error, monkeypatch):
     model = Qwen2ForCausalLM.from_pretrained(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*unchanged. Free space"):
+    with pytest.raises(CheckpointError, match=r"(No space left on device|over quota).*unchanged. Free space"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

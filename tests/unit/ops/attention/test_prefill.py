@@ -24,6 +24,18 @@ def test_a_bound_that_no_query_reaches_is_dropped(band: Band, offset: int, left:
     assert (found.before, found.after) == (left.before, left.after)
 
 
+@pytest.mark.parametrize("band", [Band(), Band(after=0)], ids=["all", "causal"])
+def test_one_length_for_all_rows_needs_no_mask(band: Band, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys behind it are cut off: nothing is left to be kept apart, row by row and block by block."""
+    monkeypatch.setattr(prefill, "_in_blocks", lambda *given: pytest.fail("in blocks"))
+    q, k, v = torch.randn(3, 2, 2, 5, 8).unbind(0)
+    given = {"scale": 0.3, "drop": None, "band": band, "q_lens": None, "want_lse": False}
+    found = prefill.prefill_attention(q[:, :, :4], k, v, kv_lens=[4], **given)
+    assert torch.equal(
+        found[0], prefill.prefill_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], kv_lens=None, **given)[0]
+    )
+
+
 @pytest.mark.parametrize("unknown", [0, 1], ids=["q", "kv"])
 def test_lengths_that_are_not_known_yet_are_subtracted_on_the_device(unknown: int) -> None:
     """Telling equal offsets apart would put a guard into the graph, for one length alone."""
