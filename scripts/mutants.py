@@ -6,7 +6,7 @@
     python scripts/mutants.py --group library --slice tonight
     python scripts/mutants.py --json result.json
     python scripts/mutants.py --again result.json  # only what survived there; what was noticed is taken over
-    python scripts/mutants.py --group library --slices 1 --untried --minutes 60  # of what docs/power.json lacks
+    python scripts/mutants.py --group library --slices 1 --pick untried --minutes 60
 
 Works in a copy of the working tree, in a temporary directory. The tests of a judge are imported once; then every mutant
 has a process of its own, forked from there, which imports the judge and its tests again and nothing else. The library
@@ -123,11 +123,12 @@ def wanted(path: str, given: argparse.Namespace) -> list[Mutation]:
         lines = changed_lines(ROOT, given.changed, path)
         return in_order(path, [mutation for mutation in every if mutation.line in lines], lines)
     number = number_of(given.slice, given.slices)
-    tried: set[str] = set()
-    if given.untried:
-        entry = json.loads(KEPT.read_text(encoding="utf-8"))["library"].get(path, {})
-        tried = {key for keys in entry.values() for key in keys}
-    return [m for m in every if part_of(path, m.name, given.slices) == number and key_of(path, m.name) not in tried]
+    found = [mutation for mutation in every if part_of(path, mutation.name, given.slices) == number]
+    if given.pick is None:
+        return found
+    entry = json.loads(KEPT.read_text(encoding="utf-8"))["library"].get(path, {})
+    group_of = {key: group for group, keys in entry.items() for key in keys}
+    return [mutation for mutation in found if group_of.get(key_of(path, mutation.name), "untried") == given.pick]
 
 
 def recorded(
@@ -206,7 +207,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--group", choices=["judges", "library"], help="only these (default: both)")
     add("--slice", default="0", metavar="K", help=f"of the library: the part to take, or {TONIGHT} (default: 0)")
     add("--slices", type=int, default=14, metavar="N", help="of how many (default: 14)")
-    add("--untried", action="store_true", help="of the library: only mutants that docs/power.json has no result of")
+    add(
+        "--pick", choices=["untried", "missed"], help="of the library: what docs/power.json has no result of; or missed"
+    )
     add("--again", type=Path, metavar="FILE", help="only mutants that survived in that result")
     add("--json", type=Path, metavar="FILE", help="write every result")
     add("--record", type=Path, metavar="FILE", help="of the library: read which tests reach what, or write it there")

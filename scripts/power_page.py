@@ -52,7 +52,8 @@ tox -e mutants -- --changed main                            # what a branch chan
 tox -e mutants -- --only accuracy/compare
 tox -e mutants -- --group library --slice 3                 # another slice
 tox -e mutants -- --group library --slice tonight           # that of this day: all of them in two weeks
-tox -e mutants -- --group library --slices 1 --untried --minutes 60    # what this page has no result of
+tox -e mutants -- --group library --slices 1 --pick untried --minutes 60   # what this page has no result of
+tox -e mutants -- --group library --slices 1 --pick missed             # what it says that no test noticed
 ```
 
 `--json RESULT.json` writes every result, and `python scripts/power_page.py RESULT.json` takes it into this page. After

@@ -508,7 +508,8 @@ def test_slices_are_parts_and_none_is_tried_without_time(
     project.write(
         "docs/power.json", json.dumps({"library": {"lib/rules.py": {"noticed": [noticed], "missed": [missed]}}})
     )
-    assert list(project.run(*given, "1", "--untried")[2]) == others
+    assert list(project.run(*given, "1", "--pick", "untried")[2]) == others
+    assert list(project.run(*given, "1", "--pick", "missed")[2]) == [second]
 
 
 @pytest.mark.slow
