@@ -118,6 +118,20 @@ def test_the_collectives_are_loaded_where_pytorch_has_them(available: bool, monk
         assert again.OP == mm_all_reduce.OP
 
 
+@pytest.mark.parametrize("name", ["x1", "x2", "bias", "x3"])
+def test_shapes_that_do_not_fit_are_refused(name: str) -> None:
+    """Smaller and larger ones, of as many dimensions and of others."""
+    shapes = {"x1": (2, 2, 4), "x2": (4, 3), "bias": (3,), "x3": (2, 2, 3)}
+    right = shapes[name]
+    others = [right[1:], right[:-1], (1, *right), (2, *right)]
+    for at, size in enumerate(right):
+        others += [(*right[:at], other, *right[at + 1 :]) for other in (size - 1, size + 1)]
+    for other in others:
+        given = {each: torch.ones(shape) for each, shape in (shapes | {name: other}).items()}
+        with pytest.raises(ValueError, match=r"^npu::npu_mm_all_reduce_base: (x1|x2|bias|x3) is "):
+            npu.npu_mm_all_reduce_base(given.pop("x1"), given.pop("x2"), "nobody", **given)
+
+
 def test_errors() -> None:
     x1, x2 = torch.ones(2, 4), torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"npu_mm_all_reduce_base: hcom is 'nobody'; .* communicator_name\(group"):
