@@ -133,6 +133,16 @@ def test_fields_that_do_not_fit_each_other(folder, changes, message):
         read_config(folder)
 
 
+@pytest.mark.parametrize("absent", [None, {}, "", False])
+def test_an_empty_field_of_quantisation_says_nothing(folder, absent):
+    """Not to transformers either, which in 4.37.0 asks it for its fields."""
+    edit(folder, quantization_config=absent)
+    config = read_config(folder)
+    assert not getattr(config, "quantization_config", None)
+    config.save_pretrained(folder)
+    assert read_config(folder).to_dict() == config.to_dict()
+
+
 def test_changes_by_keyword_are_checked_as_the_file_is(folder):
     with pytest.raises(CheckpointError, match="num_hidden_layers=1000000000 must be an integer"):
         read_config(folder, num_hidden_layers=10**9)

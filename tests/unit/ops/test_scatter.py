@@ -75,6 +75,7 @@ def test_out_of_range_raises_before_anything_is_written(start: int) -> None:
         (torch.zeros(2).long(), torch.zeros(2, 1, 3), 3, "axis is 3"),
         (torch.zeros(2), torch.zeros(2, 1, 3), 1, "indices is .* int32 or int64"),
         (torch.zeros(2, 1).long(), torch.zeros(2, 1, 3), 1, "indices is .* 1 dimension"),
+        (torch.tensor(0), torch.zeros(1, 1, 3), 1, "indices is .* 1 dimension"),
         (torch.zeros(3).long(), torch.zeros(3, 1, 3), 1, "at most one per row of the input, which has 2"),
         (torch.zeros(2).long(), torch.zeros(2, 1, 3).half(), 1, "updates is .* the dtype of the first input"),
         (torch.zeros(2).long(), torch.zeros(2, 1, 4), 1, "updates is"),
