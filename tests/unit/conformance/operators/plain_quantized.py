@@ -96,7 +96,8 @@ def dequant_swiglu_quant(fault: str, x: torch.Tensor, weight_scale: torch.Tensor
     left, right = wide.chunk(2, -1)
     if t["activate_left"] == (fault == "halves_swapped"):
         left, right = right, left
-    return rows(fault, left / (1 + (-left).exp()) * right)
+    silu = left * left.exp() / (1 + left.exp()) if fault == "exponential_overflows" else left / (1 + (-left).exp())
+    return rows(fault, silu * right)
 
 
 PLAIN = {
