@@ -15,10 +15,19 @@ from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.configs import SHAPES
 from qwen2_npu.conformance.operators import CATALOGUE
 from qwen2_npu.optimizations import QUANTIZED
-from tests.accuracy import axes, pairs, quantised, test_axes, test_ladder, test_operators, test_quantised
+from tests.accuracy import (
+    axes,
+    pairs,
+    quantised,
+    stock_scenarios,
+    test_axes,
+    test_ladder,
+    test_operators,
+    test_quantised,
+)
 from tests.accuracy import test_tensor_parallel as parallel
 from tests.accuracy.pairs import CHECKPOINT, MIXTURE, TINY
-from tests.graph import test_census, test_equality, test_modes
+from tests.graph import support, test_census, test_equality, test_modes
 
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIONS = {"model_path": None, "assume_tp": 2, "dtype": None, "steps": None, "device": "cuda:7", "stream": None}
@@ -55,6 +64,17 @@ def test_two_batches_of_the_axes_have_columns_of_padding_alone() -> None:
     assert [name for name, mask in masks.items() if not mask[:, 0].any()] == ["equally_padded", "alike_and_unsorted"]
     assert masks["equally_padded"][:, 3:].all()
     assert not masks["alike_and_unsorted"][:, 1:].all()
+
+
+def test_prompts_that_are_called_padded_are() -> None:
+    cpu = SimpleNamespace(device="cpu")
+    left, right = (stock_scenarios.prompt(cpu, left=left)["attention_mask"] for left in (True, False))
+    assert left.sum(1).tolist() == right.sum(1).tolist() == [11, 7, 4]
+    assert left[:, 7:].all()
+    assert right[:, :4].all()
+    even, ragged = (support.prompt("cpu", 2, 9, ragged=ragged)["attention_mask"] for ragged in (False, True))
+    assert (even.sum(1).tolist(), ragged.sum(1).tolist()) == ([9, 9], [9, 5])
+    assert ragged[:, 4:].all()
 
 
 def test_the_ladder_runs_all_there_is_in_the_fast_lane() -> None:
