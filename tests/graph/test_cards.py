@@ -37,6 +37,7 @@ def test_tokens_are_the_cpus_on_either_card(name: str, step: str, cards: tuple[s
     expected = generate(reference, prompt("cpu", **call), 3)
     torch._dynamo.reset()
     models = {card: compile_model(build(card, optimizations), **MODES[name]) for card in reversed(cards)}
+    assert len(models) == 2
     for card in (*models, cards[1]):
         found = generate(models[card], prompt(card, **call), 3)
         assert_same_tokens(found, expected, reference, prompt("cpu", **call), where=card)

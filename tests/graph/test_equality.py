@@ -6,6 +6,8 @@ that is what fails, and it says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from qwen2_npu import LADDER, Optimizations, compile_model
 from qwen2_npu.conformance.accuracy import locate_error
 from qwen2_npu.conformance.accuracy.compare import Comparison
+from qwen2_npu.conformance.accuracy.teacher_forcing import Trace
 from tests.accuracy.pairs import pair_of
 from tests.graph.counting import GraphCounter
 
@@ -43,13 +46,33 @@ def test_graph_equals_eager(step: str, dtype: str, weights: str, pytestconfig: p
         compiled = compile_model(pair.build(optimizations), "torchair")
         graph = locate_error.trace_model(compiled, pair.batch(SHAPE), pair.traces(SHAPE)[0])
         assert counter.runs > 0, "nothing ran in a graph"
+    wrong = list(differences(eager, graph, dtype))
+    assert not wrong, wrong
+
+
+def differences(eager: Any, graph: Any, dtype: str) -> Iterator[str]:
+    """Of two traces. The same kernels in the same order: they may differ by an order of sums, a few roundings."""
     for name in ("prefill_logits", "decode_logits"):
         expected, found = _live(eager, name), _live(graph, name)
-        # The same kernels in the same order: any difference is one of order, a few roundings at most.
-        scale = np.abs(expected).max()
-        allowed = 8 * torch.finfo(getattr(torch, dtype)).eps * scale
+        allowed = 8 * torch.finfo(getattr(torch, dtype)).eps * np.abs(expected).max()
         worst = np.abs(expected - found).max()
-        assert worst <= allowed, f"{name}: graph and eager differ by {worst:.3g}, allowed {allowed:.3g}"
+        if not worst <= allowed:
+            yield f"{name}: graph and eager differ by {worst:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["prefill_logits", "decode_logits"])
+def test_a_difference_is_seen_at_its_limit(name: str, dtype: str) -> None:
+    valid = np.array([[False, True]])
+    eager: Any = Trace(np.full((1, 2, 3), 4.0), np.full((1, 2, 3), 4.0), np.zeros((1, 2), int), valid)
+    limit = 32 * torch.finfo(getattr(torch, dtype)).eps
+    for off, seen in ((limit, False), (1.01 * limit, True), (np.nan, True)):
+        values = np.full((1, 2, 3), 4.0)
+        values[0, -1, 1] += off
+        if name == "prefill_logits":
+            values[0, 0] = 9.0  # padding
+        wrong = list(differences(eager, replace(eager, **{name: values}), dtype))
+        assert [text.split(":")[0] for text in wrong] == [name] * seen
 
 
 def _live(trace: Any, name: str) -> np.ndarray[Any, Any]:

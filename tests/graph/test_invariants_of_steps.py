@@ -272,6 +272,13 @@ def test_nothing_repeated_in_layers_allows_the_mask_of_the_kept(
         assert list(invariants.nothing_repeated_in_layers(made)) == expected
 
 
+@pytest.mark.parametrize("type_", ["IncreFlashAttention", "FusedInferAttentionScore"])
+def test_live_attention_asks_both_operators_for_lengths(type_: str) -> None:
+    asked = op(type_, HIDDEN, CACHE, CACHE)
+    assert not list(invariants.live_attention(graph([replace(asked, live_slots=0)])))
+    assert len(list(invariants.live_attention(graph([asked, replace(asked, live_slots=5), asked])))) == 2
+
+
 # ---- several cards --------------------------------------------------------------------------------------------------
 CARDS = Optimizations.up_to("mm_all_reduce")
 SUMS: dict[str, tuple[Optimizations, Phase, int, int, tuple[int, int, int]]] = {

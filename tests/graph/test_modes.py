@@ -47,6 +47,7 @@ def test_tokens_are_the_cpus(name: str, step: str, device: str) -> None:
     expected = [generate(reference, prompt("cpu", **call), NEW_TOKENS) for call in calls]
     torch._dynamo.reset()
     model = compile_model(build(device, optimizations), **MODES[name])
+    assert bool(model.compiled_steps) is (name != "eager")
     for call, tokens in zip(calls, expected, strict=True):
         found = generate(model, prompt(device, **call), NEW_TOKENS)
         assert_same_tokens(found, tokens, reference, prompt("cpu", **call))

@@ -28,6 +28,14 @@ def test_what_a_transformers_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert "has no static cache to compile with" in str(why_not("stock compiled"))
 
 
+@pytest.mark.parametrize(("name", "mode"), [("ours eager", "eager"), ("ours compiled", "inductor")])
+def test_ours_is_compiled_as_its_name_says(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(relative, "compile_model", lambda model, mode: asked.append(mode))
+    Candidate(name, small_stock(small_config(num_hidden_layers=1)), batch=1, prompt=6, steps=1)
+    assert asked == [mode]
+
+
 def test_candidates_share_weights() -> None:
     stock = small_stock(small_config(num_hidden_layers=2))
     ours = Candidate("ours eager", stock, batch=1, prompt=6, steps=1)

@@ -32,11 +32,12 @@ def build(
     token: str = "flat",
     flat: bool = True,
     explicit: bool = False,
+    magnitude: float = 1.0,
 ) -> Arguments:
     """``token``: '' for none, 'flat' for (rows,), 'column' for (rows, 1)."""
     weight_scale = rng.uniform(0.2, 2.0, 2 * width).astype(np.float32) / np.float32(1000)
     made: Arguments = {
-        "x": (rng.standard_normal((rows, 2 * width)) * 2000).astype(np.int32),
+        "x": (rng.standard_normal((rows, 2 * width)) * 2000 * magnitude).astype(np.int32),
         "weight_scale": weight_scale if flat else weight_scale[None],
         "activate_left": left,
         "quant_mode": 1,
@@ -72,6 +73,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "no_activation_scale": {"rows": 3, "width": 33, "token": ""},
     "two_dimensional_scales": {"rows": 3, "width": 32, "token": "column", "flat": False},
     "explicit": {"rows": 3, "width": 32, "explicit": True},
+    "saturating": {"rows": 3, "width": 32, "magnitude": 60.0},
 }
 _BASE: dict[str, Any] = {"rows": 3, "width": 4}
 

@@ -65,6 +65,7 @@ def strategy() -> SearchStrategy[dict[str, Any]]:
 OWN: dict[str, dict[str, Any]] = {
     "default_next_tokens": {"B": 2, "Sq": 9, "mask": "random"},
     "inner_precise_1": {"B": 2, "Sq": 9, "mask": "random", "inner_precise": 1},
+    "prefill_scores_beyond_exp": {"B": 2, "Sq": 9, "mask": "random", "spread": 60.0},
     "prefill_lse": {"B": 2, "Sq": 9, "Nq": 4, "Nkv": 2, "mask": "causal", "softmax_lse_flag": True},
     "prefill_lse_ragged": {
         "B": 2, "Sq": 9, "layout": "BNSD", "q_lengths": [9, 4], "kv_lengths": [9, 6], "softmax_lse_flag": True,

@@ -210,6 +210,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     },
     "peaked": {"B": 2, "S": 33, "spread": 6.0},
     "uniform": {"B": 2, "S": 33, "spread": 0.0},
+    "scores_beyond_exp": {"B": 2, "S": 33, "spread": 60.0},
+    "grouped_6": {"B": 2, "S": 12, "Nq": 12, "Nkv": 2, "D": 128, "lengths": [9, 12]},
 }
 
 _BASE: dict[str, Any] = {"B": 2, "S": 16, "Nq": 4, "Nkv": 2, "lengths": [5, 8]}

@@ -119,7 +119,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "all_finished": {"shape": [4, 8], "k": 2, "finished": "all"},
     "ties": {"shape": [6, 40], "k": 12, "levels": 3},
     "all_equal": {"shape": [3, 64], "k": 8, "levels": 1},
-    "large": {"shape": [4, 64], "k": 8, "magnitude": 30.0},
+    "large": {"shape": [4, 64], "k": 8, "magnitude": 60.0},
     "tiny": {"shape": [4, 64], "k": 8, "magnitude": 1e-3},
     "no_rows": {"shape": [0, 8], "k": 2},
 }

@@ -313,11 +313,13 @@ SHARED: dict[str, dict[str, Any]] = {
     "all_lengths_zero": {"B": 2, "Sq": 4, "Skv": 6, "kv_lengths": [0], "layout": "BSH"},
     "peaked": {"B": 1, "Sq": 9, "spread": 6.0, **MASKED},
     "uniform": {"B": 1, "Sq": 9, "spread": 0.0, **MASKED},
+    "grouped_6": {"B": 1, "Sq": 5, "Nq": 12, "Nkv": 2, "D": 128, **MASKED},
 }  # fmt: skip
 
 SAMPLES: dict[str, dict[str, Any]] = SHARED | {
     "one_query": {"B": 2, "Sq": 1, "Skv": 9},
     "one_of_everything": {"Sq": 1, "Skv": 1, "Nq": 1, "Nkv": 1},
+    "scores_beyond_exp": {"B": 2, "Sq": 9, "spread": 60.0, "sparse_mode": 10, **MASKED},
     "high_precision_0": {"B": 2, "Sq": 9, "sparse_mode": 10, **MASKED},
     "high_precision_2": {"B": 2, "Sq": 9, "spread": 4.0, "sparse_mode": 12, **COMPRESSED},
     "high_precision_3": {"B": 2, "Sq": 5, "Skv": 12, "sparse_mode": 13, **COMPRESSED},

@@ -34,7 +34,9 @@ def build(
     bias: str = "",
     batch: int = 0,
     one_scale: bool = False,
+    largest: bool = False,
 ) -> Arguments:
+    """``largest``: every product is 127², of either sign in a column: sums that float32 does not hold."""
     lead = (batch,) if batch else ()
     made: Arguments = {
         "x1": quantized.int8(rng, *lead, rows, inner),
@@ -42,6 +44,8 @@ def build(
         "scale": (rng.uniform(0.2, 5.0, 1 if one_scale else columns) / (5000 * np.sqrt(inner))).astype(np.float32),
         "output_dtype": output_dtype,
     }
+    if largest:
+        made["x1"][:], made["x2"][:] = 127, np.where(np.arange(columns) % 2, -127, 127)
     if token:
         made["pertoken_scale"] = rng.uniform(0.2, 5.0, rows).astype(np.float32)
     if bias:
@@ -92,7 +96,14 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "token": False,
         "bias": "int32",
     },
-    "largest_integers": {"rows": 1, "inner": 65535, "columns": 2, "output_dtype": INT32, "token": False},
+    "largest_integers": {
+        "rows": 1,
+        "inner": 65535,
+        "columns": 2,
+        "output_dtype": INT32,
+        "token": False,
+        "largest": True,
+    },
     "one_scale": {"rows": 4, "inner": 64, "columns": 48, "one_scale": True},
 }
 PORTABLE = ("cpu", "cuda")

@@ -21,6 +21,7 @@ from qwen2_npu.conformance.operators.one_rank import group as one_rank
 from qwen2_npu.ops import mm_all_reduce
 from qwen2_npu.ops.mm_all_reduce import communicator_name
 from qwen2_npu.parallel.collectives import Ranks
+from tests.unit.conformance.operators.test_negative_controls import without_last_bits
 from tests.unit.parallel.virtual import Run, virtual_ranks
 
 npu = torch.ops.npu
@@ -68,6 +69,16 @@ def test_the_golden_of_two_ranks_sees_x3_added_once(run: Run) -> None:
     late = to_tensors(every[1], "bfloat16")["x3"]
     assert compare(expected, to_array(right)) is None
     assert compare(expected, to_array(right - late)) is not None
+
+
+@pytest.mark.parametrize(("ranks", "bits"), [(2, (9, 1, 1)), (8, (10, 5, 4))])
+def test_the_golden_of_several_ranks_sees_a_sum_without_its_last_bits(ranks: int, bits: tuple[int, ...]) -> None:
+    """So its tolerance is that of so many ranks in its own dtype. ``bits``: of each dtype."""
+    for dtype, lost in zip(DTYPES, bits, strict=True):
+        given = {"rows": [5], "inner": 96, "columns": 33, "bias": True}
+        (expected,) = golden_of_ranks([RECORD.arguments(given, dtype, rank) for rank in range(ranks)], dtype)
+        assert expected.value is not None
+        assert compare(expected, without_last_bits(expected.value, dtype, lost)) is not None, dtype
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

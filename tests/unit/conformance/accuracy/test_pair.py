@@ -260,3 +260,15 @@ def test_both_stock_models_round_activations_where_ours_does_and_only_there(monk
     monkeypatch.setattr(StreamedPair, "_read_once", lambda self, rounded: self._losses.update({rounded: rounded}))
     monkeypatch.setattr(StreamedPair, "windows", lambda self: [])
     assert [layered.losses([], rounded) for rounded in (True, False, True)] == [True, False, True]
+
+
+def test_the_longest_prompt_and_the_text_after_it_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = pair.PERPLEXITY_WINDOW + pair.SAMPLE_TOKENS
+    monkeypatch.setattr(pair.tiny, "prompts", lambda: ["short", "p" * pair.PERPLEXITY_WINDOW, "short"])
+    monkeypatch.setattr(pair.tiny, "heldout_text", lambda: "cut into windows" * pair.PERPLEXITY_WINDOW)
+    tokenizer = lambda content: {"input_ids": [1] * len(content)}  # noqa: E731
+    config = SimpleNamespace(vocab_size=2, max_position_embeddings=needed)
+    pair.check_texts(config, tokenizer, 1, "here")
+    config.max_position_embeddings -= 1
+    with pytest.raises(CheckpointError, match=f"^here: max_position_embeddings={needed - 1}, .* need {needed}: "):
+        pair.check_texts(config, tokenizer, 1, "here")

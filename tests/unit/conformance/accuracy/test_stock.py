@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen2_npu.compat import rope_frequencies
 from qwen2_npu.conformance.accuracy import stock, teacher_forcing
 from qwen2_npu.conformance.accuracy.batches import random_batch
 from qwen2_npu.conformance.accuracy.configs import SHAPES, random_state_dict, small_config
@@ -13,6 +14,7 @@ from qwen2_npu.conformance.accuracy.stock import (
     reference_dtype,
     stock_from_state_dict,
 )
+from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.errors import CheckpointError
 
 
@@ -38,7 +40,14 @@ def test_small_configs_keep_what_selects_an_operator(name: str) -> None:
     assert config.num_attention_heads / config.num_key_value_heads == shape.heads / shape.kv_heads
     assert config.tie_word_embeddings is shape.tied
     assert config.rms_norm_eps == shape.eps
-    model = stock_from_state_dict(config, random_state_dict(config))
+    assert rope_frequencies(config)[0][1].item() == pytest.approx(1e6 ** (-2 / shape.head_dim))
+    published = {f"qwen2-{size.name.lower()}": size for size in SIZES.values()}
+    for field in ("heads", "kv_heads", "head_dim", "tied") if name in published else ():
+        assert getattr(shape, field) == getattr(published[name], field)
+    state = random_state_dict(config)
+    assert all(tensor.std() > 0.01 for tensor in state.values() if tensor.numel() > 1)  # no bias is 0, no norm is 1
+    assert len({str(tensor.flatten()[:4]) for tensor in state.values()}) == len(state)
+    model = stock_from_state_dict(config, state)
     attention = model.model.layers[0].self_attn
     assert attention.head_dim == shape.head_dim
     assert attention.k_proj.out_features == config.num_key_value_heads * shape.head_dim

@@ -181,6 +181,27 @@ def test_the_first_pass_with_an_error_counts_and_in_it_the_first_layer(
     assert len(read) == layers
 
 
+@pytest.mark.parametrize("chosen", [None, "experts"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_all_models_are_looked_into_with_the_same_tokens_experts_and_activations(
+    rounded: bool, chosen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(module, "step_by_step", lambda *given: given)
+    pair: Any = SimpleNamespace(
+        batch=lambda shape: f"batch {shape}",
+        traces=lambda shape, rounded: (SimpleNamespace(forced=f"after {shape}, {rounded}", chosen=chosen), None),
+        rounds=lambda model: rounded,
+        ask=lambda function, model, **given: asked.update(ours=(function, model, given)) or [],
+        models=SimpleNamespace(points=lambda *given: asked.update(stock=given) or []),
+    )
+    assert StreamedPair.locate(pair, "ours", "four") is None
+    tokens = {"batch": "batch four", "forced": f"after four, {rounded}"}
+    experts = {} if chosen is None else {"chosen": chosen}
+    assert asked["ours"] == (module.locate_error.captures, "ours", tokens | experts)
+    assert asked["stock"] == (tuple(tokens.values()), chosen, rounded)
+
+
 @pytest.mark.parametrize("shape", BATCH_SHAPES)
 def test_a_stock_model_whose_logits_are_not_finite_is_no_baseline(
     shape: str, random_pairs: tuple[ModelPair, StreamedPair], monkeypatch: pytest.MonkeyPatch

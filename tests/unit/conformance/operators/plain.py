@@ -143,6 +143,8 @@ def swiglu(fault: str, input: torch.Tensor, dim: int = -1) -> Any:
     silu = gate.float() / (1 + torch.exp(-gate.float()))
     if fault == "gelu":
         silu = torch.nn.functional.gelu(gate.float())
+    if fault == "exponential_overflows":
+        silu = gate.float() * torch.exp(gate.float()) / (1 + torch.exp(gate.float()))
     if fault == "rounded_after_silu":
         silu = silu.to(input.dtype).float()
     return (silu * up.float()).to(input.dtype)
@@ -182,6 +184,8 @@ def attend(fault: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: 
         scores = (q.float() @ k.float().mT) * (1.0 if fault == "scale_missing" else scale)
     scores = scores.masked_fill(~keep, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0).to(v.dtype)
+    if fault == "scores_not_shifted":
+        weights = (scores.exp() / scores.exp().sum(-1, keepdim=True)).nan_to_num(0.0).to(v.dtype)
     return (weights.float() @ v.float()).to(v.dtype), scores.logsumexp(-1, keepdim=True)
 
 

@@ -10,7 +10,7 @@ import torch
 def gating(fault: str, x: torch.Tensor, finished: torch.Tensor | None = None, k: int = 1) -> Any:
     rows, experts = x.shape[:-1].numel(), x.shape[-1]
     scores = x.reshape(rows, experts).float()
-    exponentials = (scores - scores.amax(-1, keepdim=True)).exp()
+    exponentials = (scores - (0 if fault == "scores_not_shifted" else scores.amax(-1, keepdim=True))).exp()
     softmax = exponentials / exponentials.sum(-1, keepdim=True)
     if fault == "softmax_in_the_dtype":
         softmax = x.reshape(rows, experts).softmax(-1).float()

@@ -67,6 +67,8 @@ def weight_quant_batchmatmul(
 
 def quant_matmul(fault: str, x1: torch.Tensor, x2: torch.Tensor, scale: torch.Tensor, **t: Any) -> Any:
     sums = x1.double() @ x2.double()
+    if fault == "sums_in_float32":
+        sums = (x1.float() @ x2.float()).double()
     bias, token = t.get("bias"), t.get("pertoken_scale")
     if t["output_dtype"] == INT32:
         added = 0 if bias is None or fault == "bias_forgotten" else bias
@@ -94,7 +96,8 @@ def dequant_swiglu_quant(fault: str, x: torch.Tensor, weight_scale: torch.Tensor
     left, right = wide.chunk(2, -1)
     if t["activate_left"] == (fault == "halves_swapped"):
         left, right = right, left
-    return rows(fault, left / (1 + (-left).exp()) * right)
+    silu = left * left.exp() / (1 + left.exp()) if fault == "exponential_overflows" else left / (1 + (-left).exp())
+    return rows(fault, silu * right)
 
 
 PLAIN = {

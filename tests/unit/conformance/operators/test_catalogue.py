@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen2_npu.conformance.operators import CATALOGUE, DTYPES, OperatorRecord
+from qwen2_npu.conformance.operators.attention import LAYOUTS
+from qwen2_npu.conformance.sizes import SIZES
 from qwen2_npu.ops.schemas import SCHEMAS
 
 RECORDS = [pytest.param(record, id=name) for name, record in CATALOGUE.items()]
@@ -91,3 +94,41 @@ def test_a_device_with_a_number_is_skipped_as_its_kind() -> None:
         for name, record in CATALOGUE.items():
             narrow = name in halves and device.startswith(("npu", "emulated"))
             assert record.dtypes_on(device) == (DTYPES[1:] if narrow else DTYPES), (name, device)
+
+
+# ---- attention: what one list of samples has to hold ----------------------------------------------------------------
+def of_attention(name: str, phase: str) -> list[dict[str, Any]]:
+    """Parameters of the samples of a phase; those of decode have a cache of S slots."""
+    every = [dict(sample.parameters) for sample in CATALOGUE[name].samples]
+    return [given for given in every if ("S" in given) is (phase == "decode")]
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        ("npu_prompt_flash_attention", "prefill"),
+        ("npu_incre_flash_attention", "decode"),
+        ("npu_fused_infer_attention_score", "prefill"),
+        ("npu_fused_infer_attention_score", "decode"),
+    ],
+)
+def test_attention_is_sampled_in_every_layout_mask_and_head_count_of_a_size(name: str, phase: str) -> None:
+    samples = of_attention(name, phase)
+    prefill = phase == "prefill"
+    layouts = {given["layout"] for given in samples if "layout" in given}
+    assert layouts == {None, *LAYOUTS} - {"BSND"} - ({"BNSD_BSND"} if not prefill else set())  # BSND is what is built
+    masked = [given for given in samples if given.get("mask") not in (None, "compressed")]
+    shapes = ("SS", "1SS", "BSS", "11SS", "B1SS") if prefill else ("BS", "B1S", "B11S")
+    assert {given.get("mask_shape", shapes[0]) for given in masked} == set(shapes)
+    assert {given.get("mask_dtype", "bool") for given in masked} == {"bool", "int8", "uint8"}
+    heads = {(given.get("Nq", 2) // given.get("Nkv", 2), given.get("D", 64)) for given in samples}
+    assert heads >= {(size.heads // size.kv_heads, size.head_dim) for size in SIZES.values()}
+    ragged = [given for given in samples if len(set(given.get("kv_lengths" if prefill else "lengths", ()))) > 1]
+    if prefill:
+        # Mode 0 without a mask; in mode 2 the corner is not that of the lengths.
+        apart = [given for given in ragged if given.get("q_lengths", given["kv_lengths"]) != given["kv_lengths"]]
+        assert {given.get("sparse_mode", 0) for given in ragged} == {0, 1, 2, 3, 4}
+        assert {given.get("sparse_mode", 0) for given in apart} == {0, 1, 3, 4}
+    else:
+        assert {("padding" in given, "mask" in given) for given in ragged} >= {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert any(given.get("stale", 1.0) > 1 for given in ragged)

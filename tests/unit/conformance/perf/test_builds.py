@@ -98,11 +98,12 @@ def test_random_weights_are_made_in_8_bits_and_never_in_others(scheme: str) -> N
     assert replace(measure(model, batch=2, input_tokens=16, decode_steps=3), warnings=()).faults() == []
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED)
-def test_ranks_take_parts_of_the_same_random_integers(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", [None, *QUANTIZED])
+def test_ranks_take_parts_of_the_same_random_numbers(scheme: str | None) -> None:
     config = SMALL.config(scheme=scheme)
     source = RandomWeights(config, torch.bfloat16, torch.device("cpu"))
     whole = dict(source.tensors())
+    assert not torch.equal(*(whole[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "kv"))
     for rank in (0, 1):
         shard = Shard(rank, 2)
         for name, part in source.tensors(lambda name, shard=shard: shard.slice_of(name, config)):  # type: ignore[misc]
