@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
@@ -222,6 +223,30 @@ def test_threads_do_not_share_a_cache(full, prompt):
     for row, own in enumerate(answers):
         for count, answer in enumerate(own):
             assert_same_tokens(answer, alone[row], full, rows[row], where=f"thread {row}, call {count}")
+
+
+def test_a_call_is_not_changed_by_one_of_another_thread(full, prompt):
+    """Of two that overlap, the one that began first ends first."""
+    began, go_on = Event(), Event()
+    seen: list[object] = []
+
+    def wait(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        began.set()
+        assert go_on.wait(30)
+        return scores
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(full._call())
+        go_on.set()
+        first.result()
+        seen.append(full._call())
+        return scores
+
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(full.generate, **prompt, max_new_tokens=2, logits_processor=LogitsProcessorList([wait]))
+        assert began.wait(30)
+        full.generate(**prompt, max_new_tokens=1, logits_processor=LogitsProcessorList([look]))
+    assert seen[0] is seen[1] is not None
 
 
 def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prompt):
