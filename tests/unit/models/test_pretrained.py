@@ -189,6 +189,8 @@ def test_the_folder_s_own_generation_configuration_and_name(folder, tmp_path):
     given = GenerationConfig(max_new_tokens=7)
     assert Qwen2ForCausalLM.from_pretrained(tmp_path, generation_config=given).generation_config is given
     assert getattr(Qwen2Model.from_pretrained(tmp_path), "generation_config", None) is None
+    for configured in ({"config": small_config()}, {"config": folder}, {"use_cache": False}):
+        assert Qwen2ForCausalLM.from_pretrained(tmp_path, **configured).generation_config.max_new_tokens == 5
 
 
 @pytest.mark.parametrize("given", [{"a": 1}, None, 3], ids=str)
