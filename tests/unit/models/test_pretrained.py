@@ -408,3 +408,4 @@ def test_weights_of_the_same_class_are_loaded(folder):
     assert not any(plain.load_state_dict(stock.state_dict()))
     assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in plain.stock_state_dict().items())
     assert model.load_state_dict({}, strict=False).missing_keys
+    assert model.load_state_dict({"other": torch.ones(1)}, False).unexpected_keys == ["other"]  # as torch says it
