@@ -355,6 +355,16 @@ def test_what_is_not_asked_for_is_not_there(stock, asked):
     assert model(ids, use_cache=False, **given).get(CACHE_NAME) is None
 
 
+@pytest.mark.parametrize("field", ["output_attentions", "output_hidden_states", "return_dict"])
+@pytest.mark.parametrize(("configured", "asked"), [(True, None), (False, None), (True, False), (False, True)])
+def test_the_configuration_says_what_is_returned_where_the_call_does_not(stock, field, configured, asked):
+    model, usual, ids = model_of("none", stock), model_of("none", stock), tokens(1, 5)
+    setattr(model.config, field, configured)
+    found = model(ids, **({} if asked is None else {field: asked}))
+    expected = usual(ids, **{field: configured if asked is None else asked})
+    assert (type(found), len(found)) == (type(expected), len(expected))
+
+
 @pytest.mark.parametrize("name", ["none", *FIXED])
 @torch.no_grad()
 def test_hidden_states_of_a_prompt_and_of_a_step_are_the_stock_ones(stock, name):
