@@ -130,6 +130,9 @@ def test_config_is_one_or_the_folder_of_one(folder, tmp_path):
         Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path / "nowhere")
     with pytest.raises(UnsupportedError, match=r"config=LlamaConfig: pass a Qwen2Config, or a folder"):
         Qwen2ForCausalLM.from_pretrained(folder, config=LlamaConfig())
+    small_config(num_hidden_layers=2).save_pretrained(tmp_path)  # in a folder it is no wish for fewer
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\."):
+        Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path)
 
 
 def test_subfolder_and_generation_config(folder):
