@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -133,6 +134,25 @@ def test_config_is_one_or_the_folder_of_one(folder, tmp_path):
     small_config(num_hidden_layers=2).save_pretrained(tmp_path)  # in a folder it is no wish for fewer
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\."):
         Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["a config in hand", "the folder of one"])
+def test_the_keywords_act_together(folder, model, elsewhere, tmp_path):
+    """Weights of another name, in a subfolder without a configuration, in another dtype than that one says."""
+    (tmp_path / "weights").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "weights" / "other.safetensors")
+    found = Qwen2ForCausalLM.from_pretrained(
+        tmp_path,
+        subfolder="weights",
+        weights_file="other.safetensors",
+        config=folder if elsewhere else small_config(),
+        dtype=torch.bfloat16,
+        optimizations=Optimizations.none(),
+        generation_config=(given := GenerationConfig(max_new_tokens=7)),
+    )
+    assert (found.dtype, found.generation_config, found.optimizations) == (torch.bfloat16, given, Optimizations.none())
+    weights = model.stock_state_dict()
+    assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in found.stock_state_dict().items())
 
 
 def test_subfolder_and_generation_config(folder):
