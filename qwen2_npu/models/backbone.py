@@ -152,6 +152,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
             with torch.device("meta"):
                 decoder = Qwen2Model(config, self.optimizations, self.ranks)
             decoder.model = self.model
+            decoder.config = self.config  # it may change, by resize_token_embeddings
             self._decoder = (decoder.eval(),)
         return self._decoder[0]
 
@@ -294,11 +295,12 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
         """
         arguments.check_names(others, type(self).__name__)
         cache = self._check_cache(one_cache(past_key_values, cache))
-        table = self.model.embed_tokens.weight
-        given = arguments.check_tensors(table, self.vocab_size, cache, input_ids, inputs_embeds, attention_mask, labels)
+        config, table = self.config, self.model.embed_tokens.weight
+        given = arguments.check_tensors(
+            table, config.vocab_size, cache, input_ids, inputs_embeds, attention_mask, labels
+        )
         tokens = given.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
@@ -317,7 +319,7 @@ class Backbone(CheckpointIO, GenerationHooks, PreTrainedModel):  # type: ignore[
             ([], []) if output_attentions or output_hidden_states else None,
         )
         if input_ids is not None and asked.looked_into:
-            arguments.check_vocabulary(input_ids, self.vocab_size)
+            arguments.check_vocabulary(input_ids, config.vocab_size)
         prepare = self._prepare_fixed if self.optimizations.fixed_kv_cache else self._prepare_growing
         run, cache = prepare(asked, cache, use_cache)
         with unchanged_on_error(cache):

@@ -84,17 +84,19 @@ def test_masks_and_write_positions_follow_ragged_rows():
 
 
 @pytest.mark.parametrize(("lengths", "tokens"), [([1, 3, 2], 3), ([2, 0, 1], 2), ([1, 1, 1], 1)])
-def test_masks_move_one_slot_per_step_and_equal_rebuilt_ones(lengths, tokens):
-    """Also from the first token of a row on."""
+@pytest.mark.parametrize("masks", [True, False])
+def test_masks_move_one_slot_per_step_and_equal_rebuilt_ones(lengths, tokens, masks):
+    """Also from the first token of a row on. That of the window is read in every decode step."""
     cache = FixedKVCache(shape(sliding_window=3))
     with cache.step(lengths, tokens):
         pass
     for count in range(7):
         assert cache.lengths == [length + count for length in lengths] == cache.write_index.tolist()
-        assert live_slots(cache.drop_mask) == [list(range(length)) for length in cache.lengths]
+        if masks:
+            assert live_slots(cache.drop_mask) == [list(range(length)) for length in cache.lengths]
         expected = [list(range(max(0, length - 3), length)) for length in cache.lengths]
         assert live_slots(cache.sliding_drop_mask) == expected
-        with cache.step([1, 1, 1], 1):
+        with cache.step([1, 1, 1], 1, masks=masks):
             pass
 
 
@@ -186,8 +188,8 @@ def test_crop_forgets_the_last_tokens():
 @pytest.mark.parametrize("early", [False, True], ids=["", "to a length"])
 @pytest.mark.parametrize("kept", range(8))
 def test_crop_takes_padding_with_the_tokens(kept, early):
-    """Counted row by row; what was seen after the prompt is no padding."""
-    prompt = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    """Counted row by row, also where every row has some; what was seen after the prompt is no padding."""
+    prompt = [[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 0, 0, 0]]
     cache = FixedKVCache(shape())
     with cache.step([row.count(0) for row in prompt], 5, padding=torch.tensor(prompt).bool()):
         pass

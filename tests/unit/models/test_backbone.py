@@ -355,6 +355,16 @@ def test_what_is_not_asked_for_is_not_there(stock, asked):
     assert model(ids, use_cache=False, **given).get(CACHE_NAME) is None
 
 
+@pytest.mark.parametrize("field", ["output_attentions", "output_hidden_states", "return_dict"])
+@pytest.mark.parametrize(("configured", "asked"), [(True, None), (False, None), (True, False), (False, True)])
+def test_the_configuration_says_what_is_returned_where_the_call_does_not(stock, field, configured, asked):
+    model, usual, ids = model_of("none", stock), model_of("none", stock), tokens(1, 5)
+    setattr(model.config, field, configured)
+    found = model(ids, **({} if asked is None else {field: asked}))
+    expected = usual(ids, **{field: configured if asked is None else asked})
+    assert (type(found), len(found)) == (type(expected), len(expected))
+
+
 @pytest.mark.parametrize("name", ["none", *FIXED])
 @torch.no_grad()
 def test_hidden_states_of_a_prompt_and_of_a_step_are_the_stock_ones(stock, name):
@@ -448,14 +458,16 @@ def test_a_cache_of_the_dtype_that_the_model_had_is_refused(stock, name):
 def test_a_vocabulary_that_is_resized_is_the_stock_model_s(size):
     stock, ids = small_stock(small_config(num_hidden_layers=1)), tokens(2, 5) % 150
     model = model_of("all", stock)
-    kept = min(size, 199)
+    kept, decoder = min(size, 199), model.get_decoder()
     expected = stock(ids).logits[..., :kept]
     model.resize_token_embeddings(size, **({} if V4 else {"mean_resizing": False}))
     found = model(ids).logits
     assert found.shape == (2, 5, size)
     assert (found[..., :kept] - expected).abs().max() < TOLERANCE
-    with pytest.raises(ValueError, match=f"token id {size} is outside the vocabulary of {size}"):
-        model(torch.tensor([[size]]))
+    for each in (model, decoder):  # the decoder was made before
+        each(torch.tensor([[size - 1]]))
+        with pytest.raises(ValueError, match=f"token id {size} is outside the vocabulary of {size}"):
+            each(torch.tensor([[size]]))
 
 
 def test_the_embeddings_of_a_part_are_not_resized():

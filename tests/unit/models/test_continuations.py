@@ -248,21 +248,24 @@ def test_generate_after_a_prefix_with_padding(model, stock, written, options):
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["the whole sequence", "the new tokens alone"])
-def test_a_cache_grows_to_what_generate_has_settled_on(model, stock, wide):
-    """Before the first token: none is lost, and the call is not refused."""
-    ids, new = tokens(1, 130), 12
+@pytest.mark.parametrize(("held", "new", "capacity"), [(120, 4, 128), (120, 5, 256), (0, 5, 256)])
+def test_a_cache_grows_to_what_generate_has_settled_on(model, stock, wide, held, new, capacity):
+    """Before the first token: none is lost, and the call is not refused. What of the prompt is new counts, too, and the
+    last new token does not."""
+    ids = tokens(1, 125)
     theirs = stock.generate(ids, max_new_tokens=new, do_sample=False)
     cache = model.allocate_cache(1, 120)
-    with torch.no_grad():
-        model(ids[:, :120], **{CACHE_NAME: cache})
-    given = ids if wide else ids[:, 120:]
+    if held:
+        with torch.no_grad():
+            model(ids[:, :held], **{CACHE_NAME: cache})
+    given = ids if wide else ids[:, held:]
     answer = model.generate(
         given, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, past_key_values=cache
     )
     assert torch.equal(answer[:, -new:], theirs[:, -new:])
     if isinstance(cache, FixedKVCache):
-        assert cache.shape.capacity == 256
-        assert [tensor.shape[cache.shape.slot_axis] for tensor in cache.key_cache] == [256] * 2
+        assert cache.shape.capacity == capacity
+        assert [tensor.shape[cache.shape.slot_axis] for tensor in cache.key_cache] == [capacity] * 2
 
 
 def test_no_room_to_grow_is_said_before_the_first_token(full, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qwen2_npu import Optimizations
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
+from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.experts import SparseMLP
 from qwen2_npu.parallel.collectives import ALONE, Ranks
 from qwen2_npu.parallel.sharding import Shard
+from tests.unit.mixture import mixture_config, needs_mixtures
+from tests.unit.small import small_stock, stock_weights
 
 HIDDEN, COLUMNS, SHARED, COUNT, TOP = 32, 16, 24, 6, 2
 PATHS = {
@@ -225,3 +230,27 @@ def test_all_paths_choose_the_same() -> None:
     for weight, chosen in found[1:]:
         assert torch.equal(chosen, found[0][1])
         torch.testing.assert_close(weight, found[0][0], rtol=1e-6, atol=0)
+
+
+@needs_mixtures
+def test_a_mixture_is_one_however_it_is_made(tmp_path: Path) -> None:
+    """Its folder names its class, and what there is for dense models alone is refused."""
+    from qwen2_npu.models.qwen2_moe import Qwen2MoeForCausalLM
+
+    stock = small_stock(mixture_config())
+    stock.save_pretrained(tmp_path / "theirs", safe_serialization=True)
+    for count, make in enumerate(
+        (
+            lambda cls: cls.from_state_dict(stock.config, stock_weights(stock)),
+            lambda cls: cls.from_pretrained(tmp_path / "theirs"),
+        )
+    ):
+        model = make(Qwen2ForCausalLM)
+        assert type(model) is Qwen2MoeForCausalLM
+        model.save_pretrained(tmp_path / f"ours {count}")
+        config = json.loads((tmp_path / f"ours {count}" / "config.json").read_text())
+        assert (config["architectures"], config["model_type"]) == (["Qwen2MoeForCausalLM"], "qwen2_moe")
+        with pytest.raises(
+            UnsupportedError, match=r"^Qwen2Model of a mixture of experts \(.*\) is not served: load it with"
+        ):
+            make(Qwen2Model)

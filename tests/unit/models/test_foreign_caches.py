@@ -103,3 +103,13 @@ def test_a_cache_of_a_model_that_differs_in_anything_is_refused(field):
         model(**PROMPT, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 0
     assert field == "device" or other.describe() != own.describe()
+
+
+@pytest.mark.parametrize("switches", ["fixed_kv_cache", "all"])
+def test_a_cache_of_any_number_of_slots_is_served(switches):
+    """Not only of those that allocate_cache rounds to."""
+    model = Qwen2ForCausalLM(small_config(num_hidden_layers=1), SWITCHES[switches])
+    expected = model(**PROMPT).logits
+    cache = FixedKVCache(dataclasses.replace(model.cache_shape(3, 12), capacity=12))
+    torch.testing.assert_close(model(**PROMPT, **{CACHE_NAME: cache}).logits, expected)
+    assert cache.lengths == [11, 11, 11]

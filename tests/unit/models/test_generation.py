@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
@@ -15,6 +17,7 @@ from qwen2_npu.cache import CAPACITY_BUCKET, FixedKVCache
 from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CacheOverflowError, UnsupportedError
+from qwen2_npu.models.generation import CachePool
 from tests.unit.small import V4, small_config, small_stock, stock_weights
 from tests.unit.tokens import assert_same_tokens
 
@@ -178,6 +181,26 @@ def test_one_idle_cache_is_kept_at_most(full):
     assert full._pool.take(caches[2].shape) not in caches
 
 
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"device": torch.device("meta")}, {"layout": "BNSD"},
+                                   {"sliding_window": 3}, {"batch_size": 2}, {"capacity": 256}, {"kv_heads": 4},
+                                   {"head_dim": 32}, {"layers": 1}], ids=lambda other: next(iter(other)))  # fmt: skip
+def test_the_idle_cache_is_handed_out_for_an_equal_shape_alone(full, other):
+    """The model may have become another one since: half(), to()."""
+    pool, shape = CachePool(), full.cache_shape(1, 64)
+    for wanted in (replace(shape, **other), shape):
+        pool.give_back(FixedKVCache(shape if wanted is not shape else replace(shape, **other)))
+        assert pool.take(wanted).shape == wanted
+        assert pool.idle is None  # freed: there is no room for two
+
+
+def test_generate_computes_the_logits_of_a_prompt_s_last_position_where_the_switch_says_so(model, prompt):
+    rows = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
+    model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    hook.remove()
+    assert rows == [3 if model.optimizations.last_token_logits else 3 * 11, 3]
+
+
 def test_capacity_comes_from_the_prompt_and_the_new_tokens(full, prompt):
     arguments = {"do_sample": False, "return_dict_in_generate": True}
     cache = cache_of(full.generate(**prompt, max_new_tokens=4, **arguments))
@@ -200,6 +223,30 @@ def test_threads_do_not_share_a_cache(full, prompt):
     for row, own in enumerate(answers):
         for count, answer in enumerate(own):
             assert_same_tokens(answer, alone[row], full, rows[row], where=f"thread {row}, call {count}")
+
+
+def test_a_call_is_not_changed_by_one_of_another_thread(full, prompt):
+    """Of two that overlap, the one that began first ends first."""
+    began, go_on = Event(), Event()
+    seen: list[object] = []
+
+    def wait(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        began.set()
+        assert go_on.wait(30)
+        return scores
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(full._call())
+        go_on.set()
+        first.result()
+        seen.append(full._call())
+        return scores
+
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(full.generate, **prompt, max_new_tokens=2, logits_processor=LogitsProcessorList([wait]))
+        assert began.wait(30)
+        full.generate(**prompt, max_new_tokens=1, logits_processor=LogitsProcessorList([look]))
+    assert seen[0] is seen[1] is not None
 
 
 def test_inference_mode_leaves_nothing_that_later_calls_cannot_write(stock, prompt):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen2_npu import Optimizations, Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
-from qwen2_npu.compat import cache_of
+from qwen2_npu.compat import CACHE_NAME, cache_of
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.graph.steps import CompiledStep
 from qwen2_npu.models.inputs import MaskFactory, Rows, check_window
@@ -308,3 +308,26 @@ def test_the_model_keeps_up_the_masks_that_it_reads(step, monkeypatch):
     model = Qwen2ForCausalLM.from_state_dict(config, stock_weights(small_stock(config)), optimizations=optimizations)
     model(torch.ones(1, 3, dtype=torch.int64))
     assert [named["masks"] for named in seen] == [step != "ifa_tiling"]
+
+
+@pytest.mark.parametrize("optimizations", [Optimizations.none(), Optimizations.all()], ids=["none", "all"])
+@torch.no_grad()
+def test_a_mask_says_the_same_in_every_dtype(optimizations):
+    """In a prompt and its loss, in steps beyond the positions that the model has, and in generate()."""
+    stock = small_stock(small_config(num_hidden_layers=1, max_position_embeddings=8))
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock), optimizations=optimizations)
+    ids, mask = torch.arange(1, 15).view(2, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1, 1]])
+
+    def answers(mask: torch.Tensor) -> list[torch.Tensor]:
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)
+        first = model(ids, attention_mask=mask, position_ids=places, labels=ids, use_cache=True)
+        found = [first.logits, first.loss]
+        for step in range(1, 4):
+            mask, places = torch.cat((mask, mask.new_ones(2, 1)), dim=1), places[:, -1:] + 1
+            call = {"attention_mask": mask, "position_ids": places, CACHE_NAME: cache_of(first)}
+            found.append(model(ids[:, step : step + 1], **call).logits)
+        return [*found, model.generate(ids, attention_mask=mask[:, :7], max_new_tokens=4, do_sample=False)]
+
+    expected = answers(mask)
+    for dtype in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
+        assert all(map(torch.equal, answers(mask.to(dtype)), expected)), dtype

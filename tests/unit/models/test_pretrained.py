@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -130,6 +131,28 @@ def test_config_is_one_or_the_folder_of_one(folder, tmp_path):
         Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path / "nowhere")
     with pytest.raises(UnsupportedError, match=r"config=LlamaConfig: pass a Qwen2Config, or a folder"):
         Qwen2ForCausalLM.from_pretrained(folder, config=LlamaConfig())
+    small_config(num_hidden_layers=2).save_pretrained(tmp_path)  # in a folder it is no wish for fewer
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\."):
+        Qwen2ForCausalLM.from_pretrained(folder, config=tmp_path)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["a config in hand", "the folder of one"])
+def test_the_keywords_act_together(folder, model, elsewhere, tmp_path):
+    """Weights of another name, in a subfolder without a configuration, in another dtype than that one says."""
+    (tmp_path / "weights").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "weights" / "other.safetensors")
+    found = Qwen2ForCausalLM.from_pretrained(
+        tmp_path,
+        subfolder="weights",
+        weights_file="other.safetensors",
+        config=folder if elsewhere else small_config(),
+        dtype=torch.bfloat16,
+        optimizations=Optimizations.none(),
+        generation_config=(given := GenerationConfig(max_new_tokens=7)),
+    )
+    assert (found.dtype, found.generation_config, found.optimizations) == (torch.bfloat16, given, Optimizations.none())
+    weights = model.stock_state_dict()
+    assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in found.stock_state_dict().items())
 
 
 def test_subfolder_and_generation_config(folder):
@@ -189,6 +212,8 @@ def test_the_folder_s_own_generation_configuration_and_name(folder, tmp_path):
     given = GenerationConfig(max_new_tokens=7)
     assert Qwen2ForCausalLM.from_pretrained(tmp_path, generation_config=given).generation_config is given
     assert getattr(Qwen2Model.from_pretrained(tmp_path), "generation_config", None) is None
+    for configured in ({"config": small_config()}, {"config": folder}, {"use_cache": False}):
+        assert Qwen2ForCausalLM.from_pretrained(tmp_path, **configured).generation_config.max_new_tokens == 5
 
 
 @pytest.mark.parametrize("given", [{"a": 1}, None, 3], ids=str)
@@ -406,3 +431,4 @@ def test_weights_of_the_same_class_are_loaded(folder):
     assert not any(plain.load_state_dict(stock.state_dict()))
     assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in plain.stock_state_dict().items())
     assert model.load_state_dict({}, strict=False).missing_keys
+    assert model.load_state_dict({"other": torch.ones(1)}, False).unexpected_keys == ["other"]  # as torch says it

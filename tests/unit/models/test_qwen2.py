@@ -202,6 +202,15 @@ def test_attention_weights_without_flash_attention(stock, ids):
         assert_close(mine, other)
 
 
+def test_attention_weights_are_refused_whoever_asks_for_them(stock, ids):
+    """The call, or the configuration where the call does not say."""
+    model = Qwen2ForCausalLM.from_state_dict(stock.config, stock_weights(stock))
+    model.config.output_attentions = True
+    with pytest.raises(UnsupportedError, match=r"^output_attentions=True: with .* on"):
+        model(ids)
+    assert model(ids, output_attentions=False).get("attentions") is None
+
+
 def test_decode_goes_through_o_proj_in_two_dimensions(full, ids):
     seen = []
     hook = full.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dim()))
