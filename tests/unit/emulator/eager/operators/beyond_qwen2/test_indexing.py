@@ -68,10 +68,12 @@ def test_one_hot():
     assert found.tolist() == [[1, 1, 5], [5, 1, 1]]
 
 
-def test_masked_fill_range():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_masked_fill_range(axis):
     start, end = (torch.tensor(values, dtype=torch.int32).npu() for values in ([0, 3], [2, 4]))
-    found = npu.npu_masked_fill_range(torch.zeros(2, 5).npu(), start, end, torch.tensor([7.0, 9.0]).npu(), 1)
-    assert found.tolist() == [[7, 7, 0, 9, 0]] * 2
+    x = torch.zeros(2, 5).transpose(0, 1 - axis).npu()
+    found = npu.npu_masked_fill_range(x, start, end, torch.tensor([7.0, 9.0]).npu(), axis)
+    assert found.transpose(0, 1 - axis).tolist() == [[7, 7, 0, 9, 0]] * 2
 
 
 def test_sort_v2():
@@ -83,3 +85,6 @@ def test_sort_v2():
         True,
         meta=False,
     )
+    x = draw(4, 5, grad=False).npu()
+    out = torch.empty_like(x)
+    assert torch.equal(npu.npu_sort_v2.out(x, 0, True, out=out), x.sort(0, True).values)

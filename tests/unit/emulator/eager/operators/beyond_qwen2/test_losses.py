@@ -46,6 +46,19 @@ def test_gradients_of_torchs_losses(loss, reduction):
     torch.testing.assert_close(found.cpu().double(), gradient(x.double(), target.double()), rtol=1e-5, atol=1e-6)
 
 
+def test_weights_of_binary_cross_entropy():
+    x, target = draw(3, 4), torch.rand(3, 4, generator=torch.Generator().manual_seed(3))
+    weights = {"weight": torch.linspace(0.5, 2, 12).view(3, 4), "pos_weight": torch.linspace(1, 3, 4)}
+
+    def gradient(x, target, **weights):
+        loss = F.binary_cross_entropy_with_logits(x, target, **weights)
+        return torch.autograd.grad(loss, x)[0]
+
+    on_card = {name: value.npu() for name, value in weights.items()}
+    found = gradient(x.detach().npu().requires_grad_(), target.npu(), **on_card)
+    torch.testing.assert_close(found.cpu(), gradient(x, target, **weights), rtol=1e-5, atol=1e-6)
+
+
 def test_z_loss_is_refused():
     with pytest.raises(NotImplementedError, match="z-loss"):
         npu.npu_cross_entropy_loss(torch.ones(2, 3).npu(), torch.tensor([0, 1]).npu(), return_zloss=True)

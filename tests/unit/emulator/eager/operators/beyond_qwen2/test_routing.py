@@ -87,3 +87,9 @@ def test_top_k_top_p():
 
     arguments = torch.tensor([0.5, 0.9, 1.0]), torch.tensor([4, 7, 2], dtype=torch.int32)
     check(npu.npu_top_k_top_p, formula, draw(3, 8, grad=False), *arguments, meta=False)
+
+
+def test_the_likeliest_token_is_kept_whatever_p_is():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    found = npu.npu_top_k_top_p(logits.npu(), torch.zeros(1).npu(), torch.tensor([2], dtype=torch.int32).npu())
+    assert found.tolist() == [[float("-inf"), 3.0, float("-inf")]]
