@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
 from qwen2_npu.parallel import monitor
@@ -181,3 +186,14 @@ def test_a_rank_that_has_left_may_be_silent():
     assert [watch._silent(watch._board, each) for watch, each in zip(watches, heard, strict=True)] == [[1, 2], [0], [0]]
     boards[1].tell("left")
     assert watches[0]._silent(boards[0], heard[0]) == [2]
+
+
+def test_what_a_rank_has_started_ends_with_it_however_deep(monkeypatch):
+    shell = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60; :'; :"])
+    rank = psutil.Process(shell.pid)
+    while len(found := rank.children(recursive=True)) < 2:
+        time.sleep(0.01)
+    monkeypatch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: rank, Error=psutil.Error))
+    monitor._end_children()
+    assert shell.wait(5) == 0  # goes on without its children
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
