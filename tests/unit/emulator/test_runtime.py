@@ -33,19 +33,22 @@ def test_the_version_of_cann():
     assert get_cann_version("CANN") == emulator.settings().cann
 
 
-def test_memory_is_counted():
+@pytest.mark.parametrize(("card", "other"), [(0, 1), (1, 0)])
+def test_memory_is_counted(card, other):
+    """Of each card, whichever is the current one."""
     torch.npu.empty_cache()
-    allocated, used = torch.npu.memory_allocated(), runtime.used_bytes()
-    free = torch.npu.mem_get_info()[0]
-    x = torch.empty(64 * MIB, dtype=torch.uint8, device="npu")
-    assert torch.npu.memory_allocated() - allocated >= 64 * MIB
-    assert runtime.used_bytes() - used >= 64 * MIB
-    assert free - torch.npu.mem_get_info()[0] == runtime.used_bytes() - used
-    assert runtime.used_bytes(1) + 64 * MIB <= runtime.used_bytes(0)
+    before = runtime.used_bytes(other)
+    allocated, used = torch.npu.memory_allocated(card), runtime.used_bytes(card)
+    free = torch.npu.mem_get_info(card)[0]
+    x = torch.empty(64 * MIB, dtype=torch.uint8, device=f"npu:{card}")
+    assert torch.npu.memory_allocated(card) - allocated >= 64 * MIB
+    assert runtime.used_bytes(card) - used >= 64 * MIB
+    assert free - torch.npu.mem_get_info(card)[0] == runtime.used_bytes(card) - used
     del x
     torch.npu.empty_cache()
-    assert torch.npu.memory_allocated() == allocated
-    assert runtime.peak_bytes() - used >= 64 * MIB
+    assert torch.npu.memory_allocated(card) == allocated
+    assert runtime.peak_bytes(card) - used >= 64 * MIB
+    assert (runtime.used_bytes(card), runtime.used_bytes(other)) == (used, before)
 
 
 def test_memory_ends_where_the_card_does():
@@ -63,6 +66,9 @@ def test_memory_ends_where_the_card_does():
 def test_a_new_limit_shows():
     with faults.memory_limit(5 << 30):
         assert torch.npu.mem_get_info()[1] == 5 << 30
+    kept = torch.empty(64 * MIB, dtype=torch.uint8, device="npu")
+    with faults.memory_limit(kept.nbytes // 2):
+        assert torch.npu.mem_get_info() == (0, kept.nbytes // 2)
 
 
 def test_events_tell_real_time():
