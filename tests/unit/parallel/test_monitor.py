@@ -193,7 +193,11 @@ def test_what_a_rank_has_started_ends_with_it_however_deep(monkeypatch):
     rank = psutil.Process(shell.pid)
     while len(found := rank.children(recursive=True)) < 2:
         time.sleep(0.01)
-    monkeypatch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: rank, Error=psutil.Error))
-    monitor._end_children()
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: rank, Error=psutil.Error))
+        monitor._end_children()
     assert shell.wait(5) == 0  # goes on without its children
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+    until = time.monotonic() + 5
+    while not all(map(monitor._is_gone, found)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert all(map(monitor._is_gone, found))
