@@ -91,8 +91,10 @@ def test_ranks_end_with_their_launcher(launcher, tmp_path):
 
 # ---- in one process -------------------------------------------------------------------------------------------------
 class NoKeeper:
+    dismissed = False
+
     def dismiss(self):
-        pass
+        self.dismissed = True
 
 
 @pytest.fixture
@@ -129,6 +131,23 @@ def test_the_cause_is_raised_as_it_is_and_the_others_are_quiet(two):
         assert isinstance(quiet, PeerFailed)
         assert isinstance(quiet, SystemExit)
         assert (quiet.code, quiet.reason) == (1, "rank 1 failed: this is the cause")
+
+
+def test_only_a_rank_that_ends_in_order_keeps_what_it_has_started(two):
+    first, second = two
+    with first:
+        pass
+    ends_with(second, ValueError("this is the cause"))
+    assert (first._keeper.dismissed, second._keeper.dismissed) == (True, False)
+
+
+def test_of_two_that_fail_at_once_one_says_why(two, monkeypatch):
+    first, second = two
+    fail = first._board.fail
+    monkeypatch.setattr(first._board, "fail", lambda reason: second._board.fail("a moment before") and fail(reason))
+    quiet = ends_with(first, ValueError("of its own"))
+    assert isinstance(quiet, PeerFailed)
+    assert quiet.reason == "rank 1 failed: a moment before"
 
 
 def test_who_is_to_blame_for_a_collective(two):
@@ -201,3 +220,31 @@ def test_what_a_rank_has_started_ends_with_it_however_deep(monkeypatch):
     while not all(map(monitor._is_gone, found)) and time.monotonic() < until:
         time.sleep(0.01)
     assert all(map(monitor._is_gone, found))
+
+
+def test_a_process_that_nobody_has_waited_for_is_gone():
+    """Launchers look at their ranks now and then."""
+    assert not monitor._is_gone(psutil.Process())
+    child = subprocess.Popen(["true"])
+    found, until = psutil.Process(child.pid), time.monotonic() + 5
+    while found.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.01)
+    assert monitor._is_gone(found)
+    child.wait()
+    assert monitor._is_gone(found)
+
+
+@pytest.mark.parametrize(
+    ("above", "count"),
+    [
+        (["python -m torch.distributed.run x", "bash", "torchrun"], 1),  # of another job, in which this one is started
+        (["python -u -m deepspeed.launcher.launch", "/usr/bin/python /usr/bin/deepspeed --num_gpus 2", "sshd"], 2),
+        (["bash", "torchrun"], 0),
+        (["python train.py --with a launcher torchrun"], 0),
+    ],
+)
+def test_launchers_are_the_processes_right_above(above, count, monkeypatch):
+    parents = [SimpleNamespace(cmdline=line.split) for line in above]
+    own = SimpleNamespace(parents=lambda: parents)
+    monkeypatch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: own, Error=psutil.Error))
+    assert monitor._launchers() == parents[:count]
