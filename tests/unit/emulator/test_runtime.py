@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -111,6 +112,58 @@ def test_pinned_memory_is_not_the_card_s():
     kept = torch.empty(32 * MIB, dtype=torch.uint8).pin_memory()
     assert runtime.used_bytes() == before
     assert kept.is_pinned()
+
+
+def test_limits_of_cores_are_kept_by_device_by_stream_and_by_thread():
+    library = runtime.library()
+
+    def limits(of, *where):
+        found = [ctypes.c_uint32(), ctypes.c_uint32()]
+        for kind, value in enumerate(found):
+            assert getattr(library, f"aclrtGet{of}")(*where, kind, ctypes.byref(value)) == 0
+        return [value.value for value in found]
+
+    whole, first, second = [20, 40], ctypes.c_void_p(0x10), ctypes.c_void_p(0x20)  # of streams only the handle matters
+    library.aclrtSetStreamResLimit(first, 0, 5)
+    library.aclrtSetDeviceResLimit(1, 1, 7)
+    assert [limits("StreamResLimit", stream) for stream in (first, second)] == [[5, 40], whole]
+    assert [limits("DeviceResLimit", card) for card in (0, 1)] == [whole, [20, 7]]
+    for stream, expected in ((first, [5, 40]), (second, whole), (first, [5, 40])):
+        library.aclrtUseStreamResInCurrentThread(stream)
+        assert limits("ResInCurrentThread") == expected
+    library.aclrtUnuseStreamResInCurrentThread(first)
+    library.aclrtResetStreamResLimit(first)
+    library.aclrtResetDeviceResLimit(1)
+    assert limits("ResInCurrentThread") == limits("StreamResLimit", first) == limits("DeviceResLimit", 1) == whole
+    assert library.aclrtSetDeviceResLimit(-1, 0, 5) != 0
+    assert library.aclrtSetStreamResLimit(first, 2, 5) != 0
+
+
+class Properties(ctypes.Structure):
+    """Of memory that is to be mapped."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("handle_type", "allocation_type", "attribute")),
+        *(("device", ctypes.c_uint32), ("location_type", ctypes.c_int32), ("reserved", ctypes.c_uint64)),
+    )
+
+
+def test_mapped_memory_is_counted_on_its_card_and_forgets_what_it_held():
+    library, size = runtime.library(), ctypes.c_size_t(1 << 16)
+    none, start, handle = ctypes.c_uint64(0), ctypes.c_void_p(), ctypes.c_void_p()
+    before = [runtime.used_bytes(card) for card in (0, 1)]
+    assert library.aclrtReserveMemAddress(ctypes.byref(start), size, none, None, none) == 0
+    assert library.aclrtMallocPhysical(ctypes.byref(handle), size, ctypes.byref(Properties(device=1)), none) == 0
+    assert [runtime.used_bytes(card) for card in (0, 1)] == [before[0], before[1] + size.value]
+    assert library.aclrtMapMem(start, ctypes.c_size_t(size.value + 1), none, handle, none) != 0
+    for _ in range(2):
+        assert library.aclrtMapMem(start, size, none, handle, none) == 0
+        assert ctypes.string_at(start, 4) == bytes(4)
+        ctypes.memset(start, 7, size.value)
+        assert library.aclrtUnmapMem(start) == 0
+    assert library.aclrtFreePhysical(handle) == 0
+    assert [runtime.used_bytes(card) for card in (0, 1)] == before
+    assert [library.aclrtReleaseMemAddress(start) == 0 for _ in range(2)] == [True, False]
 
 
 EXPANDABLE = """
