@@ -82,6 +82,24 @@ def test_events_tell_real_time():
     assert 20 <= start.elapsed_time(end) < 2000
 
 
+class Event(ctypes.Structure):
+    """As in cann/runtime.c."""
+
+    _fields_ = (("recorded", ctypes.c_int), ("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [((1, 5, 900_000_000), (1, 7, 100_000_000), 1200.0), ((1, 5, 0), (0, 6, 0), None), ((0, 5, 0), (1, 6, 0), None)],
+)
+def test_the_time_between_events_that_were_recorded(start, end, expected):
+    found = ctypes.c_float()
+    events = [ctypes.byref(Event(*values)) for values in (start, end)]
+    status = runtime.library().aclrtEventElapsedTime(ctypes.byref(found), *events)
+    assert (status == 0) == (expected is not None)
+    assert expected is None or found.value == pytest.approx(expected)
+
+
 def test_streams_are_apart_and_in_order():
     first, second = torch.npu.Stream(), torch.npu.Stream()
     assert first != second

@@ -126,6 +126,23 @@ def test_quant_matmul():
     assert torch.equal(whole.cpu().long(), exact.long())
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("shift", [None, 3.0])
+def test_int8_results_of_quant_matmul(shift, kind):
+    """An integer bias is added before the scale, another one after it; the offset comes last."""
+    x1, x2, scale = integers(3, 16), integers(16, 5, seed=1), torch.linspace(1e-3, 3e-3, 5)
+    bias = (torch.arange(-2, 3) * (500 if kind is torch.int32 else 2)).to(kind)
+    offset = None if shift is None else torch.full((5,), shift)
+    found = torch_npu.npu_quant_matmul(
+        x1.npu(), x2.npu(), scale.npu(), offset=None if offset is None else offset.npu(), bias=bias.npu()
+    )
+    product = (x1.long() @ x2.long()).double()
+    exact = (product + bias) * scale.double() if kind is torch.int32 else product * scale.double() + bias.double()
+    exact = exact + (shift or 0.0)
+    assert found.dtype is torch.int8
+    assert (found.cpu().double() - exact.clamp(-128, 127)).abs().max() <= 0.501
+
+
 @pytest.mark.parametrize(("group", "keys"), [(0, 64), (32, 64), (32, 80)])
 def test_weight_quant_batchmatmul(group, keys):
     """The last group may be a part of one."""
