@@ -149,7 +149,7 @@ def test_cards_and_the_host_do_not_mix():
     x, far, host = torch.ones(2, 2, device="npu:0"), torch.ones(2, 2, device="npu:1"), torch.ones(2, 2)
     calls = (
         *(lambda other: x + other, lambda other: x @ other, lambda other: x.add_(other)),
-        *(lambda other: torch.cat([x, x, other]), lambda other: torch.add(x, other=other, alpha=2)),
+        *(lambda other: torch.cat([x, x, other]), lambda other: torch.add(x, x, out=other)),
     )
     for other, names in ((far, "npu:0 and npu:1"), (host, "npu:0 and cpu")):
         for call in calls:
