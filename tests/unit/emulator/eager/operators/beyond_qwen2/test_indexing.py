@@ -35,17 +35,22 @@ def test_index_add():
         return out
 
     check(npu._npu_index_add, formula, draw(3, 4, grad=False), index, source, alpha=2)
+    x = draw(3, 4, grad=False).npu()
+    wanted = npu._npu_index_add(x, index.npu(), source.npu(), alpha=2)
+    assert npu._npu_index_add_(x, index.npu(), source.npu(), alpha=2) is x
+    assert torch.equal(x, wanted)
 
 
-def test_scatter():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scatter(axis):
     def formula(x, indices, updates, dim):
         out = x.clone()
         for row, (column, value) in enumerate(zip(indices.tolist(), updates, strict=True)):
-            out[row, column] = value
+            out[(row, column) if dim else (column, row)] = value
         return out
 
-    indices = torch.tensor([1, 0, 3], dtype=torch.int32)
-    check(npu.npu_scatter, formula, draw(3, 4, grad=False), indices, draw(3, seed=1, grad=False), 1, meta=False)
+    indices, x = torch.tensor([1, 0, 3], dtype=torch.int32), draw(*((3, 4) if axis else (4, 3)), grad=False)
+    check(npu.npu_scatter, formula, x, indices, draw(3, seed=1, grad=False), axis, meta=False)
 
 
 def test_scatter_nd_update():

@@ -46,6 +46,17 @@ def test_gradients_of_torchs_losses(loss, reduction):
     torch.testing.assert_close(found.cpu().double(), gradient(x.double(), target.double()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "target"])
+def test_logarithms_as_target_of_kl_div(which):
+    def gradient(*leaves):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(F.kl_div(*leaves, log_target=True, reduction="sum"), leaves[which])[0]
+
+    x, target = (draw(3, 4, grad=False, seed=seed) for seed in (0, 1))
+    found = gradient(x.npu(), target.npu())
+    torch.testing.assert_close(found.cpu(), gradient(x, target), rtol=1e-5, atol=1e-6)
+
+
 def test_weights_of_binary_cross_entropy():
     x, target = draw(3, 4), torch.rand(3, 4, generator=torch.Generator().manual_seed(3))
     weights = {"weight": torch.linspace(0.5, 2, 12).view(3, 4), "pos_weight": torch.linspace(1, 3, 4)}

@@ -36,6 +36,7 @@ def test_init_routing_as_documented():
     assert [round(value, 1) for value in rows[:, 0].tolist()] == [0.2, 0.3, 0.1, 0.2, 0.1, 0.3]
     assert places.tolist() == [2, 0, 1, 4, 3, 5]
     assert npu.npu_moe_compute_expert_tokens(experts, 3).tolist() == [2, 4, 6]
+    assert npu.npu_moe_compute_expert_tokens(experts, 2).tolist() == [2, 4]  # rows of no expert come last
 
 
 def test_the_chain_is_the_dense_mixture():

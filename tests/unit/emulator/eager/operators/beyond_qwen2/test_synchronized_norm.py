@@ -69,4 +69,5 @@ def test_halves_with_a_float32_weight():
     for given in (weight, None):
         found = torch.batch_norm_backward_reduce(x, x, mean, invstd, given, True, True, True)
         assert {value.dtype for value in found} == {torch.float32}
+    assert {value.dtype for value in torch.ops.npu.batch_norm_reduce(x, EPS)} == {torch.float32}
     assert torch.batch_norm_elemt(x, weight, weight, mean, invstd, EPS).dtype is torch.bfloat16
