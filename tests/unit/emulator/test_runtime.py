@@ -82,24 +82,6 @@ def test_events_tell_real_time():
     assert 20 <= start.elapsed_time(end) < 2000
 
 
-class Event(ctypes.Structure):
-    """As in cann/runtime.c."""
-
-    _fields_ = (("recorded", ctypes.c_int), ("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "expected"),
-    [((1, 5, 900_000_000), (1, 7, 100_000_000), 1200.0), ((1, 5, 0), (0, 6, 0), None), ((0, 5, 0), (1, 6, 0), None)],
-)
-def test_the_time_between_events_that_were_recorded(start, end, expected):
-    found = ctypes.c_float()
-    events = [ctypes.byref(Event(*values)) for values in (start, end)]
-    status = runtime.library().aclrtEventElapsedTime(ctypes.byref(found), *events)
-    assert (status == 0) == (expected is not None)
-    assert expected is None or found.value == pytest.approx(expected)
-
-
 def test_streams_are_apart_and_in_order():
     first, second = torch.npu.Stream(), torch.npu.Stream()
     assert first != second
@@ -130,31 +112,6 @@ def test_pinned_memory_is_not_the_card_s():
     kept = torch.empty(32 * MIB, dtype=torch.uint8).pin_memory()
     assert runtime.used_bytes() == before
     assert kept.is_pinned()
-
-
-def test_limits_of_cores_are_kept_by_device_by_stream_and_by_thread():
-    library = runtime.library()
-
-    def limits(of, *where):
-        found = [ctypes.c_uint32(), ctypes.c_uint32()]
-        for kind, value in enumerate(found):
-            assert getattr(library, f"aclrtGet{of}")(*where, kind, ctypes.byref(value)) == 0
-        return [value.value for value in found]
-
-    whole, first, second = [20, 40], ctypes.c_void_p(0x10), ctypes.c_void_p(0x20)  # of streams only the handle matters
-    library.aclrtSetStreamResLimit(first, 0, 5)
-    library.aclrtSetDeviceResLimit(1, 1, 7)
-    assert [limits("StreamResLimit", stream) for stream in (first, second)] == [[5, 40], whole]
-    assert [limits("DeviceResLimit", card) for card in (0, 1)] == [whole, [20, 7]]
-    for stream, expected in ((first, [5, 40]), (second, whole), (first, [5, 40])):
-        library.aclrtUseStreamResInCurrentThread(stream)
-        assert limits("ResInCurrentThread") == expected
-    library.aclrtUnuseStreamResInCurrentThread(first)
-    library.aclrtResetStreamResLimit(first)
-    library.aclrtResetDeviceResLimit(1)
-    assert limits("ResInCurrentThread") == limits("StreamResLimit", first) == limits("DeviceResLimit", 1) == whole
-    assert library.aclrtSetDeviceResLimit(-1, 0, 5) != 0
-    assert library.aclrtSetStreamResLimit(first, 2, 5) != 0
 
 
 class Properties(ctypes.Structure):

@@ -51,7 +51,7 @@ def test_what_deepspeed_is_told(given: dict[str, str], size: str, monkeypatch: p
         return SimpleNamespace(module=model)
 
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_inference=init_inference))
-    model, group = small_stock().to(torch.bfloat16), cast(Any, object())
+    model, group = cast(Any, small_stock()).to(torch.bfloat16), cast(Any, object())
     assert stock_sharded(model, Ranks(Shard(1, 2), group)) is model
     assert (told["dtype"], told["tensor_parallel"]) == (torch.bfloat16, {"tp_size": 2})
     assert told["environment"] == {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": size}

@@ -74,10 +74,3 @@ def test_what_a_softmax_is_taken_of_is_added_in_fp32():
     soft = npu.npu_dropout_with_add_softmax(x, x1, 1.0, 0.0, -1)[1]
     wanted = torch.softmax(x1.cpu().float() + x.cpu().float(), -1).bfloat16()
     assert torch.equal(soft.cpu(), wanted)
-
-
-@pytest.mark.parametrize("mask", [torch.uint8, torch.bool, torch.float32], ids=str)
-def test_a_scaled_mask_leaves_the_dtype(mask):
-    x = torch.tensor([1.0, 2.0, 3.0]).half().npu()
-    found = torch._masked_scale(x, torch.tensor([1, 0, 1]).to(mask).npu(), 2.0)
-    assert (found.tolist(), found.dtype) == ([2, 0, 6], torch.float16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.emulator.eager.operators.harness import check, draw
+from tests.unit.emulator.eager.operators.harness import check, draw, on_npu
 
 npu = torch.ops.npu
 
@@ -46,28 +46,25 @@ def test_gradients_of_torchs_losses(loss, reduction):
     torch.testing.assert_close(found.cpu().double(), gradient(x.double(), target.double()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["input", "target"])
-def test_logarithms_as_target_of_kl_div(which):
-    def gradient(*leaves):
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        return torch.autograd.grad(F.kl_div(*leaves, log_target=True, reduction="sum"), leaves[which])[0]
-
-    x, target = (draw(3, 4, grad=False, seed=seed) for seed in (0, 1))
-    found = gradient(x.npu(), target.npu())
-    torch.testing.assert_close(found.cpu(), gradient(x, target), rtol=1e-5, atol=1e-6)
+WEIGHTS = {"weight": torch.linspace(0.5, 2, 12).view(3, 4), "pos_weight": torch.linspace(1, 3, 4)}
 
 
-def test_weights_of_binary_cross_entropy():
-    x, target = draw(3, 4), torch.rand(3, 4, generator=torch.Generator().manual_seed(3))
-    weights = {"weight": torch.linspace(0.5, 2, 12).view(3, 4), "pos_weight": torch.linspace(1, 3, 4)}
+@pytest.mark.parametrize(
+    ("loss", "which", "given"),
+    [
+        (F.kl_div, 0, {"log_target": True, "reduction": "sum"}),
+        (F.kl_div, 1, {"log_target": True, "reduction": "sum"}),
+        (F.binary_cross_entropy_with_logits, 0, WEIGHTS),
+    ],
+)
+def test_options_of_losses_reach_their_gradients(loss, which, given):
+    def gradient(given, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(loss(*leaves, **given), leaves[which])[0].cpu()
 
-    def gradient(x, target, **weights):
-        loss = F.binary_cross_entropy_with_logits(x, target, **weights)
-        return torch.autograd.grad(loss, x)[0]
-
-    on_card = {name: value.npu() for name, value in weights.items()}
-    found = gradient(x.detach().npu().requires_grad_(), target.npu(), **on_card)
-    torch.testing.assert_close(found.cpu(), gradient(x, target, **weights), rtol=1e-5, atol=1e-6)
+    leaves = [draw(3, 4, seed=seed) for seed in (0, 1)]
+    found = gradient(*on_npu((given, *leaves)))
+    torch.testing.assert_close(found, gradient(given, *leaves), rtol=1e-5, atol=1e-6)
 
 
 def test_z_loss_is_refused():
