@@ -169,6 +169,7 @@ def test_a_collective_that_failed_everywhere_is_its_own_reason(two):
     first, second = two
     second._board.tell("hurt")
     assert str(ends_with(first, COLLECTIVE)).startswith("a collective failed: [/pytorch/third_party/gloo")
+    assert second._board.told("hurt", 0), "the others must know, too"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
