@@ -68,4 +68,8 @@ def _described(value: Any) -> str:
         return f"{value.shape.capacity} slots, {value.seen_tokens} seen, {value.lengths}, {padding}"
     if hasattr(value, "to_diff_dict"):  # a GenerationConfig
         return str(sorted(value.to_diff_dict().items(), key=str))
-    return repr(value) if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else type(value).__name__
+    if isinstance(value, (list, tuple)):  # of criteria, too, whose repr() is an address in this process
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_described(name)}: {_described(each)}' for name, each in value.items())}}}"
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__

@@ -157,14 +157,12 @@ class RankGroup:
     Attributes:
         device: this rank's own.
         store: what all ranks read and write (torch's TCPStore); None where this process is the only one.
-        timeout: seconds that ranks wait for one another.
     """
 
     rank: int
     world_size: int
     device: torch.device
     store: Any = None
-    timeout: float = TIMEOUT
 
 
 _current: RankGroup | None = None
@@ -180,7 +178,7 @@ def current() -> RankGroup | None:
     import torch
 
     store = dist.distributed_c10d._get_default_store()
-    return RankGroup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store, timeout())
+    return RankGroup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store)
 
 
 def set_hccl_timeouts(seconds: float) -> None:
@@ -215,7 +213,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
         return
     launch, seconds = launched(), timeout()
     if launch is None or launch.world_size == 1:
-        with _as_current(RankGroup(0, 1, own_device(launch, device, given_as=given_as), timeout=seconds)) as group:
+        with _as_current(RankGroup(0, 1, own_device(launch, device, given_as=given_as))) as group:
             yield group
         return
     import torch.distributed as dist
@@ -223,7 +221,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
     if dist.is_initialized():
         own = own_device(launch, device, given_as=given_as)
         store = dist.distributed_c10d._get_default_store()
-        with _as_current(RankGroup(dist.get_rank(), dist.get_world_size(), own, store, seconds)) as group:
+        with _as_current(RankGroup(dist.get_rank(), dist.get_world_size(), own, store)) as group:
             yield group
         return
     from qwen2_npu.parallel.agreement import agree, versions
@@ -239,7 +237,7 @@ def joined(device: str | None = None, *, given_as: str = "") -> Iterator[RankGro
         raise
     with Monitor(launch, board, seconds) as monitor:
         monitor.wait_for_all()
-        facts = RankGroup(launch.rank, launch.world_size, own, board.part("facts"), seconds)
+        facts = RankGroup(launch.rank, launch.world_size, own, board.part("facts"))
         agree(versions(), way_out="install the same on all nodes", group=facts)
         dist.init_process_group(
             BACKENDS[own.type],

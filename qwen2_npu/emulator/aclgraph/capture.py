@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qwen2_npu.emulator.aclgraph.captured import Action, Computation, Copy, Fill, Graph, Group, Wait, Write
 from qwen2_npu.emulator.eager.memory import cpu_view
-from qwen2_npu.emulator.eager.plan import Plan
+from qwen2_npu.emulator.eager.plan import WRITTEN_UNDECLARED, Plan
 
 Tensor = torch.Tensor
 
@@ -192,7 +192,7 @@ def at_fixed_addresses(plan: Plan, values: Any, memory: Memory, allocations: dic
 def written_by(plan: Plan, args: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments that the operator writes."""
     found: list[Any] = []
-    for index in plan.written:
+    for index in (*plan.written, *(i for i, name in enumerate(plan.names) if name in WRITTEN_UNDECLARED)):
         found += tree_leaves(args[index] if index < len(args) else kwargs.get(plan.names[index]))
     return [value for value in found if isinstance(value, Tensor) and value.numel()]
 

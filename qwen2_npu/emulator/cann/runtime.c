@@ -212,7 +212,7 @@ aclError aclrtFreeHost(void *pointer) { return release(pointer); }
 aclError aclrtGetMemInfo(UNUSED int32_t attribute, size_t *free_bytes, size_t *total) {
     int32_t device = current_device < 0 ? 0 : current_device;
     *total = hbm_bytes;
-    *free_bytes = hbm_bytes - used_bytes[device];
+    *free_bytes = hbm_bytes > used_bytes[device] ? hbm_bytes - used_bytes[device] : 0; /* the limit may be a new one */
     return OK;
 }
 

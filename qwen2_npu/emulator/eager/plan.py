@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+WRITTEN_UNDECLARED = ("running_mean", "running_var")
+"""Arguments that operators update although their schemas do not say so."""
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -30,10 +30,13 @@ def test_activating_imports_no_torch_and_tells_children():
     assert done.stdout.split() == ["False", "True", "2", "True"], done.stderr
 
 
-def test_twice_with_the_same_settings_and_with_others():
+@pytest.mark.parametrize(
+    "other", [{"soc": "Ascend910B4-1"}, {"device_count": 63}, {"hbm_bytes": 1 << 20}, {"cann": "1.2.3"}], ids=str
+)
+def test_twice_with_the_same_settings_and_with_others(other):
     assert emulator.activate() == emulator.settings()
     with pytest.raises(EmulatorError, match=r"the emulator is active with .* one process has one set of settings"):
-        emulator.activate(soc="Ascend910B1" if emulator.settings().soc != "Ascend910B1" else "Ascend910B2")
+        emulator.activate(**other)
 
 
 def test_before_it_is_active():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -33,19 +34,22 @@ def test_the_version_of_cann():
     assert get_cann_version("CANN") == emulator.settings().cann
 
 
-def test_memory_is_counted():
+@pytest.mark.parametrize(("card", "other"), [(0, 1), (1, 0)])
+def test_memory_is_counted(card, other):
+    """Of each card, whichever is the current one."""
     torch.npu.empty_cache()
-    allocated, used = torch.npu.memory_allocated(), runtime.used_bytes()
-    free = torch.npu.mem_get_info()[0]
-    x = torch.empty(64 * MIB, dtype=torch.uint8, device="npu")
-    assert torch.npu.memory_allocated() - allocated >= 64 * MIB
-    assert runtime.used_bytes() - used >= 64 * MIB
-    assert free - torch.npu.mem_get_info()[0] == runtime.used_bytes() - used
-    assert runtime.used_bytes(1) + 64 * MIB <= runtime.used_bytes(0)
+    before = runtime.used_bytes(other)
+    allocated, used = torch.npu.memory_allocated(card), runtime.used_bytes(card)
+    free = torch.npu.mem_get_info(card)[0]
+    x = torch.empty(64 * MIB, dtype=torch.uint8, device=f"npu:{card}")
+    assert torch.npu.memory_allocated(card) - allocated >= 64 * MIB
+    assert runtime.used_bytes(card) - used >= 64 * MIB
+    assert free - torch.npu.mem_get_info(card)[0] == runtime.used_bytes(card) - used
     del x
     torch.npu.empty_cache()
-    assert torch.npu.memory_allocated() == allocated
-    assert runtime.peak_bytes() - used >= 64 * MIB
+    assert torch.npu.memory_allocated(card) == allocated
+    assert runtime.peak_bytes(card) - used >= 64 * MIB
+    assert (runtime.used_bytes(card), runtime.used_bytes(other)) == (used, before)
 
 
 def test_memory_ends_where_the_card_does():
@@ -63,6 +67,9 @@ def test_memory_ends_where_the_card_does():
 def test_a_new_limit_shows():
     with faults.memory_limit(5 << 30):
         assert torch.npu.mem_get_info()[1] == 5 << 30
+    kept = torch.empty(64 * MIB, dtype=torch.uint8, device="npu")
+    with faults.memory_limit(kept.nbytes // 2):
+        assert torch.npu.mem_get_info() == (0, kept.nbytes // 2)
 
 
 def test_events_tell_real_time():
@@ -105,6 +112,33 @@ def test_pinned_memory_is_not_the_card_s():
     kept = torch.empty(32 * MIB, dtype=torch.uint8).pin_memory()
     assert runtime.used_bytes() == before
     assert kept.is_pinned()
+
+
+class Properties(ctypes.Structure):
+    """Of memory that is to be mapped."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("handle_type", "allocation_type", "attribute")),
+        *(("device", ctypes.c_uint32), ("location_type", ctypes.c_int32), ("reserved", ctypes.c_uint64)),
+    )
+
+
+def test_mapped_memory_is_counted_on_its_card_and_forgets_what_it_held():
+    library, size = runtime.library(), ctypes.c_size_t(1 << 16)
+    none, start, handle = ctypes.c_uint64(0), ctypes.c_void_p(), ctypes.c_void_p()
+    before = [runtime.used_bytes(card) for card in (0, 1)]
+    assert library.aclrtReserveMemAddress(ctypes.byref(start), size, none, None, none) == 0
+    assert library.aclrtMallocPhysical(ctypes.byref(handle), size, ctypes.byref(Properties(device=1)), none) == 0
+    assert [runtime.used_bytes(card) for card in (0, 1)] == [before[0], before[1] + size.value]
+    assert library.aclrtMapMem(start, ctypes.c_size_t(size.value + 1), none, handle, none) != 0
+    for _ in range(2):
+        assert library.aclrtMapMem(start, size, none, handle, none) == 0
+        assert ctypes.string_at(start, 4) == bytes(4)
+        ctypes.memset(start, 7, size.value)
+        assert library.aclrtUnmapMem(start) == 0
+    assert library.aclrtFreePhysical(handle) == 0
+    assert [runtime.used_bytes(card) for card in (0, 1)] == before
+    assert [library.aclrtReleaseMemAddress(start) == 0 for _ in range(2)] == [True, False]
 
 
 EXPANDABLE = """

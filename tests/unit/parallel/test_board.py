@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 
 import psutil
 import pytest
@@ -32,6 +34,20 @@ def test_what_one_rank_says_the_others_hear():
     assert (first.beats(1), first.beats(0)) == (1, 0)
     second.clone().beat()
     assert first.beats(1) == 2
+
+
+def test_a_clone_is_heard_while_its_board_waits():
+    """Signs of life go on while the main thread waits for a key."""
+    first, second = boards()
+    clone = second.clone()
+    waiting = threading.Thread(target=second._root.get, args=("key",))
+    waiting.start()
+    time.sleep(0.05)
+    begin = time.monotonic()
+    clone.beat()
+    assert time.monotonic() - begin < 0.5
+    first._root.set("key", "")
+    waiting.join()
 
 
 def test_ranks_on_other_nodes_are_no_processes_of_this_one(monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.cache import FixedKVCache
@@ -73,14 +73,31 @@ def test_random_numbers_are_those_of_the_device_that_samples(
         {"do_sample": True},
         {"generation_config": GenerationConfig(top_k=3)},
         {"eos_token_id": [7, 8]},
+        {"stopping_criteria": StoppingCriteriaList()},
+        {"sequence_bias": {(3,): 2.0}},
+        {"bad_words_ids": [[3], [5]]},
     ],
-    ids=["ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration", "a list"],
+    ids=[
+        *("ids", "dtype", "dtype of the same bytes", "shape", "an option more", "configuration", "a list"),
+        *("fewer criteria", "a value by name", "a list in a list"),
+    ],
 )
 def test_other_arguments_are_other_facts(other: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     ranks = SecondRank(Shard(1, 2))
-    call = {"input_ids": IDS, "generation_config": GenerationConfig(top_k=2), "eos_token_id": [7, 9]}
-    for more in ({}, {"input_ids": IDS.clone(), "streamer": object()}, other):
-        generation.start(ranks, {**call, **more}, CPU)
+
+    def call(**more: Any) -> dict[str, Any]:
+        return {
+            "input_ids": IDS.clone(),
+            "generation_config": GenerationConfig(top_k=2),
+            "eos_token_id": [7, 9],
+            "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(9)]),  # each rank has an object of its own
+            "sequence_bias": {(3,): 1.0},
+            "bad_words_ids": [[3], [4]],
+            **more,
+        }
+
+    for more in ({}, {"streamer": object()}, other):
+        generation.start(ranks, call(**more), CPU)
     assert facts[0] == facts[1], "equal arguments, and a streamer that one rank has for itself"
     assert facts[2] != facts[0]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from qwen2_npu.errors import UnsupportedError
-from qwen2_npu.parallel import launch
+from qwen2_npu.parallel import agreement, board, launch, monitor
 from qwen2_npu.parallel.launch import Launch, PeerFailed, joined
 from tests.unit.parallel.job import BOTH, NO_DEEPSPEED, NO_NPU, free_port, run, script
 
@@ -83,6 +87,47 @@ def test_alone_there_is_a_group_of_one(monkeypatch):
         assert launch.current() is group
     assert launch.current() is None
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (None, ["work_is_done", "destroy", "leave", None]),
+        (SystemExit(), ["work_is_done", "destroy", "leave", None]),
+        (SystemExit(0), ["work_is_done", "destroy", "leave", None]),
+        (SystemExit(3), [SystemExit]),
+        (SystemExit("why"), [SystemExit]),
+        (ValueError("why"), [ValueError]),
+    ],
+    ids=repr,
+)
+def test_a_rank_that_ends_with_a_status_has_not_done_its_work(end, expected, monkeypatch):
+    """The others are told so, and it waits for none of them. What ends it is raised either way."""
+    found: list[Any] = []
+
+    class Watch:
+        def __init__(self, *_: Any) -> None:
+            self.wait_for_all = lambda: None
+            self.work_is_done, self.leave = (partial(found.append, name) for name in ("work_is_done", "leave"))
+
+        def __enter__(self) -> Watch:
+            return self
+
+        def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+            found.append(kind)
+
+    monkeypatch.setattr(launch, "launched", lambda: Launch(0, 0, 2))
+    monkeypatch.setattr(launch, "set_hccl_timeouts", lambda _: None)
+    monkeypatch.setattr(monitor, "Monitor", Watch)
+    monkeypatch.setattr(board.Board, "open", lambda *_: SimpleNamespace(part=lambda _: None))
+    monkeypatch.setattr(agreement, "agree", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: found.append("destroy"))
+    with contextlib.nullcontext() if end is None else pytest.raises(type(end)) as caught, joined("cpu"):
+        if end is not None:
+            raise end
+    assert found == expected
+    assert end is None or caught.value is end
 
 
 def test_a_rank_and_its_card(monkeypatch, device):

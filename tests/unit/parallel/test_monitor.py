@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
 from qwen2_npu.parallel import monitor
@@ -86,8 +91,10 @@ def test_ranks_end_with_their_launcher(launcher, tmp_path):
 
 # ---- in one process -------------------------------------------------------------------------------------------------
 class NoKeeper:
+    dismissed = False
+
     def dismiss(self):
-        pass
+        self.dismissed = True
 
 
 @pytest.fixture
@@ -126,6 +133,23 @@ def test_the_cause_is_raised_as_it_is_and_the_others_are_quiet(two):
         assert (quiet.code, quiet.reason) == (1, "rank 1 failed: this is the cause")
 
 
+def test_only_a_rank_that_ends_in_order_keeps_what_it_has_started(two):
+    first, second = two
+    with first:
+        pass
+    ends_with(second, ValueError("this is the cause"))
+    assert (first._keeper.dismissed, second._keeper.dismissed) == (True, False)
+
+
+def test_of_two_that_fail_at_once_one_says_why(two, monkeypatch):
+    first, second = two
+    fail = first._board.fail
+    monkeypatch.setattr(first._board, "fail", lambda reason: second._board.fail("a moment before") and fail(reason))
+    quiet = ends_with(first, ValueError("of its own"))
+    assert isinstance(quiet, PeerFailed)
+    assert quiet.reason == "rank 1 failed: a moment before"
+
+
 def test_who_is_to_blame_for_a_collective(two):
     first, _ = two
     first._board.tell("here")
@@ -145,6 +169,7 @@ def test_a_collective_that_failed_everywhere_is_its_own_reason(two):
     first, second = two
     second._board.tell("hurt")
     assert str(ends_with(first, COLLECTIVE)).startswith("a collective failed: [/pytorch/third_party/gloo")
+    assert second._board.told("hurt", 0), "the others must know, too"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -181,3 +206,46 @@ def test_a_rank_that_has_left_may_be_silent():
     assert [watch._silent(watch._board, each) for watch, each in zip(watches, heard, strict=True)] == [[1, 2], [0], [0]]
     boards[1].tell("left")
     assert watches[0]._silent(boards[0], heard[0]) == [2]
+
+
+def test_what_a_rank_has_started_ends_with_it_however_deep(monkeypatch):
+    shell = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60; :'; :"])
+    rank = psutil.Process(shell.pid)
+    while len(found := rank.children(recursive=True)) < 2:
+        time.sleep(0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: rank, Error=psutil.Error))
+        monitor._end_children()
+    assert shell.wait(5) == 0  # goes on without its children
+    until = time.monotonic() + 5
+    while not all(map(monitor._is_gone, found)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert all(map(monitor._is_gone, found))
+
+
+def test_a_process_that_nobody_has_waited_for_is_gone():
+    """Launchers look at their ranks now and then."""
+    assert not monitor._is_gone(psutil.Process())
+    child = subprocess.Popen(["true"])
+    found, until = psutil.Process(child.pid), time.monotonic() + 5
+    while found.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.01)
+    assert monitor._is_gone(found)
+    child.wait()
+    assert monitor._is_gone(found)
+
+
+@pytest.mark.parametrize(
+    ("above", "count"),
+    [
+        (["python -m torch.distributed.run x", "bash", "torchrun"], 1),  # of another job, in which this one is started
+        (["python -u -m deepspeed.launcher.launch", "/usr/bin/python /usr/bin/deepspeed --num_gpus 2", "sshd"], 2),
+        (["bash", "torchrun"], 0),
+        (["python train.py --with a launcher torchrun"], 0),
+    ],
+)
+def test_launchers_are_the_processes_right_above(above, count, monkeypatch):
+    parents = [SimpleNamespace(cmdline=line.split) for line in above]
+    own = SimpleNamespace(parents=lambda: parents)
+    monkeypatch.setattr(monitor, "psutil", SimpleNamespace(Process=lambda: own, Error=psutil.Error))
+    assert monitor._launchers() == parents[:count]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.parallel.collectives import Ranks
@@ -27,6 +30,31 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     group: Any = object()
     with pytest.raises(UnsupportedError, match=r'DeepSpeed, which is not installed: pip install -e "\.\[deepspeed\]"'):
         stock_sharded(small_stock(), Ranks(Shard(0, 2), group))
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, "2"), ({"LOCAL_WORLD_SIZE": "1"}, "1"), ({"LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "4"}, "4")],
+    ids=["nobody says it", "torchrun", "DeepSpeed"],
+)
+def test_what_deepspeed_is_told(given: dict[str, str], size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL_SIZE is of this node: there may be several. The model comes back on the device that it was on."""
+    for name in ("DS_ACCELERATOR", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # to be taken back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    told: dict[str, Any] = {}
+
+    def init_inference(model: Any, **arguments: Any) -> Any:
+        told.update(arguments, environment={name: os.environ[name] for name in ("DS_ACCELERATOR", "LOCAL_SIZE")})
+        return SimpleNamespace(module=model)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_inference=init_inference))
+    model, group = cast(Any, small_stock()).to(torch.bfloat16), cast(Any, object())
+    assert stock_sharded(model, Ranks(Shard(1, 2), group)) is model
+    assert (told["dtype"], told["tensor_parallel"]) == (torch.bfloat16, {"tp_size": 2})
+    assert told["environment"] == {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": size}
 
 
 def test_without_a_process_group() -> None:

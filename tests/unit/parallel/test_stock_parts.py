@@ -32,6 +32,19 @@ def test_a_hollow_model_takes_no_memory_and_is_filled_bit_for_bit(tied: bool) ->
     assert torch.equal(found(tokens).logits, stock(tokens).logits)
 
 
+def test_parts_have_the_dtype_of_the_model_and_memory_of_their_own() -> None:
+    """A part that is a view would hold the whole tensor."""
+    config = small_config()
+    weights = stock_weights(small_stock(config))
+    model = hollow(uninitialised(config, torch.bfloat16), torch.bfloat16, CPU)
+    filled(model, StateDictSource(config, weights), ALONE)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model = hollow(uninitialised(config, torch.float32), torch.float32, CPU)
+    filled(model, StateDictSource(config, weights), ALONE)
+    theirs = {weight.untyped_storage().data_ptr() for weight in weights.values()}
+    assert not theirs & {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+
 def test_a_head_that_autotp_cut_from_a_tied_embedding_is_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(tie_word_embeddings=True)
     weights = stock_weights(small_stock(config))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qwen2_npu.emulator.eager.operators.accepted import overloads, with_int32
+from qwen2_npu.emulator.eager.plan import WRITTEN_UNDECLARED
 
 Tensor = torch.Tensor
 
@@ -56,10 +57,6 @@ ROUNDED_MIDWAY: dict[str, tuple[str | None, ...]] = {
     "grid_sampler_3d_backward": ("input", "grid"),
 }
 """Operator that PyTorch's CPU kernel computes with roundings on the way -> whose dtype each result has; None: fp32."""
-
-
-WRITTEN_UNDECLARED = ("running_mean", "running_var")
-"""Arguments that operators update although their schemas do not say so."""
 
 
 def in_fp32(

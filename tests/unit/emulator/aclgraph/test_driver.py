@@ -50,6 +50,18 @@ def test_nothing_has_been_computed_before_the_first_replay() -> None:
     assert total.tolist() == [2, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_that_a_norm_moves_are_as_before_too(dtype: torch.dtype) -> None:
+    """PyTorch's schemas do not say that they are written."""
+    x, mean, var = torch.arange(12.0).view(3, 2, 2).to(dtype).npu(), device(0, 0), device(1, 1)
+    graph, _ = capture(lambda: torch.nn.functional.batch_norm(x, mean, var, training=True))
+    assert (mean.tolist(), var.tolist()) == ([0, 0], [1, 1])
+    graph.replay()
+    wanted = torch.zeros(2), torch.ones(2)
+    torch.nn.functional.batch_norm(x.cpu().float(), *wanted, training=True)
+    torch.testing.assert_close((mean.cpu(), var.cpu()), wanted)
+
+
 def test_a_python_number_stays_what_it_was() -> None:
     x, position = device(1, 2, 3), 1
     graph, y = capture(lambda: x[position] * 10)

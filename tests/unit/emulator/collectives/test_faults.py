@@ -29,3 +29,8 @@ def test_strikes_where_it_is_asked_to() -> None:
 def test_strikes_everywhere_without_conditions() -> None:
     with inject("fail"):
         assert at("barrier", 3) == at("barrier", 3) == "fail"
+
+
+def test_a_call_that_one_fault_strikes_is_counted_by_the_others() -> None:
+    with inject("fail", nth=1), inject("drop", nth=2):
+        assert [at("barrier", 0) for _ in range(3)] == ["fail", "drop", None]

@@ -147,10 +147,14 @@ def test_scalar_reads():
 
 def test_cards_and_the_host_do_not_mix():
     x, far, host = torch.ones(2, 2, device="npu:0"), torch.ones(2, 2, device="npu:1"), torch.ones(2, 2)
+    calls = (
+        *(lambda other: x + other, lambda other: x @ other, lambda other: x.add_(other)),
+        *(lambda other: torch.cat([x, x, other]), lambda other: torch.add(x, x, out=other)),
+    )
     for other, names in ((far, "npu:0 and npu:1"), (host, "npu:0 and cpu")):
-        for call in (lambda: x + other, lambda: x @ other, lambda: torch.cat([x, other]), lambda: x.add_(other)):  # noqa: B023
+        for call in calls:
             with pytest.raises(RuntimeError, match=f"same device.*{names}"):
-                call()
+                call(other)
     assert torch.equal(x + torch.tensor(1.0), x + 1)
     assert torch.equal(x[torch.tensor([0])], x[:1])
     assert torch.equal(far.to("npu:0"), x)

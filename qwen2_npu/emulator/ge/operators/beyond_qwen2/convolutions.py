@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
@@ -12,15 +14,15 @@ def _spatial(values: list[int]) -> list[int]:
     return values[2:]
 
 
-def _padding(pads: list[int]) -> list[int]:
+def padding(pads: Sequence[int]) -> list[int]:
     """One number per dimension; PyTorch pads both sides alike, and so does everything torchair lowers.
 
     Raises:
         ValueError: the sides differ.
     """
-    before, after = pads[::2], pads[1::2]
+    before, after = list(pads[::2]), list(pads[1::2])
     if before != after:
-        raise ValueError(f"pads={pads} differ between the sides of a dimension, which is not emulated")
+        raise ValueError(f"pads={list(pads)} differ between the sides of a dimension, which is not emulated")
     return before
 
 
@@ -36,7 +38,7 @@ def _convolve(
 ) -> Tensor:
     rank = x.dim() - 2
     return torch.convolution(
-        x, filter, bias, _spatial(strides), _padding(pads), _spatial(list(dilations)), False, [0] * rank, groups
+        x, filter, bias, _spatial(strides), padding(pads), _spatial(list(dilations)), False, [0] * rank, groups
     )
 
 
@@ -81,7 +83,7 @@ def _convolve_transposed(
     output_padding: list[int] | tuple[int, ...],
 ) -> Tensor:
     out = torch.convolution(
-        x, filter, bias, _spatial(strides), _padding(pads), _spatial(list(dilations)), True,
+        x, filter, bias, _spatial(strides), padding(pads), _spatial(list(dilations)), True,
         _spatial(list(output_padding)), groups,
     )  # fmt: skip
     if tuple(out.shape) != input_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from qwen2_npu.emulator.ge.operators.beyond_qwen2.convolutions import padding
 from qwen2_npu.emulator.ge.operators.table import Ints, Tensor, operator
 
 
@@ -19,7 +20,7 @@ def avg_pool(
     exclusive: bool = True,
     divisor_override: int = 0,
 ) -> Tensor:
-    return F.avg_pool2d(x, ksize[2:], strides[2:], list(pads[::2]), ceil_mode, not exclusive, divisor_override or None)
+    return F.avg_pool2d(x, ksize[2:], strides[2:], padding(pads), ceil_mode, not exclusive, divisor_override or None)
 
 
 @operator("MaxPoolWithArgmaxV1", fixed={"dtype": 3})

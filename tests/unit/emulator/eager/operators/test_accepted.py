@@ -187,9 +187,10 @@ def test_from_half_to_float(name, function):
     grad = backward(weights.npu(), y, 1, torch.float16)
     assert grad.dtype is torch.float16
     torch.testing.assert_close(grad.cpu().double(), wanted, rtol=2**-11, atol=2**-16)
-    out = torch.empty(3, 7, dtype=torch.float16, device="npu")
-    assert backward(weights.npu(), y, 1, torch.float16, **{OUT[name]: out}) is out
-    assert torch.equal(out, grad)
+    for size in ((3, 7), (0,)):
+        out = torch.empty(size, dtype=torch.float16, device="npu")
+        assert backward(weights.npu(), y, 1, torch.float16, **{OUT[name]: out}) is out
+        assert torch.equal(out, grad)
     leaf = x.npu().requires_grad_()
     assert torch.equal(torch.autograd.grad(forward(leaf, 1, True), leaf, weights.npu())[0], grad)
 

@@ -66,3 +66,11 @@ def test_dropout_with_add_softmax(dim):
     expected = torch.autograd.grad((torch.softmax(x1 + 0.5 * x, dim) * keep / (1 - P) * weights).sum(), [x, x1])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_softmax_is_taken_of_is_added_in_fp32():
+    # 100.2 is 100 in bfloat16.
+    x, x1 = (torch.tensor([row], dtype=torch.bfloat16).npu() for row in ([0.2, 0.0], [100.0, 100.0]))
+    soft = npu.npu_dropout_with_add_softmax(x, x1, 1.0, 0.0, -1)[1]
+    wanted = torch.softmax(x1.cpu().float() + x.cpu().float(), -1).bfloat16()
+    assert torch.equal(soft.cpu(), wanted)

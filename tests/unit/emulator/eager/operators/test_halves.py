@@ -172,6 +172,18 @@ def test_float32_is_left_alone():
     assert torch.equal(F.avg_pool3d(x.npu(), 2).cpu(), F.avg_pool3d(x, 2))
 
 
+@pytest.mark.parametrize("dtype", halves.HALVES)
+def test_gradients_have_the_dtypes_of_what_they_are_of(dtype):
+    """Weights of norms may be in fp32 beside halves."""
+    x, channels, columns = rand(4, 3, 5).to(dtype).npu(), torch.ones(3).npu(), torch.ones(5).npu()
+    _, *saved = torch.native_layer_norm(x, [5], columns, columns, 1e-5)
+    layer = torch.ops.aten.native_layer_norm_backward(x, x, [5], *saved, columns, columns, [True] * 3)
+    _, *saved = torch.native_batch_norm(x, channels, channels, None, None, True, 0.1, 1e-5)
+    batch = torch.ops.aten.native_batch_norm_backward(x, x, channels, None, None, *saved, True, 1e-5, [True] * 3)
+    for found in (layer, batch):
+        assert [value.dtype for value in found] == [dtype, torch.float32, torch.float32]
+
+
 def test_the_statistics_of_a_batch_stay_in_fp32():
     x, weight = rand(4, 3, 5).half().npu(), torch.ones(3).half().npu()
     _, mean, invstd = torch.native_batch_norm(x, weight, weight, None, None, True, 0.1, 1e-5)

@@ -53,6 +53,23 @@ def test_fused_matmul(kind, after):
     check(npu.npu_fused_matmul, formula, a, b, bias=bias, x3=x3, fused_op_type=kind, meta=False)
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w, b: npu.npu_fused_matmul(x, w, bias=b),
+        lambda x, w, b: npu.npu_fused_matmul(x, w, x3=b.view(1, 1), fused_op_type="add"),
+        lambda x, w, b: npu.npu_ffn(x, torch.eye(2).to(x), w, "relu", bias2=b),
+        lambda x, w, b: npu.npu_ffn(x, w.expand(2, 2).contiguous(), torch.eye(2).to(x), "relu", bias1=b.expand(2)),
+    ],
+    ids=["fused", "fused add", "ffn", "ffn, hidden"],
+)
+def test_what_is_added_to_a_product_is_added_before_it_is_rounded(product):
+    # 1 + 2**-9 is 1 in bfloat16.
+    x, weight, bias = ([[1.0, 1.0]], [[1.0], [2**-9]], [-1.0])
+    found = product(*(torch.tensor(value, dtype=torch.bfloat16).npu() for value in (x, weight, bias)))
+    assert found.flatten()[0] == 2**-9
+
+
 def test_products_with_a_wider_result():
     a, b = (draw(*shape, dtype=torch.bfloat16, grad=False) for shape in ((3, 64), (64, 5)))
     found = torch.mm(a.npu(), b.npu(), out_dtype=torch.float32)

@@ -12,11 +12,14 @@ npu = torch.ops.npu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.float32])
-def test_cast(dtype):
-    x = draw(4, grad=False) * 5
-    found = torch_npu.npu_dtype_cast(x.npu(), dtype)
+@pytest.mark.parametrize("cast", [torch_npu.npu_dtype_cast, torch_npu._npu_dtype_cast], ids=["public", "inner"])
+def test_cast(cast, dtype):
+    """A tensor of its own, where nothing changes, too."""
+    x = (draw(4, grad=False) * 5).npu()
+    found = cast(x, dtype)
     assert found.dtype is dtype
-    assert torch.equal(found.cpu(), x.to(dtype))
+    assert torch.equal(found.cpu(), x.cpu().to(dtype))
+    assert found.data_ptr() != x.data_ptr()
 
 
 def test_cast_has_a_gradient_in_the_dtype_of_its_input():

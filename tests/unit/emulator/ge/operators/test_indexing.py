@@ -67,6 +67,14 @@ CASES = [
         (X, torch.tensor([[0, 1], [3, 4]]), floats(2, 3, seed=1)), put_rows,
     ),
     Case(
+        "ScatterNdUpdate", lambda x, i, u: ge.ScatterNdUpdate(ge.TensorMove(x), i, u),
+        (X, torch.tensor([[3], [1]]), floats(2, 5, 3, seed=1)), put_rows, note="matrices",
+    ),
+    Case(
+        "ScatterNdUpdate", lambda x, i, u: ge.ScatterNdUpdate(ge.TensorMove(x), i, u),
+        (X, torch.tensor([[3, 0, 2], [1, 4, 0]]), floats(2, seed=1)), put_rows, note="numbers",
+    ),
+    Case(
         "ViewCopy",
         lambda x, y: ge.ViewCopy(ge.TensorMove(x), [2, 3], [7, 2], [1], y, [2, 3], [1, 2], [0]),
         (ROWS, floats(2, 3, seed=1)), view_copied,

@@ -48,3 +48,11 @@ def test_backward_computes_what_is_asked(mask):
     for one, other, wanted in zip(found, expected, mask, strict=True):
         if wanted:
             close(one, other, "npu_conv2d_backward")
+
+
+def test_depthwise_with_several_filters_per_channel():
+    def formula(x, weight, *_):
+        return F.conv2d(x, weight, None, *GEOMETRY, groups=3)
+
+    x, weight = draw(2, 3, 7, 8, grad=False), draw(6, 1, 3, 3, grad=False)
+    check(torch.ops.aten._conv_depthwise2d, formula, x, weight, [3, 3], None, *GEOMETRY, meta=False)

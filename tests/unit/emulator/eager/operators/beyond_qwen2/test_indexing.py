@@ -35,17 +35,22 @@ def test_index_add():
         return out
 
     check(npu._npu_index_add, formula, draw(3, 4, grad=False), index, source, alpha=2)
+    x = draw(3, 4, grad=False).npu()
+    wanted = npu._npu_index_add(x, index.npu(), source.npu(), alpha=2)
+    assert npu._npu_index_add_(x, index.npu(), source.npu(), alpha=2) is x
+    assert torch.equal(x, wanted)
 
 
-def test_scatter():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scatter(axis):
     def formula(x, indices, updates, dim):
         out = x.clone()
         for row, (column, value) in enumerate(zip(indices.tolist(), updates, strict=True)):
-            out[row, column] = value
+            out[(row, column) if dim else (column, row)] = value
         return out
 
-    indices = torch.tensor([1, 0, 3], dtype=torch.int32)
-    check(npu.npu_scatter, formula, draw(3, 4, grad=False), indices, draw(3, seed=1, grad=False), 1, meta=False)
+    indices, x = torch.tensor([1, 0, 3], dtype=torch.int32), draw(*((3, 4) if axis else (4, 3)), grad=False)
+    check(npu.npu_scatter, formula, x, indices, draw(3, seed=1, grad=False), axis, meta=False)
 
 
 def test_scatter_nd_update():
@@ -68,10 +73,12 @@ def test_one_hot():
     assert found.tolist() == [[1, 1, 5], [5, 1, 1]]
 
 
-def test_masked_fill_range():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_masked_fill_range(axis):
     start, end = (torch.tensor(values, dtype=torch.int32).npu() for values in ([0, 3], [2, 4]))
-    found = npu.npu_masked_fill_range(torch.zeros(2, 5).npu(), start, end, torch.tensor([7.0, 9.0]).npu(), 1)
-    assert found.tolist() == [[7, 7, 0, 9, 0]] * 2
+    x = torch.zeros(2, 5).transpose(0, 1 - axis).npu()
+    found = npu.npu_masked_fill_range(x, start, end, torch.tensor([7.0, 9.0]).npu(), axis)
+    assert found.transpose(0, 1 - axis).tolist() == [[7, 7, 0, 9, 0]] * 2
 
 
 def test_sort_v2():
@@ -83,3 +90,6 @@ def test_sort_v2():
         True,
         meta=False,
     )
+    x = draw(4, 5, grad=False).npu()
+    out = torch.empty_like(x)
+    assert torch.equal(npu.npu_sort_v2.out(x, 0, True, out=out), x.sort(0, True).values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.emulator.eager.operators.harness import check, draw
+from tests.unit.emulator.eager.operators.harness import check, draw, on_npu
 
 npu = torch.ops.npu
 
@@ -44,6 +44,27 @@ def test_gradients_of_torchs_losses(loss, reduction):
 
     found = gradient(x.detach().npu().requires_grad_(), target.npu())
     torch.testing.assert_close(found.cpu().double(), gradient(x.double(), target.double()), rtol=1e-5, atol=1e-6)
+
+
+WEIGHTS = {"weight": torch.linspace(0.5, 2, 12).view(3, 4), "pos_weight": torch.linspace(1, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "which", "given"),
+    [
+        (F.kl_div, 0, {"log_target": True, "reduction": "sum"}),
+        (F.kl_div, 1, {"log_target": True, "reduction": "sum"}),
+        (F.binary_cross_entropy_with_logits, 0, WEIGHTS),
+    ],
+)
+def test_options_of_losses_reach_their_gradients(loss, which, given):
+    def gradient(given, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(loss(*leaves, **given), leaves[which])[0].cpu()
+
+    leaves = [draw(3, 4, seed=seed) for seed in (0, 1)]
+    found = gradient(*on_npu((given, *leaves)))
+    torch.testing.assert_close(found, gradient(given, *leaves), rtol=1e-5, atol=1e-6)
 
 
 def test_z_loss_is_refused():

@@ -32,6 +32,24 @@ def test_rms_norm_and_its_gradient(dtype):
         check(npu.npu_rms_norm, lambda x, gamma: (x * rms(x) * gamma, rms(x)), x, gamma, differentiate=[0])
 
 
+@pytest.mark.parametrize("normed", [(4,), (3, 4), (2, 3, 4)], ids=str)
+def test_norms_over_several_dimensions(normed):
+    """The weight has as many dimensions as are normed; its gradient is summed over all others."""
+    dims, x, more = list(range(-len(normed), 0)), draw(2, 3, 4), draw(2, 3, 4, seed=5)
+    gamma, beta = draw(*normed), draw(*normed, seed=2)
+
+    def rms_norm(x, gamma):
+        rstd = (x.square().mean(dims, keepdim=True) + 1e-6).rsqrt()
+        return x * rstd * gamma, rstd
+
+    def add_layer_norm(x1, x2, gamma, beta):
+        mean, rstd = statistics(x1 + x2, dims)
+        return (x1 + x2 - mean) * rstd * gamma + beta, mean, rstd, None
+
+    check(npu.npu_rms_norm, rms_norm, x, gamma, differentiate=[0], meta=False)
+    check(npu.npu_add_layer_norm, add_layer_norm, x, more, gamma, beta, differentiate=[0], meta=False)
+
+
 def test_gemma_rms_norm():
     def formula(x, gamma):
         return x * rms(x) * (1 + gamma), rms(x)

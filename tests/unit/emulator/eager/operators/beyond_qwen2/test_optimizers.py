@@ -50,12 +50,14 @@ def test_apply_adam_w(amsgrad, maximize):
     compare(lambda out: npu.npu_apply_adam_w.out(*arguments, out=out), (var, m, v))
 
 
-def test_bert_apply_adam():
+@pytest.mark.parametrize(("largest", "norm", "factor"), [(1.0, 2.0, 0.5), (1.0, 0.5, 1.0), (-1.0, 2.0, 1.0)])
+def test_bert_apply_adam(largest, norm, factor):
+    """The gradient is clipped where its norm is larger than a limit above 0."""
     grad = draw(3, 4, seed=3, grad=False)
     var, m, v = (value.double() for value in state())
-    m, v = moments(m, v, grad.double() * 0.5)
+    m, v = moments(m, v, grad.double() * factor)
     var = var - LR * (m / (v.sqrt() + EPS) + DECAY * var)
-    arguments = LR, BETA1, BETA2, EPS, grad.npu(), 1.0, 2.0, DECAY
+    arguments = LR, BETA1, BETA2, EPS, grad.npu(), largest, norm, DECAY
     compare(lambda out: npu.npu_bert_apply_adam.out(*arguments, out=out), (var, m, v))
 
 

@@ -14,11 +14,13 @@ def integers(*shape, seed=0):
     return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("divide", [True, False])
-def test_quantize(divide):
-    x, scales = draw(3, 4, grad=False) * 20, torch.tensor([0.5, 1.0, 2.0, 0.1])
+def test_quantize(divide, axis):
+    x, scales = draw(4, 4, grad=False) * 20, torch.tensor([0.5, 1.0, 2.0, 0.1])
     points = torch.tensor([0.0, 3.0, -3.0, 0.0])
-    found = torch_npu.npu_quantize(x.npu(), scales.npu(), points.npu(), torch.qint8, 1, divide)
+    found = torch_npu.npu_quantize(x.npu(), scales.npu(), points.npu(), torch.qint8, axis, divide)
+    scales, points = (value if axis else value.unsqueeze(1) for value in (scales, points))
     exact = x.double() / scales.double() if divide else x.double() * scales.double()
     # Exact halves apart, rounding has one answer; float32 may differ from float64 next to a half.
     assert (found.cpu().double() - (exact + points).clamp(-128, 127)).abs().max() <= 0.5001
@@ -124,12 +126,30 @@ def test_quant_matmul():
     assert torch.equal(whole.cpu().long(), exact.long())
 
 
-@pytest.mark.parametrize("group", [0, 32])
-def test_weight_quant_batchmatmul(group):
-    x, weight = draw(3, 64, dtype=torch.float16, grad=False), integers(64, 5)
-    shape = (2, 5) if group else (1, 5)
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("shift", [None, 3.0])
+def test_int8_results_of_quant_matmul(shift, kind):
+    """An integer bias is added before the scale, another one after it; the offset comes last."""
+    x1, x2, scale = integers(3, 16), integers(16, 5, seed=1), torch.linspace(1e-3, 3e-3, 5)
+    bias = (torch.arange(-2, 3) * (500 if kind is torch.int32 else 2)).to(kind)
+    offset = None if shift is None else torch.full((5,), shift)
+    found = torch_npu.npu_quant_matmul(
+        x1.npu(), x2.npu(), scale.npu(), offset=None if offset is None else offset.npu(), bias=bias.npu()
+    )
+    product = (x1.long() @ x2.long()).double()
+    exact = (product + bias) * scale.double() if kind is torch.int32 else product * scale.double() + bias.double()
+    exact = exact + (shift or 0.0)
+    assert found.dtype is torch.int8
+    assert (found.cpu().double() - exact.clamp(-128, 127)).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize(("group", "keys"), [(0, 64), (32, 64), (32, 80)])
+def test_weight_quant_batchmatmul(group, keys):
+    """The last group may be a part of one."""
+    x, weight = draw(3, keys, dtype=torch.float16, grad=False), integers(keys, 5)
+    shape = (-(-keys // group), 5) if group else (1, 5)
     scale, offset = (torch.rand(shape, generator=torch.Generator().manual_seed(n)).half() * 0.01 for n in (1, 2))
-    spread = (lambda value: value.double().repeat_interleave(32, 0)) if group else torch.Tensor.double
+    spread = (lambda value: value.double().repeat_interleave(32, 0)[:keys]) if group else torch.Tensor.double
     wide = ((weight.double() + spread(offset)) * spread(scale)).half().double()
     found = torch_npu.npu_weight_quant_batchmatmul(
         x.npu(), weight.npu(), scale.npu(), offset.npu(), antiquant_group_size=group

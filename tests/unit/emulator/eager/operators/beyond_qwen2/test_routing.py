@@ -36,6 +36,7 @@ def test_init_routing_as_documented():
     assert [round(value, 1) for value in rows[:, 0].tolist()] == [0.2, 0.3, 0.1, 0.2, 0.1, 0.3]
     assert places.tolist() == [2, 0, 1, 4, 3, 5]
     assert npu.npu_moe_compute_expert_tokens(experts, 3).tolist() == [2, 4, 6]
+    assert npu.npu_moe_compute_expert_tokens(experts, 2).tolist() == [2, 4]  # rows of no expert come last
 
 
 def test_the_chain_is_the_dense_mixture():
@@ -87,3 +88,9 @@ def test_top_k_top_p():
 
     arguments = torch.tensor([0.5, 0.9, 1.0]), torch.tensor([4, 7, 2], dtype=torch.int32)
     check(npu.npu_top_k_top_p, formula, draw(3, 8, grad=False), *arguments, meta=False)
+
+
+def test_the_likeliest_token_is_kept_whatever_p_is():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    found = npu.npu_top_k_top_p(logits.npu(), torch.zeros(1).npu(), torch.tensor([2], dtype=torch.int32).npu())
+    assert found.tolist() == [[float("-inf"), 3.0, float("-inf")]]

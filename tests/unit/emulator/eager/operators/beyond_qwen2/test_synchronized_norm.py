@@ -59,3 +59,15 @@ def test_backward():
     ]
     torch.testing.assert_close(torch.cat(found).cpu().double(), expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(by_weight.cpu().double(), expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_halves_with_a_float32_weight():
+    """The results by channel are in the weight's dtype, or that of the statistics; those by element in the input's."""
+    x = draw(4, 3, 5, dtype=torch.bfloat16, grad=False).npu()
+    weight = draw(3, grad=False).npu()
+    mean, invstd = torch.batch_norm_stats(x, EPS)
+    for given in (weight, None):
+        found = torch.batch_norm_backward_reduce(x, x, mean, invstd, given, True, True, True)
+        assert {value.dtype for value in found} == {torch.float32}
+    assert {value.dtype for value in torch.ops.npu.batch_norm_reduce(x, EPS)} == {torch.float32}
+    assert torch.batch_norm_elemt(x, weight, weight, mean, invstd, EPS).dtype is torch.bfloat16

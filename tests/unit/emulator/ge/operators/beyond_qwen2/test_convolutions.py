@@ -92,10 +92,11 @@ def test_computes_its_reference(case: Case) -> None:
         case.check(dtype)
 
 
-def test_uneven_padding_is_refused() -> None:
+@pytest.mark.parametrize("pads", [[1, 0, 0, 0], [1, 0, 0, 1]], ids=str)
+def test_uneven_padding_is_refused(pads: list[int]) -> None:
     with pytest.raises(RuntimeError, match=r"Conv2D.*pads"):
         compute(
-            lambda x, w: ge.Conv2D(x, w, None, None, strides=[1] * 4, pads=[1, 0, 0, 0], data_format="NCHW"),
+            lambda x, w: ge.Conv2D(x, w, None, None, strides=[1] * 4, pads=pads, data_format="NCHW"),
             IMAGE, FILTER,
         )  # fmt: skip
 

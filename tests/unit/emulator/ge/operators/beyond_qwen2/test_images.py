@@ -76,6 +76,12 @@ CASES = [
         lambda x: windows(x, 2, 2, pad=1).mean(-1), size=lambda x: 3.0, note="padding counted",
     ),
     Case(
+        "AvgPoolV2",
+        lambda x: ge.AvgPoolV2(x, ksize=[1, 1, 2, 2], strides=[1, 1, 2, 2], pads=[0, 0, 1, 1], exclusive=False), (X,),
+        lambda x: windows(np.pad(x, [(0, 0)] * 3 + [(1, 1)]), 2, 2).mean(-1), size=lambda x: 3.0,
+        note="padding in width",
+    ),
+    Case(
         "MaxPoolWithArgmaxV1",
         lambda x: ge.MaxPoolWithArgmaxV1(x, ksize=[1, 2, 4, 1], strides=[1, 2, 4, 1], pads=[1, 0, 0, 1]), (X,),
         max_pool,
@@ -129,6 +135,12 @@ CASES = [
 def test_computes_its_reference(case: Case) -> None:
     for dtype in case.dtypes():
         case.check(dtype)
+
+
+@pytest.mark.parametrize("pads", [[1, 0, 0, 0], [1, 0, 0, 1]], ids=str)
+def test_uneven_padding_is_refused(pads: list[int]) -> None:
+    with pytest.raises(RuntimeError, match=r"AvgPoolV2.*pads=.* differ between the sides"):
+        compute(lambda x: ge.AvgPoolV2(x, ksize=[1, 1, 2, 2], strides=[1, 1, 2, 2], pads=pads), X)
 
 
 def test_average_of_part_of_a_window_may_have_its_own_divisor() -> None:
