@@ -59,12 +59,14 @@ def test_torchair_is_looked_for_beside_torch_npu_and_in_it(monkeypatch, found):
 def test_the_guides_word_for_graph_mode_is_torchair(monkeypatch):
     monkeypatch.setenv("EXE_MODE", "dynamo")
     assert graph.parse_mode(None) == "torchair"
+    assert graph.parse_mode("eager") == "eager"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("True", True), ("false", False), ("1", True), ("0", False)])
 def test_dynamic_compile_is_parsed(monkeypatch, text, expected):
     monkeypatch.setenv("DYNAMIC_COMPILE", text)
     assert graph.parse_dynamic(None, needed=False) is expected
+    assert graph.parse_dynamic(not expected, needed=False) is not expected  # what is passed comes first
 
 
 def test_dynamic_compile_is_never_evaluated(monkeypatch):
