@@ -240,13 +240,15 @@ def test_ranks_run_their_collectives_in_one_order(size):
         lambda model, patch: setattr(model.config, "rms_norm_eps", 0.5),
         lambda model, patch: model.bfloat16(),
         lambda model, patch: setattr(model, "ranks", Ranks(Shard(1, 2))),
+        lambda model, patch: setattr(model, "ranks", Ranks(Shard(0, 1))),
         lambda model, patch: patch.setattr(npu.torch, "__version__", "0"),
         lambda model, patch: patch.setattr(npu, "transformers", SimpleNamespace(__version__="0")),
     ],
-    ids=["optimizations", "a constant", "dtype", "rank", "torch", "transformers"],
+    ids=["optimizations", "a constant", "dtype", "rank", "number of ranks", "torch", "transformers"],
 )
 def test_a_fingerprint_tells_models_and_versions_apart(change, monkeypatch):
     model = Qwen2ForCausalLM(small_config(num_hidden_layers=1))
+    model.ranks = Ranks(Shard(0, 2))
     before = npu.fingerprint(model)
     assert npu.fingerprint(model) == before
     change(model, monkeypatch)
