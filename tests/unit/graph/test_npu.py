@@ -84,6 +84,8 @@ def test_static_graphs_with_live_lengths_are_refused():
 def test_a_graph_cache_is_torchairs_alone(model, tmp_path):
     with pytest.raises(UnsupportedError, match="only torchair keeps graphs on disk"):
         compile_model(model, "inductor", cache_dir=tmp_path)
+    with pytest.raises(UnsupportedError, match="only mode='torchair' keeps graphs on disk"):
+        npu.compiler("npugraph_ex", model, graph.GraphOptions(True, True, True, tmp_path))
 
 
 def test_guards_on_inputs_stay_and_those_on_the_model_go():
