@@ -177,12 +177,9 @@ def _right_window(op: str, cache_len: int, lengths: Sequence[int], padding: Tens
 
 
 def _lse(q: Tensor, k: Tensor, window: Window, visible: Tensor | None, scale: float) -> Tensor:
-    """Slots that the mask drops count exp(−1e12), which shows only where it drops them all."""
+    """Slots that the mask drops count exp(−1e12), which shows only where it drops them all; their number never does."""
     grouped = q.flatten(1, 2).unsqueeze(2)
     lse = log_sum_exp(grouped, k, scale=scale, keep=visible)
-    if visible is not window.keep:
-        assert visible is not None
-        inside = torch.ones_like(visible) if window.keep is None else window.keep
-        mean = MASK_FILL + inside.sum(-1, keepdim=True).float().log()
-        lse = torch.where(visible.any(-1, keepdim=True), lse, mean)
+    if visible is not None and visible is not window.keep:
+        lse = torch.where(visible.any(-1, keepdim=True), lse, MASK_FILL)
     return lse if window.rows is None else torch.where(window.rows, lse, torch.inf)

@@ -34,12 +34,13 @@ def alone(experts: int = EXPERTS) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_stacked_and_back() -> None:
-    state = alone()
-    found = stacked(state)
-    assert found.keys() == {"model.norm.weight", f"{SCOPE}.gate_up_proj", f"{SCOPE}.down_proj"}
-    assert found[f"{SCOPE}.gate_up_proj"].shape == (EXPERTS, 2 * COLUMNS, HIDDEN)
-    assert found[f"{SCOPE}.down_proj"].shape == (EXPERTS, HIDDEN, COLUMNS)
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["whole", "of a base model"])
+def test_stacked_and_back(prefix: str) -> None:
+    state = {prefix + name.removeprefix("model."): tensor for name, tensor in alone().items()}
+    found, scope = stacked(state), prefix + SCOPE.removeprefix("model.")
+    assert found.keys() == {f"{prefix}norm.weight", f"{scope}.gate_up_proj", f"{scope}.down_proj"}
+    assert found[f"{scope}.gate_up_proj"].shape == (EXPERTS, 2 * COLUMNS, HIDDEN)
+    assert found[f"{scope}.down_proj"].shape == (EXPERTS, HIDDEN, COLUMNS)
     back = one_by_one(found)
     assert back.keys() == state.keys()
     for name, tensor in state.items():

@@ -131,14 +131,18 @@ def test_killed_again_and_again(origin: Path, merged: Path, tmp_path: Path) -> N
 
 
 def test_finished_files_are_kept(origin: Path, tmp_path: Path) -> None:
-    output = tmp_path / "merged"
-    shard = output / "model-00001-of-00002.safetensors"
-    count = number_of_changes(lambda output: merge_qkv(origin, output, tp_size=2), tmp_path / "whole")
+    """Those in subfolders, too."""
+    folder, output = Path(shutil.copytree(origin, tmp_path / "ordinary")), tmp_path / "merged"
+    (folder / "assets").mkdir()
+    (folder / "assets" / "a").write_text("a")
+    finished = [output / "model-00001-of-00002.safetensors", output / "assets" / "a"]
+    count = number_of_changes(lambda output: merge_qkv(folder, output, tp_size=2), tmp_path / "whole")
     with pytest.raises(Killed), interrupted(count - 8, Killed, for_good=True):
-        merge_qkv(origin, output, tp_size=2)
-    before = shard.stat()
-    merge_qkv(origin, output, tp_size=2)
-    assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        merge_qkv(folder, output, tp_size=2)
+    before = [path.stat() for path in finished]
+    merge_qkv(folder, output, tp_size=2)
+    after = [path.stat() for path in finished]
+    assert [(each.st_ino, each.st_mtime_ns) for each in after] == [(each.st_ino, each.st_mtime_ns) for each in before]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:-1] + b"?", lambda data: b""])
@@ -365,6 +369,21 @@ def test_two_at_once(origin: Path, merged: Path, tmp_path: Path) -> None:
             CheckpointError, match=r"another process is writing to .*merged: wait for it, or name a new"
         ):
             merge_qkv(origin, tmp_path / "merged", tp_size=2)
+    merge_qkv(origin, tmp_path / "merged", tp_size=2)
+    assert digest(tmp_path / "merged") == digest(merged)
+
+
+def test_a_file_system_without_locks(
+    origin: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network ones: nobody is kept out, and all else is as elsewhere."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(Killed), interrupted(12, Killed, for_good=True):
+        merge_qkv(origin, tmp_path / "merged", tp_size=2)
     merge_qkv(origin, tmp_path / "merged", tp_size=2)
     assert digest(tmp_path / "merged") == digest(merged)
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import sources
 from qwen2_npu.errors import CheckpointError, UnsupportedError
-from tests.unit.small import small_stock, stock_weights
+from qwen2_npu.parallel.sharding import Slice
+from tests.unit.small import small_config, small_stock, stock_weights
 
 
 @pytest.fixture
@@ -243,6 +244,20 @@ def test_what_tells_a_file_from_the_one_that_was_opened(field):
         for status in (values, values | {"st_atime_ns": 2}, values | {field: 2})
     )
     assert opened == same != other
+
+
+@pytest.mark.parametrize("layers", [1, 2, 10, 11])
+def test_the_first_layers_are_those_of_the_lowest_numbers(layers):
+    """And what belongs to no layer."""
+    numbers = {f"model.layers.{number}.mlp.up_proj.weight": number for number in range(12)}
+    numbers |= dict.fromkeys(("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), -1)
+    state = {name: torch.full((2, 3), float(number)) for name, number in numbers.items()}
+    first = sources.FirstLayers(sources.StateDictSource(small_config(), state), layers)
+    wanted = {name: state[name][1:] for name, number in numbers.items() if number < layers}
+    assert first.shapes() == dict.fromkeys(wanted, (2, 3))
+    found = dict(first.tensors(lambda name: Slice(0, 1, 2)))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_unknown_dtype_names_the_supported_ones(folder):

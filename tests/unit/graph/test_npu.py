@@ -59,12 +59,14 @@ def test_torchair_is_looked_for_beside_torch_npu_and_in_it(monkeypatch, found):
 def test_the_guides_word_for_graph_mode_is_torchair(monkeypatch):
     monkeypatch.setenv("EXE_MODE", "dynamo")
     assert graph.parse_mode(None) == "torchair"
+    assert graph.parse_mode("eager") == "eager"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("True", True), ("false", False), ("1", True), ("0", False)])
 def test_dynamic_compile_is_parsed(monkeypatch, text, expected):
     monkeypatch.setenv("DYNAMIC_COMPILE", text)
     assert graph.parse_dynamic(None, needed=False) is expected
+    assert graph.parse_dynamic(not expected, needed=False) is not expected  # what is passed comes first
 
 
 def test_dynamic_compile_is_never_evaluated(monkeypatch):
@@ -82,6 +84,8 @@ def test_static_graphs_with_live_lengths_are_refused():
 def test_a_graph_cache_is_torchairs_alone(model, tmp_path):
     with pytest.raises(UnsupportedError, match="only torchair keeps graphs on disk"):
         compile_model(model, "inductor", cache_dir=tmp_path)
+    with pytest.raises(UnsupportedError, match="only mode='torchair' keeps graphs on disk"):
+        npu.compiler("npugraph_ex", model, graph.GraphOptions(True, True, True, tmp_path))
 
 
 def test_guards_on_inputs_stay_and_those_on_the_model_go():
@@ -238,13 +242,15 @@ def test_ranks_run_their_collectives_in_one_order(size):
         lambda model, patch: setattr(model.config, "rms_norm_eps", 0.5),
         lambda model, patch: model.bfloat16(),
         lambda model, patch: setattr(model, "ranks", Ranks(Shard(1, 2))),
+        lambda model, patch: setattr(model, "ranks", Ranks(Shard(0, 1))),
         lambda model, patch: patch.setattr(npu.torch, "__version__", "0"),
         lambda model, patch: patch.setattr(npu, "transformers", SimpleNamespace(__version__="0")),
     ],
-    ids=["optimizations", "a constant", "dtype", "rank", "torch", "transformers"],
+    ids=["optimizations", "a constant", "dtype", "rank", "number of ranks", "torch", "transformers"],
 )
 def test_a_fingerprint_tells_models_and_versions_apart(change, monkeypatch):
     model = Qwen2ForCausalLM(small_config(num_hidden_layers=1))
+    model.ranks = Ranks(Shard(0, 2))
     before = npu.fingerprint(model)
     assert npu.fingerprint(model) == before
     change(model, monkeypatch)

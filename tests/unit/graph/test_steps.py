@@ -44,6 +44,20 @@ def test_a_step_runs_under_settings_of_its_own():
     assert within["graphs of all"] > 4 * within["graphs"]
 
 
+def test_a_step_that_fails_leaves_no_setting_behind():
+    """As one that the compiler refuses: the caller may go on without graphs."""
+
+    def fail(*given: object) -> torch.Tensor:
+        raise RuntimeError("no such operator")
+
+    step = CompiledStep(lambda *given: None, lambda call: fail)
+    with torch.enable_grad():
+        before = settings()
+        with pytest.raises(RuntimeError, match="no such operator"):
+            step(torch.ones(1, 8, dtype=torch.int64), INPUTS, [])
+        assert settings() == before
+
+
 @pytest.mark.parametrize("index", [None, torch.arange(12).reshape(2, 6)[:, 1:3]], ids=["all", "some"])
 def test_what_a_step_is_given_has_one_form(index):
     """Slices of growing tensors have other strides every step, which would be other graphs."""

@@ -178,7 +178,7 @@ def test_integers_are_exact(
         monkeypatch.setattr(quantization, "BLOCK_BYTES", 1 << 20)
     x = torch.full((*rows, inner), -128, dtype=torch.int8)
     weight = torch.full((inner, columns), -128, dtype=torch.int8)
-    x[..., ::7] = 127  # odd numbers among the sums: float32 would round those above 2^24
+    x[..., ::7], weight[::2] = 127, -127  # an odd sum of 3000: float32 would round it, above 2^24
     sums = quantization.integer_product(x, weight)
     assert (sums.dtype, sums.shape) == (torch.int32, (*rows, columns))
     assert torch.equal(sums.double(), x.double() @ weight.double())

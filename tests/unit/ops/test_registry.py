@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,28 @@ def test_a_default_passed_explicitly_is_accepted_and_an_unknown_argument_is_not(
     attention(x, x, x, num_heads=2, input_layout="BSND", pse_shift=None)
     with pytest.raises(TypeError, match="no argument 'dropout'"):
         attention(x, x, x, num_heads=2, input_layout="BSND", dropout=0)
+
+
+BYTES, COLUMNS = torch.ones(8, 6, dtype=torch.int8), torch.ones(6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("linear", [torch.ones(6, 8), COLUMNS]),
+        ("linear", [torch.ones(6, 8), None]),
+        ("integer_product", [BYTES]),
+        ("dequantising_product", [BYTES, COLUMNS, None]),
+        ("dequantising_product", [BYTES, COLUMNS, COLUMNS]),
+        ("grouped_matmul", [[torch.ones(3, 8, 6)], [], ...]),
+        ("grouped_matmul", [[torch.ones(3, 8, 6)], [torch.ones(3, 6)], ...]),
+    ],
+)
+def test_a_traced_graph_is_told_what_an_operator_returns(name: str, others: list[Any], rows: int) -> None:
+    """Shape, strides and dtype, of the operators that graphs hold in place of products."""
+    if others[-1] is ...:
+        others = [*others[:-1], torch.tensor([0, rows, 0]), 1]  # how many rows each group has
+    for shape in [(rows, 8), (2, rows, 8)] if name in ("linear", "integer_product") else [(rows, 8)]:
+        x = torch.ones(shape, dtype=torch.int8 if name == "integer_product" else torch.float32)
+        torch.library.opcheck(getattr(torch.ops.qwen2_npu, name).default, (x, *others), test_utils="test_faketensor")

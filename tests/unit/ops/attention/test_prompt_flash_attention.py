@@ -102,6 +102,8 @@ def test_masks_of_every_shape(q_len: int, kv_len: int, rank: int, rows: int, mas
         ([3, 250], [3, 1]),
         ([0], [5]),
         ([9], [0]),
+        ([6], [9, 4]),  # one length of the queries, beyond the keys of the second row alone
+        ([9, 4], [6]),
     ],
 )
 def test_lengths(sparse_mode: int, q_lens: list[int] | None, kv_lens: list[int] | None) -> None:
