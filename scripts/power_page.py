@@ -150,7 +150,8 @@ def add(known: dict[str, list[str]], path: str, results: list[dict[str, Any]]) -
         for name in GROUPS:
             keys[name].discard(key)
         keys[group].add(key)
-    known.update({group: sorted(keys[group]) for group in GROUPS})
+    there = {key_of(path, mutation.name) for mutation in mutations((ROOT / path).read_bytes())}
+    known.update({group: sorted(keys[group] & there) for group in GROUPS})
 
 
 def count(path: str, known: dict[str, list[str]], reasons: dict[str, str]) -> Entry:

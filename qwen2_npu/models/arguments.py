@@ -168,9 +168,9 @@ def check_ends(input_ids: torch.Tensor, mask: torch.Tensor | None, given: bool) 
     Raises:
         ValueError: with the way out.
     """
-    if mask is None or bool((mask[:, -1] != 0).all()):
+    if mask is None or bool((live := mask[:, -1].bool()).all()):
         return
-    row = int((mask[:, -1] == 0).nonzero()[0])
+    row = int((~live).nonzero()[0])
     if given:
         raise ValueError(
             f"row {row} of the prompt is padded on the right (its attention_mask ends in 0); generation appends "

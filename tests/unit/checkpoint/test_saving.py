@@ -349,6 +349,24 @@ def test_failed_where_there_was_no_folder(tmp_path):
         return
 
 
+def test_one_failure_that_cannot_be_undone_says_where_everything_is(tmp_path):
+    folder = tmp_path / "folder"
+    OLD.save_pretrained(folder)
+    before = set(content(folder).values())
+    with interrupted(10**6, OSError, for_good=False) as every:
+        NEW_CONFIG.save_pretrained(folder)
+    OLD.save_pretrained(folder)
+    said = "Input/output error, and then what was there could not be restored: .* Its files are in "
+    at = max(number for number, name in enumerate(every, 1) if name in ("rename", "replace"))
+    with (
+        interrupted(at, lambda: OSError(errno.EIO, "Input/output error"), for_good=True),
+        pytest.raises(CheckpointError, match=said) as caught,
+    ):
+        NEW_CONFIG.save_pretrained(folder)
+    aside = Path(str(caught.value).rpartition("Its files are in ")[2])
+    assert before <= {path.read_bytes() for path in aside.iterdir()} | set(content(folder).values())
+
+
 @pytest.mark.slow
 @pytest.mark.slow_in_ci
 def test_failed_and_not_restored(tmp_path):

@@ -268,6 +268,20 @@ def test_a_cache_grows_to_what_generate_has_settled_on(model, stock, wide, held,
         assert [tensor.shape[cache.shape.slot_axis] for tensor in cache.key_cache] == [capacity] * 2
 
 
+def test_a_cache_grows_by_its_longest_row(full):
+    ids, mask = tokens(2, 125), torch.ones(2, 125, dtype=torch.int64)
+    mask[0, :60] = 0
+    cache = full.allocate_cache(2, 125)
+    full.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False, past_key_values=cache)
+    assert cache.lengths == [65, 125]
+    more = torch.cat((ids, tokens(2, 1)), dim=1)
+    full.generate(
+        more, attention_mask=torch.cat((mask, mask[:, -1:]), dim=1), max_new_tokens=4, do_sample=False,
+        past_key_values=cache,
+    )  # fmt: skip
+    assert cache.shape.capacity == 256
+
+
 def test_no_room_to_grow_is_said_before_the_first_token(full, monkeypatch):
     class Streamer(BaseStreamer):
         got = 0

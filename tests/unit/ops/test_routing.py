@@ -226,9 +226,11 @@ def _sum(**changes: Any) -> Any:
         (_sum, {"drop_pad_mode": 1}, "drop_pad_mode is 1; supported: 0"),
         (_sum, {"drop_pad_mode": 3}, "drop_pad_mode is 3; supported: 0"),
         (_sum, {"expanded_permuted_rows": ROWS.double()}, "expanded_permuted_rows is .*float64"),
-        (_sum, {"expanded_permuted_rows": ROWS[None]}, r"expanded_permuted_rows is .*; supported: \(rows · k, H\)"),
+        *((_sum, {"expanded_permuted_rows": given}, r"expanded_permuted_rows is .*; supported: \(rows · k, H\)")
+          for given in (ROWS[None], ROWS[0], ROWS[0, 0])),
+        (_sum, {"expanded_src_to_dst_row": PLACES[0]}, r"expanded_src_to_dst_row is .*; supported: a torch.int32 "),
         *((_sum, {"expanded_src_to_dst_row": given}, r"expanded_src_to_dst_row is .*; supported: a torch.int32 ")
-          for given in (PLACES.long(), PLACES[None], PLACES[0], PLACES[1:], torch.zeros(7, dtype=torch.int32))),
+          for given in (PLACES.long(), PLACES[None], PLACES[1:], torch.zeros(7, dtype=torch.int32))),
         (_sum, {"scales": None, "k": 2}, "k is 2; supported: 1 where there are no scales"),
         *((_sum, {"scales": torch.ones(shape)}, r"scales is .*; supported: \(rows, k\) with rows · k = 6")
           for shape in (6, (2, 2), (2, 4), (2, 3, 1))),
