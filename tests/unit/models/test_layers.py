@@ -40,7 +40,7 @@ def test_an_unfused_norm_is_the_stock_norm_bit_for_bit(dtype):
     """Squares and their mean are in float32, whatever the dtype: in float16 those of 300 are infinite."""
     x, residual = torch.randn(2, 2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = x * torch.tensor([1e-3, 0.1, 1.0, 30.0, 300.0]).to(dtype)[:, None]
-    stock, ours = Qwen2RMSNorm(64, eps=1e-6).to(dtype), RMSNorm(64, 1e-6, fused=False).to(dtype)
+    stock, ours = Qwen2RMSNorm(64, eps=1e-2).to(dtype), RMSNorm(64, 1e-2, fused=False).to(dtype)
     for norm in (stock, ours):
         norm.weight.copy_(torch.linspace(-2, 2, 64))
     normed, total = ours(x)
