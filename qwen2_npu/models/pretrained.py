@@ -203,8 +203,9 @@ class CheckpointIO:
                 files |= {f"the adapter's {name}": mark for name, mark in fingerprint(lora).items()}
         if ranks.group is not None:  # outside of the lock: ranks wait here for one another
             agree(files, way_out=f"copy one checkpoint to all nodes ({folder})")
+        kind = cls.of_kind(source.config)
         model: Any = weights.build(
-            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
+            lambda: kind(source.config, optimizations, ranks),
             source,
             dtype=sources.parse_dtype(dtype if dtype is not None else torch_dtype) or torch_dtype_of(settings),
             device=target,
@@ -238,8 +239,9 @@ class CheckpointIO:
         target = one_device(device, None)
         ranks = current(tp_size, tp_rank, target)
         source = quantized.present(as_stock(sources.StateDictSource(config, one_by_one(state_dict))))
+        kind = cls.of_kind(config)
         model: Any = weights.build(
-            lambda: cls.of_kind(source.config)(source.config, optimizations, ranks),
+            lambda: kind(source.config, optimizations, ranks),
             source,
             dtype=dtype,
             device=target,

@@ -41,8 +41,8 @@ def npu_grouped_matmul(
     """``y_i = x_i @ weight_i + bias_i`` for every group i. Inference only.
 
     Args:
-        x: [(M, K)], whose rows `group_list` divides; or one tensor (..., K) per group, without a `group_list`.
-            float32, bfloat16 or float16.
+        x: [(M, K)], whose rows `group_list` divides; or one tensor (..., K) per group, without a `group_list`; (M, K)
+            where there is one result for all. float32, bfloat16 or float16.
         weight: [(groups, K, N)], or one (K, N) per group; contiguous or transposed; the dtype of `x`.
         bias: [(groups, N)], or one (N,) per group. float32 where `x` is bfloat16, else the dtype of `x`.
         group_list: int64 (groups,), or integers: where each group ends (`group_list_type` 0) or how many rows it has
@@ -172,6 +172,8 @@ def _check_tensors(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence
     own = list(x) * len(inner) if len(x) == 1 else list(x)
     if any(tensor.shape[-1] != size for tensor, size in zip(own, inner, strict=False)):
         raise invalid(OP, "x", list(x), f"(..., K) with K = {inner}, as the weights have it")
+    if whole and any(tensor.dim() != 2 for tensor in x):
+        raise invalid(OP, "x", list(x), "(M, K) where the result is one tensor")
     if (whole or len(x) == 1) and any(tensor.shape[-1] != weight[0].shape[-1] for tensor in weight):
         raise invalid(OP, "weight", list(weight), "weights with the same N, whose products are one tensor")
     if bias:

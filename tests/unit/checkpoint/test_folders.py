@@ -20,10 +20,13 @@ import pytest
 from qwen2_npu import Qwen2ForCausalLM
 from qwen2_npu.checkpoint import folders
 from qwen2_npu.checkpoint.folders import locked
+from qwen2_npu.checkpoint.merge_plan import plan_merge, plan_unmerge
+from qwen2_npu.checkpoint.quantizing import plan_quantize
+from qwen2_npu.checkpoint.sources import open_checkpoint
 from qwen2_npu.checkpoint.tokenizer import load_tokenizer
 from qwen2_npu.conformance import tiny
 from qwen2_npu.errors import CheckpointError
-from tests.unit.checkpoint.merges import open_below
+from tests.unit.checkpoint.merges import config_of, guide_merged, open_below, weights_of, write_folder
 from tests.unit.small import V4, small_stock
 
 NOBODY = 65534
@@ -175,6 +178,29 @@ def test_many_read_and_one_writes(tmp_path):
     with locked(tmp_path) as alone:
         assert alone
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Qwen2ForCausalLM.from_pretrained,
+        open_checkpoint,
+        lambda folder: plan_merge(folder, folder.parent / "out"),
+        lambda folder: plan_quantize(folder, folder.parent / "out", scheme="w8a16"),
+        lambda folder: plan_unmerge(folder, folder.parent / "out", assume_tp=1),
+    ],
+    ids=["from_pretrained", "open_checkpoint", "plan_merge", "plan_quantize", "plan_unmerge"],
+)
+def test_whoever_only_reads_waits_for_no_other_reader(read, tmp_path, monkeypatch, request):
+    monkeypatch.setattr(folders, "LOCK_SECONDS", 0.05)
+    config = config_of(4, 2)
+    weights = weights_of(config)
+    if "unmerge" in request.node.name:
+        weights = guide_merged(config, weights, 1)
+    folder = write_folder(tmp_path / "model", config, weights)
+    with locked(folder, shared=True) as held:
+        assert held
+        read(folder)
 
 
 def test_another_process_that_keeps_it(tmp_path, monkeypatch):

@@ -140,6 +140,9 @@ def test_names_of_a_base_model(tmp_path: Path) -> None:
     source = open_checkpoint(tmp_path)
     check_source(source, ())
     assert f"{DOWN}.weight_scale" in source.shapes()
+    for model in (Qwen2Model.from_pretrained(tmp_path), Qwen2Model.from_state_dict(config, base)):
+        assert model.optimizations.scheme == "w8a16"
+        assert same_bits(model.stock_state_dict()["norm.weight"], base["norm.weight"])
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------

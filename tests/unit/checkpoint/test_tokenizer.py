@@ -162,12 +162,13 @@ def test_a_template_that_renders():
 
 def test_every_file_of_it_is_asked_whether_it_may_be_read(folder, monkeypatch):
     vocabulary_alone(folder)
-    (folder / "special_tokens_map.json").write_text("{}")
+    beside = {"special_tokens_map.json": "{}", "added_tokens.json": "{}", "chat_template.jinja": "x"}
+    for name, text in beside.items():
+        (folder / name).write_text(text)
     asked = []
     monkeypatch.setattr(tokenizer, "check_readable", asked.append)
     load_tokenizer(folder)
-    names = {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
-    assert {path.name for path in asked} - {"chat_template.jinja", "added_tokens.json"} == names
+    assert {path.name for path in asked} == {"vocab.json", "merges.txt", "tokenizer_config.json", *beside}
     assert all(path.exists() for path in asked)
 
 

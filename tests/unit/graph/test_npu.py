@@ -114,7 +114,8 @@ def test_guards_on_inputs_stay_and_those_on_the_model_go():
 @pytest.mark.parametrize("mode", ["torchair", "npugraph_ex"])
 @pytest.mark.parametrize("chosen", [True, False])
 def test_options_reach_the_compiler(model, mode, chosen, monkeypatch):
-    """Guards filtered, no fallback to eager in the middle; for torchair with its own configuration."""
+    """Guards filtered, no fallback to eager in the middle, no code that another model's graphs are kept with; for
+    torchair with its own configuration."""
     import torch_npu  # noqa: F401 - puts torchair on the path
     import torchair
 
@@ -124,8 +125,10 @@ def test_options_reach_the_compiler(model, mode, chosen, monkeypatch):
     options = graph.GraphOptions(chosen, not chosen, chosen, None)
     with warnings.catch_warnings():
         compile_step = npu.compiler(mode, model, options)
-    compile_step(model.decode_step)
-    compile_step(model.prefill_step)
+    given_steps = [model.decode_step, model.decode_step, model.prefill_step]
+    made = [compile_step(step) for step in given_steps]
+    assert all(step.__self__ is model for step in made)
+    assert len({id(step.__code__) for step in (*made, *given_steps)}) == 3 + 2
     for given in compiled:
         assert given == {
             "backend": "torchair's" if mode == "torchair" else "npugraph_ex",

@@ -94,7 +94,8 @@ def test_caches_are_marked_once(monkeypatch):
     assert len(marked) == 2 + 2 * 2  # tokens and positions are new each time
 
 
-def test_a_step_runs_on_the_card_of_its_tokens(monkeypatch):
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_step_runs_on_the_card_of_its_tokens(number, monkeypatch):
     entered = []
 
     @contextmanager
@@ -104,8 +105,8 @@ def test_a_step_runs_on_the_card_of_its_tokens(monkeypatch):
         entered.append(None)
 
     monkeypatch.setattr(torch.cuda, "device", card)
-    with steps.current_card(torch.device("cuda:3")):
-        assert entered == [torch.device("cuda:3")]
+    with steps.current_card(torch.device("cuda", number)):
+        assert entered == [torch.device("cuda", number)]
     assert entered.pop() is None
     with steps.current_card(torch.device("cpu")):
         assert len(entered) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2Model
+from qwen2_npu import Optimizations, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 from qwen2_npu.errors import UnsupportedError
 from qwen2_npu.models.experts import SparseMLP
 from qwen2_npu.parallel.collectives import ALONE, Ranks
@@ -250,7 +250,8 @@ def test_a_mixture_is_one_however_it_is_made(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"ours {count}")
         config = json.loads((tmp_path / f"ours {count}" / "config.json").read_text())
         assert (config["architectures"], config["model_type"]) == (["Qwen2MoeForCausalLM"], "qwen2_moe")
-        with pytest.raises(
-            UnsupportedError, match=r"^Qwen2Model of a mixture of experts \(.*\) is not served: load it with"
-        ):
-            make(Qwen2Model)
+        for other in (Qwen2Model, Qwen2ForSequenceClassification):  # not: tensors of the head are missing
+            with pytest.raises(
+                UnsupportedError, match=rf"^{other.__name__} of a mixture of experts \(.*\) is not served: load it with"
+            ):
+                make(other)

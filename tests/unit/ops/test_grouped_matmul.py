@@ -224,12 +224,14 @@ X, WEIGHT, HALF = torch.zeros(7, 8), torch.zeros(3, 8, 6), torch.float16
         *(({"group_list": torch.tensor(sizes)}, r"group_list is .*; supported: an int64 tensor of shape \(3,\)")
           for sizes in ([2, 5], [2, 0, 5, 0])),
         ({"group_list": torch.tensor([[2, 0, 5]])}, "group_list is .*; supported: an int64 tensor"),
-        ({"x": [X[None]]}, r"x is .*; supported: \(M, K\) where a group_list divides the rows"),
+        ({"x": [X[None]], "split_item": 0}, r"x is .*; supported: \(M, K\) where a group_list divides the rows"),
         ({"x": [X, X, X]}, "group_list is .*; supported: None where every group has an x of its own"),
         ({"group_list": None}, "group_list is None; supported: one tensor for each of the 3 weights, or one "),
         ({"group_list": None, "x": [X, X]}, "x is .*; supported: one tensor for each of the 3 weights, or one"),
         ({"group_list": None, "x": [X] * 4}, "x is .*; supported: one tensor for each of the 3 weights, or one"),
         ({"group_list": None, "weight": [WEIGHT[:1]]}, "group_list is None; supported: one tensor for each of the 1 w"),
+        *(({"group_list": None, "x": x, "split_item": n}, r"x is .*; supported: \(M, K\) where the result is one")
+          for n, x in ((2, [X[None]] * 3), (3, [X, X, X[None]]))),
         ({"group_list": None, "x": [X] * 3, "split_item": 2, "weight": [*WEIGHT[:2], torch.zeros(8, 5)]},
          "weight is .*; supported: weights with the same N"),
     ],

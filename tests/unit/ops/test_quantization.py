@@ -317,6 +317,25 @@ def test_rows_are_scaled_by_their_largest(shape: tuple[int, ...], dtype: torch.d
     assert not found[1][..., 0].any()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y, factors: npu.npu_dynamic_quant(x, smooth_scales=factors),
+        lambda x, y, factors: npu.npu_add_rms_norm_dynamic_quant(x, y, factors),
+        lambda x, y, factors: npu.npu_weight_quant_batchmatmul(
+            x, torch.ones(64, 64, dtype=torch.int8), factors, bias=factors
+        ),
+    ],
+    ids=["dynamic_quant", "add_rms_norm", "product"],
+)
+def test_float32_inputs_are_left_as_they_are(call: Any) -> None:
+    """No copy is made of them, as is of 16 bits, which alone the catalogue has."""
+    inputs = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64) + 0.5
+    before = [tensor.clone() for tensor in inputs]
+    call(*inputs)
+    assert all(map(torch.equal, inputs, before))
+
+
 def test_rows_are_rounded_to_the_nearest_and_ties_to_even() -> None:
     x = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5, 2.6, -0.4]])
     values, scale = npu.npu_dynamic_quant(x)
