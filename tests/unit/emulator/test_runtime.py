@@ -72,6 +72,14 @@ def test_a_new_limit_shows():
         assert torch.npu.mem_get_info() == (0, kept.nbytes // 2)
 
 
+def test_a_limit_inside_another_gives_way_to_it():
+    with faults.memory_limit(5 << 30):
+        with pytest.raises(ZeroDivisionError), faults.memory_limit(4 << 30):
+            raise ZeroDivisionError
+        assert torch.npu.mem_get_info()[1] == 5 << 30
+    assert torch.npu.mem_get_info()[1] == emulator.settings().hbm_bytes
+
+
 def test_events_tell_real_time():
     start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
     start.record()
