@@ -95,3 +95,10 @@ def test_only_what_torch_will_read_is_promised() -> None:
     graph = build(make, X)
     assert node_of(graph, "Abs").promised == (None,)
     assert node_of(graph, "Neg").promised == (torch.float16,)
+
+
+def test_all_control_edges_are_kept() -> None:
+    def make(x: ge.Tensor) -> ge.Tensor:
+        return ge.Exp(x, dependencies=[ge.Neg(x), ge.Abs(x)])
+
+    assert set(node_of(build(make, X), "Exp").after) == {"Neg", "Abs"}
