@@ -111,14 +111,13 @@ def memory_limit(size: int) -> Iterator[None]:
     """Cards with ``size`` bytes, of which what torch_npu's allocator holds free is given back first."""
     import torch
 
-    from qwen2_npu import emulator
-
     torch.npu.empty_cache()  # type: ignore[attr-defined]  # put there by torch_npu
+    before = torch.npu.mem_get_info()[1]  # type: ignore[attr-defined]
     runtime.set_hbm_bytes(size)
     try:
         yield
     finally:
-        runtime.set_hbm_bytes(emulator.settings().hbm_bytes)
+        runtime.set_hbm_bytes(before)
 
 
 @contextlib.contextmanager

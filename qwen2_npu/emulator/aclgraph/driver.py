@@ -40,7 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "settle": (ctypes.c_int,),
     "group_begin": (_int64,),
     "group_end": (_int64,),
-    "update_begin": (ctypes.c_int, _int64),
+    "update_begin": (ctypes.c_int, _pointer, _int64),
     "update_end": (ctypes.c_int,),
 }
 """C's struct CaptureHooks, field by field: result and arguments."""
@@ -60,6 +60,7 @@ class Driver:
         self._groups: dict[int, Group] = {}
         self._handles = itertools.count(1)  # never one that a group of another graph still has
         self._updating: tuple[Group, Group] | None = None  # what is updated, and what it becomes
+        self._updating_on: int | None = None  # the stream whose operators are the update
         self._waiting: dict[int, Iterator[Wait]] = {}
         library.emu_find_allocation.argtypes = (_pointer, ctypes.POINTER(ctypes.c_int32))
         library.emu_find_allocation.restype = ctypes.c_uint64
@@ -143,7 +144,7 @@ class Driver:
             tap.leaving.remove(self._leaving)
 
     def _operator(self, plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if self._updating is not None:
+        if self._updating is not None and _current_stream() == self._updating_on:
             return self._replace(plan, run, args, kwargs)
         if self._capture is not None and self._on_captured_stream():
             try:
@@ -165,14 +166,13 @@ class Driver:
             raise CaptureError(f"{plan.op} to the host, while a graph is captured: the copy would wait for the stream")
 
     def _on_captured_stream(self) -> bool:
-        stream = torch.npu.current_stream().npu_stream  # type: ignore[attr-defined]
-        return bool(self._library.emu_stream_status(stream))
+        return bool(self._library.emu_stream_status(_current_stream()))
 
     # ---- update --------------------------------------------------------------------------------------------------
-    def _update_begin(self, handle: int) -> None:
+    def _update_begin(self, stream: int | None, handle: int) -> None:
         if handle not in self._groups:
             raise ReplayError(f"there is no task group {handle}")
-        self._updating = (self._groups[handle], Group())
+        self._updating, self._updating_on = (self._groups[handle], Group()), stream or 0
         self._listen()
 
     def _update_end(self) -> None:
@@ -184,16 +184,23 @@ class Driver:
         group.actions, group.allocations = new.actions, new.allocations
 
     def _replace(self, plan: Plan, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Record what the next replay does, and leave memory as it is: the replay may be half-way."""
+        """Record what the next replay does, and leave memory as it is: the replay may be half-way.
+
+        An update that fails is over: torch_npu ends only those that do not.
+        """
         assert self._updating is not None
         new = self._updating[1]
-        args, kwargs = at_fixed_addresses(plan, (args, kwargs), self, new.allocations)
-        new.actions.append(Computation(run, args, kwargs))
         journal = Journal()
-        for target in written_by(plan, args, kwargs):
-            journal.save(*extent(target))
         try:
+            args, kwargs = at_fixed_addresses(plan, (args, kwargs), self, new.allocations)
+            new.actions.append(Computation(run, args, kwargs))
+            for target in written_by(plan, args, kwargs):
+                journal.save(*extent(target))
             return run(*args, **kwargs)
+        except Exception:
+            self._updating = None
+            self._listen()
+            raise
         finally:
             journal.undo()
 
@@ -251,6 +258,10 @@ class Driver:
         device = ctypes.c_int32(HOST)
         serial = self._library.emu_find_allocation(address, ctypes.byref(device))
         return int(serial), device.value
+
+
+def _current_stream() -> int:
+    return int(torch.npu.current_stream().npu_stream)  # type: ignore[attr-defined]
 
 
 def _default_generator() -> torch.Generator:

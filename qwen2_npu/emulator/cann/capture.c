@@ -22,7 +22,7 @@ typedef struct {
     aclError (*settle)(void);  /* somebody waits for all work */
     int64_t (*group_begin)(void);
     int64_t (*group_end)(void);
-    aclError (*update_begin)(int64_t group);
+    aclError (*update_begin)(const void *stream, int64_t group);
     aclError (*update_end)(void);
 } CaptureHooks;
 
@@ -225,8 +225,8 @@ aclError aclmdlRICaptureTaskGrpEnd(void *stream, void **handle) {
     return group ? OK : emu_fail(ERROR_INVALID_PARAM, "the end of a task group that was not begun");
 }
 
-aclError aclmdlRICaptureTaskUpdateBegin(UNUSED void *stream, void *handle) {
-    return hooks.update_begin ? hooks.update_begin((int64_t)(intptr_t)handle) : ERROR_UNSUPPORTED;
+aclError aclmdlRICaptureTaskUpdateBegin(void *stream, void *handle) {
+    return hooks.update_begin ? hooks.update_begin(stream, (int64_t)(intptr_t)handle) : ERROR_UNSUPPORTED;
 }
 
 aclError aclmdlRICaptureTaskUpdateEnd(UNUSED void *stream) {

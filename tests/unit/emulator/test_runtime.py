@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_a_new_limit_shows():
         assert torch.npu.mem_get_info() == (0, kept.nbytes // 2)
 
 
+def test_a_limit_inside_another_gives_way_to_it():
+    with faults.memory_limit(5 << 30):
+        with pytest.raises(ZeroDivisionError), faults.memory_limit(4 << 30):
+            raise ZeroDivisionError
+        assert torch.npu.mem_get_info()[1] == 5 << 30
+    assert torch.npu.mem_get_info()[1] == emulator.settings().hbm_bytes
+
+
 def test_events_tell_real_time():
     start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -80,6 +89,95 @@ def test_events_tell_real_time():
     end.synchronize()
     assert end.query()
     assert 20 <= start.elapsed_time(end) < 2000
+
+
+class Event(ctypes.Structure):
+    """The emulator's own: no test waits for a second to pass."""
+
+    _fields_ = (("recorded", ctypes.c_int), ("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def test_times_of_events_cross_seconds():
+    library, elapsed, stamp = runtime.library(), ctypes.c_float(), ctypes.c_uint64()
+    start, end = Event(1, 7, 900_000_000), Event(1, 9, 100_500_000)
+    assert library.aclrtEventElapsedTime(ctypes.byref(elapsed), ctypes.byref(start), ctypes.byref(end)) == 0
+    assert elapsed.value == 1200.5
+    assert library.aclrtEventElapsedTime(ctypes.byref(elapsed), ctypes.byref(end), ctypes.byref(start)) == 0
+    assert elapsed.value == -1200.5
+    assert library.aclrtEventGetTimestamp(ctypes.byref(end), ctypes.byref(stamp)) == 0
+    assert stamp.value == 9_100_500
+
+
+@pytest.mark.parametrize("recorded", [(False, False), (True, False), (False, True)])
+def test_an_event_that_was_never_recorded_has_no_time(recorded):
+    start, end = (ctypes.byref(Event(here, 1, 0)) for here in recorded)
+    library, elapsed, stamp = runtime.library(), ctypes.c_float(-1), ctypes.c_uint64(1)
+    assert library.aclrtEventElapsedTime(ctypes.byref(elapsed), start, end) != 0
+    assert elapsed.value == -1
+    assert [library.aclrtEventGetTimestamp(event, ctypes.byref(stamp)) == 0 for event in (start, end)] == [*recorded]
+
+
+CARD, MAX_CARDS = [20, 40], 64
+
+
+def test_core_limits_of_a_thread_are_those_its_stream_has_when_it_takes_them():
+    """Each kind of core and each thread has its own; what has no limit has the whole card."""
+    library, value = runtime.library(), ctypes.c_uint32()
+    first, second, never_limited = (ctypes.c_void_p(address) for address in (0x1230, 0x4560, 0x7890))
+
+    def of(name, *owner):
+        codes = [
+            getattr(library, f"aclrtGet{name}")(*owner, kind, ctypes.byref(value)) or value.value for kind in (0, 1)
+        ]
+        assert getattr(library, f"aclrtGet{name}")(*owner, 2, ctypes.byref(value)) != 0
+        return codes
+
+    try:
+        assert of("ResInCurrentThread") == of("StreamResLimit", first) == CARD
+        assert [library.aclrtSetStreamResLimit(first, kind, 3 + kind) for kind in (0, 1, 2)][:2] == [0, 0]
+        assert library.aclrtSetStreamResLimit(second, 1, 8) == 0
+        assert (of("StreamResLimit", first), of("StreamResLimit", second)) == ([3, 4], [20, 8])
+        assert of("ResInCurrentThread") == CARD
+        assert library.aclrtUseStreamResInCurrentThread(first) == 0
+        assert of("ResInCurrentThread") == [3, 4]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(of, "ResInCurrentThread").result() == CARD
+        assert library.aclrtResetStreamResLimit(first) == 0
+        assert (of("StreamResLimit", first), of("StreamResLimit", second)) == (CARD, [20, 8])
+        assert of("ResInCurrentThread") == [3, 4]
+        assert library.aclrtUseStreamResInCurrentThread(first) == 0
+        assert of("ResInCurrentThread") == CARD
+        assert library.aclrtUseStreamResInCurrentThread(second) == 0
+        assert of("ResInCurrentThread") == [20, 8]
+        assert library.aclrtUseStreamResInCurrentThread(never_limited) == 0
+        assert of("ResInCurrentThread") == CARD
+    finally:
+        library.aclrtUnuseStreamResInCurrentThread(second)
+        for stream in (first, second):
+            library.aclrtResetStreamResLimit(stream)
+    assert of("ResInCurrentThread") == CARD
+
+
+def test_core_limits_of_a_card_are_its_own():
+    library, value = runtime.library(), ctypes.c_uint32()
+
+    def of(card):
+        return [library.aclrtGetDeviceResLimit(card, kind, ctypes.byref(value)) or value.value for kind in (0, 1)]
+
+    try:
+        assert [library.aclrtSetDeviceResLimit(1, kind, 5 + kind) == 0 for kind in (0, 1, 2, -1)] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        assert (of(0), of(1)) == (CARD, [5, 6])
+    finally:
+        assert library.aclrtResetDeviceResLimit(1) == 0
+    assert of(1) == CARD
+    for card in (-1, MAX_CARDS):
+        assert library.aclrtSetDeviceResLimit(card, 0, 5) != 0
+        assert library.aclrtResetDeviceResLimit(card) != 0
 
 
 def test_streams_are_apart_and_in_order():

@@ -348,6 +348,20 @@ def test_a_graph_is_updated_alone_when_others_have_gone() -> None:
     assert (out.flatten()[0].item(), other.flatten()[0].item()) == (mean_of(5), mean_of(7))
 
 
+@pytest.mark.parametrize("lengths", [[9], "text"], ids=["too long", "no number"])
+def test_an_update_that_fails_is_over_and_changes_nothing(lengths: Any) -> None:
+    """What comes after it is no part of it."""
+    graph, out = capture(attention([3]), auto_dispatch_capture=True)
+    out.fill_(-1)
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        graph.update(cpu_update_input=[{"actual_seq_lengths_kv": lengths}])
+    assert device(1, 2).add_(1).tolist() == [2, 3]
+    assert (out == -1).all()
+    graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [4]}])
+    graph.replay()
+    assert out.flatten()[0].item() == mean_of(4)
+
+
 # ---- torch.compile -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def compiler() -> Iterator[None]:

@@ -88,3 +88,13 @@ def test_a_rank_that_is_left_out_contributes_nothing() -> None:
         for operation, nothing in reductions.items():
             found = on_all(partial(on, partial(Communicator.all_reduce, x=X, operation=operation)))
             assert all((each == nothing).all() for each in found)
+
+
+def test_ranks_may_give_parts_of_unlike_sizes() -> None:
+    with communicators("unlike") as made:
+        for gathered in on_all(lambda rank: made[rank].all_gather(torch.full((rank,), float(rank)), [0, 1, 2])):
+            assert gathered.tolist() == [1, 2, 2]
+        for rank, part in enumerate(
+            on_all(lambda rank: made[rank].reduce_scatter(torch.arange(3.0), "sum", [0, 1, 2]))
+        ):
+            assert part.tolist() == [[], [0], [3, 6]][rank]

@@ -283,3 +283,45 @@ def test_an_output_that_a_node_does_not_have_is_refused() -> None:
     graph.op[-1].input[0] = "Neg:1"
     with pytest.raises(UnsupportedGraphError, match="Neg:1, and Neg has no such output"):
         Program.plan("test", parse(graph))
+
+
+# ---- several of a kind -------------------------------------------------------------------------------------------
+def test_each_output_keeps_the_promised_dtype() -> None:
+    def make(x: Any) -> Any:
+        outputs = ge.SplitV(x, [1, 1], 0, num_split=2)
+        outputs[1].set_meta(torch.ones(1, dtype=torch.float16))
+        return outputs
+
+    with pytest.raises(RuntimeError, match=r"SplitV.*computed torch.float32, and the graph declares torch.float16"):
+        compute(make, data(2))
+
+
+def test_every_listener_is_called_the_last_one_first() -> None:
+    called: list[str] = []
+
+    def listener(name: str) -> Any:
+        return lambda node, run, values: (called.append(name), run(values))[1]
+
+    added = [listener(name) for name in "ab"]
+    listeners.extend(added)
+    try:
+        compute(lambda x: ge.Neg(x), data(2))
+    finally:
+        for one in added:
+            listeners.remove(one)
+    assert called == ["b", "a"]
+
+
+def test_a_write_on_a_data_node_with_strides_is_seen_by_the_caller() -> None:
+    x = data(3, 2).T
+    wanted = x.clone()
+    wanted[:, 0] = 100
+    compute(scatter, x)
+    assert torch.equal(x, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.bfloat16], ids=str)
+def test_a_returned_constant_has_its_dtype(dtype: torch.dtype) -> None:
+    (got,) = compute(lambda x: ge.Const(torch.tensor([0, 1]).to(dtype)), data(2))
+    assert torch.equal(got, torch.tensor([0, 1]).to(dtype))
+    assert got.dtype is dtype

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torchair._ge_concrete_graph.ge_ir_pb2 import AttrDef
 from torchair._ge_concrete_graph.ge_ir_pb2 import DataType as ProtoDataType
 from torchair.ge._ge_graph import DataType, ge_type_to_torch_type
 
@@ -11,6 +14,7 @@ from qwen2_npu.emulator.ge.proto import (
     Edge,
     Node,
     UnsupportedGraphError,
+    attribute,
     attribute_dtype,
     parse,
 )
@@ -95,3 +99,19 @@ def test_only_what_torch_will_read_is_promised() -> None:
     graph = build(make, X)
     assert node_of(graph, "Abs").promised == (None,)
     assert node_of(graph, "Neg").promised == (torch.float16,)
+
+
+def test_all_control_edges_are_kept() -> None:
+    def make(x: ge.Tensor) -> ge.Tensor:
+        return ge.Exp(x, dependencies=[ge.Neg(x), ge.Abs(x)])
+
+    assert set(node_of(build(make, X), "Exp").after) == {"Neg", "Abs"}
+
+
+@pytest.mark.parametrize(
+    ("field", "items"), [("i", [3, 0]), ("f", [0.5]), ("b", [False, True]), ("s", [b"a", b""]), ("dt", [1, 3])]
+)
+def test_lists_of_every_kind_are_read(field: str, items: list[Any]) -> None:
+    value = AttrDef()
+    getattr(value.list, field).extend(items)
+    assert attribute(value) == [item.decode() if isinstance(item, bytes) else item for item in items]

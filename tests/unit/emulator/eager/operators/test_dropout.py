@@ -74,3 +74,14 @@ def test_what_a_softmax_is_taken_of_is_added_in_fp32():
     soft = npu.npu_dropout_with_add_softmax(x, x1, 1.0, 0.0, -1)[1]
     wanted = torch.softmax(x1.cpu().float() + x.cpu().float(), -1).bfloat16()
     assert torch.equal(soft.cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask_dtype", [torch.uint8, torch.bool, torch.float32])
+def test_a_masked_scale_has_the_dtype_of_what_it_scales_and_is_rounded_once(dtype, mask_dtype):
+    x, scale = torch.linspace(-3, 3, 64).to(dtype), 1 / 0.7
+    mask = (torch.arange(64) % 3 > 0).to(mask_dtype)
+    found = torch.ops.aten._masked_scale(x.npu(), mask.npu(), scale)
+    wanted = torch.where(mask.bool(), x.double() * scale, 0)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=0)

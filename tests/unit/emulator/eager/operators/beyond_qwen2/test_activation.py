@@ -71,12 +71,13 @@ def test_clipped_swiglu():
     check(npu.npu_clipped_swiglu, formula, (draw(4, 6) * 5).detach())
 
 
-def test_scaled_masked_softmax():
-    mask = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.4
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 3)], ids=str)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_scaled_masked_softmax(fixed, shape):
+    mask = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(1)) < 0.4
 
     def formula(x, mask, scale, fixed):
-        mask = torch.ones(4, 4).triu(1).bool() if fixed else mask
+        mask = torch.arange(shape[1]) > torch.arange(shape[0]).unsqueeze(1) if fixed else mask
         return torch.softmax((x * scale).masked_fill(mask, -10000.0), -1)
 
-    for fixed in (False, True):
-        check(npu.npu_scaled_masked_softmax, formula, draw(2, 3, 4, 4), mask, 0.5, fixed, differentiate=[0])
+    check(npu.npu_scaled_masked_softmax, formula, draw(2, 3, *shape), mask, 0.5, fixed, differentiate=[0])

@@ -56,3 +56,15 @@ def test_depthwise_with_several_filters_per_channel():
 
     x, weight = draw(2, 3, 7, 8, grad=False), draw(6, 1, 3, 3, grad=False)
     check(torch.ops.aten._conv_depthwise2d, formula, x, weight, [3, 3], None, *GEOMETRY, meta=False)
+
+
+@pytest.mark.parametrize("size", [(0,), (1, 2), (2, 6, 9, 9)], ids=["empty", "smaller", "larger"])
+def test_a_given_result_takes_the_shape_of_the_convolution(size):
+    x, weight, bias = (draw(*shape, grad=False) for shape in [(2, 4, 7, 8), (4, 1, 3, 3), (4,)])
+    wanted = F.conv2d(x, weight, bias, [2, 1], [1, 2], 1, 4)
+    plain = [npu.npu_conv2d.out, bias.npu(), [2, 1], [1, 2], [1, 1], 4]
+    by_channel = [torch.ops.aten._conv_depthwise2d.out, [3, 3], bias.npu(), [2, 1], [1, 2], [1, 1]]
+    for operator, *rest in (plain, by_channel):
+        out = torch.empty(size, device="npu")
+        assert operator(x.npu(), weight.npu(), *rest, out=out) is out
+        torch.testing.assert_close(out.cpu(), wanted)

@@ -25,6 +25,15 @@ def test_gather_sparse_index():
     check(npu.npu_gather_sparse_index, lambda x, index: x[index], draw(4, 3), index, differentiate=[0], meta=False)
 
 
+@pytest.mark.parametrize("dim", [None, 0, 1, -1])
+@pytest.mark.parametrize("repeats", [2, torch.tensor([3])], ids=["number", "tensor"])
+def test_the_gradient_of_repeat_interleave(repeats, dim):
+    x = draw(3, 4)
+    if isinstance(repeats, torch.Tensor):
+        repeats = torch.arange(x.numel() if dim is None else x.shape[dim])  # another number for each
+    check(torch.repeat_interleave, torch.repeat_interleave, x, repeats, dim, differentiate=[0], meta=False)
+
+
 def test_index_add():
     index, source = torch.tensor([0, 2, 0]), draw(3, 4, seed=1, grad=False)
 

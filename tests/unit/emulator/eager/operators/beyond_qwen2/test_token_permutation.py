@@ -78,6 +78,23 @@ def test_unpermute_and_its_gradients(top, dtype):
     check(npu.npu_moe_token_unpermute, put_back, *arguments, differentiate=[0])
 
 
+@pytest.mark.parametrize(("dtype", "of_probs"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_gradient_has_the_dtype_of_what_it_is_by_and_uses_the_values_of_the_forward_pass(dtype, of_probs):
+    """Also where the rows are overwritten between the two passes."""
+    sorted_indices = torch.tensor(places(experts(3)), dtype=torch.int32)
+    rows, probs = draw(TOKENS * 3, HIDDEN, dtype=dtype, grad=False), draw(TOKENS, 3, grad=False).to(of_probs)
+    leaves = [value.double().requires_grad_() for value in (rows, probs)]
+    wanted = torch.autograd.grad(put_back(leaves[0], sorted_indices, leaves[1]).sum(), leaves)
+    there, by = rows.npu().requires_grad_(), probs.npu().requires_grad_()
+    out = npu.npu_moe_token_unpermute(there, sorted_indices.npu(), by)
+    assert out.dtype is dtype
+    there.data.zero_()
+    found = torch.autograd.grad(out.sum(), [there, by])
+    assert [value.dtype for value in found] == [dtype, of_probs]
+    for one, other, kind in zip(found, wanted, (dtype, of_probs), strict=True):
+        torch.testing.assert_close(one.cpu(), other.to(kind))
+
+
 def test_dropped_rows_count_as_zeros():
     rows, probs = draw(7, HIDDEN), torch.softmax(draw(TOKENS, 3, grad=False), -1).requires_grad_()
     sorted_indices = torch.tensor(places(experts(3)), dtype=torch.int32)
