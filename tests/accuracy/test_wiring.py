@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen2_npu import Optimizations
+from qwen2_npu.compat import IS_V4
 from qwen2_npu.conformance.accuracy import text
 from qwen2_npu.conformance.accuracy.batches import BATCH_SHAPES
 from qwen2_npu.conformance.accuracy.configs import SHAPES
@@ -26,7 +27,7 @@ from tests.accuracy import (
     test_quantised,
 )
 from tests.accuracy import test_tensor_parallel as parallel
-from tests.accuracy.pairs import CHECKPOINT, MIXTURE, TINY
+from tests.accuracy.pairs import CHECKPOINT, TINY
 from tests.graph import support, test_census, test_equality, test_modes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,8 +80,9 @@ def test_prompts_that_are_called_padded_are() -> None:
 
 def test_the_ladder_runs_all_there_is_in_the_fast_lane() -> None:
     fast = cases_of_the_fast_lane(test_ladder, "preset", "dtype", "shape", "weights")
-    presets, _, shapes, _ = map(set, zip(*fast, strict=True))
-    assert presets == set(LADDERS[0] if MIXTURE in SHAPES else presets)
+    dense, (presets, _, shapes, _) = test_ladder.PRESETS, map(set, zip(*fast, strict=True))
+    # 4.37.0 has no mixture, and runs no single steps: see test_ladder.cases.
+    assert presets == {name for name in LADDERS[0] if not IS_V4 or (name in dense and not name.startswith("only_"))}
     assert shapes == set(BATCH_SHAPES)
     assert {(weights, dtype) for _, dtype, _, weights in fast} == {(w, d) for d in DTYPES for w in (TINY, *SHAPES)}
 
